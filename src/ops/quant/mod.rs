@@ -1,5 +1,7 @@
 //! Resident weight matrices and their matrix product.
 
+pub mod nf4;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 

@@ -1,0 +1,136 @@
+//! NF4 with double quantisation (QLoRA, arXiv 2305.14314), in bitsandbytes' arithmetic.
+//!
+//! Blocks of 64 consecutive values of the flattened matrix share an absolute maximum; the maxima, less their mean, are
+//! themselves quantised to 8 bits in blocks of 256. 4.13 bits a weight.
+
+use std::borrow::Cow;
+use std::sync::LazyLock;
+
+use super::Source;
+
+/// Values that share an absolute maximum.
+pub const BLOCK: usize = 64;
+
+/// Absolute maxima that share a scale of their own.
+pub const NESTED_BLOCK: usize = 256;
+
+/// The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
+pub const CODEBOOK: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// bitsandbytes' signed 8-bit map for the absolute maxima (`create_dynamic_map`), bit for bit.
+///
+/// Seven decades, the i-th with 2^i values either side of zero: midpoints of an even division of [0.1, 1], times
+/// 10^(i-6). The fused multiply-adds and the two-sided division are `torch.linspace`'s.
+pub fn dynamic_map() -> &'static [f32; 256] {
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+        let mut values = vec![0.0, 1.0];
+        for i in 0..7 {
+            let n = (1usize << i) + 1;
+            let step = (1.0 - 0.1f32) / (n - 1) as f32;
+            let boundary = |k: usize| {
+                if k < n / 2 { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((n - 1 - k) as f32, 1.0) }
+            };
+            // The decade is a double in Python, rounded once.
+            let decade = 10f64.powi(i - 6) as f32;
+            for k in 0..n - 1 {
+                let middle = decade * ((boundary(k) + boundary(k + 1)) / 2.0);
+                values.extend([-middle, middle]);
+            }
+        }
+        values.sort_by(f32::total_cmp);
+        values.try_into().expect("2 + 2 * (2^7 - 1) values")
+    });
+    &MAP
+}
+
+/// A matrix in NF4 with double quantisation.
+pub struct Nf4 {
+    /// Two codes a byte, the even value in the high nibble.
+    pub codes: Vec<u8>,
+    /// Index into [`dynamic_map`] a block of [`BLOCK`] values.
+    pub absmax: Vec<u8>,
+    /// Scale of `absmax`, one a [`NESTED_BLOCK`].
+    pub nested_absmax: Vec<f32>,
+    /// Mean of the absolute maxima, taken off before they were quantised.
+    pub offset: f32,
+}
+
+impl Nf4 {
+    /// Quantises the flattened rows of a matrix. Deterministic; every code is the nearest, ties go to the lower one.
+    pub fn quantize(values: &[f32]) -> Self {
+        let midpoints: [f32; 15] = std::array::from_fn(|i| (CODEBOOK[i] + CODEBOOK[i + 1]) / 2.0);
+        let mut codes = vec![0u8; values.len().div_ceil(2)];
+        let mut absmax = Vec::with_capacity(values.len().div_ceil(BLOCK));
+        for (b, block) in values.chunks(BLOCK).enumerate() {
+            let max = block.iter().fold(0f32, |m, v| m.max(v.abs()));
+            absmax.push(max);
+            // A block of zeros takes the code for zero, as bitsandbytes on the CPU.
+            let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
+            for (i, v) in block.iter().enumerate() {
+                let v = v * inverse;
+                let code = midpoints.iter().filter(|&&m| m < v).count() as u8;
+                let at = b * BLOCK + i;
+                codes[at / 2] |= if at.is_multiple_of(2) { code << 4 } else { code };
+            }
+        }
+        let sum: f64 = absmax.iter().map(|&m| f64::from(m)).sum();
+        let offset = if absmax.is_empty() { 0.0 } else { (sum / absmax.len() as f64) as f32 };
+        let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
+        let mut quantised = Vec::with_capacity(absmax.len());
+        for block in absmax.chunks(NESTED_BLOCK) {
+            let max = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
+            let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
+            nested_absmax.push(max);
+            quantised.extend(block.iter().map(|v| nearest(dynamic_map(), (v - offset) * inverse)));
+        }
+        Self { codes, absmax: quantised, nested_absmax, offset }
+    }
+
+    /// The scale of each block, one f32 a [`BLOCK`].
+    pub fn scales(&self) -> Vec<f32> {
+        decode_scales(&self.absmax, dynamic_map(), &self.nested_absmax, self.offset)
+    }
+
+    /// As rows `[n, k]` for packing.
+    pub fn into_source(self, n: usize, k: usize) -> Source<'static> {
+        let scales = self.scales();
+        Source::Codebook { n, k, block: BLOCK, codes: Cow::Owned(self.codes), scales, codebook: CODEBOOK }
+    }
+}
+
+/// Undoes the double quantisation: `map[absmax[b]] * nested_absmax[b / 256] + offset`, rounded after each step (a fused
+/// multiply-add would change bits).
+pub fn decode_scales(absmax: &[u8], map: &[f32; 256], nested_absmax: &[f32], offset: f32) -> Vec<f32> {
+    let block =
+        |(codes, scale): (&[u8], &f32)| codes.iter().map(|&c| map[c as usize] * scale + offset).collect::<Vec<_>>();
+    absmax.chunks(NESTED_BLOCK).zip(nested_absmax).flat_map(block).collect()
+}
+
+/// Index of the value of the sorted `map` nearest to `v`; the upper one only if `v` is past the middle.
+fn nearest(map: &[f32; 256], v: f32) -> u8 {
+    let upper = map.partition_point(|&m| m <= v);
+    let code = match upper {
+        0 => 0,
+        256 => 255,
+        _ if v > (map[upper - 1] + map[upper]) / 2.0 => upper,
+        _ => upper - 1,
+    };
+    code as u8
+}
