@@ -50,4 +50,6 @@ pub enum RopeScaling {
         /// Context length before the extension.
         original_max_position_embeddings: usize,
     },
+    /// Frequency i divided by the i-th of `head_dim / 2` factors (how GGUF files carry Llama 3.1's).
+    Factors(Vec<f32>),
 }

@@ -1,0 +1,250 @@
+//! The tensors of a model on disk: listed by name, read once each.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+
+use crate::ops::quant::{Codec, Source};
+use crate::{Error, Result};
+
+/// Where a tensor lies and what it is.
+pub struct Entry {
+    /// The name in the file, for messages.
+    pub label: String,
+    /// Encoding of the values.
+    pub codec: Codec,
+    /// Outermost dimension first: `[out, in]` for a matrix.
+    pub shape: Vec<usize>,
+    /// Index of its file in the checkpoint.
+    pub file: usize,
+    /// Where its bytes begin in that file.
+    pub offset: u64,
+    /// How many there are.
+    pub bytes: u64,
+    /// Heads whose rows the writer interleaved for its own RoPE (llama.cpp does, for q and k); undone on reading.
+    pub interleaved_heads: Option<usize>,
+}
+
+/// Rows of one tensor in memory.
+pub struct Rows {
+    /// Encoding of the values.
+    pub codec: Codec,
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// `n` rows, back to back.
+    pub bytes: Vec<u8>,
+    /// The name in the file, for messages.
+    label: String,
+}
+
+impl Rows {
+    /// For packing, as they are.
+    pub fn source(&self) -> Source<'_> {
+        Source::Blocks { codec: self.codec, n: self.n, k: self.k, bytes: Cow::Borrowed(&self.bytes) }
+    }
+
+    /// The values, if they are stored as floats.
+    pub fn floats(&self) -> Result<Vec<f32>> {
+        let pairs = || self.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match self.codec {
+            Codec::F32 => {
+                Ok(self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+            }
+            Codec::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
+            Codec::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
+            quantised => Err(Error::invalid(format!(
+                "tensor {} is {quantised:?}; only F32, F16 and BF16 will do here (weights that are quantised already \
+                 are not quantised again)",
+                self.label
+            ))),
+        }
+    }
+}
+
+/// All tensors of a model under Hugging Face's names. Reading takes a tensor out, so what is left at the end was not
+/// understood.
+pub struct Checkpoint {
+    files: Vec<(PathBuf, File)>,
+    entries: BTreeMap<String, Entry>,
+    /// Turns a Hugging Face name into this format's own, for messages.
+    own_name: fn(&str) -> String,
+}
+
+impl Checkpoint {
+    /// An empty list.
+    pub fn new(own_name: fn(&str) -> String) -> Self {
+        Self { files: Vec::new(), entries: BTreeMap::new(), own_name }
+    }
+
+    /// Adds a file; the index is for [`Entry::file`].
+    pub fn add_file(&mut self, path: &Path, file: File) -> usize {
+        self.files.push((path.to_path_buf(), file));
+        self.files.len() - 1
+    }
+
+    /// Adds a tensor; its bytes must lie within its file.
+    pub fn add(&mut self, name: String, entry: Entry) -> Result<()> {
+        let (path, file) = &self.files[entry.file];
+        let length = file.metadata()?.len();
+        if entry.offset.checked_add(entry.bytes).is_none_or(|end| end > length) {
+            return Err(Error::invalid(format!(
+                "{} is truncated: tensor {} needs {} bytes at {}, the file ends at {length}",
+                path.display(),
+                entry.label,
+                entry.bytes,
+                entry.offset
+            )));
+        }
+        if let Some(other) = self.entries.insert(name, entry) {
+            return Err(Error::invalid(format!("{}: tensor {} is there twice", self.place(), other.label)));
+        }
+        Ok(())
+    }
+
+    /// The shape of a tensor, without taking it.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entries.get(name).map(|e| e.shape.as_slice())
+    }
+
+    /// Leaves a tensor out.
+    pub fn ignore(&mut self, name: &str) {
+        self.entries.remove(name);
+    }
+
+    /// Bytes of all tensors that are left.
+    pub fn bytes(&self) -> u64 {
+        self.entries.values().map(|e| e.bytes).sum()
+    }
+
+    /// Takes and reads a matrix, which must be `[n, k]`.
+    pub fn rows(&mut self, name: &str, n: usize, k: usize) -> Result<Rows> {
+        let entry = self.take(name, &[n, k])?;
+        let mut bytes = self.read(&entry)?;
+        if let Some(heads) = entry.interleaved_heads {
+            bytes = separate_halves(&bytes, n, heads);
+        }
+        Ok(Rows { codec: entry.codec, n, k, bytes, label: entry.label })
+    }
+
+    /// Takes and reads a vector of `len` floats.
+    pub fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let entry = self.take(name, &[len])?;
+        let bytes = self.read(&entry)?;
+        Rows { codec: entry.codec, n: 1, k: len, bytes, label: entry.label }.floats()
+    }
+
+    /// Fails if a tensor was not taken.
+    pub fn finish(self) -> Result<()> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<&str> = self.entries.values().map(|e| e.label.as_str()).take(8).collect();
+        Err(Error::invalid(format!(
+            "{} has {} tensors that a plain Llama decoder does not: {}{}",
+            self.place(),
+            self.entries.len(),
+            names.join(", "),
+            if self.entries.len() > names.len() { ", ..." } else { "" }
+        )))
+    }
+
+    /// Feeds the description of each tensor and pages from its beginning, middle and end, in the order of the names.
+    pub fn sample(&self, mut feed: impl FnMut(&[u8])) -> Result<()> {
+        const PAGE: u64 = 4096;
+        for (name, entry) in &self.entries {
+            feed(format!("{name} {:?} {:?}\n", entry.codec, entry.shape).as_bytes());
+            let last = entry.bytes.saturating_sub(PAGE);
+            let mut starts = vec![0, last / 2, last];
+            starts.dedup();
+            for start in starts {
+                feed(&self.read_at(entry, start, PAGE.min(entry.bytes))?);
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, name: &str, shape: &[usize]) -> Result<Entry> {
+        let entry = self
+            .entries
+            .remove(name)
+            .ok_or_else(|| Error::invalid(format!("{} has no tensor {}", self.place(), (self.own_name)(name))))?;
+        if entry.shape != shape {
+            return Err(Error::invalid(format!(
+                "{}: tensor {} is {:?}, expected {shape:?}",
+                self.place(),
+                entry.label,
+                entry.shape
+            )));
+        }
+        Ok(entry)
+    }
+
+    fn read(&self, entry: &Entry) -> Result<Vec<u8>> {
+        self.read_at(entry, 0, entry.bytes)
+    }
+
+    /// Plain reads, no map: nothing of the file stays resident, and one that shrinks meanwhile is an error, not a signal.
+    fn read_at(&self, entry: &Entry, start: u64, len: u64) -> Result<Vec<u8>> {
+        let (path, mut file) = (&self.files[entry.file].0, &self.files[entry.file].1);
+        let mut bytes = vec![0; len as usize];
+        file.seek(SeekFrom::Start(entry.offset + start))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(|e| Error::invalid(format!("{}: tensor {}: {e}", path.display(), entry.label)))?;
+        Ok(bytes)
+    }
+
+    /// The file, or the directory of several.
+    fn place(&self) -> String {
+        match &self.files[..] {
+            [] => "the model".to_string(),
+            [(path, _)] => path.display().to_string(),
+            [(path, _), ..] => path.parent().unwrap_or(path).display().to_string(),
+        }
+    }
+}
+
+/// llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head, so its converter stores a
+/// head's rows as first of one half, first of the other, second of one half, and so on. This puts the halves back
+/// together; rows move whole.
+fn separate_halves(bytes: &[u8], n: usize, heads: usize) -> Vec<u8> {
+    let row = bytes.len() / n;
+    let half = n / heads / 2;
+    let mut out = Vec::with_capacity(bytes.len());
+    for head in 0..heads {
+        for part in 0..2 {
+            for i in 0..half {
+                let from = (head * half + i) * 2 + part;
+                out.extend_from_slice(&bytes[from * row..(from + 1) * row]);
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::separate_halves;
+
+    #[test]
+    fn halves_are_separated_per_head() {
+        // The converter's own step, on row numbers: reshape (heads, 2, half), swap the last two, flatten.
+        let (heads, half) = (3, 4);
+        let mut stored = Vec::new();
+        for head in 0..heads {
+            for i in 0..half {
+                for part in 0..2 {
+                    let row = (head * 2 + part) * half + i;
+                    stored.extend([row as u8, 100 + row as u8]);
+                }
+            }
+        }
+        let rows: Vec<u8> = (0..heads * half * 2).flat_map(|r| [r as u8, 100 + r as u8]).collect();
+        assert_eq!(separate_halves(&stored, 24, heads), rows);
+    }
+}

@@ -1,0 +1,303 @@
+//! GGUF files of architecture `llama`: one file with everything.
+//!
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. candle parses the header; it is well tested
+//! against hostile lengths, and the blocks themselves go to our own packing untouched.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::{Content, Value};
+
+use super::checkpoint::{Checkpoint, Entry};
+use super::{Opened, check};
+use crate::model::{ModelConfig, RopeScaling};
+use crate::ops::quant::Codec;
+use crate::{Error, Result};
+
+/// Names within a block, GGUF's and Hugging Face's.
+const BLOCK_NAMES: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
+/// Names outside the blocks.
+const OUTER_NAMES: [(&str, &str); 3] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+];
+
+/// Settings that change the arithmetic in ways that the decoder does not have.
+const REFUSED: [&str; 8] = [
+    "expert_count",
+    "attention.sliding_window",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.scale",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+];
+
+/// The header of a GGUF file, and the file, rewound nowhere in particular.
+pub fn header(path: &Path) -> Result<(Content, File)> {
+    let file = File::open(path).map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
+    let content = Content::read(&mut BufReader::new(&file)).map_err(|e| {
+        let why = e.to_string();
+        Error::invalid(format!("{} is no readable GGUF file: {}", path.display(), why.lines().next().unwrap_or(&why)))
+    })?;
+    Ok((content, file))
+}
+
+/// Reads the description and lists the tensors.
+pub fn open(path: &Path) -> Result<Opened> {
+    let (content, file) = header(path)?;
+    describe(path, &content, file).map_err(|mut e| {
+        if !e.message.contains(&*path.to_string_lossy()) {
+            e.message = format!("{}: {}", path.display(), e.message);
+        }
+        e
+    })
+}
+
+fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
+    let meta = Metadata(content);
+    match meta.text("general.architecture")? {
+        Some("llama") => {}
+        other => {
+            let found = other.unwrap_or("(none)");
+            return Err(Error::invalid(format!("architecture {found:?} is not supported, only \"llama\"")));
+        }
+    }
+    if let Some(count @ 2..) = meta.integer("split.count")? {
+        return Err(Error::invalid(format!(
+            "one of {count} parts of a split model: join them with llama-gguf-split --merge"
+        )));
+    }
+    for key in REFUSED {
+        if content.metadata.get(&format!("llama.{key}")).is_some_and(|v| !is_off(v)) {
+            return Err(Error::invalid(format!(
+                "llama.{key} is set: this variation of the architecture is not supported"
+            )));
+        }
+    }
+
+    let mut checkpoint =
+        Checkpoint::new(|name| gguf_name(name).map_or_else(|| name.to_string(), |own| format!("{own} ({name})")));
+    let num_heads = meta.required("llama.attention.head_count")?;
+    let num_kv_heads = meta.integer("llama.attention.head_count_kv")?.unwrap_or(num_heads);
+    let index = checkpoint.add_file(path, file);
+    for (label, info) in &content.tensor_infos {
+        let codec = codec(info.ggml_dtype).ok_or_else(|| {
+            Error::invalid(format!(
+                "tensor {label} is {:?}; supported are F32, F16, BF16, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0",
+                info.ggml_dtype
+            ))
+        })?;
+        let shape = info.shape.dims().to_vec();
+        let (values, block) = (info.ggml_dtype.block_size(), info.ggml_dtype.type_size());
+        let bytes = match shape.split_last() {
+            Some((k, outer)) if k.is_multiple_of(values) => {
+                outer.iter().try_fold(k / values * block, |n, d| n.checked_mul(*d))
+            }
+            _ => None,
+        }
+        .ok_or_else(|| {
+            Error::invalid(format!("tensor {label}: shape {shape:?} is no whole number of {codec:?} blocks"))
+        })?;
+        let name = hf_name(label);
+        let interleaved_heads = match name.as_deref() {
+            Some(n) if n.ends_with("q_proj.weight") => Some(num_heads),
+            Some(n) if n.ends_with("k_proj.weight") => Some(num_kv_heads),
+            _ => None,
+        };
+        let offset = content.tensor_data_offset.saturating_add(info.offset);
+        let bytes = bytes as u64;
+        let entry = Entry { label: label.clone(), codec, shape, file: index, offset, bytes, interleaved_heads };
+        checkpoint.add(name.unwrap_or_else(|| label.clone()), entry)?;
+    }
+
+    let hidden_size = meta.required("llama.embedding_length")?;
+    let head_dim = match meta.integer("llama.attention.key_length")? {
+        Some(length) => length,
+        None if num_heads > 0 => hidden_size / num_heads,
+        None => 0,
+    };
+    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
+        if let Some(length) = meta.integer(key)?
+            && length != head_dim
+        {
+            return Err(Error::invalid(format!(
+                "{key} {length} differs from the head dimension {head_dim}: not supported"
+            )));
+        }
+    }
+    let vocab_size = checkpoint
+        .shape("model.embed_tokens.weight")
+        .and_then(|shape| shape.first().copied())
+        .ok_or_else(|| Error::invalid("there is no tensor token_embd.weight"))?;
+    let tied = checkpoint.shape("lm_head.weight").is_none();
+    let factors = match checkpoint.shape("rope_freqs.weight") {
+        Some(_) => Some(checkpoint.vector("rope_freqs.weight", head_dim / 2)?),
+        None => None,
+    };
+    let config = check(ModelConfig {
+        hidden_size,
+        intermediate_size: meta.required("llama.feed_forward_length")?,
+        num_layers: meta.required("llama.block_count")?,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        vocab_size,
+        rms_norm_eps: meta
+            .float("llama.attention.layer_norm_rms_epsilon")?
+            .ok_or_else(|| Error::invalid("metadata llama.attention.layer_norm_rms_epsilon is missing"))?,
+        rope_theta: meta.float("llama.rope.freq_base")?.unwrap_or(10_000.0),
+        rope_scaling: rope_scaling(&meta, factors)?,
+        max_position_embeddings: meta.required("llama.context_length")?,
+    })?;
+    Ok(Opened { config, checkpoint, tied })
+}
+
+/// Linear scaling from the metadata; Llama 3's comes as a tensor of factors, one a frequency.
+fn rope_scaling(meta: &Metadata, factors: Option<Vec<f32>>) -> Result<RopeScaling> {
+    let factor = match meta.text("llama.rope.scaling.type")? {
+        None => meta.float("llama.rope.scale_linear")?.unwrap_or(1.0),
+        Some("none") => 1.0,
+        Some("linear") => meta.float("llama.rope.scaling.factor")?.ok_or_else(|| {
+            Error::invalid("llama.rope.scaling.type is linear, but there is no llama.rope.scaling.factor")
+        })?,
+        Some(other) => {
+            return Err(Error::invalid(format!(
+                "RoPE scaling {other:?} is not supported: none, linear or llama3's factors"
+            )));
+        }
+    };
+    Ok(match factors {
+        Some(factors) => RopeScaling::Factors(factors.into_iter().map(|f| f * factor).collect()),
+        None if factor == 1.0 => RopeScaling::None,
+        None => RopeScaling::Linear { factor },
+    })
+}
+
+fn codec(dtype: GgmlDType) -> Option<Codec> {
+    Some(match dtype {
+        GgmlDType::F32 => Codec::F32,
+        GgmlDType::F16 => Codec::F16,
+        GgmlDType::BF16 => Codec::BF16,
+        GgmlDType::Q4_0 => Codec::Q4_0,
+        GgmlDType::Q4_1 => Codec::Q4_1,
+        GgmlDType::Q5_0 => Codec::Q5_0,
+        GgmlDType::Q5_1 => Codec::Q5_1,
+        GgmlDType::Q8_0 => Codec::Q8_0,
+        GgmlDType::Q4K => Codec::Q4K,
+        GgmlDType::Q5K => Codec::Q5K,
+        GgmlDType::Q6K => Codec::Q6K,
+        GgmlDType::Q8_1 | GgmlDType::Q2K | GgmlDType::Q3K | GgmlDType::Q8K => return None,
+    })
+}
+
+/// `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`.
+fn hf_name(own: &str) -> Option<String> {
+    if let Some((_, name)) = OUTER_NAMES.iter().find(|(gguf, _)| *gguf == own) {
+        return Some(name.to_string());
+    }
+    let (layer, part) = own.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
+    let (_, name) = BLOCK_NAMES.iter().find(|(gguf, _)| *gguf == part)?;
+    Some(format!("model.layers.{layer}.{name}.weight"))
+}
+
+/// The other way.
+fn gguf_name(hf: &str) -> Option<String> {
+    if let Some((own, _)) = OUTER_NAMES.iter().find(|(_, name)| *name == hf) {
+        return Some(own.to_string());
+    }
+    let (layer, part) = hf.strip_prefix("model.layers.")?.strip_suffix(".weight")?.split_once('.')?;
+    let (own, _) = BLOCK_NAMES.iter().find(|(_, name)| *name == part)?;
+    Some(format!("blk.{layer}.{own}.weight"))
+}
+
+/// Zero, false or empty: as good as absent.
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::F32(v) => *v == 0.0,
+        Value::F64(v) => *v == 0.0,
+        Value::Bool(v) => !v,
+        Value::String(v) => v.is_empty(),
+        Value::Array(v) => v.is_empty(),
+        other => integer(other) == Some(0),
+    }
+}
+
+/// An integer of any width, if it is one and not negative.
+pub fn integer(value: &Value) -> Option<usize> {
+    match *value {
+        Value::U8(v) => Some(v.into()),
+        Value::U16(v) => Some(v.into()),
+        Value::U32(v) => usize::try_from(v).ok(),
+        Value::U64(v) => usize::try_from(v).ok(),
+        Value::I8(v) => usize::try_from(v).ok(),
+        Value::I16(v) => usize::try_from(v).ok(),
+        Value::I32(v) => usize::try_from(v).ok(),
+        Value::I64(v) => usize::try_from(v).ok(),
+        _ => None,
+    }
+}
+
+/// Typed look-ups: a key that is absent is `None`, one of another type is an error that names it.
+pub struct Metadata<'a>(pub &'a Content);
+
+impl<'a> Metadata<'a> {
+    /// An integer of any width.
+    pub fn integer(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key, "a whole number", integer)
+    }
+
+    /// An integer that must be there.
+    pub fn required(&self, key: &str) -> Result<usize> {
+        self.integer(key)?.ok_or_else(|| Error::invalid(format!("metadata {key} is missing")))
+    }
+
+    /// A float.
+    pub fn float(&self, key: &str) -> Result<Option<f32>> {
+        self.get(key, "a number", |v| match v {
+            Value::F32(v) => Some(*v),
+            Value::F64(v) => Some(*v as f32),
+            other => integer(other).map(|v| v as f32),
+        })
+    }
+
+    /// A string.
+    pub fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.get(key, "text", |v| v.to_string().ok().map(String::as_str))
+    }
+
+    /// A boolean.
+    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.get(key, "true or false", |v| v.to_bool().ok())
+    }
+
+    /// An array, each element through `element`.
+    pub fn list<T>(&self, key: &str, element: impl Fn(&'a Value) -> Option<T>) -> Result<Option<Vec<T>>> {
+        self.get(key, "a list of one kind", |v| v.to_vec().ok()?.iter().map(&element).collect())
+    }
+
+    fn get<T>(&self, key: &str, kind: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        match self.0.metadata.get(key) {
+            None => Ok(None),
+            Some(value) => match read(value) {
+                Some(value) => Ok(Some(value)),
+                None => Err(Error::invalid(format!("metadata {key} is not {kind}"))),
+            },
+        }
+    }
+}
