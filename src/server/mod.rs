@@ -1,3 +1,5 @@
 //! HTTP: router, limits, shutdown.
 
 pub mod prompt;
+mod template;
+mod tokenizer;

@@ -1,0 +1,193 @@
+//! Ids and text against Hugging Face's tokenizers, streaming, chat prompts.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use proptest::prelude::*;
+use quiver::hub::{self, ModelFiles, ModelFormat};
+use quiver::server::prompt::TextCodec;
+use serde_json::{Value, json};
+
+fn fixture(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+}
+
+fn gguf(name: &str) -> TextCodec {
+    let format = ModelFormat::Gguf(fixture(&format!("tokenizer/{name}.gguf")));
+    TextCodec::load(&ModelFiles { name: name.to_string(), format }).unwrap()
+}
+
+fn directory() -> TextCodec {
+    let format = ModelFormat::HuggingFace(fixture("tokenizer/hf"));
+    TextCodec::load(&ModelFiles { name: "hf".to_string(), format }).unwrap()
+}
+
+static SMOLLM2: LazyLock<TextCodec> = LazyLock::new(|| {
+    let files = hub::resolve(hub::DEFAULT_MODEL, &hub::default_cache(), true).unwrap();
+    TextCodec::load(&files).unwrap()
+});
+
+fn golden(name: &str) -> Vec<Value> {
+    let all: Value = serde_json::from_slice(&std::fs::read(fixture("tokenizer/ids.json")).unwrap()).unwrap();
+    all[name].as_array().unwrap().clone()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn check(name: &str, codec: &TextCodec) {
+    let rows = golden(name);
+    assert!(rows.len() > 70);
+    for row in rows {
+        let text = row["text"].as_str().unwrap();
+        let expected = ids(&row["ids"]);
+        assert_eq!(codec.encode(text, true).unwrap(), expected, "{name} {text:?}");
+        if let Some(decoded) = row["decoded"].as_str() {
+            assert_eq!(codec.decode(&expected, true).unwrap(), decoded, "{name} {text:?}");
+        }
+        let mut stream = codec.stream(true);
+        let mut streamed = String::new();
+        for &id in &expected {
+            let piece = stream.push(id).unwrap();
+            assert!(!piece.contains('\u{FFFD}'), "{name} {text:?}: half a character at {id}");
+            streamed.push_str(&piece);
+        }
+        streamed.push_str(&stream.finish().unwrap());
+        assert_eq!(streamed, codec.decode(&expected, true).unwrap(), "{name} {text:?}");
+    }
+}
+
+#[test]
+fn smollm2_ids_are_hugging_faces() {
+    check("smollm2", &SMOLLM2);
+    for row in golden("smollm2") {
+        // Byte-level without special tokens: nothing is lost.
+        assert_eq!(SMOLLM2.decode(&ids(&row["ids"]), false).unwrap(), row["text"].as_str().unwrap());
+    }
+}
+
+#[test]
+fn sentencepiece_ids_are_hugging_faces() {
+    check("spm", &gguf("spm"));
+}
+
+#[test]
+fn llama3_ids_are_hugging_faces() {
+    check("llama3", &gguf("llama3"));
+    check("llama3", &directory());
+}
+
+#[test]
+fn qwen2_ids_are_hugging_faces() {
+    check("qwen2", &gguf("qwen2"));
+}
+
+#[test]
+fn special_tokens_and_vocabulary() {
+    let c = &*SMOLLM2;
+    assert_eq!(c.vocab_size(), 49152);
+    assert_eq!((c.bos_token_id(), c.eos_token_ids()), (Some(1), &[2][..]));
+    assert_eq!(c.id_of("<|im_end|>"), Some(2));
+    assert_eq!(c.id_of("<|nothing|>"), None);
+    assert_eq!(c.decode(&[1, 2], true).unwrap(), "");
+    assert_eq!(c.decode(&[1, 2], false).unwrap(), "<|im_start|><|im_end|>");
+    assert_eq!(c.decode(&[9_999_999], false).unwrap(), "");
+    assert_eq!(c.token_bytes(9_999_999), b"");
+    let id = c.encode(" world", false).unwrap();
+    assert_eq!((id.len(), c.token_bytes(id[0]), c.token_string(id[0]).as_str()), (1, &b" world"[..], " world"));
+    // One byte of an emoji: text cannot show it, bytes can.
+    let emoji = c.encode("😀", false).unwrap();
+    assert_eq!(emoji.iter().flat_map(|&id| c.token_bytes(id).to_vec()).collect::<Vec<_>>(), "😀".as_bytes());
+
+    let spm = gguf("spm");
+    assert_eq!(spm.encode("", true).unwrap(), [1]);
+    assert_eq!(spm.encode("", false).unwrap(), Vec::<u32>::new());
+    assert_eq!((spm.bos_token_id(), spm.eos_token_ids()), (Some(1), &[2][..]));
+    assert_eq!(spm.token_bytes(spm.id_of("<0x0A>").unwrap()), b"\n");
+    assert_eq!(directory().eos_token_ids(), &[602, 600], "generation_config.json's list");
+}
+
+#[test]
+fn chat_prompts_are_transformers() {
+    let expected: Value =
+        serde_json::from_slice(&std::fs::read(fixture("smollm2-peft/expected.json")).unwrap()).unwrap();
+    let mut prompts = 0;
+    for case in expected.as_object().unwrap().values().flat_map(|cases| cases.as_object().unwrap().values()) {
+        let messages = [json!({"role": "user", "content": case["user"]})];
+        let prompt = SMOLLM2.apply_chat_template(&messages, true).unwrap();
+        assert_eq!(SMOLLM2.encode(&prompt, false).unwrap(), ids(&case["prompt_ids"]));
+        let greedy = ids(&case["greedy_ids"]);
+        assert_eq!(SMOLLM2.decode(&greedy, true).unwrap(), case["greedy_text"].as_str().unwrap());
+        prompts += 1;
+    }
+    assert_eq!(prompts, 12);
+
+    let own_system = [json!({"role": "system", "content": "Be brief."}), json!({"role": "user", "content": "hi"})];
+    assert_eq!(
+        SMOLLM2.apply_chat_template(&own_system, false).unwrap(),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    );
+    let parts = [json!({"role": "user", "content": [{"type": "text", "text": " a"}, {"type": "text", "text": "b "}]})];
+    assert_eq!(
+        directory().apply_chat_template(&parts, true).unwrap(),
+        "<|begin|><|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let error = gguf("spm").apply_chat_template(&own_system, true).unwrap_err();
+    assert!(error.message.contains("no chat template"), "{error}");
+    assert_eq!(SMOLLM2.apply_chat_template(&[json!({"role": "user"})], true).unwrap_err().status(), 400);
+}
+
+#[test]
+fn refusals_name_what_is_wrong() {
+    let load = |format| TextCodec::load(&ModelFiles { name: "x".to_string(), format }).map(|_| ()).unwrap_err();
+    let none = load(ModelFormat::HuggingFace(fixture("peft-tiny/base")));
+    assert!(none.message.contains("tokenizer.json"), "{none}");
+    let dir = tempfile::tempdir().unwrap();
+    // The name of the rules, and the decoder, as files that we do not know would have them.
+    let bytes = std::fs::read(fixture("tokenizer/qwen2.gguf")).unwrap();
+    let at = bytes.windows(5).position(|w| w == b"qwen2").unwrap();
+    let unknown = [&bytes[..at], b"qwenX", &bytes[at + 5..]].concat();
+    let path = dir.path().join("unknown.gguf");
+    std::fs::write(&path, unknown).unwrap();
+    let error = load(ModelFormat::Gguf(path));
+    assert!(error.message.contains("qwenX") && error.message.contains("llama-bpe"), "{error}");
+    let text = std::fs::read_to_string(fixture("tokenizer/hf/tokenizer.json")).unwrap();
+    let mut form: Value = serde_json::from_str(&text).unwrap();
+    form["decoder"] = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
+    std::fs::write(dir.path().join("tokenizer.json"), form.to_string()).unwrap();
+    let error = load(ModelFormat::HuggingFace(dir.path().to_path_buf()));
+    assert!(error.message.contains("WordPiece"), "{error}");
+}
+
+fn streamed(codec: &TextCodec, ids: &[u32], skip: bool) -> String {
+    let mut stream = codec.stream(skip);
+    let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    text.push_str(&stream.finish().unwrap());
+    text
+}
+
+proptest! {
+    #[test]
+    fn streams_of_any_ids_add_up(ids in proptest::collection::vec(0u32..49_160, 0..60)) {
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| SMOLLM2.token_bytes(id).to_vec()).collect();
+        prop_assert_eq!(streamed(&SMOLLM2, &ids, false), String::from_utf8_lossy(&bytes));
+        prop_assert_eq!(streamed(&SMOLLM2, &ids, true), SMOLLM2.decode(&ids, true).unwrap());
+    }
+
+    /// Small ids are single bytes here: most sequences are broken UTF-8.
+    #[test]
+    fn decoding_is_the_tokenizers_crates(ids in proptest::collection::vec(0u32..610, 0..40), skip: bool) {
+        static THEIRS: LazyLock<tokenizers::Tokenizer> =
+            LazyLock::new(|| tokenizers::Tokenizer::from_file(fixture("tokenizer/hf/tokenizer.json")).unwrap());
+        static OURS: LazyLock<TextCodec> = LazyLock::new(|| gguf("llama3"));
+        let theirs = THEIRS.decode(&ids, skip).unwrap();
+        prop_assert_eq!(streamed(&OURS, &ids, skip), theirs.as_str());
+    }
+
+    #[test]
+    fn any_text_comes_back(text in "\\PC{0,40}|[ \\t\\r\\n0-9a-zé中😀]{0,40}") {
+        let ids = SMOLLM2.encode(&text, false).unwrap();
+        prop_assert_eq!(SMOLLM2.decode(&ids, false).unwrap(), text);
+    }
+}
