@@ -1,8 +1,225 @@
 //! The thread pool that the CPU halves share.
+//!
+//! A decode step runs a few hundred short parallel regions, a few microseconds apart. General pools wake a sleeping worker
+//! for each, which costs more than the region; so a worker here spins for some tens of microseconds after a region, then
+//! sleeps. An idle process uses no CPU.
 
-/// Runs `f(0) .. f(tasks - 1)`, in any order, on the pool's threads and the caller's, and returns when all are done.
-pub fn parallel_for(tasks: usize, f: impl Fn(usize) + Sync) {
-    for i in 0..tasks {
-        f(i);
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::thread::{self, Thread};
+use std::{any::Any, hint, ptr};
+
+/// Spins between regions before a worker sleeps: about 50 microseconds of pause instructions.
+const SPINS: usize = 2_000;
+
+/// Threads that a region may use, the caller's included; 0 until set or first used.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// Sets the number of threads. Takes effect if no region ran before.
+pub fn set_threads(threads: usize) {
+    THREADS.store(threads.max(1), Ordering::Relaxed);
+}
+
+/// Threads that a region uses, the caller's included.
+pub fn threads() -> usize {
+    match THREADS.load(Ordering::Relaxed) {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
+/// One parallel region, on the caller's stack while it runs.
+struct Region<'a> {
+    task: &'a (dyn Fn(usize) + Sync),
+    tasks: usize,
+    /// Next task to claim.
+    next: AtomicUsize,
+    /// First panic of a task, to be raised in the caller.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Region<'_> {
+    fn work(&self) {
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= self.tasks {
+                return;
+            }
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (self.task)(i))) {
+                self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(panic);
+            }
+        }
+    }
+}
+
+/// What workers watch.
+struct Shared {
+    /// The region to work on, or null. Its lifetime is erased: see `parallel_for`.
+    region: AtomicPtr<Region<'static>>,
+    /// Counts regions, so that a worker enters each once.
+    epoch: AtomicUsize,
+    /// Workers inside the current region.
+    inside: AtomicUsize,
+    /// One flag a worker: it sleeps and must be woken.
+    asleep: Vec<AtomicBool>,
+}
+
+struct Pool {
+    shared: &'static Shared,
+    workers: Vec<Thread>,
+    /// Held while a region runs: a second caller works alone instead of waiting.
+    busy: Mutex<()>,
+}
+
+fn pool() -> &'static Pool {
+    static POOL: OnceLock<Pool> = OnceLock::new();
+    POOL.get_or_init(|| {
+        let workers = threads() - 1;
+        let shared: &'static Shared = Box::leak(Box::new(Shared {
+            region: AtomicPtr::new(ptr::null_mut()),
+            epoch: AtomicUsize::new(0),
+            inside: AtomicUsize::new(0),
+            asleep: (0..workers).map(|_| AtomicBool::new(false)).collect(),
+        }));
+        let workers = (0..workers)
+            .map(|i| {
+                let spawned = thread::Builder::new().name(format!("ops-{i}")).spawn(move || worker(shared, i));
+                // Without its threads nothing can be served, and this runs once, at start.
+                spawned.expect("the system gives a thread").thread().clone()
+            })
+            .collect();
+        Pool { shared, workers, busy: Mutex::new(()) }
+    })
+}
+
+fn worker(shared: &'static Shared, index: usize) {
+    let mut seen = 0;
+    loop {
+        let mut spins = 0;
+        while shared.epoch.load(Ordering::Acquire) == seen {
+            spins += 1;
+            if spins < SPINS {
+                hint::spin_loop();
+                continue;
+            }
+            shared.asleep[index].store(true, Ordering::SeqCst);
+            while shared.epoch.load(Ordering::SeqCst) == seen {
+                thread::park();
+            }
+            shared.asleep[index].store(false, Ordering::SeqCst);
+        }
+        seen = shared.epoch.load(Ordering::Acquire);
+        // Enter before reading the pointer: the caller clears it first and then waits until nobody is inside.
+        shared.inside.fetch_add(1, Ordering::SeqCst);
+        let region = shared.region.load(Ordering::SeqCst);
+        if !region.is_null() {
+            // SAFETY: the caller keeps the region alive until `inside` is zero after clearing the pointer, and this
+            // worker raised `inside` before it saw the pointer set.
+            unsafe { &*region }.work();
+        }
+        shared.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Runs `task(0) .. task(tasks - 1)`, in any order, on the pool's threads and the caller's, and returns when all are done.
+/// A panic of a task is raised here. Calls from inside a task or from a second thread run on their own thread alone.
+pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
+    let alone = || (0..tasks).for_each(&task);
+    if tasks <= 1 || threads() == 1 {
+        return alone();
+    }
+    let pool = pool();
+    let Ok(_busy) = pool.busy.try_lock() else { return alone() };
+    let region = Region { task: &task, tasks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
+    let shared = pool.shared;
+    shared.region.store(ptr::from_ref(&region).cast_mut().cast(), Ordering::SeqCst);
+    shared.epoch.fetch_add(1, Ordering::SeqCst);
+    for (thread, asleep) in pool.workers.iter().zip(&shared.asleep).take(tasks - 1) {
+        if asleep.load(Ordering::SeqCst) {
+            thread.unpark();
+        }
+    }
+    region.work();
+    // No new worker can see the region after this; those inside finish before it goes.
+    shared.region.store(ptr::null_mut(), Ordering::SeqCst);
+    while shared.inside.load(Ordering::SeqCst) != 0 {
+        hint::spin_loop();
+    }
+    if let Some(panic) = region.panic.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        resume_unwind(panic);
+    }
+}
+
+/// A pointer that tasks of one region share to write disjoint parts of one buffer.
+#[derive(Clone, Copy)]
+pub struct SharedMut<T>(*mut T);
+
+// SAFETY: only a pointer; every use is an unsafe call that promises disjoint ranges.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    /// Shares a buffer for the length of a region.
+    pub fn new(buffer: &mut [T]) -> Self {
+        Self(buffer.as_mut_ptr())
+    }
+
+    /// `buffer[start..start + len]`.
+    ///
+    /// # Safety
+    /// The range lies in the buffer, the buffer outlives the region, and no other live slice overlaps the range.
+    #[allow(clippy::mut_from_ref)] // The caller promises what the borrow checker cannot see.
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
+        // SAFETY: promised by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU64;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_nesting() {
+        for tasks in [0, 1, 2, 3, 7, 64, 1000] {
+            let counts: Vec<AtomicU64> = (0..tasks).map(|_| AtomicU64::new(0)).collect();
+            parallel_for(tasks, |i| {
+                parallel_for(3, |_| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+            });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 3));
+        }
+    }
+
+    #[test]
+    fn many_callers_and_many_regions() {
+        let total = AtomicU64::new(0);
+        thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| {
+                    for _ in 0..500 {
+                        parallel_for(5, |i| {
+                            total.fetch_add(i as u64, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.into_inner(), 4 * 500 * 10);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        let result = catch_unwind(|| parallel_for(8, |i| assert!(i != 5, "task five")));
+        assert!(result.is_err());
+        let sum = AtomicU64::new(0);
+        parallel_for(8, |i| {
+            sum.fetch_add(i as u64, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 28);
     }
 }

@@ -1,0 +1,226 @@
+use candle_core::quantized::{GgmlDType, QTensor};
+
+use super::*;
+
+/// All block formats.
+pub const BLOCK_CODECS: [Codec; 8] =
+    [Codec::Q4_0, Codec::Q4_1, Codec::Q5_0, Codec::Q5_1, Codec::Q8_0, Codec::Q4K, Codec::Q5K, Codec::Q6K];
+
+/// A small generator, so that cases are the same everywhere.
+fn next(state: &mut u64) -> u32 {
+    *state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    (*state >> 33) as u32
+}
+
+/// Values in about -2..2.
+pub fn random_floats(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    (0..count).map(|_| next(&mut state) as f32 / 2f32.powi(30) - 1.0).collect()
+}
+
+/// Where a block's f16 scales lie.
+fn half_offsets(codec: Codec) -> &'static [usize] {
+    match codec {
+        Codec::Q4_0 | Codec::Q5_0 | Codec::Q8_0 => &[0],
+        Codec::Q6K => &[208],
+        _ => &[0, 2],
+    }
+}
+
+/// Random bytes as blocks, with scales that are finite, of both signs, sometimes zero, subnormal or large.
+pub fn random_blocks(codec: Codec, n: usize, k: usize, seed: u64) -> Vec<u8> {
+    let (values, size) = blocks::block_size(codec).expect("a block codec");
+    let mut state = seed;
+    let mut bytes: Vec<u8> = (0..n * k / values * size).map(|_| next(&mut state) as u8).collect();
+    for block in bytes.chunks_exact_mut(size) {
+        for &at in half_offsets(codec) {
+            let d = match next(&mut state) % 16 {
+                0 => 0.0,
+                1 => 3e-7,
+                2 => 200.0,
+                r => (r as f32 - 8.5) / 100.0,
+            };
+            block[at..at + 2].copy_from_slice(&half::f16::from_f32(d).to_le_bytes());
+        }
+    }
+    bytes
+}
+
+fn source(codec: Codec, n: usize, k: usize, seed: u64) -> Source<'static> {
+    let bytes = match codec {
+        Codec::F32 => random_floats(n * k, seed).iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Codec::F16 => random_floats(n * k, seed).iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        Codec::BF16 => random_floats(n * k, seed).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        _ => random_blocks(codec, n, k, seed),
+    };
+    Source::Blocks { codec, n, k, bytes: bytes.into() }
+}
+
+fn codebook(n: usize, k: usize, block: usize) -> Source<'static> {
+    let mut state = 9;
+    Source::Codebook {
+        n,
+        k,
+        block,
+        codes: (0..(n * k).div_ceil(2)).map(|_| next(&mut state) as u8).collect::<Vec<_>>().into(),
+        scales: random_floats((n * k).div_ceil(block), 4),
+        codebook: std::array::from_fn(|i| i as f32 / 7.0 - 1.1),
+    }
+}
+
+fn product(w: &Arc<QMatrix>, x: &[f32]) -> Vec<f32> {
+    let x = Tensor::from_slice(x, (x.len() / w.k(), w.k()), &Device::Cpu).expect("a tensor");
+    matmul(w, &x).and_then(|y| Ok(y.flatten_all()?.to_vec1()?)).expect("a product")
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Product against f64 over the exact values. `steps`: what rounding an activation row to integers may cost, in steps.
+fn check_product(w: &QMatrix, x: &[f32], y: &[f32], steps: f64, what: &str) {
+    let (n, k) = (w.n(), w.k());
+    let rows: Vec<Vec<f32>> = (0..n).map(|r| w.row(r)).collect();
+    for (x, y) in x.chunks_exact(k).zip(y.chunks_exact(n)) {
+        let step = f64::from(x.iter().fold(0f32, |a, b| a.max(b.abs()))) / 16256.0;
+        for (row, got) in rows.iter().zip(y) {
+            let terms = || row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+            let want: f64 = terms().sum();
+            let size: f64 = terms().map(f64::abs).sum();
+            let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
+            // Rounding errors add up like a random walk; six deviations never happen by chance here.
+            let allowed = steps * step * norm * 6.0 * (1.0f64 / 12.0).sqrt() + size * 1e-5 + 1e-30;
+            assert!((f64::from(*got) - want).abs() <= allowed, "{what}: {got} for {want}, allowed {allowed}");
+        }
+    }
+}
+
+#[test]
+fn rows_are_exactly_what_candle_decodes() {
+    let types = [
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+    ];
+    for (codec, dtype) in BLOCK_CODECS.into_iter().zip(types) {
+        for n in [1, 15, 16, 17, 100] {
+            let k = 512;
+            let bytes = random_blocks(codec, n, k, 7 + n as u64);
+            let storage = candle_core::quantized::QStorage::from_data(bytes.clone().into(), &Device::Cpu, dtype);
+            let reference = QTensor::new(storage.expect("storage"), (n, k)).expect("a tensor");
+            let reference: Vec<Vec<f32>> =
+                reference.dequantize(&Device::Cpu).and_then(|t| t.to_vec2()).expect("candle decodes");
+            let w = QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: bytes.into() }]).expect("packs");
+            for (row, want) in reference.iter().enumerate() {
+                // `==`, not bits: the sign of a zero may differ.
+                assert_eq!(&w.row(row), want, "{codec:?} row {row} of {n}");
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_and_codebook_rows_are_exact() {
+    let x = random_floats(33 * 65, 2);
+    let w = QMatrix::dense(33, 65, x.clone()).expect("packs");
+    assert_eq!((0..33).flat_map(|r| w.row(r)).collect::<Vec<_>>(), x);
+    for (n, k, block) in [(17, 128, 64), (5, 96, 64), (3, 33, 16), (16, 320, 32)] {
+        let source = codebook(n, k, block);
+        let w = QMatrix::pack(std::slice::from_ref(&source)).expect("packs");
+        let Source::Codebook { codes, scales, codebook, .. } = source else { unreachable!("made above") };
+        for row in 0..n {
+            let want: Vec<f32> = (row * k..(row + 1) * k)
+                .map(|i| {
+                    let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+                    codebook[usize::from(code)] * scales[i / block]
+                })
+                .collect();
+            assert_eq!(w.row(row), want, "[{n}, {k}] blocks of {block}, row {row}");
+        }
+    }
+}
+
+#[test]
+fn products_match_float64() {
+    for codec in BLOCK_CODECS.into_iter().chain([Codec::F32, Codec::F16, Codec::BF16]) {
+        let ks: &[usize] = match codec {
+            Codec::Q4K | Codec::Q5K | Codec::Q6K => &[256, 1536],
+            _ => &[32, 96, 320, 576],
+        };
+        for (i, &k) in ks.iter().enumerate() {
+            for (n, m) in [(1, 1), (15, 3), (16, 8), (17, 13), (100, 70)] {
+                let w = Arc::new(QMatrix::pack(&[source(codec, n, k, (i + n) as u64)]).expect("packs"));
+                let x = random_floats(m * k, 11 + m as u64);
+                check_product(&w, &x, &product(&w, &x), 1.0, &format!("{codec:?} [{n}, {k}] x {m}"));
+            }
+        }
+    }
+    for (n, k, block) in [(17, 128, 64), (30, 96, 64)] {
+        let w = Arc::new(QMatrix::pack(&[codebook(n, k, block)]).expect("packs"));
+        let x = random_floats(9 * k, 1);
+        check_product(&w, &x, &product(&w, &x), 0.0, "codebook");
+    }
+}
+
+#[test]
+fn a_row_is_the_same_alone_and_in_any_batch() {
+    let k = 256;
+    let stack =
+        [source(Codec::Q4_1, 40, k, 1), source(Codec::Q6K, 17, k, 2), source(Codec::F16, 9, k, 3), codebook(20, k, 64)];
+    let w = Arc::new(QMatrix::pack(&stack).expect("packs"));
+    assert_eq!(w.n(), 86);
+    let x = random_floats(300 * k, 5);
+    let all = product(&w, &x);
+    check_product(&w, &x[..k * 20], &all[..86 * 20], 1.0, "stacked parts");
+    for (first, rows) in [(0, 1), (7, 1), (299, 1), (3, 6), (100, 129)] {
+        let some = product(&w, &x[first * k..(first + rows) * k]);
+        assert_eq!(bits(&some), bits(&all[first * 86..(first + rows) * 86]), "rows {first}..{}", first + rows);
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_stay_in_their_row() {
+    let k = 64;
+    let w = Arc::new(QMatrix::pack(&[source(Codec::Q4_1, 20, k, 1), source(Codec::F32, 20, k, 2)]).expect("packs"));
+    let clean = random_floats(9 * k, 5);
+    let mut x = clean.clone();
+    (x[3 * k + 5], x[6 * k]) = (f32::NAN, f32::INFINITY);
+    let (y, want) = (product(&w, &x), product(&w, &clean));
+    for row in 0..9 {
+        let range = row * 40..(row + 1) * 40;
+        if row == 3 || row == 6 {
+            assert!(y[range].iter().all(|v| !v.is_finite()), "row {row}");
+        } else {
+            assert_eq!(bits(&y[range.clone()]), bits(&want[range]), "row {row}");
+        }
+    }
+}
+
+#[test]
+fn default_model_formats_stay_near_their_file_size() {
+    let size = |codec, bytes: usize| {
+        let w = QMatrix::pack(&[source(codec, 1536, 576, 1)]).expect("packs");
+        assert_eq!(w.bytes(), 1536 * 576 / 32 * bytes);
+    };
+    size(Codec::Q4_1, 20);
+    size(Codec::Q8_0, 34);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let pack = |codec, n, k, len: usize| QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: vec![0; len].into() }]);
+    for (codec, n, k, len) in
+        [(Codec::Q4_1, 2, 33, 40), (Codec::Q4_1, 2, 32, 39), (Codec::Q4K, 1, 32, 18), (Codec::F16, 2, 2, 9)]
+    {
+        assert!(pack(codec, n, k, len).is_err(), "{codec:?} [{n}, {k}] in {len} bytes");
+    }
+    assert!(QMatrix::pack(&[]).is_err());
+    assert!(QMatrix::pack(&[source(Codec::F32, 2, 32, 1), source(Codec::F32, 2, 64, 1)]).is_err());
+    let w = QMatrix::dense(4, 2, vec![0.0; 8]).expect("packs");
+    assert!(gather_rows(&w, &[1, 4]).is_err());
+}
