@@ -1,0 +1,447 @@
+//! `adapter_config.json` as PEFT 0.21 writes it: which modules an adapter changes, and with what rank and scale.
+//!
+//! PEFT ignores keys it does not know, and servers often ignore options they do not apply; both make an adapter that
+//! loads and answers wrongly. Here an option is applied, known not to matter after training, or refused by name.
+
+use std::collections::HashMap;
+
+use fancy_regex::Regex;
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// Options that only steered training, or say where the adapter came from.
+const WITHOUT_EFFECT: [&str; 19] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",
+    // Llama's projections are `nn.Linear`; PEFT itself resets this to false for them.
+    "fan_in_fan_out",
+    // These three matter only with the option they belong to, which is refused.
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    // The initialisations named here leave the base alone (see `check_init`).
+    "eva_config",
+    "target_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "beta1",
+    "beta2",
+    "orth_reg_weight",
+    "total_step",
+];
+
+/// Options that [`PeftConfig::parse`] reads.
+const READ: [&str; 16] = [
+    "peft_type",
+    "task_type",
+    "r",
+    "init_r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_bias",
+    "bias",
+    "init_lora_weights",
+    "alora_invocation_tokens",
+];
+
+/// Options that change what the adapter computes in a way that is not served, and what to do about each.
+const REFUSED: [(&str, &str); 16] = [
+    ("use_dora", "DoRA rescales the base weights' rows, which this server does not do: train without it"),
+    ("modules_to_save", "whole layers of the base were trained, which cannot be shared: use LoRA on them instead"),
+    ("layer_replication", "the adapter belongs to a base with repeated layers"),
+    ("trainable_token_indices", "rows of the embedding were trained; embeddings are shared by all adapters here"),
+    ("target_parameters", "only linear layers can be targeted"),
+    ("use_qalora", "QA-LoRA pools the input of A"),
+    ("use_bdlora", "block-diagonal LoRA is not served"),
+    ("megatron_config", "Megatron parallel layers are not served"),
+    ("loftq_config", "LoftQ changes the base"),
+    ("corda_config", "CorDA changes the base: convert it to plain LoRA when saving"),
+    ("lora_ga_config", "LoRA-GA changes the base: convert it to plain LoRA when saving"),
+    ("kasa_config", "KaSA changes the base"),
+    ("velora_config", "VeLoRA is not served"),
+    ("monteclora_config", "MonteCLoRA is not served"),
+    ("arrow_config", "Arrow routing between adapters is not served"),
+    ("ensure_weight_tying", "adapters on tied embeddings are not served"),
+];
+
+/// Which formula the tensors follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `scale * B A`.
+    Lora,
+    /// `scale * B (A * E)` with `E [r, 1]` (PEFT's `SVDLinear`).
+    AdaLora,
+}
+
+/// What an adapter says about itself, checked.
+#[derive(Debug)]
+pub struct PeftConfig {
+    /// LoRA or AdaLoRA.
+    pub kind: Kind,
+    /// Whether `lora_B` has a bias.
+    pub lora_bias: bool,
+    /// Rank where no pattern says otherwise; `init_r` for AdaLoRA.
+    rank: usize,
+    /// `lora_alpha` where no pattern says otherwise.
+    alpha: f64,
+    /// Divide alpha by the square root of the rank.
+    rslora: bool,
+    /// Ranks of modules whose path matches; the first hit wins.
+    rank_pattern: Vec<(Regex, usize)>,
+    /// Alphas of modules whose path matches; the first hit wins.
+    alpha_pattern: Vec<(Regex, f64)>,
+    /// AdaLoRA: ranks left after pruning, by module path.
+    pruned: HashMap<String, usize>,
+    /// Modules that it changes.
+    targets: Matcher,
+    /// Modules that it leaves alone although `targets` names them.
+    exclude: Option<Matcher>,
+    /// Layers to which a list of `targets` is limited.
+    layers: Option<Vec<usize>>,
+    /// Finds the layer index in a path.
+    layer_index: Vec<Regex>,
+}
+
+/// How PEFT names modules.
+#[derive(Debug)]
+enum Matcher {
+    /// Every linear layer but the output head.
+    AllLinear,
+    /// A regular expression that matches the whole path.
+    Whole(Regex),
+    /// Paths, or their last components.
+    Names(Vec<String>),
+}
+
+impl Matcher {
+    fn matches(&self, path: &str) -> Result<bool> {
+        match self {
+            Self::AllLinear => Ok(path.ends_with("_proj")),
+            Self::Whole(regex) => is_match(regex, path),
+            Self::Names(names) => Ok(names
+                .iter()
+                .any(|n| path.strip_suffix(n.as_str()).is_some_and(|p| p.is_empty() || p.ends_with('.')))),
+        }
+    }
+}
+
+impl PeftConfig {
+    /// Reads the text of `adapter_config.json`. Errors name every option that cannot be served.
+    pub fn parse(text: &str) -> Result<Self> {
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| invalid(format!("adapter_config.json is not valid JSON: {e}")))?;
+        let Value::Object(map) = value else { return Err(invalid("adapter_config.json must hold one JSON object")) };
+        let options = Options(map);
+        options.check_served()?;
+
+        let kind = match options.string("peft_type")?.as_deref() {
+            Some("LORA") => Kind::Lora,
+            Some("ADALORA") => Kind::AdaLora,
+            Some(other) => return Err(unsupported(format!("peft_type {other:?}: only LORA and ADALORA are served"))),
+            None => return Err(invalid("peft_type is missing: is this a PEFT adapter?")),
+        };
+        let mut config = Self {
+            kind,
+            lora_bias: options.bool("lora_bias")?,
+            rank: options.positive(if kind == Kind::Lora { "r" } else { "init_r" })?.unwrap_or(match kind {
+                Kind::Lora => 8,
+                Kind::AdaLora => 12,
+            }),
+            alpha: options.number("lora_alpha")?.unwrap_or(8.0),
+            rslora: options.bool("use_rslora")?,
+            rank_pattern: Vec::new(),
+            alpha_pattern: options.patterns("alpha_pattern", |key, v| {
+                v.as_f64().filter(|a| a.is_finite()).ok_or_else(|| must(key, "be a number", v))
+            })?,
+            pruned: HashMap::new(),
+            // PEFT's default for Llama.
+            targets: options
+                .matcher("target_modules", true)?
+                .unwrap_or_else(|| Matcher::Names(vec!["q_proj".into(), "v_proj".into()])),
+            exclude: options.matcher("exclude_modules", false)?,
+            layers: options.layers()?,
+            layer_index: options.layer_index()?,
+        };
+        if config.layers.is_some() && !matches!(config.targets, Matcher::Names(_)) {
+            return Err(invalid("layers_to_transform needs target_modules to be a list of names"));
+        }
+        match kind {
+            Kind::Lora => {
+                config.rank_pattern = options.patterns("rank_pattern", |key, v| {
+                    v.as_u64()
+                        .filter(|r| *r > 0)
+                        .map(|r| r as usize)
+                        .ok_or_else(|| must(key, "be a positive integer", v))
+                })?;
+            }
+            Kind::AdaLora => {
+                for (name, used) in [
+                    ("use_rslora", config.rslora),
+                    ("lora_bias", config.lora_bias),
+                    ("alpha_pattern", !config.alpha_pattern.is_empty()),
+                ] {
+                    if used {
+                        return Err(unsupported(format!("{name}: AdaLoRA does not have it")));
+                    }
+                }
+                config.pruned = options.pruned_ranks()?;
+            }
+        }
+        Ok(config)
+    }
+
+    /// Whether PEFT would put an adapter on the module at `path` (`check_target_module_exists`).
+    pub fn targets(&self, path: &str) -> Result<bool> {
+        if let Some(exclude) = &self.exclude
+            && exclude.matches(path)?
+        {
+            return Ok(false);
+        }
+        if !self.targets.matches(path)? {
+            return Ok(false);
+        }
+        let Some(layers) = &self.layers else { return Ok(true) };
+        if matches!(&self.targets, Matcher::Names(names) if names.iter().any(|n| n == path)) {
+            return Ok(true);
+        }
+        for regex in &self.layer_index {
+            let found = regex.captures(path).map_err(|e| invalid(format!("layers_pattern on {path}: {e}")))?;
+            if let Some(index) = found.as_ref().and_then(|c| c.name("idx")) {
+                return Ok(index.as_str().parse().is_ok_and(|i: usize| layers.contains(&i)));
+            }
+        }
+        Ok(false)
+    }
+
+    /// Rank and scale of the module at `path` (`get_pattern_key`; scale is alpha/r, or alpha/sqrt(r) under rsLoRA).
+    /// Rank 0 is possible for AdaLoRA only: pruned away.
+    pub fn rank_and_scale(&self, path: &str) -> Result<(usize, f32)> {
+        let rank = match self.pruned.get(path) {
+            Some(rank) => *rank,
+            None => first_hit(&self.rank_pattern, path)?.unwrap_or(self.rank),
+        };
+        let alpha = first_hit(&self.alpha_pattern, path)?.unwrap_or(self.alpha);
+        let scale = match self.kind {
+            Kind::Lora if self.rslora => alpha / (rank as f64).sqrt(),
+            Kind::Lora => alpha / rank as f64,
+            // `ranknum` stays `init_r` after pruning, and PEFT adds 1e-5 to it.
+            Kind::AdaLora => (if alpha > 0.0 { alpha } else { self.rank as f64 }) / (self.rank as f64 + 1e-5),
+        };
+        Ok((rank, scale as f32))
+    }
+}
+
+/// The JSON object with typed access.
+struct Options(Map<String, Value>);
+
+impl Options {
+    /// Refuses every option that cannot be served, all in one message.
+    fn check_served(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        for (key, value) in &self.0 {
+            if WITHOUT_EFFECT.contains(&key.as_str()) || READ.contains(&key.as_str()) || is_empty(value) {
+                continue;
+            }
+            match REFUSED.iter().find(|(name, _)| name == key) {
+                Some((_, why)) => problems.push(format!("{key}: {why}")),
+                None => problems.push(format!("{key}: unknown option with the value {}", short(value))),
+            }
+        }
+        // An empty list still means "activated LoRA" to PEFT.
+        if self.0.get("alora_invocation_tokens").is_some_and(|v| !v.is_null()) {
+            problems.push("alora_invocation_tokens: activated LoRA is not served".into());
+        }
+        match self.0.get("bias") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(s)) if s == "none" => {}
+            Some(v) => {
+                problems.push(format!("bias {}: the base's biases were trained; only \"none\" is served", short(v)))
+            }
+        }
+        match self.0.get("task_type") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(s)) if s == "CAUSAL_LM" => {}
+            Some(v) => problems.push(format!("task_type {}: only CAUSAL_LM adapters can be served", short(v))),
+        }
+        problems.extend(self.check_init());
+        if problems.is_empty() { Ok(()) } else { Err(unsupported(problems.join("; "))) }
+    }
+
+    /// Some initialisations move part of the base weights into the adapter, which then fits no shared base.
+    fn check_init(&self) -> Option<String> {
+        let value = self.0.get("init_lora_weights")?;
+        let Value::String(init) = value else {
+            return (!value.is_boolean() && !value.is_null())
+                .then(|| format!("init_lora_weights must be a boolean or a name, not {}", short(value)));
+        };
+        match init.to_lowercase().as_str() {
+            "gaussian" | "eva" | "orthogonal" | "mica" => None,
+            name if ["pissa", "olora", "corda", "loftq", "lora_ga"].iter().any(|p| name.starts_with(p)) => {
+                Some(format!(
+                    "init_lora_weights {init:?}: it changed the base weights, so the adapter does not fit the shared base; \
+                     save it with path_initial_model_for_weight_conversion to get a plain LoRA adapter"
+                ))
+            }
+            _ => Some(format!("init_lora_weights {init:?}: unknown")),
+        }
+    }
+
+    /// The value, unless absent or null.
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    fn string(&self, key: &str) -> Result<Option<String>> {
+        self.get(key).map(|v| v.as_str().map(str::to_owned).ok_or_else(|| must(key, "be a string", v))).transpose()
+    }
+
+    fn bool(&self, key: &str) -> Result<bool> {
+        self.get(key).map_or(Ok(false), |v| v.as_bool().ok_or_else(|| must(key, "be true or false", v)))
+    }
+
+    fn positive(&self, key: &str) -> Result<Option<usize>> {
+        let read = |v: &Value| match v.as_u64() {
+            Some(n) if n > 0 => Ok(n as usize),
+            _ => Err(must(key, "be a positive integer", v)),
+        };
+        self.get(key).map(read).transpose()
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.get(key).map(|v| v.as_f64().ok_or_else(|| must(key, "be a number", v))).transpose()
+    }
+
+    fn strings(&self, key: &str) -> Result<Option<Vec<String>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        if let Value::String(one) = value {
+            return Ok(Some(vec![one.clone()]));
+        }
+        let list = value.as_array().and_then(|l| l.iter().map(|v| v.as_str().map(str::to_owned)).collect());
+        list.map(Some).ok_or_else(|| must(key, "be a string or a list of strings", value))
+    }
+
+    fn matcher(&self, key: &str, all_linear: bool) -> Result<Option<Matcher>> {
+        match self.get(key) {
+            Some(Value::String(s)) if s.is_empty() => Ok(None),
+            Some(Value::String(s)) if all_linear && s.eq_ignore_ascii_case("all-linear") => {
+                Ok(Some(Matcher::AllLinear))
+            }
+            Some(Value::String(s)) => Ok(Some(Matcher::Whole(regex(key, &format!("^(?:{s})$"))?))),
+            _ => Ok(self.strings(key)?.filter(|names| !names.is_empty()).map(Matcher::Names)),
+        }
+    }
+
+    /// `re.match(rf"(.*\.)?({key})$", path)` for each key, in the file's order.
+    fn patterns<T>(&self, key: &str, read: impl Fn(&str, &Value) -> Result<T>) -> Result<Vec<(Regex, T)>> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let map = value.as_object().ok_or_else(|| must(key, "be an object", value))?;
+        map.iter()
+            .map(|(pattern, v)| {
+                let name = format!("{key}[{pattern:?}]");
+                Ok((regex(&name, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, read(&name, v)?))
+            })
+            .collect()
+    }
+
+    fn layers(&self) -> Result<Option<Vec<usize>>> {
+        let key = "layers_to_transform";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let list = match value {
+            Value::Array(list) => list.iter().map(|v| v.as_u64().map(|i| i as usize)).collect(),
+            one => one.as_u64().map(|i| vec![i as usize]),
+        };
+        let list: Vec<usize> = list.ok_or_else(|| must(key, "be a layer index or a list of them", value))?;
+        // PEFT: an empty list is no limit.
+        Ok((!list.is_empty()).then_some(list))
+    }
+
+    /// Without a pattern, the first numbered component is the layer.
+    fn layer_index(&self) -> Result<Vec<Regex>> {
+        let key = "layers_pattern";
+        match self.strings(key)?.filter(|patterns| patterns.iter().any(|p| !p.is_empty())) {
+            None => Ok(vec![regex(key, r"^.*?\.[^.]*\.(?P<idx>\d+)\.")?]),
+            Some(patterns) => {
+                patterns.iter().map(|p| regex(key, &format!(r"^(?:.*?\.)?{p}\.(?P<idx>\d+)\."))).collect()
+            }
+        }
+    }
+
+    /// AdaLoRA's `rank_pattern`: `{"<path>.lora_E": [kept, ...]}`.
+    fn pruned_ranks(&self) -> Result<HashMap<String, usize>> {
+        let key = "rank_pattern";
+        let Some(value) = self.get(key) else { return Ok(HashMap::new()) };
+        let map = value.as_object().ok_or_else(|| must(key, "be an object", value))?;
+        map.iter()
+            .map(|(name, v)| {
+                let kept = v.as_array().and_then(|l| l.iter().map(Value::as_bool).collect::<Option<Vec<_>>>());
+                let kept = kept.ok_or_else(|| must(&format!("{key}[{name:?}]"), "be a list of booleans", v))?;
+                let path = name.find(".lora_E").map_or(name.as_str(), |end| &name[..end]);
+                let path = path.strip_prefix("base_model.model.").unwrap_or(path);
+                Ok((path.to_owned(), kept.iter().filter(|k| **k).count()))
+            })
+            .collect()
+    }
+}
+
+fn first_hit<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Result<Option<T>> {
+    for (regex, value) in patterns {
+        if is_match(regex, path)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+fn regex(option: &str, pattern: &str) -> Result<Regex> {
+    Regex::new(pattern).map_err(|e| invalid(format!("{option} is not a regular expression that can be used: {e}")))
+}
+
+fn is_match(regex: &Regex, path: &str) -> Result<bool> {
+    regex.is_match(path).map_err(|e| invalid(format!("matching {:?} against {path}: {e}", regex.as_str())))
+}
+
+/// Null, false, `""`, `[]` and `{}` turn an option off.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(s) => s.is_empty(),
+        Value::Array(a) => a.is_empty(),
+        Value::Object(o) => o.is_empty(),
+        Value::Bool(true) | Value::Number(_) => false,
+    }
+}
+
+/// A value for a message, cut where it would flood it.
+fn short(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+fn must(key: &str, what: &str, value: &Value) -> Error {
+    invalid(format!("adapter_config.json: {key} must {what}, not {}", short(value)))
+}
+
+/// A file that contradicts itself, the format or the model.
+pub(super) fn invalid(message: impl Into<String>) -> Error {
+    Error::invalid(message).code("adapter_invalid")
+}
+
+/// A correct file that asks for what this server does not do.
+fn unsupported(message: impl Into<String>) -> Error {
+    Error::invalid(format!("this adapter cannot be served: {}", message.into())).code("adapter_unsupported")
+}

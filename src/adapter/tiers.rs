@@ -1,0 +1,371 @@
+//! Where a generation's weights are: on disk, in host memory in the file's precision, or in a slot in f32.
+//!
+//! Each tier has a byte budget and gives up its least recently used adapter first; pinned ones stay. The engine thread
+//! owns [`Tiers`] and never waits: whatever is not in a slot is read, checked and laid out by loader threads, and the
+//! engine asks again at a later step. That also holds for adapters in host memory: laying out a rank-8 adapter of a
+//! 135M model takes 2 ms, one of rank 64 of an 8B model takes hundreds, and one way for both is easier to reason about
+//! than a size limit.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::peft::AdapterWeights;
+use super::slots::{SlotPool, SlotWeights};
+use super::{Generation, Lease, State};
+use crate::engine::Residency;
+use crate::error::ErrorKind;
+use crate::model::ModelConfig;
+use crate::{Error, Result};
+
+/// Threads that read adapters and lay them out. Two, so that a slow disk does not hold up what is in memory already,
+/// and no more, because they share the cores with the engine.
+const LOADERS: usize = 2;
+
+/// How many requests for other slots an adapter that has just arrived survives before anyone has used it. Without
+/// this, two requests that fit one at a time could evict each other for ever; with no limit, an adapter that is no
+/// longer asked for could block the queue.
+const GRACE: u64 = 256;
+
+/// Counters of the adapter tiers that the metrics page reads.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Adapters read, checked and published.
+    pub loads: AtomicU64,
+    /// Time these loads took in all, in microseconds.
+    pub load_micros: AtomicU64,
+    /// Loads that were refused or failed.
+    pub load_failures: AtomicU64,
+    /// Adapters brought into a slot.
+    pub slot_loads: AtomicU64,
+    /// Of these, the ones that had to be read from disk again.
+    pub disk_reads: AtomicU64,
+    /// Adapters that gave up their slot for another.
+    pub slot_evictions: AtomicU64,
+    /// Adapters whose host memory was given to others.
+    pub host_evictions: AtomicU64,
+    /// Bytes of adapters in host memory now.
+    pub host_bytes: AtomicU64,
+    /// Bytes of adapters in slots now, with those on their way in.
+    pub slot_bytes: AtomicU64,
+    /// Counts the moments at which some generation may have become free, for [`Tiers::sweep`].
+    pub(super) retirements: AtomicU64,
+}
+
+/// Adapters in host memory under a byte budget.
+pub struct HostTier {
+    budget: usize,
+    pub(super) stats: Arc<Stats>,
+    entries: Mutex<HostEntries>,
+}
+
+#[derive(Default)]
+struct HostEntries {
+    map: HashMap<u64, HostEntry>,
+    /// Counts uses, to tell which is the oldest.
+    clock: u64,
+    bytes: usize,
+}
+
+struct HostEntry {
+    state: Arc<State>,
+    weights: Arc<AdapterWeights>,
+    bytes: usize,
+    last_used: u64,
+}
+
+impl HostTier {
+    /// An empty tier for `budget` bytes.
+    pub fn new(budget: usize, stats: Arc<Stats>) -> Self {
+        Self { budget, stats, entries: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HostEntries> {
+        // The map is consistent between statements, so a panic elsewhere does not spoil it.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The weights of a generation, if they are here.
+    fn get(&self, key: u64) -> Option<Arc<AdapterWeights>> {
+        let mut entries = self.lock();
+        entries.clock += 1;
+        let clock = entries.clock;
+        let entry = entries.map.get_mut(&key)?;
+        entry.last_used = clock;
+        Some(entry.weights.clone())
+    }
+
+    pub(super) fn contains(&self, key: u64) -> bool {
+        self.lock().map.contains_key(&key)
+    }
+
+    /// Takes a generation's weights in, and drops the least recently used ones over the budget; one that is alone over
+    /// the budget is dropped itself and read from disk when needed. Pinned generations stay, and so do retired ones
+    /// that a request still holds, whose files may be gone.
+    pub fn put(&self, generation: &Generation, weights: Arc<AdapterWeights>) {
+        let mut entries = self.lock();
+        entries.clock += 1;
+        let entry =
+            HostEntry { state: generation.state.clone(), weights, bytes: generation.bytes, last_used: entries.clock };
+        entries.bytes += entry.bytes;
+        if let Some(old) = entries.map.insert(generation.key, entry) {
+            entries.bytes -= old.bytes;
+        }
+        while entries.bytes > self.budget {
+            let spill =
+                entries.map.iter().filter(|(_, e)| !e.state.pinned.load(SeqCst) && !e.state.retired.load(SeqCst));
+            let Some(key) = spill.min_by_key(|(_, e)| e.last_used).map(|(key, _)| *key) else { break };
+            if let Some(old) = entries.map.remove(&key) {
+                entries.bytes -= old.bytes;
+                self.stats.host_evictions.fetch_add(1, Relaxed);
+            }
+        }
+        self.stats.host_bytes.store(entries.bytes as u64, Relaxed);
+    }
+
+    pub(super) fn remove(&self, key: u64) {
+        let mut entries = self.lock();
+        if let Some(old) = entries.map.remove(&key) {
+            entries.bytes -= old.bytes;
+            self.stats.host_bytes.store(entries.bytes as u64, Relaxed);
+        }
+    }
+}
+
+/// The engine thread's side of the adapters: which generation is in which slot.
+pub struct Tiers {
+    /// Bytes that slots may take.
+    budget: usize,
+    pool: SlotPool,
+    /// Generations in a slot or on their way, by key.
+    entries: HashMap<u64, Entry>,
+    /// Which generation holds a slot.
+    by_slot: HashMap<u32, u64>,
+    /// Loads that failed and whose requester has not been told yet.
+    failed: HashMap<u64, (Arc<State>, Error)>,
+    /// Bytes of all entries.
+    bytes: usize,
+    /// Counts calls of `acquire`.
+    clock: u64,
+    /// The value of `Stats::retirements` up to which retired generations have been freed.
+    swept: u64,
+    jobs: Sender<Arc<Generation>>,
+    done: Receiver<(u64, Result<SlotWeights>)>,
+    stats: Arc<Stats>,
+}
+
+struct Entry {
+    state: Arc<State>,
+    bytes: usize,
+    /// `None` while it is being loaded.
+    slot: Option<u32>,
+    /// `Ready` answers not yet released.
+    uses: usize,
+    /// Clock of the last use, or of the arrival.
+    last_used: u64,
+    /// Nobody has used it since it arrived.
+    fresh: bool,
+}
+
+impl Entry {
+    fn evictable(&self, clock: u64) -> bool {
+        let awaited = self.fresh && clock - self.last_used <= GRACE && self.state.leases.load(SeqCst) > 0;
+        self.slot.is_some() && self.uses == 0 && !self.state.pinned() && !awaited
+    }
+}
+
+impl Tiers {
+    /// Empty slots of `budget` bytes in all, with loader threads that end when this is dropped. Errors: no thread.
+    pub(super) fn new(model: Arc<ModelConfig>, host: Arc<HostTier>, budget: usize) -> Result<Self> {
+        let (jobs, queue) = channel::<Arc<Generation>>();
+        let (results, done) = channel();
+        let queue = Arc::new(Mutex::new(queue));
+        let stats = host.stats.clone();
+        for i in 0..LOADERS {
+            let (queue, results, model, host) = (queue.clone(), results.clone(), model.clone(), host.clone());
+            let run = move || {
+                loop {
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(generation) = next else { return };
+                    let loaded = catch_unwind(AssertUnwindSafe(|| load(&generation, &host, &model)))
+                        .unwrap_or_else(|_| Err(Error::internal("the adapter loader panicked")));
+                    if results.send((generation.key, loaded)).is_err() {
+                        return;
+                    }
+                }
+            };
+            std::thread::Builder::new().name(format!("adapter-loader-{i}")).spawn(run)?;
+        }
+        Ok(Self {
+            budget,
+            pool: SlotPool::default(),
+            entries: HashMap::new(),
+            by_slot: HashMap::new(),
+            failed: HashMap::new(),
+            bytes: 0,
+            clock: 0,
+            swept: 0,
+            jobs,
+            done,
+            stats,
+        })
+    }
+
+    /// What a forward pass reads.
+    pub fn pool(&self) -> &SlotPool {
+        &self.pool
+    }
+
+    /// Asks for a generation in a slot; see [`Residency`]. Never blocks. Each `Ready` counts one use, ended by
+    /// [`Tiers::release`].
+    pub fn acquire(&mut self, lease: &Lease) -> Residency {
+        self.sweep();
+        self.clock += 1;
+        let key = lease.key();
+        if let Some(entry) = self.entries.get_mut(&key) {
+            let Some(slot) = entry.slot else { return Residency::Loading };
+            entry.uses += 1;
+            entry.last_used = self.clock;
+            entry.fresh = false;
+            return Residency::Ready(slot);
+        }
+        if let Some((_, error)) = self.failed.remove(&key) {
+            return Residency::Failed(error);
+        }
+        if let Some(answer) = self.make_room(lease) {
+            return answer;
+        }
+        if self.jobs.send(lease.0.clone()).is_err() {
+            return Residency::Failed(Error::internal("the adapter loaders have stopped"));
+        }
+        let (state, bytes) = (lease.state.clone(), lease.slot_bytes);
+        self.entries.insert(key, Entry { state, bytes, slot: None, uses: 0, last_used: self.clock, fresh: true });
+        self.count_bytes(self.bytes + bytes);
+        Residency::Loading
+    }
+
+    /// Ends one use of a slot.
+    pub fn release(&mut self, slot: u32) {
+        let Some(key) = self.by_slot.get(&slot).copied() else { return };
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        debug_assert!(entry.uses > 0, "slot {slot} released more often than acquired");
+        entry.uses = entry.uses.saturating_sub(1);
+        if entry.uses == 0 && entry.state.over() {
+            self.free(key);
+        }
+    }
+
+    /// Puts finished loads into slots and frees the slots of retired generations that nobody holds any more. Cheap
+    /// when there is nothing to do; [`Tiers::acquire`] does it too, so an engine needs it only in steps without one
+    /// and while idle.
+    pub fn sweep(&mut self) {
+        while let Ok((key, loaded)) = self.done.try_recv() {
+            let Some(entry) = self.entries.get_mut(&key) else { continue };
+            match loaded {
+                Ok(weights) => {
+                    let slot = self.pool.insert(weights);
+                    entry.slot = Some(slot);
+                    entry.last_used = self.clock;
+                    entry.state.in_slot.store(true, SeqCst);
+                    self.by_slot.insert(slot, key);
+                    self.stats.slot_loads.fetch_add(1, Relaxed);
+                    // It may have been retired on its way in.
+                    if entry.state.over() {
+                        self.free(key);
+                    }
+                }
+                Err(error) => {
+                    self.failed.insert(key, (entry.state.clone(), error));
+                    self.free(key);
+                }
+            }
+        }
+        let retirements = self.stats.retirements.load(SeqCst);
+        if retirements != self.swept {
+            self.swept = retirements;
+            let over = |(key, e): (&u64, &Entry)| (e.slot.is_some() && e.uses == 0 && e.state.over()).then_some(*key);
+            for key in self.entries.iter().filter_map(over).collect::<Vec<_>>() {
+                self.free(key);
+            }
+        }
+        self.failed.retain(|_, (state, _)| state.leases.load(SeqCst) > 0);
+    }
+
+    /// Evicts least recently used adapters until `lease`'s fits; on failure evicts none and says why.
+    fn make_room(&mut self, lease: &Lease) -> Option<Residency> {
+        let need = lease.slot_bytes;
+        let pinned: usize = self.entries.values().filter(|e| e.state.pinned()).map(|e| e.bytes).sum();
+        if need > self.budget.saturating_sub(pinned) {
+            let error = Error::new(
+                ErrorKind::Unavailable,
+                format!(
+                    "adapter {:?} needs {need} bytes in a slot; the slot budget is {} bytes, of which pinned adapters hold \
+                     {pinned}: raise the budget or unpin some",
+                    lease.name, self.budget
+                ),
+            );
+            return Some(Residency::Failed(error.code("adapter_no_room")));
+        }
+        let mut victims: Vec<_> = self.entries.iter().filter(|(_, e)| e.evictable(self.clock)).collect();
+        victims.sort_by_key(|(key, e)| (e.last_used, **key));
+        let mut over = (self.bytes + need).saturating_sub(self.budget);
+        let mut chosen = Vec::new();
+        for (key, entry) in victims {
+            if over == 0 {
+                break;
+            }
+            over = over.saturating_sub(entry.bytes);
+            chosen.push(*key);
+        }
+        if over > 0 {
+            return Some(Residency::Full);
+        }
+        self.stats.slot_evictions.fetch_add(chosen.len() as u64, Relaxed);
+        chosen.into_iter().for_each(|key| self.free(key));
+        None
+    }
+
+    fn free(&mut self, key: u64) {
+        let Some(entry) = self.entries.remove(&key) else { return };
+        if let Some(slot) = entry.slot {
+            self.pool.remove(slot);
+            self.by_slot.remove(&slot);
+            entry.state.in_slot.store(false, SeqCst);
+        }
+        self.count_bytes(self.bytes - entry.bytes);
+    }
+
+    fn count_bytes(&mut self, bytes: usize) {
+        self.bytes = bytes;
+        self.stats.slot_bytes.store(bytes as u64, Relaxed);
+    }
+}
+
+/// A loader thread's work: host memory or disk -> the layout of a slot.
+fn load(generation: &Generation, host: &HostTier, model: &ModelConfig) -> Result<SlotWeights> {
+    let weights = match host.get(generation.key) {
+        Some(weights) => weights,
+        None => {
+            let gone = |what: String| {
+                let message = format!("adapter {:?} generation {}: {what}", generation.name, generation.id);
+                Error::new(ErrorKind::Unavailable, message).code("adapter_source_changed")
+            };
+            let (weights, id) = AdapterWeights::read(&generation.source, model)
+                .map_err(|e| gone(format!("it cannot be read again: {e}")))?;
+            if id != generation.id {
+                return Err(gone(format!(
+                    "{} now holds generation {id}; load the adapter again to serve it",
+                    generation.source.display()
+                )));
+            }
+            host.stats.disk_reads.fetch_add(1, Relaxed);
+            let weights = Arc::new(weights);
+            host.put(generation, weights.clone());
+            weights
+        }
+    };
+    Ok(SlotWeights::from_adapter(&weights, model))
+}
