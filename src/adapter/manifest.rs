@@ -44,10 +44,10 @@ impl Manifest {
             Err(e) => return (Vec::new(), vec![self.set_aside(&e.to_string())]),
         };
         let list = match serde_json::from_str::<Value>(&text) {
-            Ok(mut value) => value["adapters"].take(),
+            Ok(mut value) => value.get_mut("adapters").map(Value::take),
             Err(e) => return (Vec::new(), vec![self.set_aside(&e.to_string())]),
         };
-        let Value::Array(list) = list else {
+        let Some(Value::Array(list)) = list else {
             return (Vec::new(), vec![self.set_aside("it has no list named \"adapters\"")]);
         };
         let mut entries = Vec::new();

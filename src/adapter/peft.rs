@@ -3,7 +3,7 @@
 //! Every tensor must be used and every targeted module must be there, or the load fails and lists what was not: an
 //! adapter that loads has its full effect.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -237,7 +237,7 @@ impl Plan {
 
         let mut problems = Vec::new();
         let mut found: BTreeMap<(usize, Module), Parts> = BTreeMap::new();
-        let mut names = Names::default();
+        let mut adapters = BTreeSet::new();
         for (name, info) in tensors {
             // PEFT saves a copy of a targeted head's frozen weight, which is the base's own if the shape is.
             if name == "base_model.model.lm_head.base_layer.weight" && config.targets("lm_head")? {
@@ -247,7 +247,7 @@ impl Plan {
                 }
                 continue;
             }
-            let Some((path, role)) = names.split(name, config.kind) else {
+            let Some((path, role, adapter)) = split(name, config.kind) else {
                 problems.push(unused(name, model));
                 continue;
             };
@@ -255,6 +255,7 @@ impl Plan {
                 problems.push(unused(name, model));
                 continue;
             };
+            adapters.insert(adapter);
             let parts = found.entry(*place).or_default();
             let part = match role {
                 Role::A => &mut parts.a,
@@ -262,9 +263,10 @@ impl Plan {
                 Role::E => &mut parts.e,
                 Role::Bias => &mut parts.bias,
             };
-            if let Some((other, _)) = part.replace((name, info)) {
-                problems.push(format!("{other} and {name} are the same tensor of two adapters: keep one"));
-            }
+            *part = Some((name, info));
+        }
+        if adapters.len() > 1 {
+            return Err(invalid(format!("the file holds the tensors of several adapters, {adapters:?}: keep one")));
         }
 
         let mut steps = Vec::new();
@@ -282,7 +284,7 @@ impl Plan {
             }
         }
         if targeted == 0 {
-            problems.push("target_modules names no linear layer of this model".into());
+            problems.insert(0, "target_modules names no linear layer of this model".into());
         } else if steps.is_empty() && problems.is_empty() {
             problems.push("every module was pruned to rank 0: it changes nothing".into());
         }
@@ -338,37 +340,27 @@ enum Role {
     Bias,
 }
 
-/// Splits tensor names, and keeps to one adapter where names carry the adapter's.
-#[derive(Default)]
-struct Names<'a> {
-    adapter: Option<&'a str>,
-}
-
-impl<'a> Names<'a> {
-    /// `base_model.model.<path>.lora_A[.<adapter>].weight` -> path and role. PEFT strips the adapter's name when it
-    /// saves; some trainers do not. AdaLoRA's tensors are parameters, without `.weight`.
-    fn split(&mut self, name: &'a str, kind: Kind) -> Option<(&'a str, Role)> {
-        let (path, rest) = name.strip_prefix("base_model.model.")?.split_once(".lora_")?;
-        let (matrix, rest) = rest.split_at_checked(1)?;
-        let (adapter, bias) = match kind {
-            Kind::AdaLora => (rest, false),
-            Kind::Lora => match rest.strip_suffix(".weight") {
-                Some(adapter) => (adapter, false),
-                None => (rest.strip_suffix(".bias")?, true),
-            },
-        };
-        if !(adapter.is_empty() || adapter.starts_with('.')) || *self.adapter.get_or_insert(adapter) != adapter {
-            return None;
-        }
-        let role = match (matrix, bias, kind) {
-            ("A", false, _) => Role::A,
-            ("B", false, _) => Role::B,
-            ("B", true, Kind::Lora) => Role::Bias,
-            ("E", false, Kind::AdaLora) => Role::E,
-            _ => return None,
-        };
-        Some((path, role))
-    }
+/// `base_model.model.<path>.lora_A[.<adapter>].weight` -> path, role and adapter. PEFT strips the adapter's name when it
+/// saves; some trainers do not. AdaLoRA's tensors are parameters, without `.weight`.
+fn split(name: &str, kind: Kind) -> Option<(&str, Role, &str)> {
+    let (path, rest) = name.strip_prefix("base_model.model.")?.split_once(".lora_")?;
+    let (matrix, rest) = rest.split_at_checked(1)?;
+    let (adapter, bias) = match kind {
+        Kind::AdaLora => (rest, false),
+        Kind::Lora => match rest.strip_suffix(".weight") {
+            Some(adapter) => (adapter, false),
+            None => (rest.strip_suffix(".bias")?, true),
+        },
+    };
+    let role = match (matrix, bias, kind) {
+        ("A", false, _) => Role::A,
+        ("B", false, _) => Role::B,
+        ("B", true, Kind::Lora) => Role::Bias,
+        ("E", false, Kind::AdaLora) => Role::E,
+        _ => return None,
+    };
+    let adapter = if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? };
+    Some((path, role, adapter))
 }
 
 /// Checks the tensors of one targeted module. `None` when there is nothing to read: pruned away, or a problem noted.
