@@ -354,3 +354,125 @@ pub fn hex(bytes: &[u8]) -> String {
         s
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// A hub on loopback that serves `files` of any repository at revision `v1`; answers until the test ends.
+    fn hub(files: &'static [(&'static str, &'static [u8])]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let lines = BufReader::new(&stream).lines().map_while(|l| l.ok().filter(|l| !l.is_empty()));
+                let head: Vec<String> = lines.collect();
+                let path = head[0].split(' ').nth(1).unwrap();
+                let range =
+                    head.iter().find_map(|l| l.to_lowercase().strip_prefix("range: bytes=").map(str::to_string));
+                let listing = path == "/api/models/org/name/revision/v1";
+                let file = files.iter().find(|(name, _)| path == format!("/org/name/resolve/v1/{name}"));
+                let (status, body) = match (listing, file) {
+                    (true, _) => {
+                        let siblings: Vec<_> = files.iter().map(|(n, _)| serde_json::json!({"rfilename": n})).collect();
+                        ("200 OK", serde_json::json!({"siblings": siblings, "sha": "c0ffee"}).to_string().into_bytes())
+                    }
+                    (_, Some((_, body))) => ("206 Partial Content", body.to_vec()),
+                    _ => ("404 Not Found", Vec::new()),
+                };
+                let total = body.len();
+                let (start, end) = match &range {
+                    Some(range) if !listing => {
+                        let (start, end) = range.split_once('-').unwrap();
+                        (start.parse().unwrap(), end.parse().map_or(total, |end: usize| total.min(end + 1)))
+                    }
+                    _ => (0, total),
+                };
+                let etag = file.map_or("none", |(name, _)| name);
+                let _ = write!(
+                    stream,
+                    "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\nContent-Range: bytes {start}-{}/{total}\r\n\
+                     ETag: \"{etag}\"\r\nx-repo-commit: c0ffee\r\n\r\n",
+                    end - start,
+                    end.max(1) - 1,
+                );
+                let _ = stream.write_all(&body[start..end]);
+            }
+        });
+        format!("http://{address}")
+    }
+
+    fn fetch(
+        cache: &Path,
+        files: &'static [(&'static str, &'static [u8])],
+        file: Option<&str>,
+    ) -> Result<ModelFiles, String> {
+        let api = ApiBuilder::new()
+            .with_endpoint(hub(files))
+            .with_cache_dir(cache.to_path_buf())
+            .with_token(None)
+            .with_progress(false)
+            .build()
+            .unwrap();
+        from_hub(&api, "org/name", "v1", file)
+    }
+
+    #[test]
+    fn hub_repositories_give_a_directory_or_a_gguf_file() {
+        let cache = tempfile::tempdir().unwrap();
+        let safetensors: &[(&str, &[u8])] = &[
+            ("config.json", b"{}"),
+            ("model-00001-of-00001.safetensors", b"weights"),
+            ("model.safetensors.index.json", b"[]"),
+            ("original/model.safetensors", b"another"),
+            ("tokenizer.json", b"{ }"),
+        ];
+        let files = fetch(cache.path(), safetensors, None).unwrap();
+        let ModelFormat::HuggingFace(dir) = &files.format else { panic!("{files:?}") };
+        assert_eq!(files.name, "org/name");
+        for (name, content) in safetensors {
+            let there = fs::read(dir.join(name)).ok();
+            assert_eq!(there.as_deref(), Some(*content).filter(|_| !name.contains('/')), "{name}");
+        }
+
+        let one: &[(&str, &[u8])] = &[("README.md", b"x"), ("only.gguf", b"GGUF")];
+        let cache = tempfile::tempdir().unwrap();
+        let files = fetch(cache.path(), one, None).unwrap();
+        let ModelFormat::Gguf(path) = files.format else { panic!("{files:?}") };
+        assert_eq!(fs::read(path).unwrap(), b"GGUF");
+
+        let two: &[(&str, &[u8])] = &[("a.gguf", b"A"), ("b.gguf", b"B")];
+        let cache = tempfile::tempdir().unwrap();
+        let why = fetch(cache.path(), two, None).unwrap_err();
+        assert!(why.contains("a.gguf, b.gguf"), "{why}");
+        let files = fetch(cache.path(), two, Some("b.gguf")).unwrap();
+        let ModelFormat::Gguf(path) = files.format else { panic!("{files:?}") };
+        assert_eq!(fs::read(path).unwrap(), b"B");
+        let why = fetch(cache.path(), two, Some("c.gguf")).unwrap_err();
+        assert!(why.contains("c.gguf") && why.contains("404"), "{why}");
+    }
+
+    #[test]
+    fn a_pinned_file_is_taken_only_whole_and_unchanged() {
+        let cache = tempfile::tempdir().unwrap();
+        let pinned = Pinned {
+            file: "abc.gguf",
+            bytes: 3,
+            sha256: "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+            wheel: "no-such-package==0",
+            hub: "no/such",
+        };
+        let path = cache.path().join(pinned.file);
+        assert!(pinned.verify(&path).unwrap_err().contains("not there"));
+        fs::write(&path, "ab").unwrap();
+        assert!(pinned.verify(&path).unwrap_err().contains("2 bytes, expected 3"));
+        fs::write(&path, "abd").unwrap();
+        assert!(pinned.verify(&path).unwrap_err().contains("SHA-256"));
+        fs::write(&path, "abc").unwrap();
+        assert_eq!(pinned.fetch(cache.path(), false).unwrap(), path);
+    }
+}

@@ -180,6 +180,12 @@ impl Pieces {
         let decoder = Decoder::read(&decoder)?;
         let vocab = tokenizer.get_vocab(true);
         let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        if size > 1 << 24 {
+            return Err(Error::invalid(format!(
+                "the tokenizer's highest id is {}: no vocabulary is that large",
+                size - 1
+            )));
+        }
         let mut tokens = vec![""; size];
         for (token, &id) in &vocab {
             tokens[id as usize] = token;
