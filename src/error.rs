@@ -16,16 +16,39 @@ pub enum ErrorKind {
     Forbidden,
     /// 404: no such model, adapter or route.
     NotFound,
+    /// 405: the route exists, with other methods.
+    MethodNotAllowed,
     /// 409: the state does not allow it now.
     Conflict,
     /// 413: body or prompt over a limit.
     TooLarge,
+    /// 431: the request headers are over a limit.
+    HeadersTooLarge,
     /// 429: the queue is full; try again later.
     Overloaded,
     /// 503: starting or shutting down.
     Unavailable,
     /// 500: a fault of ours.
     Internal,
+}
+
+impl ErrorKind {
+    /// For metric labels.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::Conflict => "conflict",
+            Self::TooLarge => "too_large",
+            Self::HeadersTooLarge => "headers_too_large",
+            Self::Overloaded => "overloaded",
+            Self::Unavailable => "unavailable",
+            Self::Internal => "internal",
+        }
+    }
 }
 
 /// An error with everything that OpenAI's error object carries.
@@ -82,9 +105,11 @@ impl Error {
             ErrorKind::Unauthorized => 401,
             ErrorKind::Forbidden => 403,
             ErrorKind::NotFound => 404,
+            ErrorKind::MethodNotAllowed => 405,
             ErrorKind::Conflict => 409,
             ErrorKind::TooLarge => 413,
             ErrorKind::Overloaded => 429,
+            ErrorKind::HeadersTooLarge => 431,
             ErrorKind::Unavailable => 503,
             ErrorKind::Internal => 500,
         }

@@ -144,10 +144,10 @@ pub fn resolve(model: &str, cache: &Path, progress: bool) -> Result<ModelFiles> 
     }
 }
 
-/// `$QUIVER_CACHE`, else `quiver` in the user's cache directory (`$XDG_CACHE_HOME`, `~/.cache`).
+/// `$QUIVER_CACHE_DIR`, else `quiver` in the user's cache directory (`$XDG_CACHE_HOME`, `~/.cache`).
 pub fn default_cache() -> PathBuf {
     let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("QUIVER_CACHE")
+    var("QUIVER_CACHE_DIR")
         .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("quiver")))
         .or_else(|| var("HOME").map(|d| d.join(".cache/quiver")))
         .unwrap_or_else(|| std::env::temp_dir().join("quiver"))
@@ -178,7 +178,7 @@ impl Pinned {
             return Ok(path);
         }
         fs::create_dir_all(cache).map_err(|e| {
-            Error::internal(format!("the model cache {} cannot be made: {e} (set QUIVER_CACHE)", cache.display()))
+            Error::internal(format!("the model cache {} cannot be made: {e} (set QUIVER_CACHE_DIR)", cache.display()))
         })?;
         // Several processes may start at once: the first fetches, the others wait here and find the file.
         let lock = File::create(cache.join(format!(".{}.lock", self.file)))?;

@@ -101,9 +101,22 @@ pub enum FinishReason {
     Length,
 }
 
-/// What the engine tells about a sequence, in order: at most one `Prompt`, `Token`s, then `Finished` or `Failed`.
+impl FinishReason {
+    /// OpenAI's `finish_reason`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What the engine tells about a sequence, in order: at most one `Scheduled`, at most one `Prompt`, `Token`s, then
+/// `Finished` or `Failed`.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// It has left the queue for the first time: queue time ends here.
+    Scheduled,
     /// Prompt log-probabilities, one a prompt token (the first is `None`), when asked for.
     Prompt(Vec<Option<Logprobs>>),
     /// The next token. A stop id is not sent.

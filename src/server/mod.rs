@@ -1,5 +1,202 @@
-//! HTTP: router, limits, shutdown.
+//! HTTP: shared state, router, shutdown. A request goes `openai` (parse, resolve the adapter) -> `prompt` (tokens) ->
+//! `generate` (engine) -> `stream` (text, stop strings) -> `response` (OpenAI's objects).
 
+mod adapters;
+mod failure;
+mod fields;
+mod generate;
+mod info;
+mod layers;
+mod openai;
+mod params;
 pub mod prompt;
+mod response;
+mod select;
+mod stop;
+mod stream;
 mod template;
 mod tokenizer;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{get, post};
+use axum::{Router, middleware};
+use tokio::net::TcpListener;
+
+use crate::adapter::registry::Registry;
+use crate::engine::Engine;
+use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::Metrics;
+use layers::Keys;
+use prompt::TextCodec;
+
+/// Settings of the HTTP side.
+#[derive(Debug, Clone)]
+pub struct HttpConfig {
+    /// Keys for inference; none: open to all.
+    pub api_keys: Vec<String>,
+    /// Key for the admin routes; none: only loopback may use them.
+    pub admin_key: Option<String>,
+    /// Longest request body, bytes.
+    pub max_body: usize,
+}
+
+/// A loaded model with all that answers requests for it.
+pub struct Serving {
+    /// Runs requests.
+    pub engine: Engine,
+    /// Finds adapters.
+    pub registry: Registry,
+    /// Text to tokens and back.
+    pub codec: Arc<TextCodec>,
+    /// Names of the base, the first is the one in responses.
+    pub names: Vec<String>,
+    /// Where the base came from.
+    pub root: PathBuf,
+    /// Longest prompt plus output, tokens.
+    pub max_model_len: usize,
+    /// Requests that the engine lets wait, which bounds the sequences of one request.
+    pub max_waiting: usize,
+    /// Tokens of a KV block, for the metrics page.
+    pub block_size: usize,
+    /// Bytes that adapter slots may take, for the metrics page.
+    pub slot_budget: usize,
+}
+
+impl Serving {
+    /// 400 when one request wants more sequences than the queue could ever take; `param` is the field to lower.
+    fn check_sequences(&self, sequences: usize, param: &str) -> Result<()> {
+        if sequences <= self.max_waiting {
+            return Ok(());
+        }
+        let message = format!(
+            "this request makes {sequences} sequences (prompts times choices), and this server takes {} at once: split it",
+            self.max_waiting
+        );
+        Err(Error::invalid(message).param(param).code("too_many_sequences"))
+    }
+}
+
+/// What all handlers share.
+pub struct App {
+    keys: Keys,
+    max_body: usize,
+    metrics: Metrics,
+    /// Set once the model is loaded.
+    serving: OnceLock<Arc<Serving>>,
+    draining: AtomicBool,
+    /// `created` of the base in `/v1/models`.
+    started: SystemTime,
+}
+
+/// Handlers' state.
+pub type SharedApp = Arc<App>;
+
+impl App {
+    /// A server without a model: alive, not ready.
+    pub fn new(config: &HttpConfig) -> Result<SharedApp> {
+        Ok(Arc::new(Self {
+            keys: Keys::new(&config.api_keys, config.admin_key.as_deref()),
+            max_body: config.max_body,
+            metrics: Metrics::new()?,
+            serving: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            started: SystemTime::now(),
+        }))
+    }
+
+    /// Makes it ready. Only the first call counts: a server has one model for life.
+    pub fn set_serving(&self, serving: Serving) {
+        let _ = self.serving.set(Arc::new(serving));
+    }
+
+    /// The loaded model; 503 while it loads and while the server shuts down.
+    fn serving(&self) -> Result<&Arc<Serving>> {
+        let unavailable = |message| Err(Error::new(ErrorKind::Unavailable, message));
+        match self.serving.get() {
+            _ if self.draining.load(Ordering::Relaxed) => unavailable("the server is shutting down"),
+            Some(serving) => Ok(serving),
+            None => unavailable("the model is loading: GET /ready answers 200 once it is there"),
+        }
+    }
+}
+
+/// All routes with their keys, limits, logs and request ids.
+pub fn router(app: SharedApp) -> Router {
+    let inference = Router::new()
+        .route("/v1/completions", post(openai::completions))
+        .route("/v1/chat/completions", post(openai::chat_completions))
+        .route("/v1/models", get(info::models))
+        .route("/v1/models/{*id}", get(info::model))
+        .route("/tokenize", post(info::tokenize))
+        .route("/detokenize", post(info::detokenize))
+        .route("/lora-adapters", get(adapters::llama_cpp_list))
+        .route_layer(middleware::from_fn_with_state(app.clone(), layers::require_api_key));
+    let admin = Router::new()
+        .route("/admin/adapters", get(adapters::list))
+        .route("/admin/adapters/{name}", get(adapters::get).put(adapters::put).delete(adapters::delete))
+        .route("/admin/adapters/{name}/pin", post(adapters::pin))
+        .route("/admin/adapters/{name}/unpin", post(adapters::unpin))
+        .route("/v1/load_lora_adapter", post(adapters::vllm_load))
+        .route("/v1/unload_lora_adapter", post(adapters::vllm_unload))
+        .route_layer(middleware::from_fn_with_state(app.clone(), layers::require_admin));
+    let open = Router::new()
+        .route("/health", get(info::health))
+        .route("/ready", get(info::ready))
+        .route("/version", get(info::version))
+        .route("/metrics", get(info::metrics));
+    let router = inference
+        .merge(admin)
+        .merge(open)
+        .fallback(layers::unknown_route)
+        .method_not_allowed_fallback(layers::wrong_method)
+        .layer(DefaultBodyLimit::max(app.max_body))
+        .layer(middleware::from_fn_with_state(app.clone(), layers::count_errors));
+    layers::observe(router).with_state(app)
+}
+
+/// Serves until `stop` resolves; then takes no new connection or request and returns when what runs has ended, or
+/// after `drain_timeout`.
+pub async fn serve(
+    listener: TcpListener,
+    app: SharedApp,
+    stop: impl Future<Output = ()> + Send + 'static,
+    drain_timeout: Duration,
+) -> Result<()> {
+    let stopped = Arc::new(tokio::sync::Notify::new());
+    let on_stop = {
+        let (app, stopped) = (app.clone(), stopped.clone());
+        async move {
+            stop.await;
+            app.draining.store(true, Ordering::Relaxed);
+            stopped.notify_one();
+        }
+    };
+    let service = router(app.clone()).into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum::serve(listener, service).with_graceful_shutdown(on_stop);
+    let finish = async {
+        server.await?;
+        if let Some(serving) = app.serving.get() {
+            serving.engine.drain().await;
+        }
+        Ok(())
+    };
+    let give_up = async {
+        stopped.notified().await;
+        tracing::info!(timeout_s = drain_timeout.as_secs_f64(), "draining: finishing what runs");
+        tokio::time::sleep(drain_timeout).await;
+    };
+    tokio::select! {
+        result = finish => result,
+        () = give_up => {
+            tracing::warn!("drain timeout: leaving requests unfinished");
+            Ok(())
+        }
+    }
+}

@@ -22,7 +22,7 @@ use crate::ops::quant::nf4::Nf4;
 use crate::{Error, Result};
 
 /// What to make of linears that are stored as floats.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Quantize {
     /// NF4, blocks of 64, double quantisation (see [`crate::ops::quant::nf4`]). Embedding and head stay as they are.
     Nf4,

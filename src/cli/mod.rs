@@ -1,0 +1,157 @@
+//! The command line: one subcommand a file.
+
+mod adapter;
+mod doctor;
+mod serve;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::Result;
+use crate::config::{self, ServeConfig};
+use crate::hub::{self, ModelFormat};
+
+/// One 4-bit base model, many LoRA adapters: an OpenAI-compatible server.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    arg_required_else_help = true,
+    after_help = "`quiver serve` alone gets a small default model and answers on http://127.0.0.1:8000."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    /// Serve a model and its adapters over HTTP
+    #[command(
+        long_about = "Serve a model and its adapters over HTTP.\n\nEvery setting is a flag, an environment variable \
+                      (shown in brackets) and a key of the TOML file given by --config, in this order of precedence."
+    )]
+    Serve(Box<ServeConfig>),
+    /// Download a model ahead of time
+    Pull(Pull),
+    /// Look after the adapters of a running server
+    Adapter(adapter::AdapterArgs),
+    /// Say what this machine can run
+    Doctor,
+}
+
+#[derive(Debug, clap::Args)]
+struct Pull {
+    /// The alias smollm2-135m-instruct, or hf:org/name[@revision][/file]
+    #[arg(default_value = "smollm2-135m-instruct")]
+    model: String,
+    /// Where downloaded models are kept [default: ~/.cache/quiver]
+    #[arg(long, env = "QUIVER_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+}
+
+/// Runs the subcommand that the process arguments name.
+pub fn run() -> Result<()> {
+    match parse(std::env::args_os().collect())?.command {
+        Subcommands::Serve(config) => serve::run(*config),
+        Subcommands::Pull(pull) => pull.run(),
+        Subcommands::Adapter(args) => args.run(),
+        Subcommands::Doctor => doctor::run(),
+    }
+}
+
+/// Parses the arguments; wrong ones, `--help` and `--version` end the process as clap does. With `serve --config FILE`
+/// the arguments are parsed again with the file's values as defaults.
+fn parse(args: Vec<OsString>) -> Result<Cli> {
+    let mut command = Cli::command();
+    let mut matches = command.clone().get_matches_from(&args);
+    let file = matches.subcommand_matches("serve").and_then(|serve| serve.get_one::<PathBuf>("config").cloned());
+    if let Some(file) = file {
+        let mut wrong = None;
+        command = command.mut_subcommand("serve", |serve| {
+            config::with_file(serve.clone(), &file).unwrap_or_else(|e| {
+                wrong = Some(e);
+                serve
+            })
+        });
+        if let Some(error) = wrong {
+            return Err(error);
+        }
+        // The arguments alone were right, so what is wrong now stands in the file.
+        matches = command.try_get_matches_from(&args).map_err(|e| {
+            crate::Error::invalid(format!(
+                "config file {}: {}",
+                file.display(),
+                e.to_string().trim_start_matches("error: ")
+            ))
+        })?;
+    }
+    Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit()))
+}
+
+impl Pull {
+    fn run(self) -> Result<()> {
+        let files = hub::resolve(&self.model, &self.cache_dir.unwrap_or_else(hub::default_cache), true)?;
+        let (ModelFormat::Gguf(path) | ModelFormat::HuggingFace(path)) = files.format;
+        println!("{}", path.display());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{LogFormat, NamedPath};
+
+    fn serve(args: &[&str], file: &str) -> Result<ServeConfig> {
+        let mut toml = tempfile::NamedTempFile::new().expect("a temporary file");
+        toml.write_all(file.as_bytes()).expect("it can be written");
+        let path = toml.path().to_str().expect("an ASCII path");
+        let args = ["quiver", "serve", "--config", path].iter().chain(args).map(OsString::from).collect();
+        match parse(args)?.command {
+            Subcommands::Serve(config) => Ok(*config),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_go_before_the_file_and_the_file_before_defaults() {
+        let file = "port = 9000\nmax-running = 7\nadapter = ['a=x', 'b=y']\nno-prefix-cache = true\nkv-memory = '1GiB'\n\
+                    log-format = 'json'\ndrain-timeout = 1.5";
+        let config = serve(&["--port", "9001"], file).expect("all is right");
+        assert_eq!(config.port, 9001);
+        assert_eq!(config.max_running, 7);
+        assert_eq!(config.max_batch_tokens, 512);
+        assert_eq!(config.kv_memory, Some(1 << 30));
+        assert!(config.no_prefix_cache);
+        assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!(config.drain_timeout, Duration::from_millis(1500));
+        let named = |name: &str, path: &str| NamedPath { name: name.into(), path: path.into() };
+        assert_eq!(config.adapter, [named("a", "x"), named("b", "y")]);
+    }
+
+    #[test]
+    fn a_wrong_file_is_named_with_what_is_wrong() {
+        for (file, what) in [
+            ("prot = 1", "`prot` is no setting"),
+            ("config = 'x'", "`config` is no setting"),
+            ("port = [[1]]", "`port` must be"),
+            ("port = 70000", "70000"),
+            ("quantize = 'nf5'", "nf5"),
+            ("port = ", "TOML parse error"),
+            ("kv-memory = 'much'", "\"much\" is no size"),
+        ] {
+            let error = serve(&[], file).expect_err(file).to_string();
+            assert!(error.starts_with("config file ") && error.contains(what), "{file}: {error}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Adapters over HTTP: our admin routes, vLLM's load and unload, llama.cpp's list.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::SharedApp;
+use super::failure::{Failed, Failure, respond};
+use super::fields::{self, Fields};
+use super::response::unix;
+use crate::adapter::registry::AdapterInfo;
+use crate::error::{Error, ErrorKind, Result};
+
+fn object(info: &AdapterInfo) -> Value {
+    let mut object = json!(info);
+    object["object"] = "adapter".into();
+    object["loaded_at"] = unix(info.loaded_at).into();
+    object
+}
+
+/// `GET /admin/adapters`.
+pub async fn list(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+    let data: Vec<Value> = app.serving()?.registry.list().iter().map(object).collect();
+    Ok(Json(json!({"object": "list", "data": data})))
+}
+
+/// `GET /admin/adapters/{name}`.
+pub async fn get(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&app.serving()?.registry.get(&name)?)))
+}
+
+/// `PUT /admin/adapters/{name}` with `{source, pinned}`: loads, or replaces with a new generation.
+pub async fn put(
+    State(app): State<SharedApp>,
+    Path(name): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let body = fields::parse(&body?)?;
+    let body = Fields::of_body(&body)?;
+    let known = ["source", "pinned"];
+    if let Some(unknown) = body.names().find(|name| !known.contains(name)) {
+        let message = format!("unknown field `{unknown}`: this route takes `source` and `pinned`");
+        return Err(Error::invalid(message).param(unknown).code("unknown_field").into());
+    }
+    let source = body.required("source", body.string("source")?, "the directory of the adapter")?;
+    let pinned = body.boolean("pinned")?.unwrap_or(false);
+    Ok(Json(object(&serving.registry.load(&name, source, pinned, true).await?)))
+}
+
+/// `DELETE /admin/adapters/{name}`: bytes freed now, and those that running requests still hold.
+pub async fn delete(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    let unloaded = app.serving()?.registry.unload(&name)?;
+    let mut object = json!(unloaded);
+    object["name"] = name.into();
+    object["object"] = "adapter.deleted".into();
+    Ok(Json(object))
+}
+
+/// `POST /admin/adapters/{name}/pin`: never evicted from its slot.
+pub async fn pin(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&app.serving()?.registry.pin(&name, true)?)))
+}
+
+/// `POST /admin/adapters/{name}/unpin`.
+pub async fn unpin(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&app.serving()?.registry.pin(&name, false)?)))
+}
+
+/// `POST /v1/load_lora_adapter` as vLLM answers it. Fields we do not know are ignored: the Kubernetes LoRA syncer sends some.
+pub async fn vllm_load(State(app): State<SharedApp>, body: Result<Bytes, BytesRejection>) -> Result<Response, Failure> {
+    let serving = app.serving()?;
+    let body = body?;
+    let run = async {
+        let body = fields::parse(&body)?;
+        let body = Fields::of_body(&body)?;
+        let both = "Both 'lora_name' and 'lora_path' must be provided.";
+        let name = body.string("lora_name")?.filter(|s| !s.is_empty());
+        let path = body.string("lora_path")?.filter(|s| !s.is_empty());
+        let (Some(name), Some(path)) = (name, path) else { return Err(Error::invalid(both)) };
+        let replace = body.boolean("load_inplace")?.unwrap_or(false);
+        match serving.registry.load(name, path, false, replace).await {
+            Ok(_) => Ok(format!("Success: LoRA adapter '{name}' added successfully.")),
+            Err(e) if e.kind == ErrorKind::Conflict => Err(Error::invalid(format!(
+                "The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set \
+                 'load_inplace' to True."
+            ))),
+            Err(e) if e.kind == ErrorKind::NotFound => {
+                Err(Error::not_found(format!("Loading lora {name} failed: No adapter found for {path}")))
+            }
+            Err(e) => Err(e),
+        }
+    };
+    Ok(vllm_answer(run.await))
+}
+
+/// `POST /v1/unload_lora_adapter` as vLLM answers it.
+pub async fn vllm_unload(
+    State(app): State<SharedApp>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Failure> {
+    let serving = app.serving()?;
+    let body = body?;
+    let run = || {
+        let body = fields::parse(&body)?;
+        let body = Fields::of_body(&body)?;
+        let Some(name) = body.string("lora_name")?.filter(|s| !s.is_empty()) else {
+            return Err(Error::invalid("'lora_name' needs to be provided to unload a LoRA adapter."));
+        };
+        match serving.registry.unload(name) {
+            Ok(_) => Ok(format!("Success: LoRA adapter '{name}' removed successfully.")),
+            Err(e) if e.kind == ErrorKind::NotFound => {
+                Err(Error::not_found(format!("The lora adapter '{name}' cannot be found.")))
+            }
+            Err(e) => Err(e),
+        }
+    };
+    Ok(vllm_answer(run()))
+}
+
+/// Plain text on success, vLLM's envelope (its type words, the status as code) on errors.
+fn vllm_answer(result: Result<String>) -> Response {
+    let error = match result {
+        Ok(text) => return text.into_response(),
+        Err(error) => error,
+    };
+    let word = match error.kind {
+        ErrorKind::NotFound => "NotFoundError",
+        ErrorKind::Internal => "InternalServerError",
+        _ => "InvalidUserInput",
+    };
+    let body = json!({"error": {"message": error.message, "type": word, "param": null, "code": error.status()}});
+    let mut response = respond(&error, Json(body));
+    response.extensions_mut().insert(Failed { kind: error.kind, adapter: String::new() });
+    response
+}
+
+/// `GET /lora-adapters` as llama.cpp lists them; `scale` is 0: an adapter takes part only where a request names it.
+pub async fn llama_cpp_list(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+    let entry = |(id, info): (usize, &AdapterInfo)| json!({"id": id, "path": info.source, "scale": 0.0, "task_name": info.name, "prompt_prefix": ""});
+    Ok(Json(app.serving()?.registry.list().iter().enumerate().map(entry).collect()))
+}

@@ -1,0 +1,208 @@
+//! Typed access to the fields of a JSON object. Every error names the field, what is allowed and what came instead.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// Parses a request body. Malformed JSON is 400 with its line and column.
+pub fn parse(body: &[u8]) -> Result<Value> {
+    if body.iter().all(u8::is_ascii_whitespace) {
+        return Err(Error::invalid("the request body is empty: send a JSON object").code("invalid_json"));
+    }
+    serde_json::from_slice(body)
+        .map_err(|e| Error::invalid(format!("the request body is not valid JSON: {e}")).code("invalid_json"))
+}
+
+/// The fields of one object. A field that is `null` counts as absent, as OpenAI's clients mean it.
+pub struct Fields<'a> {
+    /// The object itself.
+    object: &'a Map<String, Value>,
+    /// Where it lies in the body (empty for the body), for messages such as `stream_options.include_usage`.
+    path: String,
+}
+
+impl<'a> Fields<'a> {
+    /// The body's fields; 400 when it is not an object.
+    pub fn of_body(value: &'a Value) -> Result<Self> {
+        match value {
+            Value::Object(object) => Ok(Self { object, path: String::new() }),
+            other => Err(Error::invalid(format!("the request body must be a JSON object, not {}", describe(other)))),
+        }
+    }
+
+    /// The fields of a value at `path`; 400 when it is not an object.
+    pub fn of_value(value: &'a Value, path: impl Into<String>) -> Result<Self> {
+        let path = path.into();
+        match value {
+            Value::Object(object) => Ok(Self { object, path }),
+            other => Err(wrong(&path, "an object", other)),
+        }
+    }
+
+    /// Where a field of this object lies in the body.
+    pub fn path_of(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// The raw value.
+    pub fn get(&self, name: &str) -> Option<&'a Value> {
+        self.object.get(name).filter(|v| !v.is_null())
+    }
+
+    /// Names of all fields that are not `null`.
+    pub fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.object.iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k.as_str())
+    }
+
+    /// A field that must be there.
+    pub fn required<T>(&self, name: &str, value: Option<T>, what: &str) -> Result<T> {
+        value.ok_or_else(|| {
+            let path = self.path_of(name);
+            Error::invalid(format!("`{path}` is required: {what}")).param(path).code("missing_required_parameter")
+        })
+    }
+
+    /// A string.
+    pub fn string(&self, name: &str) -> Result<Option<&'a str>> {
+        self.typed(name, "a string", Value::as_str)
+    }
+
+    /// `true` or `false`.
+    pub fn boolean(&self, name: &str) -> Result<Option<bool>> {
+        self.typed(name, "true or false", Value::as_bool)
+    }
+
+    /// An array.
+    pub fn array(&self, name: &str) -> Result<Option<&'a [Value]>> {
+        self.typed(name, "an array", |v| v.as_array().map(Vec::as_slice))
+    }
+
+    /// A nested object.
+    pub fn object(&self, name: &str) -> Result<Option<Fields<'a>>> {
+        self.get(name).map(|v| Fields::of_value(v, self.path_of(name))).transpose()
+    }
+
+    /// A number in a range.
+    pub fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
+        self.get(name).map(|v| number(v, &self.path_of(name), range)).transpose()
+    }
+
+    /// An integer in a range; `16.0` counts as one.
+    pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>> {
+        self.get(name).map(|v| integer(v, &self.path_of(name), range)).transpose()
+    }
+
+    fn typed<T>(&self, name: &str, what: &str, get: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        self.get(name).map(|v| get(v).ok_or_else(|| wrong(&self.path_of(name), what, v))).transpose()
+    }
+}
+
+/// The value at `path` as a number in a range.
+pub fn number(value: &Value, path: &str, range: RangeInclusive<f64>) -> Result<f64> {
+    value
+        .as_f64()
+        .filter(|n| range.contains(n))
+        .ok_or_else(|| wrong(path, &format!("a number {}", span(&range)), value))
+}
+
+/// The value at `path` as an integer in a range.
+pub fn integer(value: &Value, path: &str, range: RangeInclusive<i64>) -> Result<i64> {
+    // Beyond 2^53 a float is not exact, and as a token count or id it is wrong anyway.
+    let whole = |n: f64| (n.fract() == 0.0 && n.abs() < 9e15).then_some(n as i64);
+    let parsed = value.as_i64().or_else(|| value.as_f64().and_then(whole));
+    parsed.filter(|n| range.contains(n)).ok_or_else(|| wrong(path, &format!("an integer {}", span(&range)), value))
+}
+
+fn span<T: Display + Bounds>(range: &RangeInclusive<T>) -> String {
+    let (from, to) = (range.start(), range.end());
+    if to.is_open() { format!("of at least {from}") } else { format!("from {from} to {to}") }
+}
+
+/// Whether the upper end of a range stands for "no limit".
+trait Bounds {
+    fn is_open(&self) -> bool;
+}
+
+impl Bounds for i64 {
+    fn is_open(&self) -> bool {
+        *self == i64::MAX
+    }
+}
+
+impl Bounds for f64 {
+    fn is_open(&self) -> bool {
+        self.is_infinite()
+    }
+}
+
+/// 400: the value at `path` is not what it must be.
+pub fn wrong(path: &str, allowed: &str, got: &Value) -> Error {
+    Error::invalid(format!("`{path}` must be {allowed}, not {}", describe(got))).param(path).code("invalid_value")
+}
+
+/// A value in words, short enough for a message.
+pub fn describe(value: &Value) -> String {
+    match value {
+        Value::Null => "null".into(),
+        Value::Bool(b) => b.to_string(),
+        Value::Number(n) => n.to_string(),
+        Value::String(s) if s.chars().count() > 40 => {
+            format!("the string {:?}", s.chars().take(40).chain(['…']).collect::<String>())
+        }
+        Value::String(s) => format!("the string {s:?}"),
+        Value::Array(a) if a.is_empty() => "an empty array".into(),
+        Value::Array(_) => "an array".into(),
+        Value::Object(_) => "an object".into(),
+    }
+}
+
+/// Fields by which other servers select an adapter. Accepting one silently would let the base answer.
+const FOREIGN_SELECTORS: &[&str] = &[
+    "lora",
+    "lora_path",
+    "lora_name",
+    "lora_id",
+    "lora_request",
+    "adapter_id",
+    "adapter_name",
+    "adapters",
+    "adapter_source",
+];
+
+/// Fields of other servers that are near one of ours in spelling, yet mean something else.
+const NEIGHBOURS: &[&str] = &["top_a", "user", "store"];
+
+/// Accepts fields that we do not know, for clients send extras, except one that is almost surely meant for a field of
+/// ours: misspelt, written in another case, or another server's adapter selector.
+pub fn check_unknown(fields: &Fields, known: &[&str]) -> Result<()> {
+    for name in fields.names().filter(|name| !known.contains(name)) {
+        let meant = if FOREIGN_SELECTORS.contains(&name) && known.contains(&"adapter") {
+            Some("adapter")
+        } else if NEIGHBOURS.contains(&name) {
+            None
+        } else {
+            known.iter().find(|k| misspelt(name, k)).copied()
+        };
+        if let Some(meant) = meant {
+            let path = fields.path_of(name);
+            return Err(Error::invalid(format!("unknown field `{path}`: did you mean `{}`?", fields.path_of(meant)))
+                .param(path)
+                .code("unknown_field"));
+        }
+    }
+    Ok(())
+}
+
+fn misspelt(name: &str, known: &str) -> bool {
+    let plain = |s: &str| s.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
+    let (a, b) = (plain(name), plain(known));
+    let allowed = match b.len() {
+        0..4 => 0,
+        4..7 => 1,
+        _ => 2,
+    };
+    strsim::osa_distance(&a, &b) <= allowed
+}

@@ -1,0 +1,153 @@
+//! What a client may ask about the server: models, tokens, health, metrics.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::failure::Failure;
+use super::fields::{self, Fields};
+use super::openai::chat_prompt;
+use super::params::token_ids;
+use super::response::unix;
+use super::{App, Serving, SharedApp};
+use crate::adapter::registry::AdapterInfo;
+use crate::metrics::Live;
+use crate::{Error, Result};
+
+/// `GET /health`: the process answers.
+pub async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// `GET /ready`: 200 once the model is loaded, 503 before and while draining.
+pub async fn ready(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    Ok(Json(json!({"status": "ready", "model": serving.names[0]})))
+}
+
+/// `GET /version`.
+pub async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION"), "server": env!("CARGO_PKG_NAME")}))
+}
+
+/// `GET /metrics`, in Prometheus's text format.
+pub async fn metrics(State(app): State<SharedApp>) -> Result<Response, Failure> {
+    let page = match app.serving.get() {
+        None => app.metrics.render(None)?,
+        Some(serving) => app.metrics.render(Some(Live {
+            model: &serving.names[0],
+            stats: serving.engine.stats(),
+            adapters: &serving.registry.list(),
+            tiers: serving.registry.stats(),
+            slot_budget: serving.slot_budget,
+            block_size: serving.block_size,
+        }))?,
+    };
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response())
+}
+
+/// `GET /v1/models`: the base's names, then the adapters.
+pub async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let bases = serving.names.iter().map(|name| base_card(&app, serving, name));
+    let adapters = serving.registry.list();
+    let data: Vec<Value> = bases.chain(adapters.iter().map(|info| adapter_card(serving, info))).collect();
+    Ok(Json(json!({"object": "list", "data": data})))
+}
+
+/// `GET /v1/models/{id}`; names of bases may have slashes in them.
+pub async fn model(State(app): State<SharedApp>, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    if serving.names.contains(&id) {
+        return Ok(Json(base_card(&app, serving, &id)));
+    }
+    match serving.registry.get(&id) {
+        Ok(info) => Ok(Json(adapter_card(serving, &info))),
+        Err(_) => Err(Error::not_found(format!("The model `{id}` does not exist."))
+            .param("model")
+            .code("model_not_found")
+            .into()),
+    }
+}
+
+fn base_card(app: &App, serving: &Serving, name: &str) -> Value {
+    card(serving, name, unix(app.started), json!(serving.root), Value::Null)
+}
+
+fn adapter_card(serving: &Serving, info: &AdapterInfo) -> Value {
+    card(serving, &info.name, unix(info.loaded_at), json!(info.source), json!(serving.names[0]))
+}
+
+/// vLLM's model card.
+fn card(serving: &Serving, id: &str, created: u64, root: Value, parent: Value) -> Value {
+    json!({
+        "id": id,
+        "object": "model",
+        "created": created,
+        "owned_by": "quiver",
+        "root": root,
+        "parent": parent,
+        "max_model_len": serving.max_model_len,
+        "permission": [{
+            "id": format!("modelperm-{id}"),
+            "object": "model_permission",
+            "created": created,
+            "allow_create_engine": false,
+            "allow_sampling": true,
+            "allow_logprobs": true,
+            "allow_search_indices": false,
+            "allow_view": true,
+            "allow_fine_tuning": false,
+            "organization": "*",
+            "group": null,
+            "is_blocking": false,
+        }],
+    })
+}
+
+/// `POST /tokenize` in vLLM's form: `prompt` or `messages` to ids.
+pub async fn tokenize(
+    State(app): State<SharedApp>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let body = fields::parse(&body?)?;
+    let body = Fields::of_body(&body)?;
+    fields::check_unknown(&body, &["model", "prompt", "add_special_tokens", "messages", "add_generation_prompt"])?;
+    let special = body.boolean("add_special_tokens")?;
+    let (text, special) = match (body.string("prompt")?, body.get("messages")) {
+        (Some(_), Some(_)) => {
+            return Err(Error::invalid("give `prompt` or `messages`, not both").param("messages").into());
+        }
+        (Some(prompt), None) => (prompt.to_owned(), special.unwrap_or(true)),
+        // A chat template writes its own special tokens.
+        (None, Some(_)) => (chat_prompt(&body, &serving.codec)?, special.unwrap_or(false)),
+        (None, None) => {
+            return Err(Error::invalid("`prompt` (a string) or `messages` (an array) is required")
+                .param("prompt")
+                .into());
+        }
+    };
+    let codec = serving.codec.clone();
+    let work = tokio::task::spawn_blocking(move || codec.encode(&text, special));
+    let tokens = work.await.map_err(|e| Error::internal(e.to_string()))??;
+    Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.max_model_len, "tokens": tokens})))
+}
+
+/// `POST /detokenize`: `tokens` to text.
+pub async fn detokenize(
+    State(app): State<SharedApp>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let body = fields::parse(&body?)?;
+    let body = Fields::of_body(&body)?;
+    fields::check_unknown(&body, &["model", "tokens"])?;
+    let tokens = body.required("tokens", body.array("tokens")?, "an array of token ids")?;
+    let ids = token_ids(tokens, "tokens", serving.codec.vocab_size())?;
+    Ok(Json(json!({"prompt": serving.codec.decode(&ids, false)?})))
+}

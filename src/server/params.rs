@@ -1,0 +1,225 @@
+//! The fields that completions and chat share, checked.
+
+use serde_json::Value;
+
+use super::fields::{self, Fields};
+use crate::engine::request::SamplingParams;
+use crate::{Error, Result};
+
+/// Stop strings of one request, and their bytes.
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 1024;
+
+/// Choices of one prompt.
+const MAX_CHOICES: i64 = 128;
+
+/// Alternatives that log-probabilities may list.
+pub const MAX_TOP_LOGPROBS: i64 = 20;
+
+/// Fields read here, and those that OpenAI's clients send and that change nothing.
+pub const SHARED: &[&str] = &[
+    "model",
+    "adapter",
+    "stream",
+    "stream_options",
+    "n",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "ignore_eos",
+    "logprobs",
+    "user",
+];
+
+/// Fields of OpenAI's and vLLM's that we do not serve, and for which a plain answer would be a wrong one.
+const UNSUPPORTED: &[(&str, &str)] = &[
+    ("suffix", "insertion is not supported"),
+    ("tools", "tools are not supported"),
+    ("functions", "functions are not supported"),
+    ("response_format", "only {\"type\": \"text\"} is supported"),
+    ("structured_outputs", "structured output is not supported"),
+    ("guided_json", "structured output is not supported"),
+    ("guided_regex", "structured output is not supported"),
+    ("guided_choice", "structured output is not supported"),
+    ("guided_grammar", "structured output is not supported"),
+    ("use_beam_search", "beam search is not supported"),
+    ("prompt_logprobs", "use `echo` with `logprobs` on /v1/completions"),
+    ("prompt_embeds", "embeddings as prompts are not supported"),
+    ("audio", "only text is supported"),
+];
+
+/// What completions and chat have in common.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// How to sample; `max_tokens` is still to be set from `max_tokens` below, log-probabilities by the endpoint.
+    pub sampling: SamplingParams,
+    /// Most tokens to generate, where the request says so.
+    pub max_tokens: Option<usize>,
+    /// Choices of each prompt.
+    pub n: usize,
+    /// Answer in server-sent events.
+    pub stream: bool,
+    /// Send the usage as the last event of a stream.
+    pub include_usage: bool,
+    /// How sampled tokens become text.
+    pub text: TextOptions,
+}
+
+/// How sampled tokens become text.
+#[derive(Debug, Clone, Default)]
+pub struct TextOptions {
+    /// Strings that end the text.
+    pub stops: Vec<String>,
+    /// Leave the stop string in the text.
+    pub include_stop: bool,
+    /// Leave special tokens out of the text.
+    pub skip_special_tokens: bool,
+}
+
+/// Reads the shared fields; `vocab_size` bounds token ids, `min_max_tokens` is the least that `max_tokens` may be.
+pub fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<Shared> {
+    refuse_unsupported(body)?;
+    let defaults = SamplingParams::default();
+    let max_tokens = match (
+        body.integer("max_tokens", min_max_tokens..=i64::MAX)?,
+        body.integer("max_completion_tokens", min_max_tokens..=i64::MAX)?,
+    ) {
+        (Some(a), Some(b)) if a != b => {
+            return Err(Error::invalid(format!(
+                "`max_tokens` is {a} and `max_completion_tokens` is {b}: they mean the same, give one"
+            ))
+            .param("max_completion_tokens"));
+        }
+        (a, b) => a.or(b).map(|n| n as usize),
+    };
+    let min_tokens = body.integer("min_tokens", 0..=i64::MAX)?.unwrap_or(0) as usize;
+    if let Some(max) = max_tokens.filter(|max| min_tokens > *max) {
+        let message = format!("`min_tokens` must be at most `max_tokens` ({max}), not {min_tokens}");
+        return Err(Error::invalid(message).param("min_tokens").code("invalid_value"));
+    }
+    let number = |name, range, default: f32| Ok::<f32, Error>(body.number(name, range)?.map_or(default, |v| v as f32));
+    let repetition_penalty = number("repetition_penalty", 0.0..=10.0, defaults.repetition_penalty)?;
+    if repetition_penalty <= 0.0 {
+        return Err(Error::invalid("`repetition_penalty` must be a number above 0 and at most 10, not 0")
+            .param("repetition_penalty")
+            .code("invalid_value"));
+    }
+    let sampling = SamplingParams {
+        temperature: number("temperature", 0.0..=2.0, defaults.temperature)?,
+        top_p: number("top_p", 0.0..=1.0, defaults.top_p)?,
+        // vLLM's clients send -1 for "all".
+        top_k: body.integer("top_k", -1..=i64::MAX)?.unwrap_or(0).max(0) as usize,
+        min_p: number("min_p", 0.0..=1.0, defaults.min_p)?,
+        repetition_penalty,
+        presence_penalty: number("presence_penalty", -2.0..=2.0, defaults.presence_penalty)?,
+        frequency_penalty: number("frequency_penalty", -2.0..=2.0, defaults.frequency_penalty)?,
+        logit_bias: logit_bias(body, vocab_size)?,
+        seed: body.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
+        max_tokens: 0,
+        min_tokens,
+        stop_token_ids: match body.array("stop_token_ids")? {
+            Some(ids) => token_ids(ids, "stop_token_ids", vocab_size)?,
+            None => Vec::new(),
+        },
+        ignore_eos: body.boolean("ignore_eos")?.unwrap_or(false),
+        logprobs: None,
+        prompt_logprobs: None,
+    };
+    let stream = body.boolean("stream")?.unwrap_or(false);
+    let include_usage = match body.object("stream_options")? {
+        Some(_) if !stream => {
+            return Err(
+                Error::invalid("`stream_options` is only allowed when `stream` is true").param("stream_options")
+            );
+        }
+        Some(options) => {
+            fields::check_unknown(&options, &["include_usage", "include_obfuscation", "continuous_usage_stats"])?;
+            options.boolean("include_usage")?.unwrap_or(false)
+        }
+        None => false,
+    };
+    Ok(Shared {
+        sampling,
+        max_tokens,
+        n: body.integer("n", 1..=MAX_CHOICES)?.unwrap_or(1) as usize,
+        stream,
+        include_usage,
+        text: TextOptions {
+            stops: stops(body)?,
+            include_stop: body.boolean("include_stop_str_in_output")?.unwrap_or(false),
+            skip_special_tokens: body.boolean("skip_special_tokens")?.unwrap_or(true),
+        },
+    })
+}
+
+/// Every element as a token id.
+pub fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Result<Vec<u32>> {
+    let id = |(i, value)| fields::integer(value, &format!("{path}[{i}]"), 0..=vocab_size as i64 - 1);
+    values.iter().enumerate().map(|entry| id(entry).map(|id| id as u32)).collect()
+}
+
+fn refuse_unsupported(body: &Fields) -> Result<()> {
+    for (name, reason) in UNSUPPORTED {
+        let Some(value) = body.get(name) else { continue };
+        let harmless = match value {
+            Value::Bool(on) => !on,
+            Value::String(s) => s.is_empty(),
+            Value::Array(a) => a.is_empty(),
+            Value::Object(o) => o.is_empty() || (*name == "response_format" && o.get("type") == Some(&"text".into())),
+            Value::Null | Value::Number(_) => false,
+        };
+        if !harmless {
+            return Err(Error::invalid(format!("`{name}`: {reason}")).param(*name).code("unsupported_parameter"));
+        }
+    }
+    Ok(())
+}
+
+fn logit_bias(body: &Fields, vocab_size: usize) -> Result<Vec<(u32, f32)>> {
+    let Some(map) = body.object("logit_bias")? else { return Ok(Vec::new()) };
+    map.names()
+        .map(|key| {
+            let path = map.path_of(key);
+            let id = key.parse::<u32>().ok().filter(|id| (*id as usize) < vocab_size).ok_or_else(|| {
+                Error::invalid(format!("`{path}`: keys are token ids from 0 to {}, not {key:?}", vocab_size - 1))
+                    .param("logit_bias")
+                    .code("invalid_value")
+            })?;
+            let bias = map.number(key, -100.0..=100.0)?.unwrap_or(0.0);
+            Ok((id, bias as f32))
+        })
+        .collect()
+}
+
+fn stops(body: &Fields) -> Result<Vec<String>> {
+    let allowed = format!("a string or an array of up to {MAX_STOPS} strings, each of 1 to {MAX_STOP_BYTES} bytes");
+    let check = |value: &Value, path: &str| match value {
+        Value::String(s) if (1..=MAX_STOP_BYTES).contains(&s.len()) => Ok(s.clone()),
+        other => Err(fields::wrong(path, &allowed, other)),
+    };
+    match body.get("stop") {
+        None => Ok(Vec::new()),
+        Some(Value::Array(list)) if list.len() <= MAX_STOPS => {
+            list.iter().enumerate().map(|(i, v)| check(v, &format!("stop[{i}]"))).collect()
+        }
+        Some(Value::Array(list)) => {
+            Err(Error::invalid(format!("`stop` must be {allowed}, not {} of them", list.len()))
+                .param("stop")
+                .code("invalid_value"))
+        }
+        Some(other) => Ok(vec![check(other, "stop")?]),
+    }
+}

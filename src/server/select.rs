@@ -1,0 +1,212 @@
+//! Which adapter answers: `adapter`, `model`, or `base:adapter`. A request for an adapter is never answered by the base.
+
+use serde_json::{Value, json};
+
+use super::fields::{self, Fields};
+use crate::adapter::Lease;
+use crate::adapter::registry::Registry;
+use crate::{Error, Result};
+
+/// Adapters that one request may sum.
+const MAX_TERMS: usize = 8;
+
+/// What a request asked for, before any lease is taken.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Selection {
+    /// The base model alone.
+    Base,
+    /// One adapter at full weight.
+    One(String),
+    /// A weighted sum.
+    Sum(Vec<(String, f64)>),
+}
+
+/// A selection with its generations held for as long as the request runs.
+#[derive(Clone)]
+pub struct Leased {
+    /// What the engine adds to the base.
+    pub terms: Vec<(Lease, f32)>,
+    /// `adapter` of the response: null, a name, or a list of names and weights.
+    pub adapter: Value,
+    /// `adapter_generation` of the response, in the same form.
+    pub generation: Value,
+    /// `adapter` label of metrics: empty for the base, names joined by `+` for a sum.
+    pub label: String,
+}
+
+impl Selection {
+    /// Reads `adapter` and `model`. `base_names` are the names of the base; `exists` says whether an adapter is loaded.
+    /// Errors: 404 for a `model` that is neither; 400 for two that disagree.
+    pub fn parse(body: &Fields, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Self> {
+        let by_adapter = body.get("adapter").map(parse_adapter).transpose()?;
+        let by_model = match body.string("model")? {
+            None => None,
+            Some(model) => Some((model, parse_model(model, base_names, exists)?)),
+        };
+        match (by_adapter, by_model) {
+            (Some(adapter), None | Some((_, Self::Base))) => Ok(adapter),
+            (Some(adapter), Some((_, model))) if adapter == model => Ok(adapter),
+            (Some(_), Some((model, _))) => Err(Error::invalid(format!(
+                "`model` is {model:?}, which selects an adapter, and `adapter` asks for another: give one of them, or the \
+                 same in both"
+            ))
+            .param("adapter")
+            .code("adapter_conflict")),
+            (None, Some((_, model))) => Ok(model),
+            (None, None) => Ok(Self::Base),
+        }
+    }
+
+    /// Takes the leases; 404 names the adapter that is not loaded.
+    pub fn lease(&self, registry: &Registry) -> Result<Leased> {
+        let one = |name: &str| registry.lease(name).map_err(|e| e.param("adapter"));
+        Ok(match self {
+            Self::Base => Leased { terms: vec![], adapter: Value::Null, generation: Value::Null, label: String::new() },
+            Self::One(name) => {
+                let lease = one(name)?;
+                let generation = json!(lease.id);
+                Leased { terms: vec![(lease, 1.0)], adapter: json!(name), generation, label: name.clone() }
+            }
+            Self::Sum(terms) => {
+                let leases = terms.iter().map(|(n, w)| Ok((one(n)?, *w as f32))).collect::<Result<Vec<_>>>()?;
+                Leased {
+                    adapter: terms.iter().map(|(name, weight)| json!({"name": name, "weight": weight})).collect(),
+                    generation: leases.iter().map(|(lease, _)| json!(lease.id)).collect(),
+                    label: terms.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join("+"),
+                    terms: leases,
+                }
+            }
+        })
+    }
+}
+
+fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Selection> {
+    if base_names.iter().any(|base| base == model) {
+        return Ok(Selection::Base);
+    }
+    if exists(model) {
+        return Ok(Selection::One(model.to_owned()));
+    }
+    for base in base_names {
+        if let Some(adapter) = model.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')) {
+            return if exists(adapter) {
+                Ok(Selection::One(adapter.to_owned()))
+            } else {
+                Err(Error::not_found(format!("The adapter `{adapter}` does not exist (asked for by `model`)."))
+                    .param("model")
+                    .code("adapter_not_found"))
+            };
+        }
+    }
+    Err(Error::not_found(format!(
+        "The model `{model}` does not exist. GET /v1/models lists the base and its adapters."
+    ))
+    .param("model")
+    .code("model_not_found"))
+}
+
+fn parse_adapter(value: &Value) -> Result<Selection> {
+    let terms = match value {
+        Value::String(name) if !name.is_empty() => return Ok(Selection::One(name.clone())),
+        Value::Array(terms) if (1..=MAX_TERMS).contains(&terms.len()) => terms,
+        other => {
+            let allowed = format!(
+                "an adapter's name or an array of 1 to {MAX_TERMS} objects {{\"name\", \"weight\"}} (leave it out for the base)"
+            );
+            let mut error = fields::wrong("adapter", &allowed, other);
+            if let Value::Array(terms) = other
+                && !terms.is_empty()
+            {
+                error.message = format!("{} of {}", error.message, terms.len());
+            }
+            return Err(error);
+        }
+    };
+    let mut sum: Vec<(String, f64)> = Vec::with_capacity(terms.len());
+    for (i, term) in terms.iter().enumerate() {
+        let term = Fields::of_value(term, format!("adapter[{i}]"))?;
+        if let Some(name) = term.names().find(|name| !["name", "weight"].contains(name)) {
+            let path = term.path_of(name);
+            let message = format!("unknown field `{path}`: an entry of `adapter` has `name` and `weight`");
+            return Err(Error::invalid(message).param(path).code("unknown_field"));
+        }
+        let name = term.required("name", term.string("name")?, "the adapter's name")?;
+        let weight = term.number("weight", -100.0..=100.0)?.unwrap_or(1.0);
+        if sum.iter().any(|(other, _)| other == name) {
+            return Err(Error::invalid(format!("`adapter` lists {name:?} twice: add the weights up")).param("adapter"));
+        }
+        sum.push((name.to_owned(), weight));
+    }
+    // A sum of one at full weight is that adapter: same answer, same cache, and it may agree with `model`.
+    match &sum[..] {
+        [(name, 1.0)] => Ok(Selection::One(name.clone())),
+        _ => Ok(Selection::Sum(sum)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn select(body: Value) -> Result<Selection> {
+        let bases = ["base".to_owned(), "org/base:1b".to_owned()];
+        Selection::parse(&Fields::of_body(&body)?, &bases, |name| ["a", "b", "x:y"].contains(&name))
+    }
+
+    #[test]
+    fn table() {
+        let one = |name: &str| Selection::One(name.into());
+        for (body, want) in [
+            (json!({}), Selection::Base),
+            (json!({"model": null, "adapter": null}), Selection::Base),
+            (json!({"model": "base"}), Selection::Base),
+            (json!({"model": "org/base:1b"}), Selection::Base),
+            (json!({"model": "a"}), one("a")),
+            (json!({"model": "x:y"}), one("x:y")),
+            (json!({"model": "base:a"}), one("a")),
+            (json!({"model": "org/base:1b:b"}), one("b")),
+            (json!({"adapter": "a"}), one("a")),
+            // Existence of `adapter` is the lease's business.
+            (json!({"adapter": "gone"}), one("gone")),
+            (json!({"model": "base", "adapter": "a"}), one("a")),
+            (json!({"model": "a", "adapter": "a"}), one("a")),
+            (json!({"model": "base:a", "adapter": [{"name": "a", "weight": 1}]}), one("a")),
+            (json!({"adapter": [{"name": "a"}]}), one("a")),
+            (
+                json!({"adapter": [{"name": "a", "weight": 0.5}, {"name": "b", "weight": -2}]}),
+                Selection::Sum(vec![("a".into(), 0.5), ("b".into(), -2.0)]),
+            ),
+        ] {
+            assert_eq!(select(body.clone()).unwrap_or_else(|e| panic!("{body}: {e}")), want, "{body}");
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        for (body, status, code) in [
+            (json!({"model": "nope"}), 404, Some("model_not_found")),
+            (json!({"model": ""}), 404, Some("model_not_found")),
+            (json!({"model": "BASE"}), 404, Some("model_not_found")),
+            (json!({"model": "nope", "adapter": "a"}), 404, Some("model_not_found")),
+            (json!({"model": "base:nope"}), 404, Some("adapter_not_found")),
+            (json!({"model": "base:"}), 404, Some("adapter_not_found")),
+            (json!({"model": "a", "adapter": "b"}), 400, Some("adapter_conflict")),
+            (json!({"model": "base:a", "adapter": "b"}), 400, Some("adapter_conflict")),
+            (json!({"model": "a", "adapter": [{"name": "a", "weight": 0.5}]}), 400, Some("adapter_conflict")),
+            (json!({"model": 3}), 400, Some("invalid_value")),
+            (json!({"adapter": ""}), 400, Some("invalid_value")),
+            (json!({"adapter": 0}), 400, Some("invalid_value")),
+            (json!({"adapter": []}), 400, Some("invalid_value")),
+            (json!({"adapter": ["a"]}), 400, Some("invalid_value")),
+            (json!({"adapter": {"name": "a"}}), 400, Some("invalid_value")),
+            (json!({"adapter": [{"weight": 1}]}), 400, Some("missing_required_parameter")),
+            (json!({"adapter": [{"name": "a", "scale": 1}]}), 400, Some("unknown_field")),
+            (json!({"adapter": [{"name": "a", "weight": "1"}]}), 400, Some("invalid_value")),
+            (json!({"adapter": [{"name": "a"}, {"name": "a"}]}), 400, None),
+            (json!({"adapter": vec![json!({"name": "a"}); 9]}), 400, Some("invalid_value")),
+        ] {
+            let error = select(body.clone()).expect_err(&body.to_string());
+            assert_eq!((error.status(), error.code), (status, code), "{body}: {error}");
+        }
+    }
+}
