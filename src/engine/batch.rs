@@ -40,3 +40,28 @@ pub struct Segment {
     /// Adapter slots and their weights: the delta is the weighted sum, in this order.
     pub terms: Vec<(u32, f32)>,
 }
+
+impl Batch {
+    /// Appends a sequence's next rows: `tokens` at positions from `start`, in `blocks` of `block_size` keys, under `terms`.
+    pub fn push(&mut self, tokens: &[u32], start: usize, blocks: &[u32], block_size: usize, terms: &[(u32, f32)]) {
+        let first = self.tokens.len();
+        let rows = first..first + tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        for position in start..start + tokens.len() {
+            self.positions.push(position as u32);
+            self.slot_mapping.push(blocks[position / block_size] * block_size as u32 + (position % block_size) as u32);
+        }
+        let context_len = start + tokens.len();
+        let table = self.block_tables.len();
+        self.block_tables.extend_from_slice(&blocks[..context_len.div_ceil(block_size)]);
+        self.spans.push(Span { rows: rows.clone(), context_len, table: table..self.block_tables.len() });
+        if terms.is_empty() {
+            return;
+        }
+        // Neighbours under the same adapters share one segment, and so one pass over the weights.
+        match self.segments.last_mut().filter(|s| s.rows.end == first && s.terms == terms) {
+            Some(segment) => segment.rows.end = rows.end,
+            None => self.segments.push(Segment { rows, terms: terms.to_vec() }),
+        }
+    }
+}

@@ -2,17 +2,27 @@
 //! `schedule -> run -> sample -> deliver`. Async code talks to it through [`request`]'s types only.
 
 pub mod batch;
+mod blocks;
 pub mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
 
 use candle_core::Tensor;
 
 use crate::adapter::Lease;
+use crate::error::ErrorKind;
 use crate::{Error, Result};
 use batch::Batch;
 use request::Request;
+use worker::Worker;
 
 /// Whether an adapter can be used by the next forward pass.
 #[derive(Debug, Clone)]
@@ -35,6 +45,9 @@ pub trait Runner: Send + 'static {
     /// Ends one use of a slot.
     fn release(&mut self, slot: u32);
 
+    /// Frees what retired adapters left behind. Called after every step and now and then while idle.
+    fn sweep(&mut self) {}
+
     /// Runs the batch, writes its keys and values to the KV cache, and returns logits `[batch.logit_rows.len(), vocab]`
     /// f32 in the order of `logit_rows`.
     fn forward(&mut self, batch: &Batch) -> Result<Tensor>;
@@ -51,7 +64,7 @@ pub struct EngineConfig {
     pub max_batch_tokens: usize,
     /// Sequences that run at once.
     pub max_running: usize,
-    /// Requests that wait; one more is refused (429).
+    /// Requests taken beyond `max_running`; one more is refused (429).
     pub max_waiting: usize,
     /// Longest prompt plus output.
     pub max_model_len: usize,
@@ -66,8 +79,10 @@ pub struct EngineConfig {
 pub struct Stats {
     /// Sequences in the running set.
     pub running: AtomicU64,
-    /// Requests in the queue.
+    /// Requests that wait for room, those put back included.
     pub waiting: AtomicU64,
+    /// Requests taken and not ended, to tell when a drain is over.
+    pub open: AtomicU64,
     /// KV blocks held by running sequences (cached but unreferenced ones are free).
     pub used_blocks: AtomicU64,
     /// KV blocks in all.
@@ -82,26 +97,100 @@ pub struct Stats {
     pub steps: AtomicU64,
 }
 
+/// A place in the engine, from `submit` until the sequence is gone, however it ends.
+struct Ticket(Arc<Stats>);
+
+impl Ticket {
+    /// Takes one of `limit` places. Counting and taking are one step, so two callers cannot both have the last.
+    fn take(stats: &Arc<Stats>, limit: u64) -> Option<Self> {
+        let more = |open| (open < limit).then_some(open + 1);
+        stats.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(stats.clone()))
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// A handle to the engine thread; clones share it.
 #[derive(Clone)]
 pub struct Engine {
+    /// Limits that `submit` checks.
+    config: Arc<EngineConfig>,
     stats: Arc<Stats>,
+    /// To the thread.
+    requests: Sender<(Request, Ticket)>,
+    /// No more requests are taken.
+    draining: Arc<AtomicBool>,
 }
 
 impl Engine {
-    /// Starts the engine thread on a runner.
-    pub fn start(_runner: impl Runner, _config: EngineConfig) -> Result<Self> {
-        Err(Error::internal("not written yet"))
+    /// Starts the engine thread on a runner. Errors: limits that contradict each other.
+    pub fn start(runner: impl Runner, config: EngineConfig) -> Result<Self> {
+        if config.block_size == 0 || config.num_blocks == 0 || config.max_running == 0 || config.max_model_len == 0 {
+            return Err(Error::invalid("the engine needs at least one KV block, one running sequence and one token"));
+        }
+        if config.max_batch_tokens < config.max_running {
+            return Err(Error::invalid(format!(
+                "max_batch_tokens ({}) must be at least max_running ({}): every running sequence has a row in a step",
+                config.max_batch_tokens, config.max_running
+            )));
+        }
+        let stats = Arc::new(Stats::default());
+        stats.total_blocks.store(config.num_blocks as u64, Ordering::Relaxed);
+        let (requests, inbox) = mpsc::channel();
+        let worker = Worker::new(runner, config.clone(), inbox, stats.clone());
+        thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
+        Ok(Self { config: Arc::new(config), stats, requests, draining: Arc::default() })
     }
 
     /// Hands a request to the engine. Errors: `Overloaded` when the queue is full, `Unavailable` while draining,
     /// `Invalid` when prompt and output cannot fit.
-    pub fn submit(&self, _request: Request) -> Result<()> {
-        Err(Error::internal("not written yet"))
+    pub fn submit(&self, request: Request) -> Result<()> {
+        let config = &self.config;
+        let prompt = request.prompt.len();
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Unavailable, "the server is shutting down").code("shutting_down"));
+        }
+        if prompt == 0 {
+            return Err(Error::invalid("the prompt is empty: it needs at least one token").param("prompt"));
+        }
+        // A prompt that fills the context has room for no output, which only scoring asks for.
+        let needed = prompt + request.params.max_tokens.min(1);
+        if needed > config.max_model_len {
+            return Err(Error::invalid(format!(
+                "the prompt has {prompt} tokens and the longest sequence is {} tokens, output included",
+                config.max_model_len
+            ))
+            .param("prompt")
+            .code("context_length_exceeded"));
+        }
+        let longest = (prompt + request.params.max_tokens).min(config.max_model_len);
+        if (longest + 1).div_ceil(config.block_size) > config.num_blocks {
+            return Err(Error::invalid(format!(
+                "prompt and output may take {longest} tokens and the KV cache holds {}: ask for fewer tokens",
+                config.num_blocks * config.block_size - 1
+            ))
+            .param("max_tokens")
+            .code("context_length_exceeded"));
+        }
+        let limit = (config.max_running + config.max_waiting) as u64;
+        let ticket = Ticket::take(&self.stats, limit).ok_or_else(|| {
+            let message = format!("the queue is full: {limit} requests run and wait; try again later");
+            Error::new(ErrorKind::Overloaded, message).code("queue_full")
+        })?;
+        self.requests.send((request, ticket)).map_err(|_| Error::internal("the engine thread has ended"))
     }
 
     /// Takes no more requests, and returns once what runs and waits has ended.
-    pub async fn drain(&self) {}
+    pub async fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        while self.stats.open.load(Ordering::Acquire) > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
 
     /// Live counters.
     pub fn stats(&self) -> &Stats {

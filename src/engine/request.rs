@@ -132,7 +132,7 @@ pub enum Event {
         reason: FinishReason,
         /// Prompt tokens found in the prefix cache.
         cached_tokens: usize,
-        /// The stop id that ended it, where one did.
+        /// The stop id of the request that ended it, where one did (not the model's own end ids).
         stop_token: Option<u32>,
     },
     /// It could not be served; nothing else was disturbed.

@@ -1,0 +1,111 @@
+//! A request as the engine works on it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Ticket;
+use super::blocks::{BlockHash, chain_hash, root_hash};
+use super::request::{Event, FinishReason, Logprobs, Request};
+use crate::Error;
+
+/// Which adapters answer: generation ids and the bits of their weights, in order. Fairness and the prefix cache go by it.
+pub type AdapterKey = Arc<[(String, u32)]>;
+
+/// A request with its progress.
+pub struct Sequence {
+    /// What was asked.
+    pub request: Request,
+    /// Its adapters, for fairness and the prefix cache.
+    pub key: AdapterKey,
+    /// Decides the draws; the request's, or drawn when it came.
+    pub seed: u64,
+    /// Prompt, then output.
+    pub tokens: Vec<u32>,
+    /// Leading tokens whose keys and values are written.
+    pub computed: usize,
+    /// Blocks of those and the next tokens, while running.
+    pub blocks: Vec<u32>,
+    /// Names of the leading full blocks.
+    pub hashes: Vec<BlockHash>,
+    /// Leading blocks that are published under their name.
+    pub published: usize,
+    /// Adapter slots and weights, while running.
+    pub slots: Vec<(u32, f32)>,
+    /// How often each id was generated, for penalties.
+    pub counts: HashMap<u32, u32>,
+    /// Log-probabilities of leading prompt tokens, while they are collected.
+    pub prompt_logprobs: Vec<Option<Logprobs>>,
+    /// Prompt tokens that the prefix cache gave.
+    pub cached_tokens: usize,
+    /// Admissions of others since it first found no room.
+    pub bypassed: usize,
+    /// It has been admitted before: queue time has ended.
+    pub admitted: bool,
+    /// Gives its place in the engine back with it.
+    _ticket: Ticket,
+}
+
+impl Sequence {
+    /// A sequence that has not run.
+    pub fn new(request: Request, ticket: Ticket, seed: u64) -> Self {
+        let key = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits())).collect();
+        Self {
+            key,
+            seed,
+            tokens: request.prompt.clone(),
+            computed: 0,
+            blocks: Vec::new(),
+            hashes: Vec::new(),
+            published: 0,
+            slots: Vec::new(),
+            counts: HashMap::new(),
+            prompt_logprobs: Vec::new(),
+            cached_tokens: 0,
+            bypassed: 0,
+            admitted: false,
+            _ticket: ticket,
+            request,
+        }
+    }
+
+    /// Tokens generated.
+    pub fn output_len(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Tokens whose keys and values are not written yet: one while decoding.
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Nobody listens any more.
+    pub fn cancelled(&self) -> bool {
+        self.request.events.is_closed()
+    }
+
+    /// Whether prompt log-probabilities are still to be computed.
+    pub fn wants_prompt_logprobs(&self) -> bool {
+        self.request.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() < self.request.prompt.len()
+    }
+
+    /// Names of the first `count` blocks of its tokens.
+    pub fn block_hashes(&mut self, count: usize, block_size: usize) -> &[BlockHash] {
+        while self.hashes.len() < count {
+            let at = self.hashes.len() * block_size;
+            let parent = self.hashes.last().copied().unwrap_or_else(|| root_hash(&self.key));
+            self.hashes.push(chain_hash(&parent, &self.tokens[at..at + block_size]));
+        }
+        &self.hashes[..count]
+    }
+
+    /// Tells the client the end. A client that has gone does not mind.
+    pub fn finish(&self, reason: FinishReason, stop_token: Option<u32>) {
+        let cached_tokens = self.cached_tokens;
+        let _ = self.request.events.send(Event::Finished { reason, cached_tokens, stop_token });
+    }
+
+    /// Tells the client that it failed.
+    pub fn fail(&self, error: Error) {
+        let _ = self.request.events.send(Event::Failed(error));
+    }
+}
