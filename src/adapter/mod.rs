@@ -229,10 +229,8 @@ impl Clone for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let last = self.0.state.leases.fetch_sub(1, SeqCst) == 1;
-        if last && self.0.state.retired.load(SeqCst) {
-            self.0.host.stats.retirements.fetch_add(1, SeqCst);
-        }
+        // The last one drops the generation too, which tells the tiers.
+        self.0.state.leases.fetch_sub(1, SeqCst);
     }
 }
 

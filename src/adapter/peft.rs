@@ -127,7 +127,7 @@ impl AdapterWeights {
     /// Reads and checks the adapter in `dir` for a model, and returns it with its generation id. The id covers what
     /// the adapter computes (module, rank, scale, tensors), so that options that change nothing do not change it.
     ///
-    /// Errors: `adapter_not_found` kinds for missing files, `adapter_unsupported` for options that are not served,
+    /// Errors: `adapter_source_not_found` for missing files, `adapter_unsupported` for options that are not served,
     /// `adapter_invalid` for anything that does not fit together; each names the option or tensor.
     pub fn read(dir: &Path, model: &ModelConfig) -> Result<(Self, String)> {
         let config = std::fs::read_to_string(dir.join("adapter_config.json"))

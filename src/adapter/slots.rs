@@ -48,7 +48,14 @@ impl SlotWeights {
 
 /// `[n, rank]` -> `[rank, n]`.
 fn transpose(b: &[f32], rank: usize) -> Vec<f32> {
-    (0..rank).flat_map(|j| b.iter().skip(j).step_by(rank)).copied().collect()
+    let n = b.len() / rank;
+    let mut transposed = vec![0.0; b.len()];
+    for (i, row) in b.chunks_exact(rank).enumerate() {
+        for (j, value) in row.iter().enumerate() {
+            transposed[j * n + i] = *value;
+        }
+    }
+    transposed
 }
 
 /// The resident adapters. A slot index is what batches carry, so that a captured graph serves any mix of adapters.

@@ -200,6 +200,21 @@ async fn spilled_adapters_come_back_from_disk() {
 }
 
 #[tokio::test]
+async fn pinned_adapters_stay_in_host_memory() {
+    let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
+    let one = small_bytes(&model);
+    let registry = registry(model.clone(), 2 * one, 2 * one);
+    load_small(&registry, &model, dir.path(), 4).await;
+    registry.pin("2", true).unwrap();
+    let mut tiers = registry.tiers().unwrap();
+    for seed in [0, 1, 3] {
+        let slot = ready(&mut tiers, &registry.lease(&seed.to_string()).unwrap());
+        tiers.release(slot);
+    }
+    assert_eq!(registry.get("2").unwrap().level, "host");
+}
+
+#[tokio::test]
 async fn a_source_that_changed_or_went_fails_clearly() {
     let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
     let registry = registry(model.clone(), small_bytes(&model), 0);
