@@ -186,7 +186,7 @@ pub struct ServeConfig {
     )]
     pub max_waiting: usize,
 
-    /// Threads of the forward pass [default: one a physical core]
+    /// Threads of the forward pass [default: all cores]
     #[arg(long, env = "QUIVER_THREADS", value_name = "N", value_parser = positive, help_heading = "Engine")]
     pub threads: Option<usize>,
 

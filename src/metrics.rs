@@ -215,6 +215,9 @@ impl Metrics {
         };
         Track {
             arrived,
+            prompt_tokens,
+            tokens: 0,
+            first_token_after: None,
             last_token: None,
             waiting: Some((self.waiting.clone(), adapter.to_owned())),
             ended: false,
@@ -320,6 +323,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The clocks of one sequence. Dropped before its end, it counts as aborted.
 pub struct Track {
     arrived: Instant,
+    /// For the log.
+    prompt_tokens: usize,
+    tokens: usize,
+    first_token_after: Option<Duration>,
     last_token: Option<Instant>,
     /// Where it is counted as waiting, until its first token.
     waiting: Option<(Waiting, String)>,
@@ -347,10 +354,12 @@ impl Track {
         match self.last_token.replace(now) {
             None => {
                 self.stop_waiting();
+                self.first_token_after = Some(now - self.arrived);
                 observe(&self.first_token, now - self.arrived);
             }
             Some(last) => observe(&self.inter_token, now - last),
         }
+        self.tokens += 1;
         self.generated.iter().for_each(IntCounter::inc);
     }
 
@@ -369,6 +378,15 @@ impl Track {
     fn end(&mut self, reason: &str) {
         self.ended = true;
         self.stop_waiting();
+        tracing::info!(
+            adapter = self.label,
+            reason,
+            prompt_tokens = self.prompt_tokens,
+            tokens = self.tokens,
+            first_token_ms = self.first_token_after.map(|t| t.as_millis() as u64),
+            ms = self.arrived.elapsed().as_millis() as u64,
+            "sequence ended"
+        );
         self.requests.0.with_label_values(&[self.label.as_str(), reason]).inc();
         self.requests.1.with_label_values(&[self.model.as_str(), "0", reason]).inc();
     }

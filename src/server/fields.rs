@@ -173,7 +173,7 @@ const FOREIGN_SELECTORS: &[&str] = &[
 ];
 
 /// Fields of other servers that are near one of ours in spelling, yet mean something else.
-const NEIGHBOURS: &[&str] = &["top_a", "user", "store"];
+const NEIGHBOURS: &[&str] = &["top_a"];
 
 /// Accepts fields that we do not know, for clients send extras, except one that is almost surely meant for a field of
 /// ours: misspelt, written in another case, or another server's adapter selector.
@@ -205,4 +205,81 @@ fn misspelt(name: &str, known: &str) -> bool {
         _ => 2,
     };
     strsim::osa_distance(&a, &b) <= allowed
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn check(name: &str) -> Result<()> {
+        let ours = [
+            "model",
+            "prompt",
+            "messages",
+            "adapter",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "max_tokens",
+            "stop",
+            "seed",
+            "n",
+            "echo",
+            "best_of",
+            "logprobs",
+            "top_logprobs",
+            "stream",
+            "stream_options",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias",
+            "stop_token_ids",
+            "min_tokens",
+            "ignore_eos",
+            "user",
+            "max_completion_tokens",
+            "skip_special_tokens",
+            "add_special_tokens",
+            "include_stop_str_in_output",
+        ];
+        check_unknown(&Fields::of_body(&json!({name: 1}))?, &ours)
+    }
+
+    #[test]
+    fn what_clients_of_other_servers_send_is_no_misspelling() {
+        for name in "allowed_token_ids audio bad_words cache_prompt cache_salt chat_template chat_template_kwargs \
+                     continue_final_message detokenize do_sample documents dynatemp_range function_call grammar guided_json \
+                     id_slot json_schema kv_transfer_params length_penalty logits_processors max_new_tokens metadata min_keep \
+                     mirostat mirostat_tau modalities n_keep n_predict n_probs parallel_tool_calls prediction priority \
+                     prompt_cache_key reasoning_effort repeat_last_n repeat_penalty request_id response_format \
+                     return_token_ids safety_identifier samplers service_tier spaces_between_special_tokens store suffix \
+                     tfs_z tool_choice tools top_a top_n_sigma truncate typical_p use_beam_search verbosity xtc_probability"
+            .split_whitespace()
+        {
+            check(name).unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+
+    #[test]
+    fn misspellings_name_the_field() {
+        for (name, meant) in [
+            ("tempurature", "temperature"),
+            ("TEMPERATURE", "temperature"),
+            ("top-p", "top_p"),
+            ("maxtokens", "max_tokens"),
+            ("promt", "prompt"),
+            ("message", "messages"),
+            ("seeed", "seed"),
+            ("adpater", "adapter"),
+            ("adapterId", "adapter"),
+            ("lora", "adapter"),
+        ] {
+            let error = check(name).expect_err(name).to_string();
+            assert!(error.ends_with(&format!("did you mean `{meant}`?")), "{error}");
+        }
+    }
 }

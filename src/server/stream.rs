@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tracing::Instrument;
 
 use super::params::TextOptions;
 use super::prompt::TextCodec;
@@ -72,12 +73,14 @@ pub fn pieces(
         let (codec, sender) = (codec.clone(), sender.clone());
         let assembler = Assembler::new(StopMatcher::new(options.stops.clone(), options.include_stop), min_tokens);
         let skip_special_tokens = options.skip_special_tokens;
-        tokio::spawn(async move {
+        let follow = async move {
             tokio::select! {
                 () = sender.closed() => {}
                 () = follow(&codec, skip_special_tokens, assembler, events, track, index, &sender) => {}
             }
-        });
+        };
+        // The request's span goes along, so that log lines from here have its id.
+        tokio::spawn(follow.in_current_span());
     }
     UnboundedReceiverStream::new(receiver)
 }

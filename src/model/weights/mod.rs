@@ -25,6 +25,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Quantize {
     /// NF4, blocks of 64, double quantisation (see [`crate::ops::quant::nf4`]). Embedding and head stay as they are.
+    #[value(help = "4-bit NormalFloat, blocks of 64, double quantisation: what QLoRA adapters are trained on")]
     Nf4,
 }
 
