@@ -1,0 +1,256 @@
+//! Bad input: every field, malformed bodies, limits, and the envelope on every route.
+
+use serde_json::{Value, json};
+
+use crate::harness::{BASE, Options, Server};
+
+/// Posts `body` over a valid base and returns `(status, message, param, code)`.
+fn refuse(server: &Server, path: &str, more: &Value) -> (u16, String, Value, Value) {
+    let mut body = match path {
+        "/v1/completions" => json!({"prompt": "."}),
+        _ => json!({"messages": [{"role": "user", "content": "x"}]}),
+    };
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let answer = server.post(path, body);
+    assert_ne!(answer.status, 200, "{more} was accepted: {}", answer.text);
+    answer.error()
+}
+
+#[test]
+fn every_bad_field_is_named_with_what_is_allowed() {
+    let server = Server::start();
+    let both = [
+        (json!({"temperature": "hot"}), "temperature", "from 0 to 2"),
+        (json!({"temperature": -0.1}), "temperature", "from 0 to 2"),
+        (json!({"temperature": 2.1}), "temperature", "from 0 to 2, not 2.1"),
+        (json!({"top_p": 1.1}), "top_p", "from 0 to 1"),
+        (json!({"top_p": []}), "top_p", "an empty array"),
+        (json!({"top_k": -2}), "top_k", "at least -1"),
+        (json!({"top_k": 1.5}), "top_k", "an integer"),
+        (json!({"min_p": 2}), "min_p", "from 0 to 1"),
+        (json!({"repetition_penalty": 0}), "repetition_penalty", "above 0"),
+        (json!({"repetition_penalty": -1}), "repetition_penalty", "from 0 to 10"),
+        (json!({"presence_penalty": 3}), "presence_penalty", "from -2 to 2"),
+        (json!({"frequency_penalty": -3}), "frequency_penalty", "from -2 to 2"),
+        (json!({"seed": 0.5}), "seed", "an integer"),
+        (json!({"seed": "1"}), "seed", "the string \"1\""),
+        (json!({"max_tokens": -1}), "max_tokens", "at least"),
+        (json!({"max_tokens": "4"}), "max_tokens", "an integer"),
+        (json!({"max_tokens": 4, "max_completion_tokens": 5}), "max_completion_tokens", "mean the same"),
+        (json!({"min_tokens": 5, "max_tokens": 4}), "min_tokens", "at most `max_tokens` (4)"),
+        (json!({"n": 0}), "n", "from 1 to 128"),
+        (json!({"n": 129}), "n", "from 1 to 128"),
+        (json!({"n": 100}), "", "this server takes 64 at once"),
+        (json!({"stream": "yes"}), "stream", "true or false"),
+        (json!({"stream_options": {"include_usage": true}}), "stream_options", "when `stream` is true"),
+        (json!({"stream": true, "stream_options": 1}), "stream_options", "an object"),
+        (
+            json!({"stream": true, "stream_options": {"include_usage": 1}}),
+            "stream_options.include_usage",
+            "true or false",
+        ),
+        (
+            json!({"stream": true, "stream_options": {"include_usages": true}}),
+            "stream_options.include_usages",
+            "`stream_options.include_usage`",
+        ),
+        (json!({"stop": 1}), "stop", "a string or an array"),
+        (json!({"stop": ""}), "stop", "1 to 1024 bytes"),
+        (json!({"stop": ["a", 2]}), "stop[1]", "not 2"),
+        (json!({"stop": vec!["a"; 17]}), "stop", "up to 16 strings"),
+        (json!({"stop_token_ids": [1, 9999]}), "stop_token_ids[1]", "from 0 to 257"),
+        (json!({"stop_token_ids": 1}), "stop_token_ids", "an array"),
+        (json!({"logit_bias": {"x": 1}}), "logit_bias", "token ids from 0 to 257"),
+        (json!({"logit_bias": {"258": 1}}), "logit_bias", "token ids from 0 to 257"),
+        (json!({"logit_bias": {"1": 101}}), "logit_bias.1", "from -100 to 100"),
+        (json!({"logit_bias": []}), "logit_bias", "an object"),
+        (json!({"ignore_eos": 1}), "ignore_eos", "true or false"),
+        (json!({"skip_special_tokens": 1}), "skip_special_tokens", "true or false"),
+        (json!({"include_stop_str_in_output": 1}), "include_stop_str_in_output", "true or false"),
+        (json!({"model": 1}), "model", "a string"),
+        (json!({"adapter": 1}), "adapter", "an adapter's name"),
+        (json!({"suffix": "x"}), "suffix", "not supported"),
+        (json!({"tools": [{}]}), "tools", "not supported"),
+        (json!({"functions": [{}]}), "functions", "not supported"),
+        (json!({"response_format": {"type": "json_object"}}), "response_format", "\"text\""),
+        (json!({"guided_regex": "a"}), "guided_regex", "not supported"),
+    ];
+    let completions = [
+        (json!({"prompt": null}), "prompt", "is required"),
+        (json!({"prompt": 1}), "prompt", "a string, an array"),
+        (json!({"prompt": []}), "prompt", "an empty array"),
+        (json!({"prompt": {}}), "prompt", "an object"),
+        (json!({"prompt": ["a", 1]}), "prompt[1]", "a string"),
+        (json!({"prompt": [[1], []]}), "prompt[1]", "an empty array"),
+        (json!({"prompt": [1, "a"]}), "prompt[1]", "an integer"),
+        (json!({"prompt": [258]}), "prompt[0]", "from 0 to 257"),
+        (json!({"prompt": [-1]}), "prompt[0]", "from 0 to 257"),
+        (json!({"prompt": [[true]]}), "prompt[0][0]", "not true"),
+        (json!({"prompt": ""}), "prompt", "empty"),
+        (json!({"prompt": null, "messages": []}), "messages", "/v1/chat/completions"),
+        (json!({"prompt": vec!["x"; 65]}), "prompt", "this server takes 64 at once"),
+        (json!({"best_of": 0}), "best_of", "from 1 to"),
+        (json!({"n": 3, "best_of": 2}), "best_of", "at least `n` (3)"),
+        (json!({"best_of": 2, "stream": true}), "best_of", "cannot be streamed"),
+        (json!({"logprobs": true}), "logprobs", "from 0 to 20"),
+        (json!({"logprobs": 21}), "logprobs", "from 0 to 20"),
+        (json!({"echo": "yes"}), "echo", "true or false"),
+    ];
+    let chat = [
+        (json!({"messages": null}), "messages", "is required"),
+        (json!({"messages": "hi"}), "messages", "an array"),
+        (json!({"messages": []}), "messages", "at least one"),
+        (json!({"messages": [1]}), "messages[0]", "an object"),
+        (json!({"messages": [{"content": "x"}]}), "messages[0].role", "is required"),
+        (json!({"messages": [{"role": "robot", "content": "x"}]}), "messages[0].role", "assistant"),
+        (json!({"messages": [{"role": "user"}]}), "messages[0].content", "is required"),
+        (json!({"messages": [{"role": "user", "content": 1}]}), "messages[0].content", "text parts"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "messages[0].content[0].type",
+            "\"text\"",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+            "messages[0].content[0].text",
+            "is required",
+        ),
+        (json!({"max_tokens": 0}), "max_tokens", "at least 1"),
+        (json!({"logprobs": 1}), "logprobs", "true or false"),
+        (json!({"top_logprobs": 2}), "top_logprobs", "when `logprobs` is true"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "from 0 to 20"),
+        (json!({"messages": null, "prompt": "."}), "prompt", "/v1/completions"),
+    ];
+    let check = |path, (more, param, what): &(Value, &str, &str)| {
+        let (status, message, got, code) = refuse(&server, path, more);
+        assert_eq!(status, 400, "{more}: {message}");
+        if !param.is_empty() {
+            assert_eq!(got, json!(param), "{more}: {message}");
+        }
+        assert!(message.contains(what), "{more}: {message}");
+        assert!(code.is_string() || code.is_null());
+    };
+    both.iter().chain(&completions).for_each(|case| check("/v1/completions", case));
+    both.iter().chain(&chat).for_each(|case| check("/v1/chat/completions", case));
+}
+
+#[test]
+fn misspelt_fields_and_foreign_selectors_are_refused() {
+    let server = Server::start();
+    for (field, meant) in [
+        ("temprature", "temperature"),
+        ("Temperature", "temperature"),
+        ("maxTokens", "max_tokens"),
+        ("max_token", "max_tokens"),
+        ("adaptor", "adapter"),
+        ("Adapter", "adapter"),
+        ("lora", "adapter"),
+        ("lora_path", "adapter"),
+        ("lora_name", "adapter"),
+        ("lora_request", "adapter"),
+        ("adapter_id", "adapter"),
+        ("adapter_name", "adapter"),
+        ("adapters", "adapter"),
+        ("stops", "stop"),
+        ("topp", "top_p"),
+        ("modle", "model"),
+    ] {
+        for path in ["/v1/completions", "/v1/chat/completions"] {
+            let (status, message, param, code) = refuse(&server, path, &json!({field: "a"}));
+            assert_eq!((status, &param, &code), (400, &json!(field), &json!("unknown_field")), "{message}");
+            assert!(message.contains(&format!("`{meant}`")), "{message}");
+        }
+    }
+}
+
+#[test]
+fn fields_of_other_servers_that_change_nothing_are_accepted() {
+    let server = Server::start();
+    let extras = json!({
+        "prompt": ".", "max_tokens": 1, "user": "me", "metadata": {}, "store": false, "service_tier": "auto", "tools": [],
+        "functions": [], "suffix": "", "response_format": {"type": "text"}, "top_a": 0, "custom": {"deep": [1]}, "mode": null,
+        "tool_choice": "none", "parallel_tool_calls": false, "temperature": null, "top_k": 5.0, "best_of": null,
+    });
+    assert_eq!(server.complete(extras), "a");
+}
+
+#[test]
+fn malformed_bodies() {
+    let server = Server::with(Options { max_body: 1000, ..Options::default() });
+    let send = |body: &[u8]| server.send("POST", "/v1/completions", &[], body);
+    for (body, what) in [
+        (&b""[..], "empty"),
+        (b"{\"prompt\": \".\",}", "line 1 column 16"),
+        (b"{\n\"prompt\": nope}", "line 2 column"),
+        (b"[]", "must be a JSON object, not an empty array"),
+        (b"\"x\"", "not the string \"x\""),
+        (b"{\"prompt\": \".\"} tail", "trailing characters"),
+        (b"{\"prompt\": \"\xff\"}", "line 1 column"),
+        (b"{\"temperature\": 1e999, \"prompt\": \".\"}", "out of range"),
+    ] {
+        let (status, message, _, _) = send(body).error();
+        assert_eq!(status, 400);
+        assert!(message.contains(what), "{message}");
+    }
+    let deep = [vec![b'['; 400], vec![b']'; 400]].concat();
+    assert_eq!(send(&deep).error().0, 400);
+    let long = json!({"prompt": ".".repeat(2000)}).to_string();
+    let (status, message, _, code) = send(long.as_bytes()).error();
+    assert_eq!((status, code), (413, json!("body_too_large")), "{message}");
+    // Any content type will do, as long as it is JSON.
+    let form = [("content-type", "application/x-www-form-urlencoded")];
+    assert_eq!(server.send("POST", "/v1/completions", &form, b"{\"prompt\": \".\"}").status, 200);
+    let header = "h".repeat(40_000);
+    let (status, _, _, _) = server.send("GET", "/health", &[("x-long", &header)], b"").error();
+    assert_eq!(status, 431);
+}
+
+#[test]
+fn the_envelope_on_every_route() {
+    let server = Server::start();
+    for (method, path, status) in [
+        ("GET", "/", 404),
+        ("POST", "/v1/nowhere", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/health", 405),
+        ("PATCH", "/admin/adapters/a", 405),
+        ("GET", "/v1/load_lora_adapter", 405),
+        ("GET", "/admin/adapters/gone", 404),
+        ("POST", "/v1/completions", 400),
+        ("POST", "/v1/chat/completions", 400),
+        ("POST", "/tokenize", 400),
+        ("POST", "/detokenize", 400),
+        ("PUT", "/admin/adapters/new", 400),
+    ] {
+        let answer = server.send(method, path, &[], b"");
+        assert_eq!(answer.error().0, status, "{method} {path}");
+        assert_eq!(answer.headers.contains_key("allow"), status == 405, "{method} {path}");
+        assert!(answer.headers.contains_key("x-request-id"));
+    }
+}
+
+#[test]
+fn api_keys() {
+    let server = Server::with(Options { api_keys: vec!["one".into(), "two".into()], ..Options::default() });
+    let get = |auth: Option<&str>, path: &str| {
+        let headers: Vec<(&str, &str)> = auth.iter().map(|a| ("authorization", *a)).collect();
+        server.send("GET", path, &headers, b"")
+    };
+    for key in ["Bearer one", "bearer two", "Bearer  one"] {
+        assert_eq!(get(Some(key), "/v1/models").status, 200, "{key}");
+    }
+    for wrong in [None, Some("Bearer three"), Some("Bearer "), Some("Basic one"), Some("one"), Some("Bearer onetwo")] {
+        let answer = get(wrong, "/v1/models");
+        let (status, _, _, code) = answer.error();
+        assert_eq!((status, code), (401, json!("invalid_api_key")), "{wrong:?}");
+        assert_eq!(answer.headers["www-authenticate"], "Bearer");
+    }
+    assert_eq!(server.post("/v1/completions", json!({"prompt": "."})).error().0, 401);
+    assert_eq!(server.post("/tokenize", json!({"prompt": "."})).error().0, 401);
+    for open in ["/health", "/ready", "/version", "/metrics"] {
+        assert_eq!(get(None, open).status, 200, "{open}");
+    }
+    assert_eq!(get(None, "/v1/nowhere").status, 404);
+    assert!(get(Some("Bearer one"), "/v1/models").text.contains(BASE));
+}

@@ -1,0 +1,9 @@
+//! The HTTP surface over real sockets, with the real engine on a fake model.
+
+mod admin;
+mod answers;
+mod drain;
+mod fields;
+mod harness;
+mod metrics;
+mod streaming;
