@@ -414,3 +414,59 @@ impl Drop for Track {
 fn observe(pair: &[Histogram; 2], time: Duration) {
     pair.iter().for_each(|histogram| histogram.observe(time.as_secs_f64()));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(name: &str, level: &'static str) -> AdapterInfo {
+        AdapterInfo {
+            name: name.into(),
+            generation: "0".into(),
+            source: "/".into(),
+            rank: 8,
+            modules: 1,
+            bytes: 100,
+            pinned: false,
+            level,
+            leases: 0,
+            loaded_at: UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn only_the_present_residents_are_listed() {
+        let metrics = Metrics::new().expect("no name twice");
+        let tiers = tiers::Stats::default();
+        tiers.slot_bytes.store(400, Ordering::Relaxed);
+        let stats = Stats::default();
+        let page = |adapters: &[AdapterInfo]| {
+            let live =
+                Live { model: "base", stats: &stats, adapters, tiers: &tiers, slot_budget: 1000, block_size: 16 };
+            let page = metrics.render(Some(live)).expect("it renders");
+            let series: Vec<String> =
+                page.lines().filter(|l| l.starts_with("vllm:lora_requests_info{")).map(str::to_owned).collect();
+            assert_eq!(series.len(), 1, "{series:?}");
+            series[0].rsplit_once(' ').expect("a value").0.to_owned()
+        };
+        let list = [info("a", "slot"), info("b", "host"), info("c/d", "slot")];
+        assert_eq!(
+            page(&list),
+            "vllm:lora_requests_info{max_lora=\"5\",running_lora_adapters=\"a,c/d\",waiting_lora_adapters=\"\"}"
+        );
+        let _b = metrics.track("base", "b", 1, Instant::now());
+        let _sum = metrics.track("base", "a+e", 1, Instant::now());
+        assert!(page(&list[..1]).ends_with("running_lora_adapters=\"a\",waiting_lora_adapters=\"b,e\"}"));
+    }
+
+    #[test]
+    fn labels_are_bounded() {
+        let metrics = Metrics::new().expect("no name twice");
+        for i in 0..MAX_LABELS {
+            assert_eq!(metrics.label(&i.to_string()), i.to_string());
+        }
+        assert_eq!(metrics.label("one more"), OTHER);
+        assert_eq!(metrics.label("7"), "7");
+        assert_eq!(metrics.label(""), "");
+    }
+}

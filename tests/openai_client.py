@@ -1,6 +1,6 @@
 """Drives a running server with OpenAI's own Python client: sync, async, streaming, errors.
 
-Usage: openai_client.py BASE_URL ADAPTER [API_KEY]     (BASE_URL ends in /v1)
+Usage: openai_client.py URL ADAPTER [API_KEY]     (URL such as http://127.0.0.1:8000)
 Exits 0 when everything is as the client expects it.
 """
 
@@ -9,7 +9,7 @@ import sys
 
 import openai
 
-URL, ADAPTER = sys.argv[1:3]
+URL, ADAPTER = sys.argv[1] + "/v1", sys.argv[2]
 KEY = sys.argv[3] if len(sys.argv) > 3 else "unused"
 MESSAGES = [{"role": "user", "content": "Define the noun \"lantern\"."}]
 

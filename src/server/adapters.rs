@@ -1,15 +1,14 @@
 //! Adapters over HTTP: our admin routes, vLLM's load and unload, llama.cpp's list.
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::SharedApp;
+use super::extract::{self, Name};
 use super::failure::{Failed, Failure, respond};
-use super::fields::{self, Fields};
+use super::fields::Fields;
 use super::response::unix;
 use crate::adapter::registry::AdapterInfo;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,18 +27,17 @@ pub async fn list(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> 
 }
 
 /// `GET /admin/adapters/{name}`.
-pub async fn get(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn get(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
     Ok(Json(object(&app.serving()?.registry.get(&name)?)))
 }
 
 /// `PUT /admin/adapters/{name}` with `{source, pinned}`: loads, or replaces with a new generation.
 pub async fn put(
     State(app): State<SharedApp>,
-    Path(name): Path<String>,
-    body: Result<Bytes, BytesRejection>,
+    Name(name): Name,
+    extract::Json(body): extract::Json,
 ) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
-    let body = fields::parse(&body?)?;
     let body = Fields::of_body(&body)?;
     let known = ["source", "pinned"];
     if let Some(unknown) = body.names().find(|name| !known.contains(name)) {
@@ -52,7 +50,7 @@ pub async fn put(
 }
 
 /// `DELETE /admin/adapters/{name}`: bytes freed now, and those that running requests still hold.
-pub async fn delete(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
     let unloaded = app.serving()?.registry.unload(&name)?;
     let mut object = json!(unloaded);
     object["name"] = name.into();
@@ -61,21 +59,23 @@ pub async fn delete(State(app): State<SharedApp>, Path(name): Path<String>) -> R
 }
 
 /// `POST /admin/adapters/{name}/pin`: never evicted from its slot.
-pub async fn pin(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn pin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
     Ok(Json(object(&app.serving()?.registry.pin(&name, true)?)))
 }
 
 /// `POST /admin/adapters/{name}/unpin`.
-pub async fn unpin(State(app): State<SharedApp>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn unpin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
     Ok(Json(object(&app.serving()?.registry.pin(&name, false)?)))
 }
 
 /// `POST /v1/load_lora_adapter` as vLLM answers it. Fields we do not know are ignored: the Kubernetes LoRA syncer sends some.
-pub async fn vllm_load(State(app): State<SharedApp>, body: Result<Bytes, BytesRejection>) -> Result<Response, Failure> {
+pub async fn vllm_load(
+    State(app): State<SharedApp>,
+    body: Result<extract::Json, Failure>,
+) -> Result<Response, Failure> {
     let serving = app.serving()?;
-    let body = body?;
     let run = async {
-        let body = fields::parse(&body)?;
+        let extract::Json(body) = body.map_err(|failure| failure.error)?;
         let body = Fields::of_body(&body)?;
         let both = "Both 'lora_name' and 'lora_path' must be provided.";
         let name = body.string("lora_name")?.filter(|s| !s.is_empty());
@@ -100,12 +100,11 @@ pub async fn vllm_load(State(app): State<SharedApp>, body: Result<Bytes, BytesRe
 /// `POST /v1/unload_lora_adapter` as vLLM answers it.
 pub async fn vllm_unload(
     State(app): State<SharedApp>,
-    body: Result<Bytes, BytesRejection>,
+    body: Result<extract::Json, Failure>,
 ) -> Result<Response, Failure> {
     let serving = app.serving()?;
-    let body = body?;
     let run = || {
-        let body = fields::parse(&body)?;
+        let extract::Json(body) = body.map_err(|failure| failure.error)?;
         let body = Fields::of_body(&body)?;
         let Some(name) = body.string("lora_name")?.filter(|s| !s.is_empty()) else {
             return Err(Error::invalid("'lora_name' needs to be provided to unload a LoRA adapter."));

@@ -1,13 +1,12 @@
 //! What a client may ask about the server: models, tokens, health, metrics.
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::extract::{self, Name};
 use super::failure::Failure;
 use super::fields::{self, Fields};
 use super::openai::chat_prompt;
@@ -60,7 +59,7 @@ pub async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, Failure
 }
 
 /// `GET /v1/models/{id}`; names of bases may have slashes in them.
-pub async fn model(State(app): State<SharedApp>, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
     if serving.names.contains(&id) {
         return Ok(Json(base_card(&app, serving, &id)));
@@ -112,10 +111,9 @@ fn card(serving: &Serving, id: &str, created: u64, root: Value, parent: Value) -
 /// `POST /tokenize` in vLLM's form: `prompt` or `messages` to ids.
 pub async fn tokenize(
     State(app): State<SharedApp>,
-    body: Result<Bytes, BytesRejection>,
+    extract::Json(body): extract::Json,
 ) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
-    let body = fields::parse(&body?)?;
     let body = Fields::of_body(&body)?;
     fields::check_unknown(&body, &["model", "prompt", "add_special_tokens", "messages", "add_generation_prompt"])?;
     let special = body.boolean("add_special_tokens")?;
@@ -141,10 +139,9 @@ pub async fn tokenize(
 /// `POST /detokenize`: `tokens` to text.
 pub async fn detokenize(
     State(app): State<SharedApp>,
-    body: Result<Bytes, BytesRejection>,
+    extract::Json(body): extract::Json,
 ) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
-    let body = fields::parse(&body?)?;
     let body = Fields::of_body(&body)?;
     fields::check_unknown(&body, &["model", "tokens"])?;
     let tokens = body.required("tokens", body.array("tokens")?, "an array of token ids")?;

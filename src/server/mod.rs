@@ -2,6 +2,7 @@
 //! `generate` (engine) -> `stream` (text, stop strings) -> `response` (OpenAI's objects).
 
 mod adapters;
+mod extract;
 mod failure;
 mod fields;
 mod generate;

@@ -1,11 +1,10 @@
 //! `POST /v1/completions` and `/v1/chat/completions`: fields to prompts and parameters, checked before the engine sees them.
 
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 use serde_json::{Value, json};
 
+use super::extract::Json;
 use super::failure::Failure;
 use super::fields::{self, Fields};
 use super::generate::{self, Job};
@@ -44,26 +43,19 @@ const IGNORED: &[&str] = &[
 ];
 
 /// `POST /v1/completions`.
-pub async fn completions(
-    State(app): State<SharedApp>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Failure> {
-    answer(app, body?, Kind::Completion).await
+pub async fn completions(State(app): State<SharedApp>, Json(body): Json) -> Result<Response, Failure> {
+    answer(app, &body, Kind::Completion).await
 }
 
 /// `POST /v1/chat/completions`.
-pub async fn chat_completions(
-    State(app): State<SharedApp>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Failure> {
-    answer(app, body?, Kind::Chat).await
+pub async fn chat_completions(State(app): State<SharedApp>, Json(body): Json) -> Result<Response, Failure> {
+    answer(app, &body, Kind::Chat).await
 }
 
-async fn answer(app: SharedApp, body: Bytes, kind: Kind) -> Result<Response, Failure> {
+async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, Failure> {
     let arrived = std::time::Instant::now();
     let serving = app.serving()?.clone();
-    let body = fields::parse(&body)?;
-    let body = Fields::of_body(&body)?;
+    let body = Fields::of_body(body)?;
     let known = [SHARED, if kind == Kind::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS }, IGNORED].concat();
     fields::check_unknown(&body, &known)?;
     let selection = Selection::parse(&body, &serving.names, |name| serving.registry.get(name).is_ok())?;

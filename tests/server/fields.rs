@@ -222,6 +222,8 @@ fn the_envelope_on_every_route() {
         ("POST", "/tokenize", 400),
         ("POST", "/detokenize", 400),
         ("PUT", "/admin/adapters/new", 400),
+        ("GET", "/admin/adapters/%ff", 400),
+        ("GET", "/v1/models/%ff", 400),
     ] {
         let answer = server.send(method, path, &[], b"");
         assert_eq!(answer.error().0, status, "{method} {path}");
@@ -253,4 +255,50 @@ fn api_keys() {
     }
     assert_eq!(get(None, "/v1/nowhere").status, 404);
     assert!(get(Some("Bearer one"), "/v1/models").text.contains(BASE));
+}
+
+#[test]
+fn no_value_of_any_field_is_a_500() {
+    let server = Server::start();
+    let odd = [
+        json!(true),
+        json!(0),
+        json!(-1),
+        json!(1),
+        json!(2.5),
+        json!(1e308),
+        json!(-1e308),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(i64::MAX),
+        json!(""),
+        json!("a\u{0}é"),
+        json!([]),
+        json!([null]),
+        json!([[], "x", 1]),
+        json!([0]),
+        json!({}),
+        json!({"0": 1, "name": "a", "type": "text"}),
+        json!([{"role": "user", "content": "", "name": "a"}]),
+    ];
+    let fields = "model adapter stream stream_options n max_tokens max_completion_tokens min_tokens temperature top_p top_k \
+                  min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed stop stop_token_ids \
+                  include_stop_str_in_output skip_special_tokens ignore_eos logprobs user prompt echo best_of \
+                  add_special_tokens messages top_logprobs add_generation_prompt tools response_format suffix";
+    for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
+        for field in fields.split(' ').chain(["tokens"]) {
+            for value in &odd {
+                let mut body = match path {
+                    "/v1/completions" => json!({"prompt": "."}),
+                    "/v1/chat/completions" => json!({"messages": [{"role": "user", "content": "."}]}),
+                    "/tokenize" => json!({"prompt": "."}),
+                    _ => json!({"tokens": [97]}),
+                };
+                body[field] = value.clone();
+                let answer = server.post(path, body);
+                assert!([200, 400, 404].contains(&answer.status), "{path} {field} {value}: {}", answer.text);
+                assert!(answer.status == 200 || answer.error().0 == answer.status);
+            }
+        }
+    }
 }
