@@ -1,6 +1,11 @@
 //! The decoder: weights from a file, and a forward pass over a flat batch.
 
+pub mod kv;
+mod linear;
+pub mod llama;
 pub mod weights;
+
+use crate::ops::attention::Heads;
 
 /// Shape of a Llama-family decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,6 +32,13 @@ pub struct ModelConfig {
     pub rope_scaling: RopeScaling,
     /// Longest sequence the model was made for.
     pub max_position_embeddings: usize,
+}
+
+impl ModelConfig {
+    /// Heads as the attention op takes them.
+    pub fn heads(&self) -> Heads {
+        Heads { query: self.num_heads, kv: self.num_kv_heads, dim: self.head_dim }
+    }
 }
 
 /// Rotary frequency scaling, as Hugging Face's `rope_scaling`.

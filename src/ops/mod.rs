@@ -3,6 +3,14 @@
 //! Activations are contiguous f32 tensors of shape `[tokens, features]` on the CPU. Every op computes a row from that
 //! row alone, in an order fixed by the shapes of the weights, so that a row's bits never depend on the rest of the batch.
 
+pub mod attention;
+mod cpu;
 pub mod lora;
+pub mod norm;
 pub mod pool;
 pub mod quant;
+#[cfg(test)]
+mod reference;
+pub mod rope;
+mod simd;
+pub mod swiglu;

@@ -1,0 +1,51 @@
+//! The paged cache of keys and values.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::ModelConfig;
+use crate::ops::attention::{self, BLOCK, Heads};
+use crate::{Error, Result};
+
+/// Keys and values of all sequences, in blocks of [`KvCache::BLOCK_SIZE`] tokens that block tables name. A block id is
+/// the same place in every layer.
+pub struct KvCache {
+    /// How a block is laid out.
+    heads: Heads,
+    /// Per decoder block `[num_blocks, block_len]` f32. Fresh memory is zero and untouched: the system gives pages when
+    /// they are first written.
+    layers: Vec<Tensor>,
+}
+
+impl KvCache {
+    /// Tokens per block.
+    pub const BLOCK_SIZE: usize = BLOCK;
+
+    /// Bytes of one block in all layers.
+    pub fn bytes_per_block(config: &ModelConfig) -> usize {
+        config.num_layers * config.heads().block_len() * size_of::<f32>()
+    }
+
+    /// An empty cache. Errors when there is no memory for it.
+    pub fn new(config: &ModelConfig, num_blocks: usize) -> Result<Self> {
+        if num_blocks == 0 || u32::try_from(num_blocks * BLOCK).is_err() {
+            return Err(Error::invalid(format!(
+                "{num_blocks} KV blocks: at least 1, at most {}",
+                u32::MAX as usize / BLOCK
+            )));
+        }
+        let heads = config.heads();
+        let layer = || Tensor::zeros((num_blocks, heads.block_len()), DType::F32, &Device::Cpu);
+        let layers = (0..config.num_layers).map(|_| layer()).collect::<candle_core::Result<_>>()?;
+        Ok(Self { heads, layers })
+    }
+
+    /// Writes the keys and values of `qkv [T, (heads + 2·kv_heads)·head_dim]` at `slot_mapping [T]` of a layer.
+    pub fn append(&mut self, layer: usize, qkv: &Tensor, slot_mapping: &[u32]) -> Result<()> {
+        attention::append(&self.layers[layer], qkv, slot_mapping, self.heads)
+    }
+
+    /// A layer's `[num_blocks, block_len]`, as [`attention::attention`] reads it.
+    pub fn layer(&self, layer: usize) -> &Tensor {
+        &self.layers[layer]
+    }
+}

@@ -1,0 +1,251 @@
+//! The Llama decoder on a flat batch: rows of many sequences, prompts' chunks and decode steps alike.
+
+use std::f32::consts::PI;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::kv::KvCache;
+use super::linear::{Adapters, linear};
+use super::weights::{LayerWeights, Weights};
+use super::{ModelConfig, RopeScaling};
+use crate::adapter::Site;
+use crate::adapter::slots::SlotPool;
+use crate::engine::batch::{Batch, Segment};
+use crate::ops::attention::attention;
+use crate::ops::norm::{add_rms_norm, rms_norm};
+use crate::ops::quant::{self, QMatrix};
+use crate::ops::rope::{RopeTable, rope};
+use crate::ops::swiglu::swiglu;
+use crate::{Error, Result};
+
+/// A decoder ready to run: resident weights and rotary tables.
+pub struct Llama {
+    weights: Weights,
+    rope: RopeTable,
+}
+
+impl Llama {
+    /// Checks that the weights have the shapes of their config, and builds the rotary table.
+    pub fn new(weights: Weights) -> Result<Self> {
+        check_shapes(&weights)?;
+        let config = &weights.config;
+        let rope = RopeTable::new(&inverse_frequencies(config), config.max_position_embeddings);
+        Ok(Self { weights, rope })
+    }
+
+    /// Shape of the decoder.
+    pub fn config(&self) -> &ModelConfig {
+        &self.weights.config
+    }
+
+    /// Runs a step: writes the rows' keys and values to the cache and returns logits `[logit_rows, vocab]` f32. A row's
+    /// logits depend, bit for bit, on its own sequence and adapters only. Errors when the batch contradicts itself, the
+    /// cache or the model; the cache may then hold some of the step's keys.
+    pub fn forward(&self, batch: &Batch, kv: &mut KvCache, slots: &SlotPool) -> Result<Tensor> {
+        let Weights { config, embedding, layers, norm, head, .. } = &self.weights;
+        self.check(batch)?;
+        if batch.tokens.is_empty() {
+            return Ok(Tensor::zeros((0, head.n()), DType::F32, &Device::Cpu)?);
+        }
+        // After the last layer's keys are written, only rows whose logits are wanted go on.
+        let logit_ids = Tensor::new(batch.logit_rows.as_slice(), &Device::Cpu)?;
+        let logit_segments = logit_segments(batch);
+        let mut adapters = Adapters { segments: &batch.segments, slots };
+
+        let eps = config.rms_norm_eps;
+        let mut residual = quant::gather_rows(embedding, &batch.tokens)?;
+        let mut x = match layers.first() {
+            Some(layer) => rms_norm(&residual, &layer.attn_norm, eps)?,
+            None => rms_norm(&residual, norm, eps)?,
+        };
+        for (i, layer) in layers.iter().enumerate() {
+            let qkv = linear(&layer.qkv, &x, &adapters, i, Site::Qkv)?;
+            rope(&qkv, config.num_heads + config.num_kv_heads, &batch.positions, &self.rope)?;
+            kv.append(i, &qkv, &batch.slot_mapping)?;
+            let last = i + 1 == layers.len();
+            if last && batch.logit_rows.is_empty() {
+                return Ok(Tensor::zeros((0, head.n()), DType::F32, &Device::Cpu)?);
+            }
+            let mut attended = attention(&qkv, kv.layer(i), &batch.spans, &batch.block_tables, config.heads())?;
+            if last && batch.logit_rows.len() < batch.tokens.len() {
+                attended = attended.index_select(&logit_ids, 0)?;
+                residual = residual.index_select(&logit_ids, 0)?;
+                adapters.segments = &logit_segments;
+            }
+            let o = linear(&layer.o, &attended, &adapters, i, Site::O)?;
+            (residual, x) = add_rms_norm(&residual, &o, &layer.ffn_norm, eps)?;
+
+            let gate_up = linear(&layer.gate_up, &x, &adapters, i, Site::GateUp)?;
+            let down = linear(&layer.down, &swiglu(&gate_up)?, &adapters, i, Site::Down)?;
+            let next_norm = layers.get(i + 1).map_or(norm, |next| &next.attn_norm);
+            (residual, x) = add_rms_norm(&residual, &down, next_norm, eps)?;
+        }
+        linear(head, &x, &adapters, layers.len(), Site::Head)
+    }
+
+    /// What the ops do not check themselves.
+    fn check(&self, batch: &Batch) -> Result<()> {
+        let rows = batch.tokens.len();
+        if batch.positions.len() != rows || batch.slot_mapping.len() != rows {
+            return Err(Error::internal(format!(
+                "{rows} tokens with {} positions and {} cache slots",
+                batch.positions.len(),
+                batch.slot_mapping.len()
+            )));
+        }
+        let vocab = self.weights.embedding.n();
+        if let Some(token) = batch.tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::invalid(format!("token id {token}: the model has {vocab}")));
+        }
+        let ascending = batch.logit_rows.is_sorted_by(|a, b| a < b);
+        if !ascending || batch.logit_rows.last().is_some_and(|&row| row as usize >= rows) {
+            return Err(Error::internal(format!("logit rows {:?} of {rows}: not ascending rows", batch.logit_rows)));
+        }
+        Ok(())
+    }
+}
+
+/// The batch's segments once only its logit rows are left.
+fn logit_segments(batch: &Batch) -> Vec<Segment> {
+    let before = |row: usize| batch.logit_rows.partition_point(|&r| (r as usize) < row);
+    let kept = batch.segments.iter().map(|s| (before(s.rows.start)..before(s.rows.end), &s.terms));
+    kept.filter(|(rows, _)| !rows.is_empty()).map(|(rows, terms)| Segment { rows, terms: terms.clone() }).collect()
+}
+
+/// Inverse frequencies of the rotary embedding `[head_dim / 2]`, as transformers' `modeling_rope_utils` computes them.
+fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
+    let dim = config.head_dim;
+    let plain = (0..dim / 2).map(|i| 1.0 / config.rope_theta.powf((2 * i) as f32 / dim as f32));
+    match &config.rope_scaling {
+        RopeScaling::None => plain.collect(),
+        RopeScaling::Linear { factor } => plain.map(|f| f / factor).collect(),
+        RopeScaling::Factors(factors) => plain.zip(factors).map(|(f, factor)| f / factor).collect(),
+        &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            let original = original_max_position_embeddings as f32;
+            let scale = |f: f32| {
+                let wavelength = 2.0 * PI / f;
+                if wavelength < original / high_freq_factor {
+                    f
+                } else if wavelength > original / low_freq_factor {
+                    f / factor
+                } else {
+                    let smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - smooth) * f / factor + smooth * f
+                }
+            };
+            plain.map(scale).collect()
+        }
+    }
+}
+
+/// Every matrix and norm as its config says, so that a forward pass cannot run into a wrong shape.
+fn check_shapes(weights: &Weights) -> Result<()> {
+    let c = &weights.config;
+    if c.num_kv_heads == 0
+        || !c.num_heads.is_multiple_of(c.num_kv_heads)
+        || c.head_dim == 0
+        || !c.head_dim.is_multiple_of(2)
+    {
+        return Err(Error::invalid(format!(
+            "{} query heads, {} key-value heads of width {}: the first is a multiple of the second, the width even",
+            c.num_heads, c.num_kv_heads, c.head_dim
+        )));
+    }
+    if let RopeScaling::Factors(factors) = &c.rope_scaling
+        && factors.len() != c.head_dim / 2
+    {
+        return Err(Error::invalid(format!("{} rotary factors for heads of width {}", factors.len(), c.head_dim)));
+    }
+    if weights.layers.len() != c.num_layers {
+        return Err(Error::invalid(format!(
+            "{} decoder blocks, the config says {}",
+            weights.layers.len(),
+            c.num_layers
+        )));
+    }
+    let matrix = |name: &str, m: &Arc<QMatrix>, n: usize, k: usize| {
+        if (m.n(), m.k()) == (n, k) {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("{name} is [{}, {}], the config says [{n}, {k}]", m.n(), m.k())))
+    };
+    let norm = |name: &str, t: &Tensor| {
+        if t.dims() == [c.hidden_size] && t.dtype() == DType::F32 {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{name} is {:?} {:?}, the config says [{}] f32",
+            t.dims(),
+            t.dtype(),
+            c.hidden_size
+        )))
+    };
+    matrix("embedding", &weights.embedding, c.vocab_size, c.hidden_size)?;
+    matrix("head", &weights.head, c.vocab_size, c.hidden_size)?;
+    norm("final norm", &weights.norm)?;
+    for (i, layer) in weights.layers.iter().enumerate() {
+        let LayerWeights { attn_norm, qkv, o, ffn_norm, gate_up, down } = layer;
+        norm(&format!("block {i} attn_norm"), attn_norm)?;
+        norm(&format!("block {i} ffn_norm"), ffn_norm)?;
+        matrix(&format!("block {i} qkv"), qkv, c.heads().qkv_width(), c.hidden_size)?;
+        matrix(&format!("block {i} o"), o, c.hidden_size, c.num_heads * c.head_dim)?;
+        matrix(&format!("block {i} gate_up"), gate_up, 2 * c.intermediate_size, c.hidden_size)?;
+        matrix(&format!("block {i} down"), down, c.hidden_size, c.intermediate_size)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Llama 3.1 8B's rotary settings.
+    fn config(rope_scaling: RopeScaling) -> ModelConfig {
+        ModelConfig {
+            hidden_size: 4096,
+            intermediate_size: 14336,
+            num_layers: 32,
+            num_heads: 32,
+            num_kv_heads: 8,
+            head_dim: 128,
+            vocab_size: 128256,
+            rms_norm_eps: 1e-5,
+            rope_theta: 500000.0,
+            rope_scaling,
+            max_position_embeddings: 131072,
+        }
+    }
+
+    #[test]
+    fn rotary_frequencies_follow_their_scaling() {
+        let plain = inverse_frequencies(&config(RopeScaling::None));
+        assert_eq!(plain.len(), 64);
+        assert_eq!(plain[0], 1.0);
+        assert!((f64::from(plain[63]) / 500000f64.powf(-126.0 / 128.0) - 1.0).abs() < 1e-6);
+        let linear = inverse_frequencies(&config(RopeScaling::Linear { factor: 4.0 }));
+        let factors = inverse_frequencies(&config(RopeScaling::Factors(vec![4.0; 64])));
+        assert!(plain.iter().zip(&linear).all(|(p, l)| p / 4.0 == *l));
+        assert_eq!(linear, factors);
+    }
+
+    #[test]
+    fn llama3_scaling_keeps_short_divides_long_and_blends_between() {
+        let plain = inverse_frequencies(&config(RopeScaling::None));
+        let scaled = inverse_frequencies(&config(RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        }));
+        // In 8192 positions dimension 28 turns more than four times, dimension 35 less than once.
+        let divisors: Vec<f64> = plain.iter().zip(&scaled).map(|(p, s)| f64::from(p / s)).collect();
+        assert!(divisors[..29].iter().all(|d| *d == 1.0), "{divisors:?}");
+        assert!(divisors[35..].iter().all(|d| *d == 8.0), "{divisors:?}");
+        for (i, divisor) in divisors.iter().enumerate().take(35).skip(29) {
+            let turns = 8192.0 * f64::from(plain[i]) / (2.0 * std::f64::consts::PI);
+            let share = (turns - 1.0) / 3.0;
+            assert!((divisor - 1.0 / ((1.0 - share) / 8.0 + share)).abs() < 1e-5, "{i}: {divisor}");
+        }
+    }
+}

@@ -1,0 +1,556 @@
+//! Causal attention with grouped queries over a paged key and value cache.
+//!
+//! Online softmax (Milakov and Gimelshein, 2018; tiled as in FlashAttention, Dao et al., 2022) over tiles of
+//! [`TILE`] keys at fixed absolute positions. A query row sees the same tiles in the same order, and within them adds in
+//! the same order, whether it came in a prompt chunk or as a decode step, so its bits do not depend on either.
+//!
+//! A task is one key-value head and a tile of query rows: consecutive positions times the query heads of the group. Its
+//! rows share each load of keys and values.
+
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp2, InplaceOp2, Layout, Shape, Tensor};
+
+use super::cpu;
+use super::pool::SharedMut;
+use super::simd::{self, Kernel, LANES, Lanes};
+use crate::engine::batch::Span;
+use crate::{Error, Result};
+
+/// Tokens per cache block.
+pub const BLOCK: usize = LANES;
+/// Blocks that one step of the softmax covers.
+const TILE_BLOCKS: usize = 4;
+/// Keys that one step of the softmax covers.
+const TILE: usize = TILE_BLOCKS * BLOCK;
+/// Query rows of a task, about: enough to reuse a tile of keys and values out of the first-level cache.
+const QUERY_ROWS: usize = 48;
+
+/// Heads of the attention, and the place of their keys and values in a cache block.
+///
+/// A block holds, for each key-value head, keys `[head_dim][16 tokens]` (so that a vector holds one dimension of 16 keys),
+/// then for each head values `[16 tokens][head_dim rounded up to 16]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// Key and value heads; divides `query`.
+    pub kv: usize,
+    /// Width of a head.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Width of a fused qkv row.
+    pub fn qkv_width(&self) -> usize {
+        (self.query + 2 * self.kv) * self.dim
+    }
+
+    /// f32 values of a cache block.
+    pub fn block_len(&self) -> usize {
+        self.kv * BLOCK * (self.dim + self.value_dim())
+    }
+
+    fn value_dim(&self) -> usize {
+        self.dim.next_multiple_of(LANES)
+    }
+
+    fn keys(&self, block: usize, head: usize) -> Range<usize> {
+        let start = block * self.block_len() + head * BLOCK * self.dim;
+        start..start + BLOCK * self.dim
+    }
+
+    fn values(&self, block: usize, head: usize) -> Range<usize> {
+        let start = block * self.block_len() + BLOCK * (self.kv * self.dim + head * self.value_dim());
+        start..start + BLOCK * self.value_dim()
+    }
+}
+
+/// Writes the keys and values of `qkv [T, (query + 2·kv)·dim] f32` into `cache [blocks, block_len] f32`, row `i` at
+/// `slots[i] = block · 16 + offset`.
+pub fn append(cache: &Tensor, qkv: &Tensor, slots: &[u32], heads: Heads) -> Result<()> {
+    check(cache, qkv, slots.len(), heads)?;
+    let room = cache.dim(0)? * BLOCK;
+    if let Some(slot) = slots.iter().find(|&&slot| slot as usize >= room) {
+        return Err(Error::internal(format!("cache slot {slot}, but the cache has {room}")));
+    }
+    Ok(cache.inplace_op2(qkv, &Append { slots, heads })?)
+}
+
+/// Attends each query row of `qkv` to its sequence's keys up to its own position: `[T, query·dim] f32`, to be scaled by
+/// nothing more (`1/sqrt(dim)` is in). `cache` holds the keys and values of this step's rows already; a span's
+/// block ids are `block_tables[span.table]`. Rows outside the spans are zero.
+pub fn attention(qkv: &Tensor, cache: &Tensor, spans: &[Span], block_tables: &[u32], heads: Heads) -> Result<Tensor> {
+    check(cache, qkv, qkv.dim(0)?, heads)?;
+    let (rows, blocks) = (qkv.dim(0)?, cache.dim(0)?);
+    let mut end = 0;
+    for span in spans {
+        let table = block_tables.get(span.table.clone());
+        if span.rows.start < end || span.rows.end > rows || span.context_len < span.rows.len() {
+            return Err(Error::internal(format!("{span:?} in a batch of {rows} rows, {end} of them in spans before")));
+        }
+        if table.is_none_or(|t| t.len() * BLOCK < span.context_len || t.iter().any(|&b| b as usize >= blocks)) {
+            return Err(Error::internal(format!("{span:?} has no {table:?} among {blocks} cache blocks")));
+        }
+        end = span.rows.end;
+    }
+    Ok(qkv.apply_op2_no_bwd(cache, &Attention { spans, block_tables, heads })?)
+}
+
+fn check(cache: &Tensor, qkv: &Tensor, rows: usize, heads: Heads) -> Result<()> {
+    if qkv.dims() != [rows, heads.qkv_width()] || cache.dims().get(1) != Some(&heads.block_len()) {
+        return Err(Error::internal(format!(
+            "qkv {:?} of {rows} rows and cache {:?} for {heads:?}",
+            qkv.shape(),
+            cache.shape()
+        )));
+    }
+    Ok(())
+}
+
+struct Append<'a> {
+    slots: &'a [u32],
+    heads: Heads,
+}
+
+impl InplaceOp2 for Append<'_> {
+    fn name(&self) -> &'static str {
+        "kv-append"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
+        let heads = self.heads;
+        let cache = cpu::slice_mut("kv-append", s1, l1)?;
+        let qkv = cpu::slice("kv-append", s2, l2)?;
+        // Scattered writes, bound by memory: one thread is as fast as many.
+        for (row, &slot) in qkv.chunks_exact(heads.qkv_width()).zip(self.slots) {
+            let (block, offset) = (slot as usize / BLOCK, slot as usize % BLOCK);
+            let (k, v) = row[heads.query * heads.dim..].split_at(heads.kv * heads.dim);
+            for head in 0..heads.kv {
+                let from = head * heads.dim..(head + 1) * heads.dim;
+                let keys = cache[heads.keys(block, head)].chunks_exact_mut(BLOCK);
+                keys.zip(&k[from.clone()]).for_each(|(keys, &k)| keys[offset] = k);
+                let values = &mut cache[heads.values(block, head)][offset * heads.value_dim()..];
+                values[..heads.dim].copy_from_slice(&v[from]);
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Attention<'a> {
+    spans: &'a [Span],
+    block_tables: &'a [u32],
+    heads: Heads,
+}
+
+impl CustomOp2 for Attention<'_> {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let heads = self.heads;
+        let (qkv, cache) = (cpu::slice("attention", s1, l1)?, cpu::slice("attention", s2, l2)?);
+        let rows = l1.shape().dims2()?.0;
+        let group = heads.query / heads.kv;
+        let step = (QUERY_ROWS / group).max(1);
+
+        let mut tasks = Vec::new();
+        let mut multiply_adds = 0;
+        for span in self.spans {
+            let table = &self.block_tables[span.table.clone()];
+            multiply_adds += span.rows.len() * span.context_len * heads.query * heads.dim;
+            for first in span.rows.clone().step_by(step) {
+                let rows = first..(first + step).min(span.rows.end);
+                let position = span.context_len - (span.rows.end - first);
+                tasks.extend((0..heads.kv).map(|kv_head| QueryTile { rows: rows.clone(), position, kv_head, table }));
+            }
+        }
+        // Rows with the longest context first, so that no thread ends up alone with them.
+        tasks.sort_by_key(|task| std::cmp::Reverse(task.rows.len() * (task.position + task.rows.len())));
+
+        let mut out = vec![0.0; rows * heads.query * heads.dim];
+        let shared = SharedMut::new(&mut out);
+        cpu::for_each(tasks.len(), multiply_adds, |task| {
+            simd::run(Tile { heads, qkv, cache, tile: &tasks[task], out: shared });
+        });
+        Ok((CpuStorage::F32(out), (rows, heads.query * heads.dim).into()))
+    }
+}
+
+/// Consecutive positions of one sequence, under one key-value head.
+struct QueryTile<'a> {
+    /// Rows of the batch.
+    rows: Range<usize>,
+    /// Position of the first row.
+    position: usize,
+    kv_head: usize,
+    /// The sequence's blocks.
+    table: &'a [u32],
+}
+
+/// Attends one [`QueryTile`]; its query rows, position by position and within one head by head, are numbered from 0.
+struct Tile<'a> {
+    heads: Heads,
+    qkv: &'a [f32],
+    cache: &'a [f32],
+    tile: &'a QueryTile<'a>,
+    out: SharedMut<f32>,
+}
+
+impl Kernel for Tile<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { heads, qkv, cache, tile, out } = self;
+        let (dim, value_dim) = (heads.dim, heads.value_dim());
+        let group = heads.query / heads.kv;
+        let rows = tile.rows.len() * group;
+        let position = |row: usize| tile.position + row / group;
+
+        let q = pack_queries::<L>(heads, qkv, tile);
+        let mut scores = vec![[0.0; TILE]; rows];
+        let mut sums = vec![[0.0; LANES]; rows];
+        let mut acc = vec![[0.0; LANES]; rows * value_dim / LANES];
+        // Maxima so far and, for the tile at hand, what to multiply earlier sums by; whole vectors of rows.
+        let mut maxima = vec![f32::NEG_INFINITY; rows.next_multiple_of(LANES)];
+        let mut decay = vec![0.0; rows.next_multiple_of(LANES)];
+
+        let keys = position(rows - 1) + 1;
+        for first_key in (0..keys).step_by(TILE) {
+            // The last tile may have fewer blocks: the last one again in their place, masked like all later keys.
+            let block: [usize; TILE_BLOCKS] =
+                std::array::from_fn(|b| tile.table[(first_key / BLOCK + b).min((keys - 1) / BLOCK)] as usize);
+            // Keys of this tile that a row sees; rows that see none are left alone.
+            let visible = |row: usize| (position(row) + 1).saturating_sub(first_key).min(TILE);
+            let first_row = first_key.saturating_sub(tile.position) * group;
+
+            let k = block.map(|b| cache[heads.keys(b, tile.kv_head)].as_chunks::<LANES>().0);
+            for start in (first_row / L::ROWS * L::ROWS..rows).step_by(L::ROWS) {
+                let end = (start + L::ROWS).min(rows);
+                score::<L>(&q[start * dim..end * dim], k, &mut scores[start..end]);
+            }
+
+            for row in first_row..rows {
+                scores[row][visible(row)..].fill(f32::NEG_INFINITY);
+                let s = vectors::<L>(&scores[row]);
+                let max = s[0].max(s[1]).max(s[2].max(s[3])).max_lane();
+                let max = if max > maxima[row] { max } else { maxima[row] };
+                decay[row] = maxima[row] - max;
+                maxima[row] = max;
+            }
+            for decay in decay.as_chunks_mut::<LANES>().0 {
+                L::load(decay).exp2().store(decay);
+            }
+            for row in first_row..rows {
+                let max = L::splat(maxima[row]);
+                let mut p = vectors::<L>(&scores[row]);
+                for (p, to) in p.iter_mut().zip(scores[row].as_chunks_mut::<LANES>().0) {
+                    *p = p.sub(max).exp2();
+                    p.store(to);
+                }
+                let sum = p[0].add(p[1]).add(p[2].add(p[3]));
+                L::load(&sums[row]).mul_add(L::splat(decay[row]), sum).store(&mut sums[row]);
+            }
+
+            let v = block.map(|b| cache[heads.values(b, tile.kv_head)].as_chunks::<LANES>().0);
+            for start in (first_row..rows).step_by(L::ROWS) {
+                let end = (start + L::ROWS).min(rows);
+                let acc = &mut acc[start * value_dim / LANES..end * value_dim / LANES];
+                accumulate::<L>(&scores[start..end], &decay[start..end], v, visible(end - 1), acc);
+            }
+        }
+
+        for row in 0..rows {
+            let head = tile.kv_head * group + row % group;
+            let start = (tile.rows.start + row / group) * heads.query * dim + head * dim;
+            // SAFETY: one head of one row of the batch, and each belongs to one task.
+            let out = unsafe { out.slice(start, dim) };
+            let sum = L::load(&sums[row]).sum();
+            let acc = acc[row * value_dim / LANES..].as_flattened();
+            out.iter_mut().zip(acc).for_each(|(out, acc)| *out = acc / sum);
+        }
+    }
+}
+
+/// Query rows in sets of `L::ROWS` (the last may be smaller), each `[dim][rows of the set]`, scaled so that scores are
+/// logarithms to base 2.
+#[inline(always)]
+fn pack_queries<L: Lanes>(heads: Heads, qkv: &[f32], tile: &QueryTile) -> Vec<f32> {
+    let group = heads.query / heads.kv;
+    let rows = tile.rows.len() * group;
+    let scale = LOG2_E / (heads.dim as f32).sqrt();
+    let mut packed = vec![0.0; rows * heads.dim];
+    for row in 0..rows {
+        let set = row / L::ROWS * L::ROWS;
+        let width = L::ROWS.min(rows - set);
+        let start =
+            (tile.rows.start + row / group) * heads.qkv_width() + (tile.kv_head * group + row % group) * heads.dim;
+        let to = packed[set * heads.dim + row - set..].iter_mut().step_by(width);
+        to.zip(&qkv[start..start + heads.dim]).for_each(|(to, q)| *to = q * scale);
+    }
+    packed
+}
+
+#[inline(always)]
+fn vectors<L: Lanes>(x: &[f32; TILE]) -> [L; TILE_BLOCKS] {
+    let mut v = [L::splat(0.0); TILE_BLOCKS];
+    for (v, x) in v.iter_mut().zip(x.as_chunks::<LANES>().0) {
+        *v = L::load(x);
+    }
+    v
+}
+
+/// Scores of up to four query rows, as [`pack_queries`] lays them out, with the keys of a tile.
+#[inline(always)]
+fn score<L: Lanes>(q: &[f32], k: [&[[f32; LANES]]; TILE_BLOCKS], to: &mut [[f32; TILE]]) {
+    match to.len() {
+        1 => score_rows::<L, 1>(q, k, to),
+        2 => score_rows::<L, 2>(q, k, to),
+        3 => score_rows::<L, 3>(q, k, to),
+        _ => score_rows::<L, 4>(q, k, to),
+    }
+}
+
+#[inline(always)]
+fn score_rows<L: Lanes, const R: usize>(q: &[f32], k: [&[[f32; LANES]]; TILE_BLOCKS], to: &mut [[f32; TILE]]) {
+    let mut acc = [[L::splat(0.0); TILE_BLOCKS]; R];
+    let (q, _) = q.as_chunks::<R>();
+    let k = k.map(|k| &k[..q.len()]);
+    for d in 0..q.len() {
+        let k = [L::load(&k[0][d]), L::load(&k[1][d]), L::load(&k[2][d]), L::load(&k[3][d])];
+        for r in 0..R {
+            let q = L::splat(q[d][r]);
+            for b in 0..TILE_BLOCKS {
+                acc[r][b] = q.mul_add(k[b], acc[r][b]);
+            }
+        }
+    }
+    for (to, acc) in to.iter_mut().zip(acc) {
+        for (to, acc) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(acc) {
+            acc.store(to);
+        }
+    }
+}
+
+/// `acc = acc · decay + p · V` over the first `keys` keys of a tile, for up to four rows.
+#[inline(always)]
+fn accumulate<L: Lanes>(
+    p: &[[f32; TILE]],
+    decay: &[f32],
+    v: [&[[f32; LANES]]; TILE_BLOCKS],
+    keys: usize,
+    acc: &mut [[f32; LANES]],
+) {
+    match p.len() {
+        1 => accumulate_rows::<L, 1>(p, decay, v, keys, acc),
+        2 => accumulate_rows::<L, 2>(p, decay, v, keys, acc),
+        3 => accumulate_rows::<L, 3>(p, decay, v, keys, acc),
+        _ => accumulate_rows::<L, 4>(p, decay, v, keys, acc),
+    }
+}
+
+#[inline(always)]
+fn accumulate_rows<L: Lanes, const R: usize>(
+    p: &[[f32; TILE]],
+    decay: &[f32],
+    v: [&[[f32; LANES]]; TILE_BLOCKS],
+    keys: usize,
+    acc: &mut [[f32; LANES]],
+) {
+    let width = acc.len() / R;
+    let mut column = 0;
+    while column + 4 <= width {
+        accumulate_columns::<L, R, 4>(p, decay, v, keys, acc, column);
+        column += 4;
+    }
+    while column < width {
+        accumulate_columns::<L, R, 1>(p, decay, v, keys, acc, column);
+        column += 1;
+    }
+}
+
+/// The same for `C` vectors of the head's width.
+#[inline(always)]
+fn accumulate_columns<L: Lanes, const R: usize, const C: usize>(
+    p: &[[f32; TILE]],
+    decay: &[f32],
+    v: [&[[f32; LANES]]; TILE_BLOCKS],
+    keys: usize,
+    acc: &mut [[f32; LANES]],
+    column: usize,
+) {
+    let width = acc.len() / R;
+    let p: [&[f32; TILE]; R] = std::array::from_fn(|r| &p[r]);
+    let mut sum = [[L::splat(0.0); C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            sum[r][c] = L::load(&acc[r * width + column + c]).mul(L::splat(decay[r]));
+        }
+    }
+    for b in 0..keys.div_ceil(BLOCK) {
+        for i in 0..BLOCK.min(keys - b * BLOCK) {
+            let row = &v[b][i * width + column..][..C];
+            let mut v = [L::splat(0.0); C];
+            for c in 0..C {
+                v[c] = L::load(&row[c]);
+            }
+            for r in 0..R {
+                let p = L::splat(p[r][b * BLOCK + i]);
+                for c in 0..C {
+                    sum[r][c] = p.mul_add(v[c], sum[r][c]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for c in 0..C {
+            sum[r][c].store(&mut acc[r * width + column + c]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::ops::reference::{assert_close, random};
+
+    /// A sequence with random queries, keys and values for each position, and the cache blocks that are its own.
+    struct Sequence {
+        heads: Heads,
+        qkv: Vec<f32>,
+        table: Vec<u32>,
+    }
+
+    impl Sequence {
+        fn new(seed: u64, len: usize, heads: Heads, table: Vec<u32>) -> Self {
+            let qkv = random(seed, len * heads.qkv_width()).iter().map(|x| x * 3.0).collect();
+            Self { heads, qkv, table }
+        }
+
+        fn rows(&self, positions: Range<usize>) -> &[f32] {
+            let width = self.heads.qkv_width();
+            &self.qkv[positions.start * width..positions.end * width]
+        }
+
+        /// Attention of every position, in f64.
+        fn reference(&self) -> Vec<f64> {
+            let Heads { query, kv, dim } = self.heads;
+            let width = self.heads.qkv_width();
+            let at = |position: usize, head: usize, d: usize| f64::from(self.qkv[position * width + head * dim + d]);
+            let mut out = Vec::new();
+            for position in 0..self.qkv.len() / width {
+                for head in 0..query {
+                    let kv_head = head / (query / kv);
+                    let score = |key: usize| {
+                        let dot: f64 = (0..dim).map(|d| at(position, head, d) * at(key, query + kv_head, d)).sum();
+                        dot / (dim as f64).sqrt()
+                    };
+                    let scores: Vec<f64> = (0..=position).map(score).collect();
+                    let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(*s));
+                    let p: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+                    let sum: f64 = p.iter().sum();
+                    for d in 0..dim {
+                        let value = |key: usize| at(key, query + kv + kv_head, d);
+                        out.push(p.iter().enumerate().map(|(key, p)| p * value(key)).sum::<f64>() / sum);
+                    }
+                }
+            }
+            out
+        }
+    }
+
+    /// A cache full of what other sequences left there.
+    fn stale_cache(blocks: usize, heads: Heads) -> Tensor {
+        let stale = Tensor::full(f32::NAN, (blocks, heads.block_len()), &Device::Cpu).unwrap();
+        stale.contiguous().unwrap()
+    }
+
+    /// Runs the sequences' `parts` as one batch.
+    fn step(cache: &Tensor, parts: &[(&Sequence, Range<usize>)]) -> Vec<Vec<f32>> {
+        let heads = parts[0].0.heads;
+        let (mut qkv, mut slots, mut spans, mut tables) = (vec![], vec![], vec![], vec![]);
+        for (sequence, positions) in parts {
+            let start = slots.len();
+            qkv.extend_from_slice(sequence.rows(positions.clone()));
+            slots.extend(positions.clone().map(|p| sequence.table[p / BLOCK] * BLOCK as u32 + (p % BLOCK) as u32));
+            spans.push(Span {
+                rows: start..slots.len(),
+                context_len: positions.end,
+                table: tables.len()..tables.len() + positions.end.div_ceil(BLOCK),
+            });
+            tables.extend_from_slice(&sequence.table[..positions.end.div_ceil(BLOCK)]);
+        }
+        let qkv = Tensor::from_vec(qkv, (slots.len(), heads.qkv_width()), &Device::Cpu).unwrap();
+        append(cache, &qkv, &slots, heads).unwrap();
+        let out = attention(&qkv, cache, &spans, &tables, heads).unwrap().to_vec2::<f32>().unwrap();
+        spans.iter().map(|span| out[span.rows.clone()].concat()).collect()
+    }
+
+    #[test]
+    fn matches_f64_on_odd_shapes() {
+        let shapes = [(1, 1, 4), (3, 1, 12), (4, 1, 80), (7, 1, 16), (9, 3, 64), (8, 2, 128), (14, 2, 2)];
+        for (query, kv, dim) in shapes {
+            let heads = Heads { query, kv, dim };
+            for len in [1, 2, 15, 16, 17, 63, 64, 65, 130, 200] {
+                let table = (0..13).rev().collect();
+                let sequence = Sequence::new(len as u64, len, heads, table);
+                let cache = Tensor::zeros((13, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+                let out = step(&cache, &[(&sequence, 0..len)]);
+                assert_close(&out[0], &sequence.reference(), 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_decode_steps_and_neighbours_change_no_bit() {
+        let heads = Heads { query: 6, kv: 2, dim: 20 };
+        let len = 150;
+        let a = Sequence::new(1, len, heads, (0..10).map(|b| b * 2).collect());
+        let b = Sequence::new(2, 90, heads, (0..10).map(|b| b * 2 + 1).collect());
+        let fresh = || Tensor::zeros((20, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+        let whole = step(&fresh(), &[(&a, 0..len)]).concat();
+        for chunk in [1, 3, 7, 16, 61] {
+            let cache = fresh();
+            let steps = (0..len).step_by(chunk).map(|start| start..(start + chunk).min(len));
+            let out: Vec<f32> = steps.flat_map(|part| step(&cache, &[(&a, part)]).concat()).collect();
+            assert_eq!(whole, out, "chunks of {chunk}");
+        }
+        let cache = fresh();
+        let mut out = step(&cache, &[(&b, 0..70), (&a, 0..70)])[1].clone();
+        out.extend(step(&cache, &[(&a, 70..149), (&b, 70..71)])[0].clone());
+        out.extend(step(&cache, &[(&b, 71..72), (&a, 149..150)])[1].clone());
+        assert_eq!(whole, out);
+    }
+
+    #[test]
+    fn what_others_left_in_a_block_is_not_seen() {
+        let heads = Heads { query: 3, kv: 1, dim: 16 };
+        let sequence = Sequence::new(1, 70, heads, vec![3, 0, 4, 1, 2]);
+        let clean = Tensor::zeros((5, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+        let whole = step(&clean, &[(&sequence, 0..70)]);
+        assert_eq!(whole, step(&stale_cache(5, heads), &[(&sequence, 0..70)]));
+    }
+
+    #[test]
+    fn refuses_tables_that_do_not_hold_the_context() {
+        let heads = Heads { query: 2, kv: 1, dim: 4 };
+        let cache = Tensor::zeros((2, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+        let qkv = Tensor::zeros((1, heads.qkv_width()), DType::F32, &Device::Cpu).unwrap();
+        let span = |context_len, table| Span { rows: 0..1, context_len, table };
+        assert!(attention(&qkv, &cache, &[span(17, 0..2)], &[0, 1], heads).is_ok());
+        assert!(attention(&qkv, &cache, &[span(17, 0..1)], &[0, 1], heads).is_err());
+        assert!(attention(&qkv, &cache, &[span(1, 0..1)], &[2], heads).is_err());
+        assert!(attention(&qkv, &cache, &[span(0, 0..0)], &[], heads).is_err());
+        assert!(append(&cache, &qkv, &[32], heads).is_err());
+    }
+}

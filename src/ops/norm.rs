@@ -1,0 +1,187 @@
+//! RMSNorm (Zhang and Sennrich, 2019): `y = x / sqrt(mean(x²) + eps) · weight`, alone or after a residual sum.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
+
+use super::cpu;
+use super::pool::SharedMut;
+use super::simd::{self, Kernel, LANES, Lanes};
+use crate::Result;
+
+/// Rows a task takes.
+const ROWS: usize = 16;
+
+/// `x [T, n] -> [T, n]`, `weight [n]`, all f32.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    Ok(x.apply_op1_no_bwd(&RmsNorm { weight, eps })?)
+}
+
+/// `(x + delta, rms_norm(x + delta))`, each `[T, n]`: the residual stream after a sublayer, and the next one's input.
+pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+    let both = x.apply_op2_no_bwd(delta, &RmsNorm { weight, eps })?;
+    Ok((both.get(0)?, both.get(1)?))
+}
+
+struct RmsNorm<'a> {
+    /// Frozen, hence not an operand.
+    weight: &'a Tensor,
+    eps: f32,
+}
+
+impl CustomOp1 for RmsNorm<'_> {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = cpu::slice("rms-norm", s, l)?;
+        let mut y = vec![0.0; x.len()];
+        self.rows(x, None, &mut [], &mut y, l.shape())?;
+        Ok((CpuStorage::F32(y), l.shape().clone()))
+    }
+}
+
+impl CustomOp2 for RmsNorm<'_> {
+    fn name(&self) -> &'static str {
+        "add-rms-norm"
+    }
+
+    /// `[2, T, n]`: the sum, then its norm.
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (t, n) = l1.shape().dims2()?;
+        if l1.shape() != l2.shape() {
+            candle_core::bail!("add-rms-norm of {:?} and {:?}", l1.shape(), l2.shape());
+        }
+        let (x, delta) = (cpu::slice("add-rms-norm", s1, l1)?, cpu::slice("add-rms-norm", s2, l2)?);
+        let mut both = vec![0.0; 2 * t * n];
+        let (sum, y) = both.split_at_mut(t * n);
+        self.rows(x, Some(delta), sum, y, l1.shape())?;
+        Ok((CpuStorage::F32(both), (2, t, n).into()))
+    }
+}
+
+impl RmsNorm<'_> {
+    /// `sum = x + delta` and `y` its norm, or `y` the norm of `x` alone (`sum` is empty then).
+    fn rows(
+        &self,
+        x: &[f32],
+        delta: Option<&[f32]>,
+        sum: &mut [f32],
+        y: &mut [f32],
+        shape: &Shape,
+    ) -> candle_core::Result<()> {
+        let (t, n) = shape.dims2()?;
+        if self.weight.dims() != [n] {
+            candle_core::bail!("rms-norm of {shape:?} with weights {:?}", self.weight.shape());
+        }
+        let (storage, layout) = self.weight.storage_and_layout();
+        let candle_core::Storage::Cpu(storage) = &*storage else {
+            candle_core::bail!("rms-norm weights are not on the CPU")
+        };
+        let weight = cpu::slice("rms-norm", storage, layout)?;
+        let (sum, y) = (SharedMut::new(sum), SharedMut::new(y));
+        cpu::for_each(t.div_ceil(ROWS), t * n, |task| {
+            for row in cpu::chunk(task, ROWS, t) {
+                let range = row * n..(row + 1) * n;
+                // SAFETY: inside the tensor, and each row belongs to one task.
+                let y = unsafe { y.slice(row * n, n) };
+                let x = match delta {
+                    None => &x[range],
+                    Some(delta) => {
+                        // SAFETY: as above; with a delta, the sum has the shape of `x`.
+                        let sum = unsafe { sum.slice(row * n, n) };
+                        for ((s, x), d) in sum.iter_mut().zip(&x[range.clone()]).zip(&delta[range]) {
+                            *s = x + d;
+                        }
+                        &*sum
+                    }
+                };
+                simd::run(Row { x, weight, eps: self.eps, y });
+            }
+        });
+        Ok(())
+    }
+}
+
+/// One row's norm.
+struct Row<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Row<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (chunks, tail) = self.x.as_chunks::<LANES>();
+        let mut squares = L::splat(0.0);
+        for chunk in chunks {
+            let x = L::load(chunk);
+            squares = x.mul_add(x, squares);
+        }
+        let x: L = simd::load_part(tail);
+        let mean = x.mul_add(x, squares).sum() / self.x.len() as f32;
+        let scale = 1.0 / (mean + self.eps).sqrt();
+        for ((y, x), w) in self.y.iter_mut().zip(self.x).zip(self.weight) {
+            *y = x * scale * w;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ops::reference::{assert_close, random};
+
+    fn norm(x: &[f32], n: usize, weight: &[f32]) -> Vec<f32> {
+        let x = Tensor::from_slice(x, (x.len() / n, n), &Device::Cpu).unwrap();
+        let weight = Tensor::from_slice(weight, n, &Device::Cpu).unwrap();
+        rms_norm(&x, &weight, 1e-5).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn matches_f64_and_rows_stand_alone() {
+        for (t, n) in [(1, 1), (1, 16), (3, 17), (5, 64), (70, 576), (2, 100)] {
+            let (x, weight) = (random(1, t * n), random(2, n));
+            let y = norm(&x, n, &weight);
+            for row in 0..t {
+                let x = &x[row * n..(row + 1) * n];
+                let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
+                let expected: Vec<f64> =
+                    x.iter().zip(&weight).map(|(&x, &w)| f64::from(x) / (mean + 1e-5).sqrt() * f64::from(w)).collect();
+                let y = &y[row * n..(row + 1) * n];
+                assert_close(y, &expected, 1e-6);
+                assert_eq!(y, norm(x, n, &weight));
+            }
+        }
+    }
+
+    #[test]
+    fn fused_sum_is_the_sum_and_its_norm() {
+        let (t, n) = (33, 100);
+        let tensor = |seed| Tensor::from_vec(random(seed, t * n), (t, n), &Device::Cpu).unwrap();
+        let (x, delta) = (tensor(1), tensor(2));
+        let weight = Tensor::from_vec(random(3, n), n, &Device::Cpu).unwrap();
+        let (sum, normed) = add_rms_norm(&x, &delta, &weight, 1e-5).unwrap();
+        let plain = (x + delta).unwrap();
+        assert_eq!(sum.to_vec2::<f32>().unwrap(), plain.to_vec2::<f32>().unwrap());
+        let expected = rms_norm(&plain, &weight, 1e-5).unwrap();
+        assert_eq!(normed.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+    }
+
+    #[test]
+    fn refuses_other_shapes() {
+        let x = Tensor::zeros((2, 8), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let short = Tensor::zeros(7, candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(rms_norm(&x, &short, 1e-5).is_err());
+        assert!(add_rms_norm(&x, &x.narrow(0, 0, 1).unwrap(), &short, 1e-5).is_err());
+    }
+}

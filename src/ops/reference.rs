@@ -1,0 +1,20 @@
+//! What the ops' tests share: values to feed them, and how close to their plain references they must come.
+
+use rand_pcg::Pcg64;
+use rand_pcg::rand_core::{Rng, SeedableRng};
+
+/// `n` values in -1..1, the same for the same seed.
+pub fn random(seed: u64, n: usize) -> Vec<f32> {
+    let mut rng = Pcg64::seed_from_u64(seed);
+    (0..n).map(|_| (rng.next_u32() >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+}
+
+/// Every value within `tolerance` of the largest expected one.
+#[track_caller]
+pub fn assert_close(values: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(values.len(), expected.len());
+    let scale = expected.iter().fold(1e-30, |m: f64, x| m.max(x.abs()));
+    for (i, (&x, &e)) in values.iter().zip(expected).enumerate() {
+        assert!((f64::from(x) - e).abs() <= tolerance * scale, "value {i} is {x}, not {e} (largest {scale})");
+    }
+}

@@ -1,0 +1,154 @@
+//! Rotary position embedding (Su et al., 2021) in Hugging Face's order: dimension `i` turns with `i + head_dim / 2`.
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+
+use super::cpu;
+use super::pool::SharedMut;
+use super::simd::{self, Kernel, Lanes};
+use crate::{Error, Result};
+
+/// Rows a task takes.
+const ROWS: usize = 16;
+
+/// Cosines and sines of every position, so that a step only multiplies.
+pub struct RopeTable {
+    /// Width of a head.
+    head_dim: usize,
+    /// Per position `head_dim / 2` cosines, then as many sines.
+    values: Vec<f32>,
+}
+
+impl RopeTable {
+    /// For positions `0..positions` and the `head_dim / 2` inverse frequencies of the model. The angle is the product
+    /// in f32, as transformers computes it, its cosine and sine correctly rounded.
+    pub fn new(inv_freq: &[f32], positions: usize) -> Self {
+        let mut values = Vec::with_capacity(positions * inv_freq.len() * 2);
+        for position in 0..positions {
+            let angle = |f: &f32| f64::from(position as f32 * f);
+            values.extend(inv_freq.iter().map(|f| angle(f).cos() as f32));
+            values.extend(inv_freq.iter().map(|f| angle(f).sin() as f32));
+        }
+        Self { head_dim: inv_freq.len() * 2, values }
+    }
+
+    /// Positions it holds.
+    pub fn positions(&self) -> usize {
+        self.values.len() / self.head_dim
+    }
+}
+
+/// Turns the first `heads` heads of each row of `x [T, >= heads·head_dim] f32` in place; `positions [T]`. In a fused
+/// qkv row these are the query and key heads.
+pub fn rope(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable) -> Result<()> {
+    let (t, width) = x.dims2()?;
+    if positions.len() != t || width < heads * table.head_dim {
+        return Err(Error::internal(format!(
+            "rope of {:?} with {heads} heads of {} and {} positions",
+            x.shape(),
+            table.head_dim,
+            positions.len()
+        )));
+    }
+    if let Some(p) = positions.iter().find(|&&p| p as usize >= table.positions()) {
+        return Err(Error::invalid(format!("position {p}, but the model has {}", table.positions())));
+    }
+    Ok(x.inplace_op1(&Rope { heads, positions, table })?)
+}
+
+struct Rope<'a> {
+    heads: usize,
+    positions: &'a [u32],
+    table: &'a RopeTable,
+}
+
+impl InplaceOp1 for Rope<'_> {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, s: &mut CpuStorage, l: &Layout) -> candle_core::Result<()> {
+        let (t, width) = l.shape().dims2()?;
+        let turned = self.heads * self.table.head_dim;
+        let x = SharedMut::new(cpu::slice_mut("rope", s, l)?);
+        cpu::for_each(t.div_ceil(ROWS), t * turned, |task| {
+            for row in cpu::chunk(task, ROWS, t) {
+                let start = self.positions[row] as usize * self.table.head_dim;
+                let turn = &self.table.values[start..start + self.table.head_dim];
+                // SAFETY: inside the tensor, since `turned <= width`, and each row belongs to one task.
+                let x = unsafe { x.slice(row * width, turned) };
+                simd::run(Row { x, turn });
+            }
+        });
+        Ok(())
+    }
+}
+
+struct Row<'a> {
+    x: &'a mut [f32],
+    /// Cosines, then sines.
+    turn: &'a [f32],
+}
+
+impl Kernel for Row<'_> {
+    /// Plain loops: the compiler vectorises them for the instruction set it is inlined into.
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let half = self.turn.len() / 2;
+        let (cos, sin) = self.turn.split_at(half);
+        for head in self.x.chunks_exact_mut(2 * half) {
+            let (a, b) = head.split_at_mut(half);
+            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ops::reference::{assert_close, random};
+
+    #[test]
+    fn matches_f64_and_leaves_values_alone() {
+        for (heads, head_dim, t) in [(1, 2, 1), (3, 4, 5), (4, 12, 40), (12, 64, 33), (2, 80, 7)] {
+            let inv_freq: Vec<f32> =
+                (0..head_dim / 2).map(|i| 100f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
+            let table = RopeTable::new(&inv_freq, 300);
+            let width = (heads + 1) * head_dim;
+            let x = random(1, t * width);
+            let positions: Vec<u32> = (0..t as u32).map(|i| (i * 97 + 5) % 300).collect();
+            let y = Tensor::from_slice(&x, (t, width), &Device::Cpu).unwrap();
+            rope(&y, heads, &positions, &table).unwrap();
+            let y = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let mut expected: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+            for (row, &position) in positions.iter().enumerate() {
+                for head in 0..heads {
+                    for (i, f) in inv_freq.iter().enumerate() {
+                        let (sin, cos) = (f64::from(position) * f64::from(*f)).sin_cos();
+                        let at = row * width + head * head_dim + i;
+                        let (a, b) = (f64::from(x[at]), f64::from(x[at + head_dim / 2]));
+                        expected[at] = a * cos - b * sin;
+                        expected[at + head_dim / 2] = b * cos + a * sin;
+                    }
+                }
+            }
+            assert_close(&y, &expected, 1e-5);
+            for row in 0..t {
+                let values = row * width + heads * head_dim..(row + 1) * width;
+                assert_eq!(y[values.clone()], x[values]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_position_past_the_table_is_refused() {
+        let table = RopeTable::new(&[1.0, 0.1], 8);
+        let x = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(rope(&x, 1, &[7], &table).is_ok());
+        let error = rope(&x, 1, &[8], &table).unwrap_err();
+        assert!(error.message.contains("position 8"), "{error}");
+    }
+}

@@ -1,0 +1,265 @@
+//! The decoder on flat batches, against the logits of transformers and PEFT, and against itself however a batch is cut.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use candle_core::Device;
+use quiver::adapter::peft::AdapterWeights;
+use quiver::adapter::slots::{SlotPool, SlotWeights};
+use quiver::engine::batch::{Batch, Segment, Span};
+use quiver::hub::{ModelFiles, ModelFormat};
+use quiver::model::kv::KvCache;
+use quiver::model::llama::Llama;
+use quiver::model::weights::{Quantize, Weights};
+
+/// Blocks of the tests' caches.
+const BLOCKS: usize = 64;
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny").join(name)
+}
+
+fn weights(quantize: Option<Quantize>) -> Weights {
+    let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixture("base")) };
+    Weights::load(&files, quantize, |_| {}).unwrap()
+}
+
+/// A model with its cache and adapters.
+struct Runner {
+    llama: Llama,
+    kv: KvCache,
+    slots: SlotPool,
+}
+
+impl Runner {
+    fn new(quantize: Option<Quantize>) -> Self {
+        let llama = Llama::new(weights(quantize)).unwrap();
+        let kv = KvCache::new(llama.config(), BLOCKS).unwrap();
+        Self { llama, kv, slots: SlotPool::default() }
+    }
+
+    /// Puts a fixture's adapter into a slot.
+    fn load(&mut self, name: &str) -> u32 {
+        let (adapter, _) = AdapterWeights::read(&fixture(name), self.llama.config()).unwrap();
+        self.slots.insert(SlotWeights::from_adapter(&adapter, self.llama.config()))
+    }
+
+    /// Runs parts of sequences as one batch; logits of the parts' rows that `wanted` asks for, part by part.
+    fn step(&mut self, parts: &[(&Sequence, Range<usize>)], wanted: impl Fn(usize) -> bool) -> Vec<Vec<f32>> {
+        let batch = batch(parts, &wanted);
+        let logits = self.llama.forward(&batch, &mut self.kv, &self.slots).unwrap();
+        assert_eq!(logits.dims(), [batch.logit_rows.len(), self.llama.config().vocab_size]);
+        let mut rows = logits.to_vec2::<f32>().unwrap().into_iter();
+        let part =
+            |span: &Span| rows.by_ref().take(span.rows.clone().filter(|&row| wanted(row)).count()).flatten().collect();
+        batch.spans.iter().map(part).collect()
+    }
+
+    /// Logits of every row of a sequence run in chunks of at most `chunk` rows.
+    fn run(&mut self, sequence: &Sequence, chunk: usize) -> Vec<f32> {
+        let len = sequence.tokens.len();
+        let parts = (0..len).step_by(chunk).map(|start| start..(start + chunk).min(len));
+        parts.flat_map(|part| self.step(&[(sequence, part)], |_| true).concat()).collect()
+    }
+}
+
+/// Tokens under weighted adapters, and the cache blocks that are theirs.
+struct Sequence {
+    tokens: Vec<u32>,
+    terms: Vec<(u32, f32)>,
+    table: Vec<u32>,
+}
+
+impl Sequence {
+    /// `len` tokens; of eight sequences, the blocks of each are interleaved with the others'.
+    fn new(id: u32, len: u32, terms: &[(u32, f32)]) -> Self {
+        let tokens = (0..len).map(|i| (i * i * 7 + i * 13 + id * 31) % 97).collect();
+        Self { tokens, terms: terms.to_vec(), table: (0..8).rev().map(|block| block * 8 + id).collect() }
+    }
+}
+
+fn batch(parts: &[(&Sequence, Range<usize>)], wanted: &impl Fn(usize) -> bool) -> Batch {
+    let mut batch = Batch::default();
+    for (sequence, positions) in parts {
+        let rows = batch.tokens.len()..batch.tokens.len() + positions.len();
+        let table = &sequence.table[..positions.end.div_ceil(KvCache::BLOCK_SIZE)];
+        batch.tokens.extend(&sequence.tokens[positions.clone()]);
+        for position in positions.clone() {
+            let (block, offset) = (position / KvCache::BLOCK_SIZE, position % KvCache::BLOCK_SIZE);
+            batch.positions.push(position as u32);
+            batch.slot_mapping.push(table[block] * KvCache::BLOCK_SIZE as u32 + offset as u32);
+        }
+        let start = batch.block_tables.len();
+        batch.block_tables.extend(table);
+        batch.spans.push(Span {
+            rows: rows.clone(),
+            context_len: positions.end,
+            table: start..batch.block_tables.len(),
+        });
+        if !sequence.terms.is_empty() {
+            batch.segments.push(Segment { rows: rows.clone(), terms: sequence.terms.clone() });
+        }
+        batch.logit_rows.extend(rows.filter(|&row| wanted(row)).map(|row| row as u32));
+    }
+    batch
+}
+
+/// `input_ids` of the fixtures and the logits that `name` gives for them.
+fn expected(name: &str) -> (Vec<u32>, Vec<f32>) {
+    let read =
+        |name: &str| candle_core::safetensors::load(fixture(name).join("expected.safetensors"), &Device::Cpu).unwrap();
+    let ids = read("base")["input_ids"].flatten_all().unwrap().to_vec1::<i64>().unwrap();
+    let logits = read(name)["logits"].flatten_all().unwrap().to_vec1().unwrap();
+    (ids.into_iter().map(|id| id as u32).collect(), logits)
+}
+
+/// Relative L2 distance.
+#[track_caller]
+fn distance(have: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(have.len(), want.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let difference: f64 = have.iter().zip(want).map(|(a, b)| square(a - b)).sum();
+    (difference / want.iter().map(|&x| square(x)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn logits_equal_those_of_transformers_and_peft() {
+    let mut runner = Runner::new(None);
+    let (tokens, logits) = expected("base");
+    let mut sequence = Sequence { tokens, ..Sequence::new(0, 0, &[]) };
+    let base = runner.run(&sequence, 100);
+    assert!(distance(&base, &logits) < 1e-5, "{}", distance(&base, &logits));
+    for name in
+        ["qv-r4", "all-linear-r8", "rslora-patterns", "one-layer-regex", "r33", "lora-bias", "lm-head", "adalora"]
+    {
+        sequence.terms = vec![(runner.load(name), 1.0)];
+        let (_, logits) = expected(name);
+        let have = runner.run(&sequence, 100);
+        assert!(distance(&have, &logits) < 1e-5, "{name}: {}", distance(&have, &logits));
+        assert!(distance(&base, &logits) > 1e-3, "{name} must have an effect");
+    }
+}
+
+#[test]
+fn chunks_decode_steps_and_neighbours_change_no_bit() {
+    for quantize in [None, Some(Quantize::Nf4)] {
+        let mut runner = Runner::new(quantize);
+        let (a, b) = (runner.load("all-linear-r8"), runner.load("r33"));
+        let head = runner.load("lm-head");
+        let sequences = [
+            Sequence::new(0, 120, &[]),
+            Sequence::new(1, 120, &[(a, 1.0)]),
+            Sequence::new(2, 120, &[(b, 0.7), (a, -0.4)]),
+            Sequence::new(3, 120, &[(head, 1.0)]),
+            Sequence::new(4, 120, &[(a, 1.0)]),
+        ];
+        let whole: Vec<Vec<f32>> = sequences.iter().map(|s| runner.run(s, 120)).collect();
+        for (sequence, whole) in sequences.iter().zip(&whole) {
+            for chunk in [1, 3, 7, 50] {
+                assert_eq!(whole, &runner.run(sequence, chunk), "chunks of {chunk}");
+            }
+        }
+
+        // All at once: prompts in chunks of different sizes beside decode rows, until all are done.
+        let mut done = [0; 5];
+        let mut mixed = vec![Vec::new(); 5];
+        while done.iter().any(|&d| d < 120) {
+            let parts: Vec<(usize, Range<usize>)> = (0..5)
+                .filter(|&i| done[i] < 120)
+                .map(|i| (i, done[i]..(done[i] + if done[i] < 100 { [17, 60, 1, 33, 8][i] } else { 1 }).min(120)))
+                .collect();
+            let step: Vec<_> = parts.iter().map(|(i, part)| (&sequences[*i], part.clone())).collect();
+            for ((i, part), logits) in parts.iter().zip(runner.step(&step, |_| true)) {
+                mixed[*i].extend(logits);
+                done[*i] = part.end;
+            }
+        }
+        assert_eq!(whole, mixed);
+    }
+}
+
+#[test]
+fn rows_without_logits_only_write_their_keys() {
+    let mut runner = Runner::new(None);
+    let adapter = runner.load("all-linear-r8");
+    let head = runner.load("lm-head");
+    let sequences =
+        [Sequence::new(0, 60, &[(adapter, 1.0)]), Sequence::new(1, 60, &[]), Sequence::new(2, 60, &[(head, 2.0)])];
+    let parts = |positions: Range<usize>| sequences.each_ref().map(|s| (s, positions.clone()));
+    let whole = runner.step(&parts(0..60), |_| true);
+
+    let mut other = Runner { kv: KvCache::new(runner.llama.config(), BLOCKS).unwrap(), ..runner };
+    assert!(other.step(&parts(0..40), |_| false).concat().is_empty());
+    // Of 20 rows each, the rows 3, 10, 17, .. of the batch.
+    let vocab = other.llama.config().vocab_size;
+    for (part, (some, whole)) in other.step(&parts(40..60), |row| row % 7 == 3).iter().zip(&whole).enumerate() {
+        let rows = (0..20).filter(|row| (part * 20 + row) % 7 == 3);
+        let wanted: Vec<f32> = rows.flat_map(|row| whole[(40 + row) * vocab..][..vocab].to_vec()).collect();
+        assert_eq!(some, &wanted);
+    }
+}
+
+#[test]
+fn a_weighted_sum_equals_one_adapter_with_both_deltas() {
+    let mut runner = Runner::new(None);
+    let (a, b) = (runner.load("all-linear-r8"), runner.load("r33"));
+    let read = |name: &str, weight: f32| {
+        let (adapter, _) = AdapterWeights::read(&fixture(name), runner.llama.config()).unwrap();
+        let mut slot = SlotWeights::from_adapter(&adapter, runner.llama.config());
+        slot.layers.iter_mut().flatten().flatten().for_each(|pair| pair.scale *= weight);
+        slot
+    };
+    let (mut both, other) = (read("all-linear-r8", 0.6), read("r33", -1.5));
+    for (sites, others) in both.layers.iter_mut().flatten().zip(other.layers.into_iter().flatten()) {
+        sites.extend(others);
+    }
+    let both = runner.slots.insert(both);
+    let sum = runner.run(&Sequence::new(0, 50, &[(a, 0.6), (b, -1.5)]), 50);
+    let one = runner.run(&Sequence::new(0, 50, &[(both, 1.0)]), 50);
+    let base = runner.run(&Sequence::new(0, 50, &[]), 50);
+    assert!(distance(&sum, &one) < 1e-5, "{}", distance(&sum, &one));
+    assert!(distance(&base, &one) > 1e-2);
+}
+
+#[test]
+fn a_batch_that_contradicts_itself_is_an_error() {
+    let mut runner = Runner::new(None);
+    let sequence = Sequence::new(0, 20, &[(0, 1.0)]);
+    let good = batch(&[(&sequence, 0..20)], &|_| true);
+    type Damage = fn(&mut Batch);
+    let damages: [(&str, Damage); 9] = [
+        ("token id 97", |b| b.tokens[3] = 97),
+        ("19 positions", |b| b.positions.truncate(19)),
+        ("position 128", |b| b.positions[0] = 128),
+        ("cache slot 1024", |b| b.slot_mapping[19] = 1024),
+        ("cache blocks", |b| b.block_tables[0] = 64),
+        ("context_len: 19", |b| b.spans[0].context_len = 19),
+        ("not ascending", |b| b.logit_rows.swap(0, 1)),
+        ("not ascending", |b| b.logit_rows[19] = 20),
+        ("15..21", |b| b.segments[0].rows = 15..21),
+    ];
+    for (message, damage) in damages {
+        let mut batch = good.clone();
+        damage(&mut batch);
+        let error = runner.llama.forward(&batch, &mut runner.kv, &runner.slots).unwrap_err();
+        assert!(error.message.contains(message), "{message}: {error}");
+    }
+    let logits = runner.llama.forward(&Batch::default(), &mut runner.kv, &runner.slots).unwrap();
+    assert_eq!(logits.dims(), [0, 97]);
+    assert!(runner.llama.forward(&good, &mut runner.kv, &runner.slots).is_ok());
+}
+
+#[test]
+fn weights_of_another_shape_are_refused() {
+    let refused = |damage: fn(&mut Weights)| {
+        let mut weights = weights(None);
+        damage(&mut weights);
+        Llama::new(weights).err().expect("shapes that contradict the config").message
+    };
+    assert!(refused(|w| w.config.hidden_size = 65).contains("embedding is [97, 64]"));
+    assert!(refused(|w| w.config.num_kv_heads = 3).contains("3 key-value heads"));
+    assert!(refused(|w| w.config.num_layers = 3).contains("2 decoder blocks"));
+    assert!(refused(|w| w.layers[1].down = w.layers[1].o.clone()).contains("block 1 down is [64, 64]"));
+    assert!(refused(|w| w.norm = w.norm.narrow(0, 0, 8).unwrap()).contains("final norm is [8]"));
+    assert!(KvCache::new(&weights(None).config, 0).is_err());
+}
