@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::Device;
 use quiver::adapter::peft::AdapterWeights;
 use quiver::adapter::slots::{SlotPool, SlotWeights};
-use quiver::engine::batch::{Batch, Segment, Span};
+use quiver::engine::batch::{Batch, Span};
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::model::kv::KvCache;
 use quiver::model::llama::Llama;
@@ -81,26 +81,10 @@ impl Sequence {
 fn batch(parts: &[(&Sequence, Range<usize>)], wanted: &impl Fn(usize) -> bool) -> Batch {
     let mut batch = Batch::default();
     for (sequence, positions) in parts {
-        let rows = batch.tokens.len()..batch.tokens.len() + positions.len();
-        let table = &sequence.table[..positions.end.div_ceil(KvCache::BLOCK_SIZE)];
-        batch.tokens.extend(&sequence.tokens[positions.clone()]);
-        for position in positions.clone() {
-            let (block, offset) = (position / KvCache::BLOCK_SIZE, position % KvCache::BLOCK_SIZE);
-            batch.positions.push(position as u32);
-            batch.slot_mapping.push(table[block] * KvCache::BLOCK_SIZE as u32 + offset as u32);
-        }
-        let start = batch.block_tables.len();
-        batch.block_tables.extend(table);
-        batch.spans.push(Span {
-            rows: rows.clone(),
-            context_len: positions.end,
-            table: start..batch.block_tables.len(),
-        });
-        if !sequence.terms.is_empty() {
-            batch.segments.push(Segment { rows: rows.clone(), terms: sequence.terms.clone() });
-        }
-        batch.logit_rows.extend(rows.filter(|&row| wanted(row)).map(|row| row as u32));
+        let tokens = &sequence.tokens[positions.clone()];
+        batch.push(tokens, positions.start, &sequence.table, KvCache::BLOCK_SIZE, &sequence.terms);
     }
+    batch.logit_rows = (0..batch.tokens.len()).filter(|&row| wanted(row)).map(|row| row as u32).collect();
     batch
 }
 
