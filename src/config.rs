@@ -31,8 +31,15 @@ pub struct NamedPath {
 /// All settings. Sizes take a suffix: 512MiB, 2GiB, 1.5GB.
 #[derive(Debug, Clone, Args)]
 pub struct ServeConfig {
-    /// Base model: the alias smollm2-135m-instruct, a .gguf file, a Hugging Face directory, or hf:org/name[@revision][/file]
-    #[arg(long, env = "QUIVER_MODEL", default_value = "smollm2-135m-instruct", help_heading = "Model")]
+    /// Where the base model is.
+    #[arg(
+        long,
+        env = "QUIVER_MODEL",
+        default_value = "smollm2-135m-instruct",
+        help = "Base model: the alias smollm2-135m-instruct, a .gguf file, a Hugging Face directory, or \
+                hf:org/name[@revision][/file]",
+        help_heading = "Model"
+    )]
     pub model: String,
 
     /// Quantise a model in f32, f16 or bf16 while loading

@@ -4,6 +4,9 @@
 //! turns text into tokens; [`engine`] schedules it beside the others and builds flat batches; [`model`] runs a batch
 //! through the decoder, whose arithmetic lives in [`ops`]; [`adapter`] keeps the adapters and their memory.
 
+// The reader of these docs is a developer of this program, who has the private items too.
+#![allow(rustdoc::private_intra_doc_links)]
+
 pub mod cli;
 pub mod config;
 pub mod error;
