@@ -47,6 +47,15 @@ pub struct ModelFiles {
     pub format: ModelFormat,
 }
 
+impl ModelFiles {
+    /// The file or directory.
+    pub fn path(&self) -> &Path {
+        match &self.format {
+            ModelFormat::Gguf(path) | ModelFormat::HuggingFace(path) => path,
+        }
+    }
+}
+
 /// The two forms in which models are kept on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelFormat {

@@ -2,10 +2,6 @@
 
 use std::process::ExitCode;
 
-/// The server frees and takes many activation buffers a step: mimalloc keeps them without going back to the kernel.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     match quiver::cli::run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -13,16 +13,12 @@ const MODEL_SHARE: f64 = 0.7;
 /// Prints the report.
 pub fn run() -> Result<()> {
     let system = sysinfo::System::new_with_specifics(
-        sysinfo::RefreshKind::nothing()
-            .with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram())
-            .with_cpu(sysinfo::CpuRefreshKind::nothing()),
+        sysinfo::RefreshKind::nothing().with_cpu(sysinfo::CpuRefreshKind::nothing()),
     );
     let brand = system.cpus().first().map_or("unknown", |cpu| cpu.brand().trim());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let cores = sysinfo::System::physical_core_count();
-    // A container's limit counts more than the machine's memory.
-    let memory = system.cgroup_limits().map_or(system.total_memory(), |limits| limits.total_memory);
-    let free = system.cgroup_limits().map_or(system.available_memory(), |limits| limits.free_memory);
+    let (memory, free) = memory();
 
     println!("quiver   {}", env!("CARGO_PKG_VERSION"));
     println!("cpu      {brand}");
@@ -49,6 +45,15 @@ pub fn run() -> Result<()> {
         println!("  {name:<16} {:>10}  {fits}", ByteSize(bytes as u64).to_string());
     }
     Ok(())
+}
+
+/// Bytes of memory in all and free; a container's limit counts more than the machine's.
+pub fn memory() -> (u64, u64) {
+    let system = sysinfo::System::new_with_specifics(
+        sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
+    );
+    let machine = (system.total_memory(), system.available_memory());
+    system.cgroup_limits().map_or(machine, |limits| (limits.total_memory, limits.free_memory))
 }
 
 /// The instruction sets that matter to the kernels and that this processor has.

@@ -4,6 +4,7 @@
 pub mod batch;
 mod blocks;
 pub mod request;
+pub mod runner;
 mod sampler;
 mod scheduler;
 mod sequence;

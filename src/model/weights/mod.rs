@@ -74,6 +74,13 @@ pub(crate) struct Opened {
 }
 
 impl Weights {
+    /// Resident bytes of all matrices.
+    pub fn bytes(&self) -> usize {
+        let head = if Arc::ptr_eq(&self.head, &self.embedding) { 0 } else { self.head.bytes() };
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        self.embedding.bytes() + head + layers.map(|m| m.bytes()).sum::<usize>()
+    }
+
     /// Loads a model; `progress` gets the share done, in [0, 1].
     ///
     /// # Errors

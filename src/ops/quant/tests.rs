@@ -82,7 +82,7 @@ fn check_product(w: &QMatrix, x: &[f32], y: &[f32], steps: f64, what: &str) {
     let (n, k) = (w.n(), w.k());
     let rows: Vec<Vec<f32>> = (0..n).map(|r| w.row(r)).collect();
     for (x, y) in x.chunks_exact(k).zip(y.chunks_exact(n)) {
-        let step = f64::from(x.iter().fold(0f32, |a, b| a.max(b.abs()))) / 16256.0;
+        let step = f64::from(x.iter().fold(0f32, |a, b| a.max(b.abs()))) / 32639.0;
         for (row, got) in rows.iter().zip(y) {
             let terms = || row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
             let want: f64 = terms().sum();

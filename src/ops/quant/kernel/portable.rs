@@ -37,7 +37,7 @@ fn dot(layout: &Layout, codes: &[u8], planes: &[i8], at: usize) -> [i32; PANEL] 
     for i in 0..layout.group {
         let at = at + i;
         let byte = 64 * (at / 32) + at % 32;
-        let q = 128 * i32::from(planes[byte]) + i32::from(planes[byte + 32]);
+        let q = 256 * i32::from(planes[byte]) + i32::from(planes[byte + 32]);
         let (line, shift) = match layout.bits {
             4 => (64 * (i / 4 % 4), 4 * (i / 16)),
             _ => (64 * (i / 4), 0),

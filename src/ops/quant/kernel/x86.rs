@@ -144,7 +144,7 @@ unsafe fn tile<const BITS: usize, const GROUP: usize, const KIND: u8, const SHIF
                     for i in 0..lines {
                         dot = _mm512_dpbusd_epi32(dot, w[i], _mm512_set1_epi32(high.add(i).read_unaligned()));
                     }
-                    dot = _mm512_slli_epi32::<7>(dot);
+                    dot = _mm512_slli_epi32::<8>(dot);
                     for i in 0..lines {
                         dot = _mm512_dpbusd_epi32(dot, w[i], _mm512_set1_epi32(low.add(i).read_unaligned()));
                     }
@@ -208,7 +208,7 @@ fn dot_avx2(layout: &Layout, codes: &[u8], planes: &[i8], at: usize) -> [i32; PA
     for step in 0..layout.group / 4 {
         let mut q = [0i16; 4];
         for (i, q) in q.iter_mut().enumerate() {
-            *q = 128 * i16::from(high[4 * step + i]) + i16::from(low[4 * step + i]);
+            *q = 256 * i16::from(high[4 * step + i]) + i16::from(low[4 * step + i]);
         }
         let q = u64::from(q[0] as u16)
             | u64::from(q[1] as u16) << 16

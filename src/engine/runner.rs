@@ -1,0 +1,39 @@
+//! The real runner: model, KV cache and adapter tiers, owned by the engine thread.
+
+use candle_core::Tensor;
+
+use super::batch::Batch;
+use super::{Residency, Runner};
+use crate::Result;
+use crate::adapter::Lease;
+use crate::adapter::tiers::Tiers;
+use crate::model::kv::KvCache;
+use crate::model::llama::Llama;
+
+/// Joins the parts that one forward pass needs.
+pub struct ModelRunner {
+    /// The decoder over its resident weights.
+    pub model: Llama,
+    /// Paged keys and values.
+    pub kv: KvCache,
+    /// Adapter slots and what lies below them.
+    pub tiers: Tiers,
+}
+
+impl Runner for ModelRunner {
+    fn acquire(&mut self, lease: &Lease) -> Residency {
+        self.tiers.acquire(lease)
+    }
+
+    fn release(&mut self, slot: u32) {
+        self.tiers.release(slot);
+    }
+
+    fn sweep(&mut self) {
+        self.tiers.sweep();
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
+        self.model.forward(batch, &mut self.kv, self.tiers.pool())
+    }
+}

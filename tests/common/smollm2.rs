@@ -1,0 +1,125 @@
+//! The default model with the project's adapters in an engine of its own, without HTTP.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use quiver::adapter::registry::{Registry, RegistryConfig};
+use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
+use quiver::engine::runner::ModelRunner;
+use quiver::engine::{Engine, EngineConfig};
+use quiver::hub::{self, ModelFiles};
+use quiver::model::kv::KvCache;
+use quiver::model::llama::Llama;
+use quiver::model::weights::Weights;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// Fetches the default model into the user's cache, once.
+pub fn files() -> ModelFiles {
+    hub::resolve("smollm2-135m-instruct", &hub::default_cache(), false).expect("the default model can be fetched")
+}
+
+/// An engine over SmolLM2, and its adapters.
+pub struct SmolLm2 {
+    /// Runs requests.
+    pub engine: Engine,
+    /// Holds adapters.
+    pub registry: Registry,
+    /// For calls that are async.
+    runtime: tokio::runtime::Runtime,
+}
+
+impl SmolLm2 {
+    /// Loads the model, with `slot_budget` bytes of adapter slots and no adapter.
+    pub fn start(slot_budget: usize) -> Self {
+        let weights = Weights::load(&files(), None, |_| {}).expect("the model loads");
+        let config = RegistryConfig {
+            adapter_root: None,
+            state_dir: None,
+            host_budget: 1 << 30,
+            slot_budget,
+            reserved_names: Vec::new(),
+        };
+        let registry = Registry::new(Arc::new(weights.config.clone()), config).expect("a registry");
+        let model = Llama::new(weights).expect("a model");
+        let num_blocks = 512;
+        let kv = KvCache::new(model.config(), num_blocks).expect("memory for keys and values");
+        let engine = Engine::start(
+            ModelRunner { kv, tiers: registry.tiers().expect("loader threads"), model },
+            EngineConfig {
+                block_size: KvCache::BLOCK_SIZE,
+                num_blocks,
+                max_batch_tokens: 128,
+                max_running: 16,
+                max_waiting: 2000,
+                max_model_len: 2048,
+                eos_token_ids: vec![2],
+                prefix_cache: true,
+            },
+        )
+        .expect("an engine");
+        Self { engine, registry, runtime: tokio::runtime::Runtime::new().expect("a runtime") }
+    }
+
+    /// Loads an adapter directory under a name.
+    pub fn load(&self, name: &str, source: &Path) {
+        let source = source.to_str().expect("UTF-8");
+        self.runtime.block_on(self.registry.load(name, source, false, true)).expect("the adapter loads");
+    }
+
+    /// Starts a request; the reply is read later.
+    pub fn submit(&self, prompt: &[u32], params: SamplingParams, adapters: &[(&str, f32)]) -> Reply {
+        let (events, receiver) = unbounded_channel();
+        let lease = |(name, weight): &(&str, f32)| (self.registry.lease(name).expect("loaded"), *weight);
+        let request = Request {
+            id: "test".into(),
+            prompt: prompt.to_vec(),
+            params,
+            adapters: adapters.iter().map(lease).collect(),
+            arrived: Instant::now(),
+            events,
+        };
+        self.engine.submit(request).expect("room in the queue");
+        Reply(receiver)
+    }
+}
+
+/// Events on their way.
+pub struct Reply(UnboundedReceiver<Event>);
+
+/// A whole reply.
+#[derive(Debug, PartialEq)]
+pub struct Collected {
+    /// Of prompt tokens, where asked for.
+    pub prompt: Vec<Option<Logprobs>>,
+    /// Output ids.
+    pub tokens: Vec<u32>,
+    /// Of output tokens, where asked for.
+    pub logprobs: Vec<Option<Logprobs>>,
+    /// Why it ended.
+    pub reason: FinishReason,
+}
+
+impl Reply {
+    /// Waits for the end. Panics if the request failed.
+    pub fn collect(mut self) -> Collected {
+        let (mut prompt, mut tokens, mut logprobs) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            match self.0.blocking_recv().expect("an end before the channel closes") {
+                Event::Scheduled => {}
+                Event::Prompt(p) => prompt = p,
+                Event::Token { id, logprobs: l } => {
+                    tokens.push(id);
+                    logprobs.push(l);
+                }
+                Event::Finished { reason, .. } => return Collected { prompt, tokens, logprobs, reason },
+                Event::Failed(error) => panic!("the request failed: {error}"),
+            }
+        }
+    }
+}
+
+/// Path of the GGUF file.
+pub fn gguf() -> PathBuf {
+    files().path().to_owned()
+}
