@@ -1,7 +1,7 @@
 //! Causal attention with grouped queries over a paged key and value cache.
 //!
 //! Online softmax (Milakov and Gimelshein, 2018; tiled as in FlashAttention, Dao et al., 2022) over tiles of
-//! [`TILE`] keys at fixed absolute positions. A query row sees the same tiles in the same order, and within them adds in
+//! 64 keys at fixed absolute positions. A query row sees the same tiles in the same order, and within them adds in
 //! the same order, whether it came in a prompt chunk or as a decode step, so its bits do not depend on either.
 //!
 //! A task is one key-value head and a tile of query rows: consecutive positions times the query heads of the group. Its
@@ -78,9 +78,9 @@ pub fn append(cache: &Tensor, qkv: &Tensor, slots: &[u32], heads: Heads) -> Resu
     Ok(cache.inplace_op2(qkv, &Append { slots, heads })?)
 }
 
-/// Attends each query row of `qkv` to its sequence's keys up to its own position: `[T, query·dim] f32`, to be scaled by
-/// nothing more (`1/sqrt(dim)` is in). `cache` holds the keys and values of this step's rows already; a span's
-/// block ids are `block_tables[span.table]`. Rows outside the spans are zero.
+/// Attends each query row of `qkv` to its sequence's keys up to its own position, with scores over `sqrt(dim)`:
+/// `[T, query·dim] f32`. `cache` holds the keys and values of this step's rows already; a span's block ids are
+/// `block_tables[span.table]`. Rows outside the spans are zero. Errors when a span does not fit the batch or the cache.
 pub fn attention(qkv: &Tensor, cache: &Tensor, spans: &[Span], block_tables: &[u32], heads: Heads) -> Result<Tensor> {
     check(cache, qkv, qkv.dim(0)?, heads)?;
     let (rows, blocks) = (qkv.dim(0)?, cache.dim(0)?);
