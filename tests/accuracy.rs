@@ -77,7 +77,7 @@ fn agrees_with_candle_transformers_own_quantised_llama() {
     use candle_core::{Device, Tensor};
     use candle_transformers::models::quantized_llama::ModelWeights;
 
-    let mut file = std::fs::File::open(smollm2::gguf()).expect("the model file");
+    let mut file = std::fs::File::open(smollm2::files().path()).expect("the model file");
     let content = Content::read(&mut file).expect("a GGUF header");
     let mut reference = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).expect("candle loads it");
     let server = SmolLm2::start(1 << 30);

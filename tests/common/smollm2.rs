@@ -1,6 +1,6 @@
 //! The default model with the project's adapters in an engine of its own, without HTTP.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -117,9 +117,4 @@ impl Reply {
             }
         }
     }
-}
-
-/// Path of the GGUF file.
-pub fn gguf() -> PathBuf {
-    files().path().to_owned()
 }
