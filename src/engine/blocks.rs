@@ -90,15 +90,23 @@ impl BlockPool {
         Some(id)
     }
 
-    /// The block of that name, with one more user.
-    pub fn find(&mut self, hash: &BlockHash) -> Option<u32> {
-        let id = *self.named.get(hash)?;
+    /// The blocks of the longest run of `hashes`, from the first, that are all there.
+    pub fn find(&self, hashes: &[BlockHash]) -> Vec<u32> {
+        hashes.iter().map_while(|hash| self.named.get(hash).copied()).collect()
+    }
+
+    /// How many of `ids` nobody uses: to share them takes that many from [`BlockPool::free`].
+    pub fn unreferenced(&self, ids: &[u32]) -> usize {
+        ids.iter().filter(|id| self.blocks[**id as usize].users == 0).count()
+    }
+
+    /// One more user of a block that [`BlockPool::find`] gave.
+    pub fn share(&mut self, id: u32) {
         let block = &mut self.blocks[id as usize];
         if block.users == 0 {
             self.idle.remove(&block.idle_since);
         }
         block.users += 1;
-        Some(id)
     }
 
     /// Names a block whose keys and values are all written. Where the name is taken already, nothing changes.
@@ -167,10 +175,11 @@ mod tests {
         pool.publish(y, hy);
         pool.release(&[x]);
         pool.release(&[y]);
-        assert_eq!((pool.free(), pool.find(&hx)), (2, Some(x)));
+        assert_eq!((pool.free(), pool.find(&[hx, hy]), pool.unreferenced(&[x, y])), (2, vec![x, y], 2));
+        pool.share(x);
         pool.release(&[x]);
         assert_eq!(pool.allocate(), Some(y), "y was unused longest");
-        assert_eq!((pool.find(&hy), pool.find(&hx)), (None, Some(x)));
+        assert_eq!((pool.find(&[hy]), pool.find(&[hx, hy])), (vec![], vec![x]));
     }
 
     proptest! {
@@ -187,7 +196,8 @@ mod tests {
                     } else {
                         prop_assert_eq!(pool.free(), 0);
                     },
-                    1 => if let Some(id) = pool.find(&root_hash(&[(String::new(), u32::from(n % 8))])) {
+                    1 => for id in pool.find(&[root_hash(&[(String::new(), u32::from(n % 8))])]) {
+                        pool.share(id);
                         held.push(id);
                     },
                     2 => if !held.is_empty() {

@@ -3,12 +3,13 @@
 
 pub mod batch;
 mod blocks;
+mod flows;
 pub mod request;
 pub mod runner;
-mod sampler;
+pub mod sampler;
 mod scheduler;
 mod sequence;
-mod worker;
+pub mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -130,8 +131,21 @@ pub struct Engine {
 impl Engine {
     /// Starts the engine thread on a runner. Errors: limits that contradict each other.
     pub fn start(runner: impl Runner, config: EngineConfig) -> Result<Self> {
-        if config.block_size == 0 || config.num_blocks == 0 || config.max_running == 0 || config.max_model_len == 0 {
-            return Err(Error::invalid("the engine needs at least one KV block, one running sequence and one token"));
+        let (engine, worker) = Self::new(runner, config)?;
+        thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
+        Ok(engine)
+    }
+
+    /// An engine whose work the caller does, turn by turn. Errors as [`Engine::start`].
+    pub fn new<R: Runner>(runner: R, config: EngineConfig) -> Result<(Self, Worker<R>)> {
+        let limits = [
+            ("block_size", config.block_size),
+            ("num_blocks", config.num_blocks),
+            ("max_running", config.max_running),
+            ("max_model_len", config.max_model_len),
+        ];
+        if let Some((name, _)) = limits.iter().find(|(_, limit)| *limit == 0) {
+            return Err(Error::invalid(format!("{name} is 0; it must be at least 1")));
         }
         if config.max_batch_tokens < config.max_running {
             return Err(Error::invalid(format!(
@@ -143,8 +157,7 @@ impl Engine {
         stats.total_blocks.store(config.num_blocks as u64, Ordering::Relaxed);
         let (requests, inbox) = mpsc::channel();
         let worker = Worker::new(runner, config.clone(), inbox, stats.clone());
-        thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
-        Ok(Self { config: Arc::new(config), stats, requests, draining: Arc::default() })
+        Ok((Self { config: Arc::new(config), stats, requests, draining: Arc::default() }, worker))
     }
 
     /// Hands a request to the engine. Errors: `Overloaded` when the queue is full, `Unavailable` while draining,
@@ -168,11 +181,13 @@ impl Engine {
             .param("prompt")
             .code("context_length_exceeded"));
         }
-        let longest = (prompt + request.params.max_tokens).min(config.max_model_len);
-        if (longest + 1).div_ceil(config.block_size) > config.num_blocks {
+        let longest = prompt.saturating_add(request.params.max_tokens).min(config.max_model_len);
+        // A generated token that ends the sequence leaves no key or value.
+        let keys = prompt.max(longest - 1);
+        if keys.div_ceil(config.block_size) > config.num_blocks {
             return Err(Error::invalid(format!(
                 "prompt and output may take {longest} tokens and the KV cache holds {}: ask for fewer tokens",
-                config.num_blocks * config.block_size - 1
+                config.num_blocks * config.block_size
             ))
             .param("max_tokens")
             .code("context_length_exceeded"));

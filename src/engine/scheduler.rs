@@ -1,37 +1,42 @@
-//! Which sequences run, and with how many rows, in the next step.
+//! What the next step computes: decode rows of all that run, then prompt chunks, least served adapters first; and who
+//! runs at all.
 //!
-//! Running sequences keep their blocks and slots until they end. Room goes to waiting ones by deficit round robin over
-//! tokens between adapters (Shreedhar and Varghese, 1995): every turn gives each waiting adapter a quantum, a sequence is
-//! admitted when its adapter's deficit covers its prompt, and generated tokens are charged as they come. An adapter that has
-//! had much waits more turns; with room for all, nobody waits.
-
-use std::collections::{BTreeMap, VecDeque};
+//! * A step has at most `max_batch_tokens` rows. Every running sequence whose prompt is computed gets one. The rest goes
+//!   in chunks to the flow that was served the fewest tokens (see [`super::flows`]): to a prompt of it that runs, else
+//!   its first waiting request is admitted.
+//! * Admission takes the blocks of the whole prompt at once, so that only decoding can run out of them, and a use of
+//!   each adapter's slot. If blocks or seats lack, nobody is admitted until the flow whose turn it is fits. If an
+//!   adapter is not in a slot yet, the flow is passed over, but for lack of slot room only [`MAX_BYPASS`] times.
+//! * When decoding runs out of blocks, the newest sequence of the most served flow is preempted: it gives up its blocks
+//!   and goes to the front of its queue with all its tokens, to be computed again. Since a row's logits do not depend
+//!   on the batch, it goes on as if nothing had happened.
 
 use super::blocks::BlockPool;
+use super::flows::{Flow, FlowId, Flows, SlotWait};
 use super::request::Event;
-use super::sequence::{AdapterKey, Sequence};
+use super::sequence::Sequence;
 use super::{EngineConfig, Residency, Runner};
+use crate::Error;
+use crate::error::ErrorKind;
 
-/// Tokens that one turn gives an adapter.
-const QUANTUM: i64 = 256;
+/// Rows a step whose logits serve prompt log-probabilities, besides one for each sequence: bounds the memory of logits
+/// (64 rows of a vocabulary of 128k are 32 MiB).
+pub const MAX_SCORED_ROWS: usize = 64;
 
-/// Admissions of others that a sequence without room lets pass before it holds them back.
-const MAX_BYPASS: usize = 32;
+/// Requests that may be admitted past one that waits for room in the slots; then requests with other adapters wait
+/// until it has it. Refusals while no slot is in use count too: requests for several adapters could otherwise take the
+/// slots from each other for ever, without one of them ever having all it needs.
+pub const MAX_BYPASS: usize = 64;
 
-/// Logit rows a step that report prompt tokens: a row is the whole vocabulary in f32.
-const MAX_PROMPT_LOGIT_ROWS: usize = 64;
+/// Flows without a slot that are asked for in one step. Asking for more at once would only make their adapters evict
+/// each other.
+const MAX_REFUSALS: usize = 16;
 
-/// Waiting sequences of one adapter.
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Sequence>,
-    /// Tokens it may still be given; negative after it had more than its turns.
-    deficit: i64,
-    /// Tokens given in all, to choose whom to preempt.
-    served: u64,
-    /// Its sequences that run.
-    running: usize,
-}
+/// Refusals in a row, with every slot unused, after which a request's adapters cannot fit together.
+const MAX_HOPELESS: usize = 1024;
+
+/// Steps' worth of tokens that a flow's account may be ahead of another's.
+const MAX_LEAD_STEPS: usize = 16;
 
 /// Rows of one running sequence in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,73 +50,84 @@ pub struct Share {
 /// Waiting and running sequences and the blocks they share.
 pub struct Scheduler {
     config: EngineConfig,
-    queues: BTreeMap<AdapterKey, Queue>,
     /// In order of admission.
     pub running: Vec<Sequence>,
+    /// Everyone else, by adapter.
+    flows: Flows,
     /// KV blocks.
     pub blocks: BlockPool,
+    /// Counts calls of `schedule`.
+    step: u64,
     /// Prompt tokens looked up in the prefix cache, and found.
     pub prefix: (u64, u64),
     /// Sequences put back for lack of blocks.
     pub preemptions: u64,
 }
 
+/// What came of an attempt to admit a flow's first request.
+enum Admission {
+    /// It runs, or it failed and is gone: go on.
+    Moved,
+    /// Its adapters are not in slots: pass over the flow in this step.
+    NoSlot,
+    /// No seat or not enough blocks: nobody is admitted in this step.
+    NoRoom,
+}
+
 impl Scheduler {
-    /// An empty scheduler.
+    /// No requests, all blocks free.
     pub fn new(config: EngineConfig) -> Self {
         let blocks = BlockPool::new(config.num_blocks);
-        Self { config, queues: BTreeMap::new(), running: Vec::new(), blocks, prefix: (0, 0), preemptions: 0 }
+        let (running, flows) = (Vec::new(), Flows::default());
+        Self { config, running, flows, blocks, step: 0, prefix: (0, 0), preemptions: 0 }
     }
 
-    /// Adds a sequence to its adapter's queue.
+    /// Queues a request.
     pub fn push(&mut self, sequence: Sequence) {
-        self.queues.entry(sequence.key.clone()).or_default().waiting.push_back(sequence);
+        self.flows.push(sequence);
     }
 
-    /// Sequences that wait.
+    /// Requests that wait.
     pub fn waiting(&self) -> usize {
-        self.queues.values().map(|q| q.waiting.len()).sum()
+        self.flows.waiting()
     }
 
-    /// Decides the next step: drops cancelled sequences, admits, gives out rows, preempts where blocks run out. Rows never
-    /// exceed `max_batch_tokens`. Empty when nothing can run.
+    /// Plans a step. Empty when there is nothing to run now (though requests may wait for an adapter). Sequences under the
+    /// same adapters are side by side, so that they share a pass over the adapter's weights.
     pub fn schedule(&mut self, runner: &mut impl Runner) -> Vec<Share> {
+        self.step += 1;
+        self.running.iter_mut().for_each(|sequence| sequence.planned = 0);
         self.drop_cancelled(runner);
-        self.admit(runner);
-        let mut shares = self.decode_shares(runner);
-        self.prefill_shares(&mut shares);
-        shares
+        self.plan_decodes(runner);
+        self.plan_prompts(runner);
+        self.flows.limit_lead((MAX_LEAD_STEPS * self.config.max_batch_tokens) as u64);
+        let mut planned: Vec<_> = self.running.iter().enumerate().filter(|(_, s)| s.planned > 0).collect();
+        planned.sort_by_cached_key(|(_, s)| s.slots.iter().map(|(slot, w)| (*slot, w.to_bits())).collect::<Vec<_>>());
+        planned.into_iter().map(|(sequence, s)| Share { sequence, rows: s.planned }).collect()
     }
 
-    /// Frees sequence `index` of the running ones and hands it over; its adapter stays known while it has others.
-    pub fn remove(&mut self, index: usize, runner: &mut impl Runner) -> Sequence {
-        let mut sequence = self.running.remove(index);
-        self.free(&mut sequence, runner);
-        self.forget_if_empty(&sequence.key.clone());
-        sequence
-    }
-
-    /// Accounts `rows` computed tokens and publishes blocks that they completed.
+    /// Accounts `rows` computed tokens and publishes the blocks that they completed.
     pub fn advance(&mut self, index: usize, rows: usize) {
         let sequence = &mut self.running[index];
         sequence.computed += rows;
         if self.config.prefix_cache {
             let full = sequence.computed / self.config.block_size;
             sequence.block_hashes(full, self.config.block_size);
-            while sequence.published < full {
-                self.blocks.publish(sequence.blocks[sequence.published], sequence.hashes[sequence.published]);
-                sequence.published += 1;
+            for i in sequence.published..full {
+                self.blocks.publish(sequence.blocks[i], sequence.hashes[i]);
             }
+            sequence.published = full;
         }
     }
 
-    /// Charges a generated token to the sequence's adapter.
-    pub fn charge_output(&mut self, index: usize) {
-        let key = &self.running[index].key;
-        if let Some(queue) = self.queues.get_mut(key) {
-            queue.deficit -= 1;
-            queue.served += 1;
-        }
+    /// Takes running sequence `index` out, with what it holds.
+    pub fn remove(&mut self, index: usize, runner: &mut impl Runner) -> Sequence {
+        let mut sequence = self.running.remove(index);
+        self.blocks.release(&std::mem::take(&mut sequence.blocks));
+        sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
+        self.flows.get(sequence.flow).running -= 1;
+        (sequence.computed, sequence.planned, sequence.published) = (0, 0, 0);
+        sequence
     }
 
     fn drop_cancelled(&mut self, runner: &mut impl Runner) {
@@ -120,232 +136,196 @@ impl Scheduler {
                 self.remove(index, runner);
             }
         }
-        for queue in self.queues.values_mut() {
-            queue.waiting.retain(|s| !s.cancelled());
-        }
-        self.queues.retain(|_, q| !q.waiting.is_empty() || q.running > 0);
-    }
-
-    fn free(&mut self, sequence: &mut Sequence, runner: &mut impl Runner) {
-        self.blocks.release(&sequence.blocks);
-        sequence.blocks.clear();
-        for (slot, _) in sequence.slots.drain(..) {
-            runner.release(slot);
-        }
-        if let Some(queue) = self.queues.get_mut(&sequence.key) {
-            queue.running -= 1;
-        }
-    }
-
-    /// A new burst of an adapter that had gone quiet starts even with the others.
-    fn forget_if_empty(&mut self, key: &AdapterKey) {
-        if self.queues.get(key).is_some_and(|q| q.waiting.is_empty() && q.running == 0) {
-            self.queues.remove(key);
-        }
-    }
-
-    /// Tokens that admission charges.
-    fn cost(sequence: &Sequence) -> i64 {
-        sequence.tokens.len() as i64
-    }
-
-    fn admit(&mut self, runner: &mut impl Runner) {
-        // Adapters whose first sequence cannot start in this step.
-        let mut held: Vec<AdapterKey> = Vec::new();
-        while self.running.len() < self.config.max_running {
-            // A sequence that has let enough others pass goes first, alone.
-            let starved = self.queues.iter().find(|(_, q)| q.waiting.front().is_some_and(|s| s.bypassed >= MAX_BYPASS));
-            let next = match starved {
-                Some((key, _)) if held.contains(key) => return,
-                Some((key, _)) => Some((key.clone(), 0)),
-                None => self
-                    .queues
-                    .iter()
-                    .filter(|(key, _)| !held.contains(key))
-                    .filter_map(|(key, q)| Some((key, (Self::cost(q.waiting.front()?) - q.deficit).max(0))))
-                    .map(|(key, short)| (key.clone(), (short + QUANTUM - 1) / QUANTUM))
-                    .min_by_key(|(_, turns)| *turns),
-            };
-            let Some((key, turns)) = next else { return };
-            let Some(mut sequence) = self.queues.get_mut(&key).and_then(|q| q.waiting.pop_front()) else { return };
-            match self.start(&mut sequence, runner) {
-                Start::Started => {
-                    for queue in self.queues.values_mut().filter(|q| !q.waiting.is_empty()) {
-                        queue.deficit += turns * QUANTUM;
-                        if let Some(first) = queue.waiting.front_mut().filter(|s| s.bypassed > 0) {
-                            first.bypassed += 1;
-                        }
-                    }
-                    let cost = Self::cost(&sequence);
-                    let queue = self.queues.entry(key).or_default();
-                    // Its own turns, where the pop above emptied its queue.
-                    if queue.waiting.is_empty() {
-                        queue.deficit += turns * QUANTUM;
-                    }
-                    queue.deficit -= cost;
-                    queue.served += cost as u64;
-                    queue.running += 1;
-                    self.running.push(sequence);
-                }
-                Start::NotYet => {
-                    self.queues.entry(key.clone()).or_default().waiting.push_front(sequence);
-                    held.push(key);
-                }
-                Start::NoRoom => {
-                    sequence.bypassed = sequence.bypassed.max(1);
-                    self.queues.entry(key.clone()).or_default().waiting.push_front(sequence);
-                    held.push(key);
-                }
-                Start::Failed(error) => {
-                    sequence.fail(error);
-                    self.forget_if_empty(&key);
-                }
+        for flow in self.flows.iter_mut() {
+            flow.waiting.retain(|sequence| !sequence.cancelled());
+            if flow.waiting.is_empty() {
+                flow.slots = SlotWait::default();
             }
         }
+        self.flows.drop_idle();
     }
 
-    /// Takes slots and blocks for a waiting sequence, or nothing at all.
-    fn start(&mut self, sequence: &mut Sequence, runner: &mut impl Runner) -> Start {
-        let size = self.config.block_size;
-        let needed = (sequence.tokens.len() + 1).div_ceil(size);
-        // Running sequences grow: one block each is left to them, or admission and preemption would chase each other.
-        if needed + self.running.len() > self.blocks.free() && !self.running.is_empty() {
-            return Start::NoRoom;
-        }
-        for (lease, weight) in &sequence.request.adapters {
-            let outcome = match runner.acquire(lease) {
-                Residency::Ready(slot) => {
-                    sequence.slots.push((slot, *weight));
-                    continue;
-                }
-                Residency::Loading => Start::NotYet,
-                Residency::Full => Start::NoRoom,
-                Residency::Failed(error) => Start::Failed(error),
-            };
-            sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
-            return outcome;
-        }
-        // The last token is always computed, for its logits; prompt log-probabilities need every prompt row.
-        if self.config.prefix_cache && !sequence.wants_prompt_logprobs() {
-            let most = (sequence.tokens.len() - 1) / size;
-            sequence.block_hashes(most, size);
-            for hash in &sequence.hashes[..most] {
-                let Some(block) = self.blocks.find(hash) else { break };
-                sequence.blocks.push(block);
-            }
-            self.prefix.0 += sequence.tokens.len() as u64;
-            self.prefix.1 += (sequence.blocks.len() * size) as u64;
-        }
-        sequence.computed = sequence.blocks.len() * size;
-        sequence.published = sequence.blocks.len();
-        while sequence.blocks.len() < needed {
-            match self.blocks.allocate() {
-                Some(block) => sequence.blocks.push(block),
-                None => {
-                    self.blocks.release(&sequence.blocks);
-                    sequence.blocks.clear();
-                    sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
-                    return Start::NoRoom;
-                }
-            }
-        }
-        sequence.bypassed = 0;
-        if !sequence.admitted {
-            sequence.admitted = true;
-            sequence.cached_tokens = sequence.computed;
-            let _ = sequence.request.events.send(Event::Scheduled);
-        }
-        Start::Started
-    }
-
-    /// One row for each sequence that decodes, with a block for it.
-    fn decode_shares(&mut self, runner: &mut impl Runner) -> Vec<Share> {
+    fn plan_decodes(&mut self, runner: &mut impl Runner) {
+        let block_size = self.config.block_size;
         let mut index = 0;
-        while index < self.running.len() {
-            let sequence = &mut self.running[index];
-            // The token of this step and, if it completes a block, the place of the next.
-            let needed = sequence.tokens.len().div_ceil(self.config.block_size);
-            if sequence.blocks.len() >= needed {
+        while let Some(sequence) = self.running.get_mut(index) {
+            if sequence.remaining() != 1 {
+                index += 1;
+            } else if sequence.computed < sequence.blocks.len() * block_size {
+                sequence.planned = 1;
                 index += 1;
             } else if let Some(block) = self.blocks.allocate() {
                 sequence.blocks.push(block);
-            } else {
-                let victim = self.victim();
-                self.preempt(victim, runner);
-                index = index.min(victim);
+            } else if self.preempt(runner) < index {
+                index -= 1;
             }
         }
-        let decoding = self.running.iter().enumerate().filter(|(_, s)| s.remaining() == 1);
-        decoding.map(|(sequence, _)| Share { sequence, rows: 1 }).take(self.config.max_batch_tokens).collect()
+        for sequence in self.running.iter().filter(|s| s.planned > 0) {
+            self.flows.charge(sequence.flow, sequence.planned);
+        }
     }
 
-    /// The newest sequence of the adapter that was given most, but never the oldest of all, which so always ends.
-    fn victim(&self) -> usize {
-        let served = |s: &Sequence| self.queues.get(&s.key).map_or(0, |q| q.served);
-        let candidates = self.running.iter().enumerate().skip(1);
-        candidates.max_by_key(|(index, s)| (served(s), *index)).map_or(0, |(index, _)| index)
-    }
-
-    fn preempt(&mut self, index: usize, runner: &mut impl Runner) {
-        let mut sequence = self.running.remove(index);
-        self.free(&mut sequence, runner);
+    /// Puts the newest running sequence of the most served flow back in its queue; returns the index it had.
+    fn preempt(&mut self, runner: &mut impl Runner) -> usize {
+        let flow = self.flows.most_served_running().expect("blocks run out only while sequences hold them");
+        let newest = self.running.iter().rposition(|s| s.flow == flow).expect("the flow has running sequences");
+        let sequence = self.remove(newest, runner);
+        tracing::debug!(request = sequence.request.id, tokens = sequence.tokens.len(), "preempted");
+        self.flows.get(flow).waiting.push_front(sequence);
         self.preemptions += 1;
-        sequence.computed = 0;
-        // Its next admission is not to be paid twice.
-        let queue = self.queues.entry(sequence.key.clone()).or_default();
-        queue.deficit += Self::cost(&sequence);
-        queue.waiting.push_front(sequence);
+        newest
     }
 
-    /// Deals the rest of the budget to prompts: equal parts to the adapters that have some, oldest sequence first within one.
-    fn prefill_shares(&mut self, shares: &mut Vec<Share>) {
-        let mut budget = self.config.max_batch_tokens - shares.len();
-        let mut logit_rows = MAX_PROMPT_LOGIT_ROWS;
-        let mut lines: Vec<(&AdapterKey, VecDeque<usize>)> = Vec::new();
-        for (index, sequence) in self.running.iter().enumerate().filter(|(_, s)| s.remaining() > 1) {
-            match lines.iter_mut().find(|(key, _)| **key == sequence.key) {
-                Some((_, line)) => line.push_back(index),
-                None => lines.push((&sequence.key, VecDeque::from([index]))),
-            }
-        }
-        while budget > 0 && !lines.is_empty() {
-            let part = (budget / lines.len()).max(1);
-            for (_, line) in &mut lines {
-                let mut part = part.min(budget);
-                while part > 0
-                    && let Some(&index) = line.front()
-                {
-                    let sequence = &self.running[index];
-                    let given = shares.iter().find(|s| s.sequence == index).map_or(0, |s| s.rows);
-                    let mut rows = part.min(sequence.remaining() - given);
-                    if sequence.wants_prompt_logprobs() {
-                        rows = rows.min(logit_rows);
-                        logit_rows -= rows;
-                    }
-                    if rows > 0 {
-                        match shares.iter_mut().find(|s| s.sequence == index) {
-                            Some(share) => share.rows += rows,
-                            None => shares.push(Share { sequence: index, rows }),
-                        }
-                    }
-                    part -= rows;
-                    budget -= rows;
-                    if given + rows == sequence.remaining() || (rows == 0 || sequence.wants_prompt_logprobs()) {
-                        line.pop_front();
-                    }
+    fn plan_prompts(&mut self, runner: &mut impl Runner) {
+        let max_rows = self.config.max_batch_tokens;
+        // Small enough that a few flows share a step.
+        let quantum = max_rows.div_ceil(4);
+        let mut rows = max_rows - self.running.iter().map(|s| s.planned).sum::<usize>();
+        let mut scored_rows = MAX_SCORED_ROWS;
+        let mut admitting = true;
+        while rows > 0 {
+            let open = |s: &&mut Sequence| chunk(s, scored_rows) > 0;
+            let prompts: Vec<_> = self.running.iter_mut().filter(open).map(|s| s.flow).collect();
+            let next = if admitting {
+                self.next_with(&prompts)
+            } else {
+                self.flows.least_served(|id, _| prompts.contains(&id))
+            };
+            let Some(flow) = next else { break };
+            match self.running.iter_mut().filter(open).find(|s| s.flow == flow) {
+                Some(sequence) => {
+                    let tokens = chunk(sequence, scored_rows).min(quantum).min(rows);
+                    let start = sequence.computed + sequence.planned;
+                    scored_rows -= sequence.scoring(start..start + tokens).len();
+                    sequence.planned += tokens;
+                    rows -= tokens;
+                    self.flows.charge(flow, tokens);
                 }
+                None => match self.admit(flow, runner) {
+                    Admission::Moved => {}
+                    Admission::NoSlot => self.flows.get(flow).slots.refused_in = Some(self.step),
+                    Admission::NoRoom => admitting = false,
+                },
             }
-            lines.retain(|(_, line)| !line.is_empty());
         }
+    }
+
+    /// The least served of the flows that have an open prompt or whose first request may be tried now.
+    fn next_with(&self, prompts: &[FlowId]) -> Option<FlowId> {
+        let refused = |flow: &Flow| flow.slots.refused_in == Some(self.step);
+        let asked = self.flows.iter().filter(|(_, flow)| refused(flow) && flow.running == 0).count();
+        // Who has been passed over too often goes before all others that need slots.
+        let starved = self.flows.iter().filter(|(_, flow)| flow.slots.bypassed >= MAX_BYPASS);
+        let starved = starved.max_by_key(|(_, flow)| flow.slots.bypassed).map(|(id, _)| id);
+        let may_try = |id: FlowId, flow: &Flow| {
+            let slots_likely = flow.running > 0 || asked < MAX_REFUSALS;
+            !flow.waiting.is_empty()
+                && !refused(flow)
+                && (flow.is_base() || slots_likely && starved.is_none_or(|starved| starved == id))
+        };
+        self.flows.least_served(|id, flow| prompts.contains(&id) || may_try(id, flow))
+    }
+
+    /// Tries to run the first waiting request of a flow.
+    fn admit(&mut self, id: FlowId, runner: &mut impl Runner) -> Admission {
+        if self.running.len() == self.config.max_running {
+            return Admission::NoRoom;
+        }
+        let block_size = self.config.block_size;
+        let flow = self.flows.get(id);
+        let Some(sequence) = flow.waiting.front_mut() else { return Admission::Moved };
+
+        // The last token is always computed, for its logits; prompt log-probabilities need every prompt row.
+        let looked_up = self.config.prefix_cache && !sequence.wants_prompt_logprobs();
+        let most = if looked_up { (sequence.tokens.len() - 1) / block_size } else { 0 };
+        let cached = self.blocks.find(sequence.block_hashes(most, block_size));
+        // One block more for each that runs, or its next tokens would preempt somebody at once.
+        let fresh = sequence.tokens.len().div_ceil(block_size) - cached.len();
+        if self.blocks.free() < self.blocks.unreferenced(&cached) + fresh + self.running.len() {
+            return Admission::NoRoom;
+        }
+
+        let unused = self.running.iter().all(|s| s.slots.is_empty());
+        let wait = &mut flow.slots;
+        let refusal = match acquire_all(sequence, runner) {
+            Residency::Ready(_) => None,
+            Residency::Loading => {
+                wait.hopeless = 0;
+                wait.bypassed += usize::from(wait.contended && unused);
+                return Admission::NoSlot;
+            }
+            Residency::Full => {
+                wait.contended = true;
+                wait.hopeless = if unused { wait.hopeless + 1 } else { 0 };
+                wait.bypassed += usize::from(unused);
+                if wait.hopeless < MAX_HOPELESS {
+                    return Admission::NoSlot;
+                }
+                let names: Vec<_> = sequence.request.adapters.iter().map(|(lease, _)| lease.name.as_str()).collect();
+                let message = format!("there is no room in the adapter slots for {} at once", names.join(", "));
+                Some(Error::new(ErrorKind::Unavailable, message).code("adapter_no_room"))
+            }
+            Residency::Failed(error) => Some(error),
+        };
+        flow.slots = SlotWait::default();
+        if let Some(error) = refusal {
+            sequence.fail(error);
+            flow.waiting.pop_front();
+            return Admission::Moved;
+        }
+
+        let Some(mut sequence) = flow.waiting.pop_front() else { return Admission::Moved };
+        flow.running += 1;
+        cached.iter().for_each(|block| self.blocks.share(*block));
+        sequence.computed = cached.len() * block_size;
+        sequence.published = cached.len();
+        sequence.blocks = cached;
+        for _ in 0..fresh {
+            sequence.blocks.push(self.blocks.allocate().expect("the blocks were counted above"));
+        }
+        if !sequence.admitted {
+            sequence.admitted = true;
+            sequence.cached_tokens = sequence.computed;
+            if looked_up {
+                self.prefix.0 += sequence.tokens.len() as u64;
+                self.prefix.1 += sequence.computed as u64;
+            }
+            // A client that has gone is noticed before the next step.
+            let _ = sequence.request.events.send(Event::Scheduled);
+        }
+        self.running.push(sequence);
+        if !self.flows.get(id).is_base() {
+            self.flows.iter_mut().filter(|flow| flow.slots.contended).for_each(|flow| flow.slots.bypassed += 1);
+        }
+        Admission::Moved
     }
 }
 
-/// What came of starting a sequence.
-enum Start {
-    Started,
-    /// Its adapter is on the way; others go on.
-    NotYet,
-    /// No blocks or slots; others may pass, up to a bound.
-    NoRoom,
-    Failed(crate::Error),
+/// How many more tokens of a sequence this step can take, with `scored_rows` left for prompt log-probabilities.
+fn chunk(sequence: &Sequence, scored_rows: usize) -> usize {
+    let start = sequence.computed + sequence.planned;
+    let open = sequence.remaining() - sequence.planned;
+    let scoring = sequence.scoring(start..start + open);
+    if scoring.len() > scored_rows { scoring.start + scored_rows - start } else { open }
+}
+
+/// Acquires a slot for each adapter of a sequence, or none. All are asked for, so that they load at the same time.
+fn acquire_all(sequence: &mut Sequence, runner: &mut impl Runner) -> Residency {
+    let mut refusal = None;
+    for (lease, weight) in &sequence.request.adapters {
+        match (runner.acquire(lease), &refusal) {
+            (Residency::Ready(slot), _) => sequence.slots.push((slot, *weight)),
+            (failed @ Residency::Failed(_), _) => refusal = Some(failed),
+            (Residency::Loading, None | Some(Residency::Full)) => refusal = Some(Residency::Loading),
+            (Residency::Full, None) => refusal = Some(Residency::Full),
+            _ => {}
+        }
+    }
+    match refusal {
+        None => Residency::Ready(0),
+        Some(refusal) => {
+            sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
+            refusal
+        }
+    }
 }

@@ -1,28 +1,34 @@
 //! A request as the engine works on it.
 
-use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Ticket;
 use super::blocks::{BlockHash, chain_hash, root_hash};
+use super::flows::FlowId;
 use super::request::{Event, FinishReason, Logprobs, Request};
+use super::sampler::Seen;
 use crate::Error;
 
-/// Which adapters answer: generation ids and the bits of their weights, in order. Fairness and the prefix cache go by it.
+/// Which adapters answer: generation ids and the bits of their weights, in order. The prefix cache goes by it.
 pub type AdapterKey = Arc<[(String, u32)]>;
 
 /// A request with its progress.
 pub struct Sequence {
     /// What was asked.
     pub request: Request,
-    /// Its adapters, for fairness and the prefix cache.
+    /// Its adapters, for the prefix cache.
     pub key: AdapterKey,
+    /// The flow it is accounted to, set when it is queued.
+    pub flow: FlowId,
     /// Decides the draws; the request's, or drawn when it came.
     pub seed: u64,
     /// Prompt, then output.
     pub tokens: Vec<u32>,
     /// Leading tokens whose keys and values are written.
     pub computed: usize,
+    /// Tokens after those that this step computes.
+    pub planned: usize,
     /// Blocks of those and the next tokens, while running.
     pub blocks: Vec<u32>,
     /// Names of the leading full blocks.
@@ -31,14 +37,12 @@ pub struct Sequence {
     pub published: usize,
     /// Adapter slots and weights, while running.
     pub slots: Vec<(u32, f32)>,
-    /// How often each id was generated, for penalties.
-    pub counts: HashMap<u32, u32>,
+    /// What penalties apply to.
+    pub seen: Seen,
     /// Log-probabilities of leading prompt tokens, while they are collected.
     pub prompt_logprobs: Vec<Option<Logprobs>>,
     /// Prompt tokens that the prefix cache gave.
     pub cached_tokens: usize,
-    /// Admissions of others since it first found no room.
-    pub bypassed: usize,
     /// It has been admitted before: queue time has ended.
     pub admitted: bool,
     /// Gives its place in the engine back with it.
@@ -51,17 +55,18 @@ impl Sequence {
         let key = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits())).collect();
         Self {
             key,
+            flow: 0,
             seed,
             tokens: request.prompt.clone(),
             computed: 0,
+            planned: 0,
             blocks: Vec::new(),
             hashes: Vec::new(),
             published: 0,
             slots: Vec::new(),
-            counts: HashMap::new(),
+            seen: Seen::new(&request.params, &request.prompt),
             prompt_logprobs: Vec::new(),
             cached_tokens: 0,
-            bypassed: 0,
             admitted: false,
             _ticket: ticket,
             request,
@@ -83,9 +88,29 @@ impl Sequence {
         self.request.events.is_closed()
     }
 
+    /// Ids that may not come yet.
+    pub fn masked(&self, eos_token_ids: &[u32]) -> Vec<u32> {
+        let params = &self.request.params;
+        if self.output_len() >= params.min_tokens {
+            return Vec::new();
+        }
+        let eos = if params.ignore_eos { &[] } else { eos_token_ids };
+        eos.iter().chain(&params.stop_token_ids).copied().collect()
+    }
+
     /// Whether prompt log-probabilities are still to be computed.
     pub fn wants_prompt_logprobs(&self) -> bool {
         self.request.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() < self.request.prompt.len()
+    }
+
+    /// Which of `positions` give the log-probability of a prompt token, the one after them, that is still wanted.
+    pub fn scoring(&self, positions: Range<usize>) -> Range<usize> {
+        if !self.wants_prompt_logprobs() {
+            return positions.end..positions.end;
+        }
+        // After a preemption, the leading ones are there already; the first token has none.
+        let start = positions.start.max(self.prompt_logprobs.len().max(1) - 1);
+        start..positions.end.min(self.request.prompt.len() - 1).max(start)
     }
 
     /// Names of the first `count` blocks of its tokens.

@@ -1,17 +1,17 @@
 //! The engine thread's loop: `schedule -> run -> sample -> deliver`.
 
-use std::iter;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use candle_core::{CpuStorage, Storage, Tensor};
 
 use super::batch::Batch;
 use super::request::{Event, FinishReason, Logprobs, Request};
-use super::sampler::{Draw, logprobs, sample};
+use super::sampler::{Choice, Sample, sample, score};
 use super::scheduler::{Scheduler, Share};
 use super::sequence::Sequence;
 use super::{EngineConfig, Runner, Stats, Ticket};
@@ -33,6 +33,17 @@ pub struct Worker<R> {
     stats: Arc<Stats>,
 }
 
+/// What a turn of the loop found to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// A step ran.
+    Ran,
+    /// Requests wait, but none can run now.
+    Waiting,
+    /// There is nothing to do.
+    Idle,
+}
+
 /// What sampling one row gave.
 struct Sampled {
     /// Prompt log-probabilities that this step's rows completed, in order.
@@ -43,52 +54,63 @@ struct Sampled {
 
 impl<R: Runner> Worker<R> {
     /// A worker with nothing to do yet.
-    pub fn new(runner: R, config: EngineConfig, inbox: Receiver<(Request, Ticket)>, stats: Arc<Stats>) -> Self {
+    pub(super) fn new(runner: R, config: EngineConfig, inbox: Receiver<(Request, Ticket)>, stats: Arc<Stats>) -> Self {
         Self { runner, scheduler: Scheduler::new(config.clone()), config, inbox, stats }
     }
 
-    /// Runs until every handle is gone.
+    /// Runs until every handle is gone and every sequence has ended.
     pub fn run(mut self) {
-        while self.receive() {
-            let shares = self.scheduler.schedule(&mut self.runner);
-            if !shares.is_empty() {
-                let batch = self.batch(&shares);
-                let run = catch_unwind(AssertUnwindSafe(|| self.runner.forward(&batch)));
-                let logits =
-                    run.unwrap_or_else(|_| Err(Error::internal("the forward pass failed; see the server's log")));
-                let sampled = logits.and_then(|logits| self.sample(&shares, &logits));
-                self.deliver(&shares, sampled);
-                self.stats.steps.fetch_add(1, Relaxed);
+        loop {
+            let wait = match self.turn() {
+                Turn::Ran => continue,
+                Turn::Waiting => LOADING_TICK,
+                Turn::Idle => IDLE_TICK,
+            };
+            match self.inbox.recv_timeout(wait) {
+                Ok(arrival) => self.take(arrival),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) if wait == IDLE_TICK => return,
+                Err(RecvTimeoutError::Disconnected) => thread::sleep(wait),
             }
-            self.runner.sweep();
-            self.publish_stats();
         }
     }
 
-    /// Takes requests that came; with nothing to run, waits for one. False when no handle is left.
-    fn receive(&mut self) -> bool {
-        let idle = self.scheduler.running.is_empty();
-        let received = if idle {
-            let tick = if self.scheduler.waiting() > 0 { LOADING_TICK } else { IDLE_TICK };
-            self.inbox.recv_timeout(tick)
-        } else {
-            self.inbox.try_recv().map_err(|e| match e {
-                TryRecvError::Empty => RecvTimeoutError::Timeout,
-                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-            })
-        };
-        match received {
-            Ok(request) => {
-                // More may have come at once.
-                for (request, ticket) in iter::once(request).chain(self.inbox.try_iter()) {
-                    let seed = request.params.seed.unwrap_or_else(rand::random);
-                    self.scheduler.push(Sequence::new(request, ticket, seed));
-                }
-                true
-            }
-            Err(RecvTimeoutError::Timeout) => true,
-            Err(RecvTimeoutError::Disconnected) => !idle || self.scheduler.waiting() > 0,
+    /// Takes what came, and runs one step if anything can run.
+    pub fn turn(&mut self) -> Turn {
+        while let Ok(arrival) = self.inbox.try_recv() {
+            self.take(arrival);
         }
+        let shares = self.scheduler.schedule(&mut self.runner);
+        let turn = match self.scheduler.waiting() {
+            _ if !shares.is_empty() => Turn::Ran,
+            0 => Turn::Idle,
+            _ => Turn::Waiting,
+        };
+        if turn == Turn::Ran {
+            let batch = self.batch(&shares);
+            // A fault of the model ends the sequences of this step; the engine goes on.
+            let run = catch_unwind(AssertUnwindSafe(|| {
+                let logits = self.runner.forward(&batch)?;
+                self.sample(&shares, &logits)
+            }));
+            let panicked = || Err(Error::internal("the forward pass failed; see the server's log"));
+            let sampled = run.unwrap_or_else(|_| panicked());
+            self.stats.steps.fetch_add(1, Relaxed);
+            self.deliver(&shares, sampled);
+        }
+        self.runner.sweep();
+        self.publish_stats();
+        turn
+    }
+
+    /// The model, for tests that count what it was asked.
+    pub fn runner(&self) -> &R {
+        &self.runner
+    }
+
+    fn take(&mut self, (request, ticket): (Request, Ticket)) {
+        let seed = request.params.seed.unwrap_or_else(rand::random);
+        self.scheduler.push(Sequence::new(request, ticket, seed));
     }
 
     fn batch(&self, shares: &[Share]) -> Batch {
@@ -166,15 +188,15 @@ impl<R: Runner> Worker<R> {
     fn deliver_one(&mut self, index: usize, sampled: Sampled) -> bool {
         let s = &mut self.scheduler.running[index];
         let prompt_len = s.request.prompt.len();
-        if s.wants_prompt_logprobs() && s.prompt_logprobs.is_empty() {
-            // Nothing comes before the first token.
-            s.prompt_logprobs.push(None);
-        }
-        if !sampled.prompt.is_empty() || (prompt_len == 1 && s.request.params.prompt_logprobs.is_some()) {
+        if s.wants_prompt_logprobs() {
+            if s.prompt_logprobs.is_empty() {
+                // Nothing comes before the first token.
+                s.prompt_logprobs.push(None);
+            }
             s.prompt_logprobs.extend(sampled.prompt);
-        }
-        if s.request.params.prompt_logprobs.is_some() && s.prompt_logprobs.len() == prompt_len && s.output_len() == 0 {
-            let _ = s.request.events.send(Event::Prompt(s.prompt_logprobs.clone()));
+            if !s.wants_prompt_logprobs() {
+                let _ = s.request.events.send(Event::Prompt(s.prompt_logprobs.clone()));
+            }
         }
         if s.request.params.max_tokens == 0 && s.computed >= prompt_len {
             s.finish(FinishReason::Length, None);
@@ -191,14 +213,13 @@ impl<R: Runner> Worker<R> {
             return true;
         }
         s.tokens.push(id);
-        *s.counts.entry(id).or_default() += 1;
+        s.seen.push(id);
         // A client that has gone is noticed before the next step.
         let _ = s.request.events.send(Event::Token { id, logprobs });
         let full = s.output_len() >= params.max_tokens || s.tokens.len() >= self.config.max_model_len;
         if full {
             s.finish(FinishReason::Length, None);
         }
-        self.scheduler.charge_output(index);
         full
     }
 
@@ -225,32 +246,21 @@ fn sample_one<'a>(
     for (position, logits) in logit_positions(s, rows).zip(logits) {
         // The row at a position predicts the token after it.
         if let (Some(top), Some(&next)) = (params.prompt_logprobs, s.request.prompt.get(position + 1)) {
-            sampled.prompt.push(Some(logprobs(logits, next, top)?));
+            sampled.prompt.push(Some(score(logits, next, top)?));
             continue;
         }
-        let eos: &[u32] = if params.ignore_eos { &[] } else { eos_token_ids };
-        let stop_ids: Vec<u32> = params.stop_token_ids.iter().chain(eos).copied().collect();
-        let draw = Draw {
-            params,
-            seed: s.seed,
-            index: s.output_len(),
-            prompt: &s.request.prompt,
-            counts: &s.counts,
-            stop_ids: &stop_ids,
-        };
-        sampled.next = Some(sample(logits, &draw)?);
+        let choice =
+            Choice { params, seen: &s.seen, masked: &s.masked(eos_token_ids), seed: s.seed, index: s.output_len() };
+        let Sample { id, logprobs } = sample(logits, &choice)?;
+        sampled.next = Some((id, logprobs));
     }
     Ok(sampled)
 }
 
-/// Positions of a sequence's next `rows` tokens whose logits are wanted: those that predict prompt tokens, where they are
-/// asked for, and the last of all tokens, unless no output is.
+/// Positions of a sequence's next `rows` tokens whose logits are wanted: those that give prompt log-probabilities, where
+/// they are asked for, and the last of all tokens, unless no output is.
 fn logit_positions(s: &Sequence, rows: usize) -> impl Iterator<Item = usize> {
-    let range = s.computed..s.computed + rows;
-    let (last, prompt) = (s.tokens.len() - 1, s.request.prompt.len());
-    let wants_prompt = s.wants_prompt_logprobs();
-    // After a preemption, the leading ones are there already.
-    let have = s.prompt_logprobs.len();
-    let output = s.request.params.max_tokens > 0;
-    range.filter(move |&p| (p == last && output) || (wants_prompt && p + 1 >= have.max(1) && p + 1 < prompt))
+    let end = s.computed + rows;
+    let last = end == s.tokens.len() && s.request.params.max_tokens > 0;
+    s.scoring(s.computed..end).chain(last.then_some(end - 1))
 }

@@ -1,0 +1,7 @@
+//! The engine on a fake model: scheduling, blocks, fairness, sampling, and the thread around them.
+
+mod fake;
+mod properties;
+mod sampler;
+mod scheduler;
+mod thread;
