@@ -130,7 +130,7 @@ pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
         return alone();
     }
     let pool = pool();
-    let Ok(_busy) = pool.busy.try_lock() else { return alone() };
+    let Ok(busy) = pool.busy.try_lock() else { return alone() };
     let region = Region { task: &task, tasks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
     let shared = pool.shared;
     shared.region.store(ptr::from_ref(&region).cast_mut().cast(), Ordering::SeqCst);
@@ -143,9 +143,18 @@ pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
     region.work();
     // No new worker can see the region after this; those inside finish before it goes.
     shared.region.store(ptr::null_mut(), Ordering::SeqCst);
+    let mut spins = 0;
     while shared.inside.load(Ordering::SeqCst) != 0 {
-        hint::spin_loop();
+        spins += 1;
+        if spins < SPINS {
+            hint::spin_loop();
+        } else {
+            // The worker may have lost its processor: leave it this one.
+            thread::yield_now();
+        }
     }
+    // Not held while unwinding, which would poison it and leave every later region to its caller alone.
+    drop(busy);
     if let Some(panic) = region.panic.into_inner().unwrap_or_else(|e| e.into_inner()) {
         resume_unwind(panic);
     }
@@ -216,6 +225,7 @@ mod tests {
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
         let result = catch_unwind(|| parallel_for(8, |i| assert!(i != 5, "task five")));
         assert!(result.is_err());
+        assert!(threads() == 1 || !pool().busy.is_poisoned());
         let sum = AtomicU64::new(0);
         parallel_for(8, |i| {
             sum.fetch_add(i as u64, Ordering::Relaxed);
