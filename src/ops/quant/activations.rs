@@ -1,135 +1,138 @@
-//! Activations as integers, for integer dot products with weight codes.
+//! Activations as the kernels read them: tiles of up to eight rows, interleaved so that one pointer walks a whole tile.
 //!
-//! A row becomes 16-bit integers with one scale, each split into two signed bytes: `x ≈ scale·(256·high + low)`. One byte is
-//! not enough: on SmolLM2, 8-bit groups of 32 move log-probabilities by 0.069 nats on average (0.68 at most), two bytes with
-//! one scale a row by 0.002 (0.02).
+//! For integer kernels a row becomes `x = scale * q`, `q` an integer of 16 bits in two int8 planes, `q = 256 * hi + lo`.
+//! One plane is not enough: on SmolLM2, int8 in groups of 32 moves log-probabilities by 0.069 nats on average (0.68 at most),
+//! two planes with one scale a row by 0.002 (0.02).
 
+use super::affine::GROUP;
 use crate::ops::pool::{SharedMut, parallel_for};
 
-/// Largest magnitude of an integer: its high byte is 127.
+/// Rows in a full tile: eight float and two integer accumulators beside eight vectors of codes fit AVX-512's registers.
+pub const ROWS: usize = 8;
+
+/// Largest magnitude of `q`, so that `hi` stays in -127..=127.
 const LIMIT: f32 = 32639.0;
 
-/// Rows of integers, ready for every kernel.
-pub struct Activations {
-    /// Values a row, a multiple of 32.
-    pub k: usize,
-    /// Per row and group of 32: 32 high bytes, then 32 low bytes.
+/// Up to [`ROWS`] activation rows.
+#[derive(Default)]
+pub struct Tile {
+    /// Rows in this tile, 1 to [`ROWS`].
+    pub rows: usize,
+    /// `[k / 32][rows][hi 32, lo 32]`: the two planes of `q`.
     pub planes: Vec<i8>,
-    /// Per row and group of 32: sums of its integers, which offsets and minima of weights multiply.
-    pub sums: Vec<GroupSums>,
-    /// Per row: what one integer step is worth. NaN for a row with a value that is not finite.
-    pub scales: Vec<f32>,
+    /// `[k / 32][rows]`: sum of `q` over each group of 32, exact; what mins and zero points multiply.
+    pub sums: Vec<f32>,
+    /// `[k / 32][rows][2]`: the same over each half of a group, for formats with a scale per 16 values.
+    pub half_sums: Vec<f32>,
+    /// Worth of one step of `q`, a row. NaN for a row that holds an infinity or a NaN: all its products are NaN.
+    pub scales: [f32; ROWS],
+    /// `[k rounded up to 8][rows]`: the values as they are, for float kernels.
+    pub values: Vec<f32>,
 }
 
-/// Sums over one group of 32 integers, in the forms that kernels broadcast.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct GroupSums {
-    /// Over its first and second 16.
-    pub halves: [i32; 2],
-    /// Over all 32.
-    pub whole: i32,
-    /// The same, exact in f32.
-    pub whole_f32: f32,
+/// Cuts `x [m, k]` into tiles, in the forms asked for: `integer` needs `k` to be a multiple of 32.
+pub fn tiles(x: &[f32], k: usize, integer: bool, float: bool) -> Vec<Tile> {
+    let inputs: Vec<&[f32]> = x.chunks(ROWS * k).collect();
+    let mut tiles: Vec<Tile> = inputs.iter().map(|_| Tile::default()).collect();
+    let shared = SharedMut::new(&mut tiles);
+    parallel_for(inputs.len(), |i| {
+        // SAFETY: one task an index, and `tiles` has one tile an input.
+        let tile = unsafe { shared.slice(i, 1) };
+        tile[0] = Tile::new(inputs[i], k, integer, float);
+    });
+    tiles
 }
 
-impl Activations {
-    /// Quantises `x [m, k]`.
-    pub fn quantise(x: &[f32], k: usize) -> Self {
-        let m = x.len() / k;
-        let mut planes = vec![0i8; m * 2 * k];
-        let mut sums = vec![GroupSums::default(); m * k / 32];
-        let mut scales = vec![0f32; m];
-        let (p, s, d) = (SharedMut::new(&mut planes), SharedMut::new(&mut sums), SharedMut::new(&mut scales));
-        const ROWS: usize = 16;
-        parallel_for(m.div_ceil(ROWS), |task| {
-            for row in task * ROWS..m.min((task + 1) * ROWS) {
-                // SAFETY: each row is its own range, and belongs to one task.
-                let (planes, sums, scale) =
-                    unsafe { (p.slice(row * 2 * k, 2 * k), s.slice(row * k / 32, k / 32), d.slice(row, 1)) };
-                scale[0] = quantise_row(&x[row * k..(row + 1) * k], planes, sums);
+impl Tile {
+    /// A tile of the rows of `x [rows, k]`.
+    fn new(x: &[f32], k: usize, integer: bool, float: bool) -> Self {
+        let mut tile = Self { rows: x.len() / k, ..Self::default() };
+        let rows = tile.rows;
+        if integer {
+            let cells = k / GROUP * rows;
+            tile.planes = vec![0; cells * 2 * GROUP];
+            tile.sums = vec![0.0; cells];
+            tile.half_sums = vec![0.0; cells * 2];
+            tile.quantise(x, k);
+        }
+        if float {
+            tile.values = vec![0.0; k.next_multiple_of(8) * rows];
+            for (t, row) in x.chunks_exact(k).enumerate() {
+                for (values, &v) in tile.values.chunks_exact_mut(rows).zip(row) {
+                    values[t] = v;
+                }
             }
-        });
-        Self { k, planes, sums, scales }
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.scales.len()
-    }
-}
-
-/// Fills zeroed planes and sums of one row; returns its scale.
-fn quantise_row(x: &[f32], planes: &mut [i8], sums: &mut [GroupSums]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512bw") {
-            // SAFETY: the feature was detected.
-            return unsafe { quantise_row_avx512(x, planes, sums) };
         }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was detected.
-            return unsafe { quantise_row_avx2(x, planes, sums) };
-        }
+        tile
     }
-    quantise_row_plain(x, planes, sums)
-}
 
-/// # Safety
-/// The processor has AVX-512 BW.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn quantise_row_avx512(x: &[f32], planes: &mut [i8], sums: &mut [GroupSums]) -> f32 {
-    quantise_row_plain(x, planes, sums)
-}
-
-/// # Safety
-/// The processor has AVX2.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn quantise_row_avx2(x: &[f32], planes: &mut [i8], sums: &mut [GroupSums]) -> f32 {
-    quantise_row_plain(x, planes, sums)
-}
-
-#[inline(always)]
-fn quantise_row_plain(x: &[f32], planes: &mut [i8], sums: &mut [GroupSums]) -> f32 {
-    // Sixteen running maxima, so that the loop needs no order.
-    let mut max = [0f32; 16];
-    let mut finite = true;
-    for chunk in x.chunks_exact(16) {
-        for (m, v) in max.iter_mut().zip(chunk) {
-            let a = v.abs();
-            finite &= a < f32::INFINITY;
-            *m = if a > *m { a } else { *m };
-        }
-    }
-    if !finite {
-        return f32::NAN;
-    }
-    let max = max.iter().fold(0f32, |a, &b| a.max(b));
-    let inverse = LIMIT / max;
-    if !inverse.is_finite() {
-        // All zero, or so small that the products vanish in f32 anyway.
-        return 0.0;
-    }
-    for (g, group) in x.chunks_exact(32).enumerate() {
-        let (high, low) = planes[64 * g..64 * (g + 1)].split_at_mut(32);
-        for half in 0..2 {
-            let mut sum = 0i32;
-            for i in 16 * half..16 * (half + 1) {
-                // The magic number rounds to nearest, ties to even, and leaves the integer in the low mantissa bits.
-                let q = (group[i] * inverse + 12_582_912.0).to_bits() as i32 - 12_582_912f32.to_bits() as i32;
-                sum += q;
-                let h = (q + 128) >> 8;
-                high[i] = h as i8;
-                low[i] = (q - (h << 8)) as i8;
+    /// The same exact arithmetic in whatever vectors the machine has.
+    fn quantise(&mut self, x: &[f32], k: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+            fn avx512(tile: &mut Tile, x: &[f32], k: usize) {
+                tile.quantise_rows(x, k);
             }
-            sums[g].halves[half] = sum;
+            #[target_feature(enable = "avx2")]
+            fn avx2(tile: &mut Tile, x: &[f32], k: usize) {
+                tile.quantise_rows(x, k);
+            }
+            if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") {
+                // SAFETY: the features were detected; avx512bw implies avx512f.
+                return unsafe { avx512(self, x, k) };
+            }
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the feature was detected.
+                return unsafe { avx2(self, x, k) };
+            }
         }
-        sums[g].whole = sums[g].halves[0] + sums[g].halves[1];
-        sums[g].whole_f32 = sums[g].whole as f32;
+        self.quantise_rows(x, k);
     }
-    max / LIMIT
+
+    #[inline(always)]
+    fn quantise_rows(&mut self, x: &[f32], k: usize) {
+        /// Adding it rounds a float below 2^22 to an integer, ties to even, and leaves that in the sum's low bits.
+        const ROUND: f32 = 12_582_912.0;
+        for (t, row) in x.chunks_exact(k).enumerate() {
+            // Magnitudes are in the order of their bits, with infinity and NaN above all others.
+            let max = f32::from_bits(row.iter().fold(0, |a, v| a.max(v.to_bits() & 0x7fff_ffff)));
+            if !max.is_finite() {
+                self.scales[t] = f32::NAN;
+                continue;
+            }
+            if max < f32::MIN_POSITIVE * LIMIT {
+                // Zero, or so small that the scale would be subnormal: planes and sums stay zero.
+                continue;
+            }
+            self.scales[t] = max / LIMIT;
+            let inverse = LIMIT / max;
+            for (g, x) in row.as_chunks::<GROUP>().0.iter().enumerate() {
+                let cell = g * self.rows + t;
+                let (hi, lo) = self.planes[cell * 2 * GROUP..][..2 * GROUP].split_at_mut(GROUP);
+                let mut halves = [0; 2];
+                for (h, half) in halves.iter_mut().enumerate() {
+                    for i in 16 * h..16 * (h + 1) {
+                        let q = (x[i] * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+                        let high = (q + 128) >> 8;
+                        hi[i] = high as i8;
+                        lo[i] = (q - (high << 8)) as i8;
+                        *half += q;
+                    }
+                }
+                self.half_sums[2 * cell] = halves[0] as f32;
+                self.half_sums[2 * cell + 1] = halves[1] as f32;
+                self.sums[cell] = (halves[0] + halves[1]) as f32;
+            }
+        }
+    }
+
+    /// `q` of input `i` of row `t`.
+    #[inline]
+    pub fn q(&self, t: usize, i: usize) -> i32 {
+        let at = (i / GROUP * self.rows + t) * 2 * GROUP + i % GROUP;
+        256 * i32::from(self.planes[at]) + i32::from(self.planes[at + GROUP])
+    }
 }
 
 #[cfg(test)]
@@ -137,35 +140,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn integers_are_close_and_sums_are_theirs() {
-        let k = 96;
-        let x: Vec<f32> = (0..3 * k).map(|i| ((i * 7919) % 1000) as f32 / 37.0 - 13.0).collect();
-        let a = Activations::quantise(&x, k);
-        for row in 0..3 {
-            for g in 0..k / 32 {
-                let at = row * 2 * k + 64 * g;
-                let q = |i: usize| 256 * i32::from(a.planes[at + i]) + i32::from(a.planes[at + 32 + i]);
-                for i in 0..32 {
-                    let want = x[row * k + 32 * g + i];
-                    assert!((q(i) as f32 * a.scales[row] - want).abs() <= 0.51 * a.scales[row]);
-                }
-                let sums = a.sums[row * k / 32 + g];
-                assert_eq!(sums.halves, [(0..16).map(q).sum::<i32>(), (16..32).map(q).sum::<i32>()]);
-                assert_eq!(sums.whole_f32, sums.whole as f32);
+    fn integers_are_near_and_sums_are_theirs() {
+        let (k, m) = (96, 19);
+        let x: Vec<f32> = (0..m * k).map(|i| ((i * 7919) % 1000) as f32 / 37.0 - 13.0).collect();
+        let tiles = tiles(&x, k, true, true);
+        assert_eq!(tiles.iter().map(|t| t.rows).collect::<Vec<_>>(), [8, 8, 3]);
+        for row in 0..m {
+            let (tile, t) = (&tiles[row / ROWS], row % ROWS);
+            for i in 0..k {
+                let want = x[row * k + i];
+                assert!((tile.q(t, i) as f32 * tile.scales[t] - want).abs() <= 0.51 * tile.scales[t]);
+                assert_eq!(tile.values[i * tile.rows + t], want);
+            }
+            for g in 0..k / GROUP {
+                let sum = |from: usize, len: usize| (from..from + len).map(|i| tile.q(t, GROUP * g + i)).sum::<i32>();
+                let cell = g * tile.rows + t;
+                assert_eq!(tile.sums[cell], sum(0, 32) as f32);
+                assert_eq!(tile.half_sums[2 * cell..][..2], [sum(0, 16) as f32, sum(16, 16) as f32]);
             }
         }
     }
 
     #[test]
-    fn odd_rows() {
+    fn extremes_fit_the_planes() {
         let k = 32;
-        let mut x = vec![0f32; 4 * k];
-        x[k] = f32::NAN;
-        x[2 * k + 3] = f32::NEG_INFINITY;
-        x[3 * k] = 1e-45;
-        let a = Activations::quantise(&x, k);
-        assert_eq!(a.scales[0], 0.0);
-        assert!(a.scales[1].is_nan() && a.scales[2].is_nan());
-        assert_eq!(a.scales[3], 0.0);
+        for size in [f32::MAX, 1.0, 1e-33, 3e-34, f32::MIN_POSITIVE, 1e-45] {
+            let mut x = vec![0.0; k];
+            (x[0], x[1], x[2]) = (size, -size, size / 2.0);
+            let tile = Tile::new(&x, k, true, false);
+            let zero = size < 3.8e-34;
+            assert_eq!((tile.q(0, 0), tile.q(0, 1)), if zero { (0, 0) } else { (32639, -32639) }, "{size}");
+            assert_eq!(tile.scales[0] == 0.0, zero, "{size}");
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_is_nan_alone() {
+        let k = 32;
+        let mut x = vec![1f32; 4 * k];
+        (x[k], x[2 * k + 3]) = (f32::NAN, f32::NEG_INFINITY);
+        let tile = Tile::new(&x, k, true, false);
+        assert_eq!(tile.scales.map(f32::is_nan)[..4], [false, true, true, false]);
     }
 }

@@ -1,123 +1,198 @@
-//! Matrices of integer codes with scales: every GGUF block format in one internal form, exactly its values.
+//! Matrices of integer codes with scales: every GGUF block format in one internal form, with exactly its values.
 //!
-//! A panel is 16 rows. Along k it is a run of records, one a GGUF block: the block's scales of the 16 rows, then its groups of
-//! 32 (Q6_K: 16) values. A group is its codes, then its scales of the 16 rows. Codes come four k at a time, 16 rows
-//! of four bytes each: what one integer dot instruction of 16 lanes reads. 4-bit codes put steps `i` and `i + 4` into the low
-//! and high nibbles of one 64-byte line.
-
-use std::ops::Range;
+//! Rows go in panels of 16, one vector lane a row, so that a kernel loads the same inputs of 16 rows at once and never adds across
+//! lanes. Along k a panel is groups of 32 inputs. Expanded, the codes of a group are 512 bytes, `[8 vectors][16 rows][4 inputs]`,
+//! as 8-bit dot products of four take them: vector `v` has inputs `4v .. 4v + 4`. Stored, the low four bits of vectors 0-3 and
+//! 4-7 are the low and high nibbles of four vectors; then, for 5-bit codes, one vector whose bit `v` is the fifth bit of
+//! vector `v`; for 6-bit codes two, whose bits `2v, 2v + 1` are the upper bits of vectors 0-3 and 4-7; 8-bit codes are stored
+//! expanded. So a matrix takes the bytes of its file.
 
 use half::f16;
 
 use super::Codec;
-use super::activations::Activations;
-use super::blocks::{Scales, block_size, for_each_group};
-use super::kernel;
-use crate::ops::pool::SharedMut;
+use super::activations::Tile;
+use super::blocks::Block;
+use super::kernel::{self, Isa, Products};
+use super::resident::Resident;
+use crate::ops::pool::{SharedMut, parallel_for};
 use crate::{Error, Result};
 
 /// Rows in a panel.
 pub const PANEL: usize = 16;
+/// Inputs in a group.
+pub const GROUP: usize = 32;
+/// Groups in a block of a K-quant.
+const SUPER: usize = 8;
 
-/// How records of a matrix are laid out; follows from the codec.
+/// What scales a format stores; each item is one value for each of the 16 rows. All products below are exact in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
-    /// Bits a code: 4 or 8.
-    pub bits: usize,
-    /// Values a group: 32 or 16.
-    pub group: usize,
-    /// Groups a record.
-    pub groups: usize,
-    /// How scales are stored.
-    pub kind: Kind,
-    /// `value = scale·(code - 2^zero_shift)` in kinds without minima.
-    pub zero_shift: u32,
+pub enum Scales {
+    /// Each group: f16 scale.
+    Scale,
+    /// Each group: f16 scale, f16 min.
+    ScaleMin,
+    /// Each 8 groups: f16 d, f16 -dmin; then each group: u8 sc, u8 m. Scale `d * sc`, min `-dmin * m`.
+    SuperMin,
+    /// Each 8 groups: f16 d; then each group: i8 sc of its first and of its second 16 inputs. Scale `d * sc`.
+    SuperHalves,
 }
 
-/// How scales are stored, each for 16 rows: f16 (32 bytes) or one byte (16 bytes).
+/// How a block format is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Group: d.
-    Zero,
-    /// Group: d, m.
-    Min,
-    /// Record: d, dmin. Group: sc, m.
-    SuperMin,
-    /// Record: d. Group: sc.
-    SuperZero,
+pub struct Layout {
+    /// Bits a code: 4, 5, 6 or 8.
+    pub bits: usize,
+    /// The code that means zero, in formats without mins: `value = scale * (code - zero)`, else `scale * code + min`.
+    pub zero: u8,
+    /// What scales there are.
+    pub scales: Scales,
 }
 
 impl Layout {
     /// The layout of a block codec; `None` for dense formats.
-    pub fn of(codec: Codec) -> Option<Self> {
-        let (bits, group, groups, kind, zero_shift) = match codec {
-            Codec::Q4_0 => (4, 32, 1, Kind::Zero, 3),
-            Codec::Q4_1 => (4, 32, 1, Kind::Min, 0),
-            Codec::Q5_0 => (8, 32, 1, Kind::Zero, 4),
-            Codec::Q5_1 => (8, 32, 1, Kind::Min, 0),
-            Codec::Q8_0 => (8, 32, 1, Kind::Zero, 7),
-            Codec::Q4K => (4, 32, 8, Kind::SuperMin, 0),
-            Codec::Q5K => (8, 32, 8, Kind::SuperMin, 0),
-            Codec::Q6K => (8, 16, 16, Kind::SuperZero, 5),
+    pub const fn of(codec: Codec) -> Option<Self> {
+        let (bits, zero, scales) = match codec {
+            Codec::Q4_0 => (4, 8, Scales::Scale),
+            Codec::Q4_1 => (4, 0, Scales::ScaleMin),
+            Codec::Q5_0 => (5, 16, Scales::Scale),
+            Codec::Q5_1 => (5, 0, Scales::ScaleMin),
+            Codec::Q8_0 => (8, 128, Scales::Scale),
+            Codec::Q4K => (4, 0, Scales::SuperMin),
+            Codec::Q5K => (5, 0, Scales::SuperMin),
+            Codec::Q6K => (6, 32, Scales::SuperHalves),
             Codec::F32 | Codec::F16 | Codec::BF16 => return None,
         };
-        Some(Self { bits, group, groups, kind, zero_shift })
+        Some(Self { bits, zero, scales })
     }
 
-    /// Bytes of codes a group.
-    pub const fn code_bytes(&self) -> usize {
-        PANEL * self.group * self.bits / 8
+    /// Bytes of a group's codes.
+    pub const fn group_bytes(self) -> usize {
+        GROUP * PANEL * self.bits / 8
     }
 
-    /// Bytes a group.
-    pub const fn group_bytes(&self) -> usize {
-        self.code_bytes()
-            + match self.kind {
-                Kind::Zero | Kind::SuperMin => 32,
-                Kind::Min => 64,
-                Kind::SuperZero => 16,
+    /// Groups that share a record of scales, and its bytes.
+    pub const fn record(self) -> (usize, usize) {
+        match self.scales {
+            Scales::Scale => (1, 2 * PANEL),
+            Scales::ScaleMin => (1, 4 * PANEL),
+            Scales::SuperMin => (SUPER, 4 * PANEL + SUPER * 2 * PANEL),
+            Scales::SuperHalves => (SUPER, 2 * PANEL + SUPER * 2 * PANEL),
+        }
+    }
+
+    /// Where in its record the byte-sized scales of group `g` are.
+    #[inline(always)]
+    pub const fn sub_scales_at(self, g: usize) -> usize {
+        let heads = if matches!(self.scales, Scales::SuperMin) { 2 } else { 1 };
+        PANEL * (2 * heads + 2 * (g % SUPER))
+    }
+
+    /// Scale and min of row `r` in half `h` of group `g`; a format without mins has `-zero * scale` there, which gives the same
+    /// values up to rounding. `scales` are the panel's.
+    #[inline(always)]
+    pub fn scale(self, scales: &[u8], g: usize, h: usize, r: usize) -> (f32, f32) {
+        let (groups, bytes) = self.record();
+        let record = &scales[g / groups * bytes..][..bytes];
+        let half = |item: usize| {
+            let at = 2 * (item * PANEL + r);
+            f16::from_le_bytes([record[at], record[at + 1]]).to_f32()
+        };
+        let sub = |item: usize| record[self.sub_scales_at(g) + item * PANEL + r];
+        let zero = -f32::from(self.zero);
+        match self.scales {
+            Scales::Scale => (half(0), zero * half(0)),
+            Scales::ScaleMin => (half(0), half(1)),
+            Scales::SuperMin => (half(0) * f32::from(sub(0)), half(1) * f32::from(sub(1))),
+            Scales::SuperHalves => {
+                let scale = half(0) * f32::from(sub(h) as i8);
+                (scale, zero * scale)
             }
-    }
-
-    /// Bytes before the groups of a record.
-    pub const fn head_bytes(&self) -> usize {
-        match self.kind {
-            Kind::Zero | Kind::Min => 0,
-            Kind::SuperMin => 64,
-            Kind::SuperZero => 32,
         }
     }
 
-    /// Bytes a record.
-    pub const fn record_bytes(&self) -> usize {
-        self.head_bytes() + self.groups * self.group_bytes()
+    /// Expands the stored codes of a group.
+    #[inline(always)]
+    pub fn expand(self, codes: &[u8]) -> [u8; GROUP * PANEL] {
+        let mut out = [0; GROUP * PANEL];
+        if self.bits == 8 {
+            out.copy_from_slice(codes);
+            return out;
+        }
+        for b in 0..256 {
+            out[b] = codes[b] & 15;
+            out[b + 256] = codes[b] >> 4;
+        }
+        for (v, vector) in out.chunks_exact_mut(64).enumerate() {
+            for (b, code) in vector.iter_mut().enumerate() {
+                match self.bits {
+                    5 => *code |= (codes[256 + b] >> v & 1) << 4,
+                    6 => *code |= (codes[256 + v / 4 * 64 + b] >> (v % 4 * 2) & 3) << 4,
+                    _ => {}
+                }
+            }
+        }
+        out
     }
 
-    /// Where the code of `row` and the `i`th value of a group lies: byte and shift.
-    const fn code_at(&self, row: usize, i: usize) -> (usize, u32) {
-        let (step, lane) = (i / 4, 4 * row + i % 4);
-        match self.bits {
-            4 => (64 * (step % 4) + lane, if step < 4 { 0 } else { 4 }),
-            _ => (64 * step + lane, 0),
+    /// The inverse of [`Layout::expand`], into zeroed `codes`.
+    fn compress(self, expanded: &[u8; GROUP * PANEL], codes: &mut [u8]) {
+        if self.bits == 8 {
+            codes.copy_from_slice(expanded);
+            return;
         }
+        for b in 0..256 {
+            codes[b] = expanded[b] & 15 | expanded[b + 256] << 4;
+        }
+        for (v, vector) in expanded.chunks_exact(64).enumerate() {
+            for (b, code) in vector.iter().enumerate() {
+                match self.bits {
+                    5 => codes[256 + b] |= (code >> 4) << v,
+                    6 => codes[256 + v / 4 * 64 + b] |= (code >> 4) << (v % 4 * 2),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Writes the scales of a block's group `g` as row `r` of their record.
+    fn put_scales(self, block: &Block, g: usize, r: usize, record: &mut [u8]) {
+        record[2 * r..2 * r + 2].copy_from_slice(&block.d.to_le_bytes());
+        if matches!(self.scales, Scales::ScaleMin | Scales::SuperMin) {
+            record[2 * (PANEL + r)..][..2].copy_from_slice(&block.m.to_le_bytes());
+        }
+        let (first, second) = match self.scales {
+            Scales::Scale | Scales::ScaleMin => return,
+            Scales::SuperMin => (block.sub_scales[g], block.sub_mins[g]),
+            Scales::SuperHalves => (block.sub_scales[2 * g], block.sub_scales[2 * g + 1]),
+        };
+        let at = self.sub_scales_at(g) + r;
+        (record[at], record[at + PANEL]) = (first, second);
     }
 }
 
-/// A matrix `[n, k]` in panels.
+/// The part of one panel of what `panels` panels hold.
+pub fn share<T>(all: &[T], panel: usize, panels: usize) -> &[T] {
+    let len = all.len() / panels;
+    &all[panel * len..(panel + 1) * len]
+}
+
+/// A matrix `[n, k]` in panels; rows past `n` in the last one are zero.
 pub struct Affine {
     n: usize,
     k: usize,
+    codec: Codec,
     layout: Layout,
-    /// Panels, back to back.
-    data: Vec<u8>,
+    /// `[panel][k / 32][group_bytes]`.
+    codes: Resident<u8>,
+    /// `[panel][records]`.
+    scales: Resident<u8>,
 }
 
 impl Affine {
-    /// Repacks `n` rows of blocks. Rows past `n` in the last panel stay zero.
+    /// Repacks `n` rows of blocks of `codec`.
     pub fn pack(codec: Codec, n: usize, k: usize, bytes: &[u8]) -> Result<Self> {
-        let (Some(layout), Some((values, size))) = (Layout::of(codec), block_size(codec)) else {
-            return Err(Error::internal(format!("{codec:?} has no blocks")));
-        };
+        let layout = Layout::of(codec).ok_or_else(|| Error::internal(format!("{codec:?} has no blocks")))?;
+        let (values, size) = (codec.block(), codec.block_bytes());
         if k == 0 || !k.is_multiple_of(values) {
             return Err(Error::invalid(format!("{codec:?} needs rows of a multiple of {values} values, got {k}")));
         }
@@ -129,44 +204,35 @@ impl Affine {
                 bytes.len()
             )));
         }
-        let records = k / values;
-        let mut data = vec![0u8; n.div_ceil(PANEL) * records * layout.record_bytes()];
-        for (row, blocks) in bytes.chunks_exact(row_bytes).enumerate() {
-            let (panel, lane) = (row / PANEL, row % PANEL);
-            for (r, block) in blocks.chunks_exact(size).enumerate() {
-                let at = (panel * records + r) * layout.record_bytes();
-                let record = &mut data[at..at + layout.record_bytes()];
-                for_each_group(codec, block, |group| {
-                    let at = layout.head_bytes() + group.index * layout.group_bytes();
-                    for (i, code) in group.codes.iter().enumerate() {
-                        let (byte, shift) = layout.code_at(lane, i);
-                        record[at + byte] |= code << shift;
+        let (panels, (per, record)) = (n.div_ceil(PANEL), layout.record());
+        let (panel_codes, panel_scales) = (k / GROUP * layout.group_bytes(), k / GROUP / per * record);
+        let mut codes = Resident::zeroed(panels * panel_codes)?;
+        let mut scales = Resident::zeroed(panels * panel_scales)?;
+        let (c, s) = (SharedMut::new(codes.values_mut()), SharedMut::new(scales.values_mut()));
+        parallel_for(panels, |panel| {
+            // SAFETY: the ranges of panels are disjoint, and each panel is one task.
+            let (codes, scales) =
+                unsafe { (c.slice(panel * panel_codes, panel_codes), s.slice(panel * panel_scales, panel_scales)) };
+            let rows = &bytes[panel * PANEL * row_bytes..n.min((panel + 1) * PANEL) * row_bytes];
+            for b in 0..k / values {
+                let groups = values / GROUP;
+                let mut expanded = [[0; GROUP * PANEL]; SUPER];
+                for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+                    let block = Block::read(codec, &row[b * size..][..size]);
+                    for (g, codes) in block.codes[..values].chunks_exact(GROUP).enumerate() {
+                        for (i, code) in codes.iter().enumerate() {
+                            expanded[g][64 * (i / 4) + 4 * r + i % 4] = *code;
+                        }
+                        layout.put_scales(&block, g, r, &mut scales[b * record..][..record]);
                     }
-                    let at = at + layout.code_bytes();
-                    let mut half = |at: usize, v: f16| {
-                        record[at + 2 * lane..at + 2 * lane + 2].copy_from_slice(&v.to_le_bytes());
-                    };
-                    match group.scales {
-                        Scales::Zero { d } => half(at, d),
-                        Scales::Min { d, m } => {
-                            half(at, d);
-                            half(at + 32, m);
-                        }
-                        Scales::SuperMin { d, dmin, sc, m } => {
-                            half(0, d);
-                            half(32, dmin);
-                            record[at + lane] = sc;
-                            record[at + 16 + lane] = m;
-                        }
-                        Scales::SuperZero { d, sc } => {
-                            half(0, d);
-                            record[at + lane] = sc as u8;
-                        }
-                    }
-                });
+                }
+                let codes = &mut codes[b * groups * layout.group_bytes()..][..groups * layout.group_bytes()];
+                for (expanded, codes) in expanded.iter().zip(codes.chunks_exact_mut(layout.group_bytes())) {
+                    layout.compress(expanded, codes);
+                }
             }
-        }
-        Ok(Self { n, k, layout, data })
+        });
+        Ok(Self { n, k, codec, layout, codes, scales })
     }
 
     /// Rows.
@@ -176,7 +242,7 @@ impl Affine {
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        self.codes.bytes() + self.scales.bytes()
     }
 
     /// Panels, the last one padded.
@@ -184,56 +250,37 @@ impl Affine {
         self.n.div_ceil(PANEL)
     }
 
-    /// The panels' bytes, for kernel tests.
-    #[cfg(test)]
-    pub fn data(&self) -> &[u8] {
-        &self.data
+    /// Codes and scales of a panel.
+    fn panel(&self, panel: usize) -> (&[u8], &[u8]) {
+        (share(self.codes.values(), panel, self.panels()), share(self.scales.values(), panel, self.panels()))
     }
 
-    /// Bytes a panel.
-    pub fn panel_bytes(&self) -> usize {
-        self.data.len() / self.panels()
-    }
-
-    /// Exact values of one row.
-    pub fn row(&self, row: usize) -> Vec<f32> {
-        let layout = &self.layout;
-        let lane = row % PANEL;
-        let panel = &self.data[row / PANEL * self.panel_bytes()..][..self.panel_bytes()];
-        let mut out = Vec::with_capacity(self.k);
-        for record in panel.chunks_exact(layout.record_bytes()) {
-            for g in 0..layout.groups {
-                let group = &record[layout.head_bytes() + g * layout.group_bytes()..][..layout.group_bytes()];
-                let (d, m) = kernel::portable::scales(layout, record, &group[layout.code_bytes()..]);
-                for i in 0..layout.group {
-                    let (byte, shift) = layout.code_at(lane, i);
-                    let code = (i32::from(group[byte]) >> shift) & ((1 << layout.bits) - 1);
-                    out.push(match layout.kind {
-                        Kind::Min | Kind::SuperMin => code as f32 * d[lane] + m[lane],
-                        Kind::Zero | Kind::SuperZero => (code - (1 << layout.zero_shift)) as f32 * d[lane],
-                    });
-                }
+    /// Exact values of one row, to the sign of a zero.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let (codes, scales) = self.panel(row / PANEL);
+        let r = row % PANEL;
+        let groups = codes.chunks_exact(self.layout.group_bytes()).zip(out.chunks_exact_mut(GROUP));
+        for (g, (codes, out)) in groups.enumerate() {
+            let codes = self.layout.expand(codes);
+            let halves = [0, 1].map(|h| self.layout.scale(scales, g, h, r));
+            for (i, out) in out.iter_mut().enumerate() {
+                let code = codes[64 * (i / 4) + 4 * r + i % 4];
+                let (scale, min) = halves[i / 16];
+                *out = match self.layout.scales {
+                    Scales::Scale | Scales::SuperHalves => scale * (f32::from(code) - f32::from(self.layout.zero)),
+                    Scales::ScaleMin | Scales::SuperMin => scale * f32::from(code) + min,
+                };
             }
         }
-        out
     }
 
-    /// Products of activation rows with one panel: `y[row, column0 + 16·panel ..]`, `y` having `ld` columns.
-    pub fn multiply_panel(
-        &self,
-        panel: usize,
-        a: &Activations,
-        rows: Range<usize>,
-        y: SharedMut<f32>,
-        ld: usize,
-        column0: usize,
-    ) {
-        let data = &self.data[panel * self.panel_bytes()..][..self.panel_bytes()];
-        let columns = PANEL.min(self.n - panel * PANEL);
-        let column = column0 + panel * PANEL;
-        kernel::multiply(&self.layout, data, a, rows, &mut |row, sums: &[f32; PANEL]| {
-            // SAFETY: one panel belongs to one task, and panels are disjoint columns of `y`.
-            unsafe { y.slice(row * ld + column, columns) }.copy_from_slice(&sums[..columns]);
-        });
+    /// Products of one panel with the rows of a tile.
+    pub fn multiply(&self, isa: Isa, panel: usize, tile: &Tile, out: &mut Products) {
+        let (codes, scales) = self.panel(panel);
+        assert_eq!(tile.planes.len(), self.k * 2 * tile.rows, "a tile for another k");
+        kernel::affine(isa, self.codec, codes, scales, tile, out);
+        for (out, scale) in out.iter_mut().zip(tile.scales) {
+            out.iter_mut().for_each(|v| *v *= scale);
+        }
     }
 }

@@ -1,150 +1,123 @@
-//! GGUF block formats, taken apart into integer codes and scales (ggml's `block_*` structs, little-endian).
-
-use half::f16;
+//! Reading ggml's block formats (`block_*` in ggml-common.h), all little-endian.
 
 use super::Codec;
 
-/// A run of consecutive values of one row that share a scale: value = `d·(code - zero)`, plus `m` in formats with minima.
-pub struct Group<'a> {
-    /// Unsigned codes, 16 or 32 of them.
-    pub codes: &'a [u8],
-    /// Index of the group in its block.
-    pub index: usize,
-    /// The block's scales.
-    pub scales: Scales,
+/// One block: integer codes, and the scales that give them their values.
+///
+/// Value `i` is `scale(i) * (codes[i] - zero)` or `scale(i) * codes[i] + min(i)`; see [`super::affine::Scales`].
+pub struct Block {
+    /// Codes, `0 .. 2^bits`; the first [`Codec::block`] are used.
+    pub codes: [u8; 256],
+    /// f16 bits of the block's scale.
+    pub d: u16,
+    /// f16 bits of the block's min (`Q4_1`, `Q5_1`) or of minus the scale of its mins (`Q4K`, `Q5K`).
+    pub m: u16,
+    /// K-quants: 6-bit scale of each 32 values (`Q4K`, `Q5K`), or i8 scale of each 16 (`Q6K`).
+    pub sub_scales: [u8; 16],
+    /// `Q4K`, `Q5K`: 6-bit min of each 32 values.
+    pub sub_mins: [u8; 8],
 }
 
-/// Scales of one group, as stored.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Scales {
-    /// Value = `d·(code - zero)`.
-    Zero {
-        /// Scale.
-        d: f16,
-    },
-    /// Value = `d·code + m`.
-    Min {
-        /// Scale.
-        d: f16,
-        /// Minimum.
-        m: f16,
-    },
-    /// Value = `(d·sc)·code - dmin·m`; `d`, `dmin` are the block's, `sc`, `m` the group's.
-    SuperMin {
-        /// Block scale.
-        d: f16,
-        /// Block scale of the minima.
-        dmin: f16,
-        /// Group scale, 6 bits.
-        sc: u8,
-        /// Group minimum, 6 bits.
-        m: u8,
-    },
-    /// Value = `(d·sc)·(code - zero)`.
-    SuperZero {
-        /// Block scale.
-        d: f16,
-        /// Group scale.
-        sc: i8,
-    },
-}
+impl Codec {
+    /// Values in one block.
+    pub fn block(self) -> usize {
+        match self {
+            Codec::F32 | Codec::F16 | Codec::BF16 => 1,
+            Codec::Q4K | Codec::Q5K | Codec::Q6K => 256,
+            _ => 32,
+        }
+    }
 
-/// Size of a block: values and bytes. `None` for formats without blocks.
-pub fn block_size(codec: Codec) -> Option<(usize, usize)> {
-    Some(match codec {
-        Codec::Q4_0 => (32, 18),
-        Codec::Q4_1 => (32, 20),
-        Codec::Q5_0 => (32, 22),
-        Codec::Q5_1 => (32, 24),
-        Codec::Q8_0 => (32, 34),
-        Codec::Q4K => (256, 144),
-        Codec::Q5K => (256, 176),
-        Codec::Q6K => (256, 210),
-        Codec::F32 | Codec::F16 | Codec::BF16 => return None,
-    })
-}
-
-fn half(bytes: &[u8], at: usize) -> f16 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-/// Scale and minimum `i` of the 12 bytes that pack eight 6-bit pairs in Q4_K and Q5_K.
-fn six_bit_pair(s: &[u8], i: usize) -> (u8, u8) {
-    if i < 4 {
-        (s[i] & 63, s[i + 4] & 63)
-    } else {
-        ((s[i + 4] & 15) | ((s[i - 4] >> 6) << 4), (s[i + 4] >> 4) | ((s[i] >> 6) << 4))
+    /// Bytes of one block.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            Codec::F32 => 4,
+            Codec::F16 | Codec::BF16 => 2,
+            Codec::Q4_0 => 18,
+            Codec::Q4_1 => 20,
+            Codec::Q5_0 => 22,
+            Codec::Q5_1 => 24,
+            Codec::Q8_0 => 34,
+            Codec::Q4K => 144,
+            Codec::Q5K => 176,
+            Codec::Q6K => 210,
+        }
     }
 }
 
-/// Calls `f` with each group of one block, in order of its values.
-pub fn for_each_group(codec: Codec, block: &[u8], mut f: impl FnMut(Group)) {
-    let mut codes = [0u8; 32];
-    let nibbles = |codes: &mut [u8; 32], qs: &[u8]| {
-        for j in 0..16 {
-            codes[j] = qs[j] & 15;
-            codes[j + 16] = qs[j] >> 4;
-        }
-    };
-    let fifth_bits = |codes: &mut [u8; 32], qh: &[u8]| {
-        let bits = u32::from_le_bytes([qh[0], qh[1], qh[2], qh[3]]);
-        for (j, code) in codes.iter_mut().enumerate() {
-            *code |= ((bits >> j) as u8 & 1) << 4;
-        }
-    };
-    match codec {
-        Codec::Q4_0 => {
-            nibbles(&mut codes, &block[2..18]);
-            f(Group { codes: &codes, index: 0, scales: Scales::Zero { d: half(block, 0) } });
-        }
-        Codec::Q4_1 => {
-            nibbles(&mut codes, &block[4..20]);
-            f(Group { codes: &codes, index: 0, scales: Scales::Min { d: half(block, 0), m: half(block, 2) } });
-        }
-        Codec::Q5_0 => {
-            nibbles(&mut codes, &block[6..22]);
-            fifth_bits(&mut codes, &block[2..6]);
-            f(Group { codes: &codes, index: 0, scales: Scales::Zero { d: half(block, 0) } });
-        }
-        Codec::Q5_1 => {
-            nibbles(&mut codes, &block[8..24]);
-            fifth_bits(&mut codes, &block[4..8]);
-            f(Group { codes: &codes, index: 0, scales: Scales::Min { d: half(block, 0), m: half(block, 2) } });
-        }
-        Codec::Q8_0 => {
-            for (code, q) in codes.iter_mut().zip(&block[2..34]) {
-                *code = (*q as i8 as i16 + 128) as u8;
+fn half(b: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([b[at], b[at + 1]])
+}
+
+impl Block {
+    /// Reads one block of a quantised `codec` from its [`Codec::block_bytes`] bytes.
+    pub fn read(codec: Codec, b: &[u8]) -> Self {
+        let mut o = Block { codes: [0; 256], d: half(b, 0), m: 0, sub_scales: [0; 16], sub_mins: [0; 8] };
+        match codec {
+            Codec::Q4_0 => o.nibbles(&b[2..], None),
+            Codec::Q4_1 => {
+                o.m = half(b, 2);
+                o.nibbles(&b[4..], None);
             }
-            f(Group { codes: &codes, index: 0, scales: Scales::Zero { d: half(block, 0) } });
-        }
-        Codec::Q4K | Codec::Q5K => {
-            let (d, dmin, packed) = (half(block, 0), half(block, 2), &block[4..16]);
-            let (qh, qs) = if codec == Codec::Q5K { block[16..].split_at(32) } else { (&block[..0], &block[16..]) };
-            for index in 0..8 {
-                for (l, code) in codes.iter_mut().enumerate() {
-                    let q = qs[32 * (index / 2) + l];
-                    *code = if index % 2 == 0 { q & 15 } else { q >> 4 };
-                    if codec == Codec::Q5K {
-                        *code |= ((qh[l] >> index) & 1) << 4;
-                    }
+            Codec::Q5_0 => o.nibbles(&b[6..], Some(&b[2..6])),
+            Codec::Q5_1 => {
+                o.m = half(b, 2);
+                o.nibbles(&b[8..], Some(&b[4..8]));
+            }
+            Codec::Q8_0 => (0..32).for_each(|i| o.codes[i] = b[2 + i] ^ 0x80),
+            Codec::Q4K => {
+                o.k_scales(b);
+                o.k_nibbles(&b[16..]);
+            }
+            Codec::Q5K => {
+                o.k_scales(b);
+                o.k_nibbles(&b[48..]);
+                for i in 0..256 {
+                    o.codes[i] |= (b[16 + i % 32] >> (i / 32) & 1) << 4;
                 }
-                let (sc, m) = six_bit_pair(packed, index);
-                f(Group { codes: &codes, index, scales: Scales::SuperMin { d, dmin, sc, m } });
             }
-        }
-        Codec::Q6K => {
-            let (ql, qh, sc, d) = (&block[..128], &block[128..192], &block[192..208], half(block, 208));
-            for index in 0..16 {
-                let (part, row) = (index / 8, (index % 8) / 2);
-                for (i, code) in codes[..16].iter_mut().enumerate() {
-                    let l = 16 * (index % 2) + i;
-                    let low = ql[64 * part + 32 * (row % 2) + l];
-                    let low = if row < 2 { low & 15 } else { low >> 4 };
-                    *code = low | (((qh[32 * part + l] >> (2 * row)) & 3) << 4);
+            Codec::Q6K => {
+                o.d = half(b, 208);
+                o.sub_scales.copy_from_slice(&b[192..208]);
+                for i in 0..256 {
+                    let (half, row, l) = (i / 128, i / 32 % 4, i % 32);
+                    let low = b[64 * half + 32 * (row % 2) + l] >> (4 * (row / 2)) & 15;
+                    let high = b[128 + 32 * half + l] >> (2 * row) & 3;
+                    o.codes[i] = low | high << 4;
                 }
-                f(Group { codes: &codes[..16], index, scales: Scales::SuperZero { d, sc: sc[index] as i8 } });
             }
+            Codec::F32 | Codec::F16 | Codec::BF16 => unreachable!("{codec:?} has no blocks"),
         }
-        Codec::F32 | Codec::F16 | Codec::BF16 => unreachable!("dense formats have no blocks; see `block_size`"),
+        o
+    }
+
+    /// 32 codes: byte `i` holds value `i` low and value `i + 16` high; bit `i` of `fifth` is value `i`'s fifth bit.
+    fn nibbles(&mut self, qs: &[u8], fifth: Option<&[u8]>) {
+        for i in 0..16 {
+            self.codes[i] = qs[i] & 15;
+            self.codes[i + 16] = qs[i] >> 4;
+        }
+        if let Some(h) = fifth {
+            (0..32).for_each(|i| self.codes[i] |= (h[i / 8] >> (i % 8) & 1) << 4);
+        }
+    }
+
+    /// 256 codes: each 32 bytes hold 32 values low and the next 32 values high.
+    fn k_nibbles(&mut self, qs: &[u8]) {
+        for i in 0..256 {
+            self.codes[i] = qs[32 * (i / 64) + i % 32] >> (4 * (i / 32 % 2)) & 15;
+        }
+    }
+
+    /// `d`, `dmin`, and the eight 6-bit scales and mins packed in 12 bytes.
+    fn k_scales(&mut self, b: &[u8]) {
+        self.m = half(b, 2) ^ 0x8000;
+        let s = &b[4..16];
+        for i in 0..4 {
+            self.sub_scales[i] = s[i] & 63;
+            self.sub_mins[i] = s[i + 4] & 63;
+            self.sub_scales[i + 4] = s[i + 8] & 15 | s[i] >> 6 << 4;
+            self.sub_mins[i + 4] = s[i + 8] >> 4 | s[i + 4] >> 6 << 4;
+        }
     }
 }

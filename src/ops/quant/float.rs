@@ -1,90 +1,122 @@
 //! Matrices whose values are floats (dense f32, f16, bf16) or a codebook's entries (NF4, FP4), in panels of 16 rows.
 //!
-//! The kernel decodes a stretch of k into f32 once for a block of activation rows, then accumulates
-//! `acc = fma(w, x, acc)` in order of k, one lane a row of the panel: the same bits for any number of activation rows.
+//! Along k a panel is steps of eight inputs. A step of dense values is `[8 inputs][16 rows]` at their own width; of a codebook
+//! it is 16 lanes of 32 bits, input `i` of the step in bits `4i .. 4i + 4`.
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::affine::PANEL;
-use crate::ops::pool::SharedMut;
+use super::Codec;
+use super::activations::Tile;
+use super::affine::{PANEL, share};
+use super::kernel::{self, Isa, Products};
+use super::resident::{Plain, Resident};
 use crate::{Error, Result};
 
-/// Values of k decoded at a time.
-const STRETCH: usize = 64;
+/// Inputs in a step.
+const STEP: usize = 8;
 
-/// How values are stored, `[panel][k][16 rows]`.
+/// How values are stored, panel after panel.
 enum Values {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
+    F32(Resident<f32>),
+    F16(Resident<f16>),
+    BF16(Resident<bf16>),
     Codebook {
-        /// Two k a byte, the even one in the low nibble: `[panel][k / 2][16]`.
-        codes: Vec<u8>,
+        /// `[panel][k / 8][16]`.
+        codes: Resident<u32>,
         /// `[panel][k / block][16]`.
-        scales: Vec<f32>,
-        /// Values of k per scale.
+        scales: Resident<f32>,
+        /// Inputs per scale, a multiple of 8.
         block: usize,
         /// What codes stand for.
-        codebook: [f32; 16],
+        values: [f32; 16],
     },
 }
 
-/// A matrix `[n, k]` in panels; rows past `n` in the last one are zero.
+/// One panel's [`Values`].
+#[derive(Clone, Copy)]
+pub enum Panel<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+    Codebook { codes: &'a [u32], scales: &'a [f32], block: usize, values: &'a [f32; 16] },
+}
+
+impl Panel<'_> {
+    /// Steps along k.
+    pub fn steps(&self) -> usize {
+        match self {
+            Panel::F32(w) => w.len() / (STEP * PANEL),
+            Panel::F16(w) => w.len() / (STEP * PANEL),
+            Panel::BF16(w) => w.len() / (STEP * PANEL),
+            Panel::Codebook { codes, .. } => codes.len() / PANEL,
+        }
+    }
+
+    /// Values of one step, `[8 inputs][16 rows]`.
+    #[inline(always)]
+    pub fn decode(&self, step: usize) -> [[f32; PANEL]; STEP] {
+        let at = |i: usize, r: usize| (STEP * step + i) * PANEL + r;
+        std::array::from_fn(|i| {
+            std::array::from_fn(|r| match self {
+                Panel::F32(w) => w[at(i, r)],
+                Panel::F16(w) => w[at(i, r)].to_f32(),
+                Panel::BF16(w) => w[at(i, r)].to_f32(),
+                Panel::Codebook { codes, scales, block, values } => {
+                    values[(codes[step * PANEL + r] >> (4 * i) & 15) as usize] * scales[STEP * step / block * PANEL + r]
+                }
+            })
+        })
+    }
+}
+
+/// A matrix `[n, k]` in panels; rows past `n` in the last one, and inputs past `k` in the last step, are zero.
 pub struct Float {
     n: usize,
-    k: usize,
     values: Values,
 }
 
-/// Reorders rows into panels.
-fn panels<T: Copy + Default>(n: usize, k: usize, value: impl Fn(usize, usize) -> T) -> Vec<T> {
-    let mut out = vec![T::default(); n.div_ceil(PANEL) * k * PANEL];
+/// `[panel][columns, padded to a multiple of `step`][16]` of what `value(row, column)` gives.
+fn panels<T: Plain>(n: usize, columns: usize, step: usize, value: impl Fn(usize, usize) -> T) -> Result<Resident<T>> {
+    let padded = columns.next_multiple_of(step);
+    let mut out = Resident::zeroed(n.div_ceil(PANEL) * padded * PANEL)?;
+    let values = out.values_mut();
     for row in 0..n {
-        let base = row / PANEL * k * PANEL + row % PANEL;
-        for i in 0..k {
-            out[base + i * PANEL] = value(row, i);
+        for column in 0..columns {
+            values[(row / PANEL * padded + column) * PANEL + row % PANEL] = value(row, column);
         }
     }
-    out
+    Ok(out)
 }
 
 impl Float {
-    /// Packs f32 rows, `[n, k]` row-major.
-    pub fn f32(n: usize, k: usize, rows: &[f32]) -> Self {
-        Self { n, k, values: Values::F32(panels(n, k, |r, i| rows[r * k + i])) }
+    /// Packs `[n, k]` row-major values.
+    pub fn f32(n: usize, k: usize, rows: &[f32]) -> Result<Self> {
+        Ok(Self { n, values: Values::F32(panels(n, k, STEP, |r, i| rows[r * k + i])?) })
     }
 
-    /// Packs little-endian f32 rows.
-    pub fn f32_bytes(n: usize, k: usize, bytes: &[u8]) -> Self {
-        let at = |r: usize, i: usize| {
+    /// Packs little-endian rows of a dense `codec`.
+    pub fn dense(codec: Codec, n: usize, k: usize, bytes: &[u8]) -> Result<Self> {
+        let size = codec.block_bytes();
+        if bytes.len() != n * k * size {
+            let want = n * k * size;
+            return Err(Error::invalid(format!("{codec:?} [{n}, {k}] takes {want} bytes, got {}", bytes.len())));
+        }
+        let two = |r: usize, i: usize| [bytes[2 * (r * k + i)], bytes[2 * (r * k + i) + 1]];
+        let four = |r: usize, i: usize| {
             let at = 4 * (r * k + i);
-            f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+            [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]
         };
-        Self { n, k, values: Values::F32(panels(n, k, at)) }
-    }
-
-    /// Packs little-endian f16 rows.
-    pub fn f16_bytes(n: usize, k: usize, bytes: &[u8]) -> Self {
-        let at = |r: usize, i: usize| f16::from_le_bytes([bytes[2 * (r * k + i)], bytes[2 * (r * k + i) + 1]]);
-        Self { n, k, values: Values::F16(panels(n, k, at)) }
-    }
-
-    /// Packs little-endian bf16 rows.
-    pub fn bf16_bytes(n: usize, k: usize, bytes: &[u8]) -> Self {
-        let at = |r: usize, i: usize| bf16::from_le_bytes([bytes[2 * (r * k + i)], bytes[2 * (r * k + i) + 1]]);
-        Self { n, k, values: Values::BF16(panels(n, k, at)) }
+        let values = match codec {
+            Codec::F32 => Values::F32(panels(n, k, STEP, |r, i| f32::from_le_bytes(four(r, i)))?),
+            Codec::F16 => Values::F16(panels(n, k, STEP, |r, i| f16::from_le_bytes(two(r, i)))?),
+            Codec::BF16 => Values::BF16(panels(n, k, STEP, |r, i| bf16::from_le_bytes(two(r, i)))?),
+            _ => return Err(Error::internal(format!("{codec:?} is not dense"))),
+        };
+        Ok(Self { n, values })
     }
 
     /// Packs codebook rows (see [`super::Source::Codebook`]). Blocks that run across rows become dense f32.
-    pub fn codebook(
-        n: usize,
-        k: usize,
-        block: usize,
-        codes: &[u8],
-        scales: &[f32],
-        codebook: [f32; 16],
-    ) -> Result<Self> {
+    pub fn codebook(n: usize, k: usize, block: usize, codes: &[u8], scales: &[f32], values: [f32; 16]) -> Result<Self> {
         let count = n * k;
         if block == 0 || codes.len() != count.div_ceil(2) || scales.len() != count.div_ceil(block) {
             return Err(Error::invalid(format!(
@@ -96,15 +128,14 @@ impl Float {
             )));
         }
         let code = |at: usize| if at.is_multiple_of(2) { codes[at / 2] >> 4 } else { codes[at / 2] & 15 };
-        if !k.is_multiple_of(block) || k % 2 == 1 {
-            let value = |r: usize, i: usize| codebook[usize::from(code(r * k + i))] * scales[(r * k + i) / block];
-            return Ok(Self { n, k, values: Values::F32(panels(n, k, value)) });
+        if !k.is_multiple_of(block) || !block.is_multiple_of(STEP) {
+            let value = |r: usize, i: usize| values[usize::from(code(r * k + i))] * scales[(r * k + i) / block];
+            return Ok(Self { n, values: Values::F32(panels(n, k, STEP, value)?) });
         }
-        let pair = |r: usize, i: usize| code(r * k + 2 * i) | code(r * k + 2 * i + 1) << 4;
-        let scale = |r: usize, b: usize| scales[r * (k / block) + b];
-        let values =
-            Values::Codebook { codes: panels(n, k / 2, pair), scales: panels(n, k / block, scale), block, codebook };
-        Ok(Self { n, k, values })
+        let lane = |r: usize, s: usize| (0..STEP).map(|i| u32::from(code(r * k + STEP * s + i)) << (4 * i)).sum();
+        let codes = panels(n, k / STEP, 1, lane)?;
+        let scales = panels(n, k / block, 1, |r, b| scales[r * (k / block) + b])?;
+        Ok(Self { n, values: Values::Codebook { codes, scales, block, values } })
     }
 
     /// Rows.
@@ -115,10 +146,10 @@ impl Float {
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
         match &self.values {
-            Values::F32(v) => v.len() * 4,
-            Values::F16(v) => v.len() * 2,
-            Values::BF16(v) => v.len() * 2,
-            Values::Codebook { codes, scales, .. } => codes.len() + scales.len() * 4,
+            Values::F32(v) => v.bytes(),
+            Values::F16(v) => v.bytes(),
+            Values::BF16(v) => v.bytes(),
+            Values::Codebook { codes, scales, .. } => codes.bytes() + scales.bytes(),
         }
     }
 
@@ -127,116 +158,33 @@ impl Float {
         self.n.div_ceil(PANEL)
     }
 
-    /// Values `k0..k0 + len` of a panel's rows, `[len][16]`.
-    fn decode(&self, panel: usize, k0: usize, len: usize, out: &mut [f32]) {
-        let at = (panel * self.k + k0) * PANEL;
-        let out = &mut out[..len * PANEL];
+    fn panel(&self, panel: usize) -> Panel<'_> {
+        let panels = self.panels();
         match &self.values {
-            Values::F32(v) => out.copy_from_slice(&v[at..at + len * PANEL]),
-            Values::F16(v) => v[at..at + len * PANEL].convert_to_f32_slice(out),
-            Values::BF16(v) => v[at..at + len * PANEL].convert_to_f32_slice(out),
-            Values::Codebook { codes, scales, block, codebook } => {
-                for (i, out) in out.chunks_exact_mut(PANEL).enumerate() {
-                    let i = k0 + i;
-                    let codes = &codes[(panel * (self.k / 2) + i / 2) * PANEL..][..PANEL];
-                    let scales = &scales[(panel * (self.k / block) + i / block) * PANEL..][..PANEL];
-                    for lane in 0..PANEL {
-                        out[lane] = codebook[usize::from((codes[lane] >> (4 * (i % 2))) & 15)] * scales[lane];
-                    }
-                }
-            }
+            Values::F32(v) => Panel::F32(share(v.values(), panel, panels)),
+            Values::F16(v) => Panel::F16(share(v.values(), panel, panels)),
+            Values::BF16(v) => Panel::BF16(share(v.values(), panel, panels)),
+            Values::Codebook { codes, scales, block, values } => Panel::Codebook {
+                codes: share(codes.values(), panel, panels),
+                scales: share(scales.values(), panel, panels),
+                block: *block,
+                values,
+            },
         }
     }
 
     /// Exact values of one row.
-    pub fn row(&self, row: usize) -> Vec<f32> {
-        let mut stretch = [0f32; STRETCH * PANEL];
-        let mut out = Vec::with_capacity(self.k);
-        for k0 in (0..self.k).step_by(STRETCH) {
-            let len = STRETCH.min(self.k - k0);
-            self.decode(row / PANEL, k0, len, &mut stretch);
-            out.extend((0..len).map(|i| stretch[i * PANEL + row % PANEL]));
-        }
-        out
-    }
-
-    /// Products of all rows of `x [m, k]` with one panel: `y[row, column0 + 16·panel ..]`, `y` having `ld` columns.
-    pub fn multiply_panel(&self, panel: usize, x: &[f32], y: SharedMut<f32>, ld: usize, column0: usize) {
-        let columns = PANEL.min(self.n - panel * PANEL);
-        let column = column0 + panel * PANEL;
-        let mut stretch = [0f32; STRETCH * PANEL];
-        let mut sums = vec![[0f32; PANEL]; x.len() / self.k];
-        for k0 in (0..self.k).step_by(STRETCH) {
-            let len = STRETCH.min(self.k - k0);
-            self.decode(panel, k0, len, &mut stretch);
-            accumulate(&stretch[..len * PANEL], &x[k0..], self.k, &mut sums);
-        }
-        for (row, sums) in sums.iter().enumerate() {
-            // SAFETY: one panel belongs to one task, and panels are disjoint columns of `y`.
-            unsafe { y.slice(row * ld + column, columns) }.copy_from_slice(&sums[..columns]);
-        }
-    }
-}
-
-/// `sums[row] += w · x[row]`, `x` rows starting `stride` apart.
-fn accumulate(w: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was detected.
-            return unsafe { accumulate_avx512(w, x, stride, sums) };
-        }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected.
-            return unsafe { accumulate_avx2(w, x, stride, sums) };
-        }
-    }
-    accumulate_plain(w, x, stride, sums);
-}
-
-/// # Safety
-/// The processor has AVX-512 F.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn accumulate_avx512(w: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    accumulate_plain(w, x, stride, sums);
-}
-
-/// # Safety
-/// The processor has AVX2 and FMA.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn accumulate_avx2(w: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    accumulate_plain(w, x, stride, sums);
-}
-
-#[inline(always)]
-fn accumulate_plain(w: &[f32], x: &[f32], stride: usize, sums: &mut [[f32; PANEL]]) {
-    let len = w.len() / PANEL;
-    let mut rows = sums.chunks_exact_mut(4);
-    let mut at = 0;
-    for tile in &mut rows {
-        let x: [&[f32]; 4] = std::array::from_fn(|t| &x[at + t * stride..][..len]);
-        let mut acc: [[f32; PANEL]; 4] = std::array::from_fn(|t| tile[t]);
-        for (i, w) in w.chunks_exact(PANEL).enumerate() {
-            for t in 0..4 {
-                for lane in 0..PANEL {
-                    acc[t][lane] = w[lane].mul_add(x[t][i], acc[t][lane]);
-                }
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let panel = self.panel(row / PANEL);
+        for (step, out) in out.chunks_mut(STEP).enumerate() {
+            for (out, w) in out.iter_mut().zip(panel.decode(step)) {
+                *out = w[row % PANEL];
             }
         }
-        tile.copy_from_slice(&acc);
-        at += 4 * stride;
     }
-    for sums in rows.into_remainder() {
-        let x = &x[at..][..len];
-        let mut acc = *sums;
-        for (w, x) in w.chunks_exact(PANEL).zip(x) {
-            for lane in 0..PANEL {
-                acc[lane] = w[lane].mul_add(*x, acc[lane]);
-            }
-        }
-        *sums = acc;
-        at += stride;
+
+    /// Products of one panel with the rows of a tile.
+    pub fn multiply(&self, isa: Isa, panel: usize, tile: &Tile, out: &mut Products) {
+        kernel::float(isa, self.panel(panel), tile, out);
     }
 }

@@ -8,6 +8,7 @@ mod affine;
 mod blocks;
 mod float;
 mod kernel;
+mod resident;
 
 pub mod nf4;
 
@@ -18,11 +19,15 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 
 use crate::ops::pool::{SharedMut, parallel_for, threads};
 use crate::{Error, Result};
-use activations::Activations;
-use affine::Affine;
+use activations::{ROWS, Tile};
+use affine::{Affine, PANEL};
 use float::Float;
+use kernel::{Isa, Products};
 
-pub use kernel::name as kernel_name;
+/// Name of the instructions that products use on this machine, for `doctor`.
+pub fn kernel_name() -> &'static str {
+    Isa::best().name()
+}
 
 /// How the bytes of a [`Source`] encode values. GGUF block formats: ggml's `block_*` structs, little-endian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -107,10 +112,18 @@ impl Part {
         }
     }
 
-    fn row(&self, row: usize) -> Vec<f32> {
+    fn row(&self, row: usize, out: &mut [f32]) {
         match self {
-            Self::Affine(p) => p.row(row),
-            Self::Float(p) => p.row(row),
+            Self::Affine(p) => p.row(row, out),
+            Self::Float(p) => p.row(row, out),
+        }
+    }
+
+    /// Products of one panel with the rows of a tile.
+    fn multiply(&self, isa: Isa, panel: usize, tile: &Tile, out: &mut Products) {
+        match self {
+            Self::Affine(p) => p.multiply(isa, panel, tile, out),
+            Self::Float(p) => p.multiply(isa, panel, tile, out),
         }
     }
 }
@@ -124,7 +137,10 @@ impl QMatrix {
         let mut width = None;
         for source in sources {
             let (k, part) = match source {
-                Source::Blocks { codec, n, k, bytes } => (*k, pack_blocks(*codec, *n, *k, bytes)?),
+                Source::Blocks { codec: codec @ (Codec::F32 | Codec::F16 | Codec::BF16), n, k, bytes } => {
+                    (*k, Part::Float(Float::dense(*codec, *n, *k, bytes)?))
+                }
+                Source::Blocks { codec, n, k, bytes } => (*k, Part::Affine(Affine::pack(*codec, *n, *k, bytes)?)),
                 Source::Codebook { n, k, block, codes, scales, codebook } => {
                     (*k, Part::Float(Float::codebook(*n, *k, *block, codes, scales, *codebook)?))
                 }
@@ -145,7 +161,7 @@ impl QMatrix {
         if rows.len() != n * k || k == 0 {
             return Err(Error::invalid(format!("{} values for a [{n}, {k}] matrix", rows.len())));
         }
-        Ok(Self { n, k, parts: vec![Part::Float(Float::f32(n, k, &rows))] })
+        Ok(Self { n, k, parts: vec![Part::Float(Float::f32(n, k, &rows)?)] })
     }
 
     /// Output features.
@@ -165,10 +181,22 @@ impl QMatrix {
 
     /// Exact values of one row, `[k]`.
     pub fn row(&self, row: usize) -> Vec<f32> {
+        let mut out = vec![0.0; self.k];
+        self.row_into(row, &mut out);
+        out
+    }
+
+    fn row_into(&self, row: usize, out: &mut [f32]) {
+        let (part, row) = self.locate_row(row);
+        part.row(row, out);
+    }
+
+    /// Part of a row, and the row in that part.
+    fn locate_row(&self, row: usize) -> (&Part, usize) {
         let mut first = 0;
         for part in &self.parts {
             if row < first + part.n() {
-                return part.row(row - first);
+                return (part, row - first);
             }
             first += part.n();
         }
@@ -176,51 +204,56 @@ impl QMatrix {
     }
 
     /// `y [m, n] = x [m, k] · Wᵀ`.
-    fn multiply(&self, x: &[f32], y: &mut [f32]) {
-        let integers = self.parts.iter().any(|p| matches!(p, Part::Affine(_)));
-        let integers = integers.then(|| Activations::quantise(x, self.k));
-        // Tasks of whole panels over all parts: enough of them that threads end together, each big enough to be worth claiming.
+    fn multiply(&self, isa: Isa, x: &[f32]) -> Vec<f32> {
+        let m = x.len() / self.k;
+        let integer = self.parts.iter().any(|p| matches!(p, Part::Affine(_)));
+        let float = self.parts.iter().any(|p| matches!(p, Part::Float(_)));
+        let tiles = activations::tiles(x, self.k, integer, float);
+        // A task is some panels times a chunk of tiles. A chunk stays in the second-level cache while panels go by, a panel in
+        // the first while tiles go by; tasks are big enough to be worth claiming and many enough to end together.
         let panels: usize = self.parts.iter().map(Part::panels).sum();
-        let per_task = panels.div_ceil(8 * threads()).max((64 << 10) / (self.bytes() / panels + 1)).max(1);
-        let y = SharedMut::new(y);
-        // Activation rows a pass: what a pass reads of them stays in the second-level cache while panels go by.
-        let rows = ((256 << 10) / (2 * self.k)).next_multiple_of(8).max(8);
-        parallel_for(panels.div_ceil(per_task), |task| {
-            let (mut first, mut column) = (0, 0);
-            let range = task * per_task..panels.min((task + 1) * per_task);
-            for part in &self.parts {
-                let own = range.start.max(first)..range.end.min(first + part.panels());
-                match (part, &integers) {
-                    (Part::Affine(p), Some(a)) => {
-                        for row in (0..a.rows()).step_by(rows) {
-                            let rows = row..a.rows().min(row + rows);
-                            own.clone().for_each(|i| p.multiply_panel(i - first, a, rows.clone(), y, self.n, column));
+        let chunk = ((256 << 10) / (2 * ROWS * self.k)).max(1);
+        let worth = (64 << 10) / (PANEL * self.k * m.min(chunk * ROWS)).max(1);
+        let per_task = worth.clamp(1, panels.div_ceil(4 * threads()).max(1));
+        let tasks = panels.div_ceil(per_task);
+        let mut y = Vec::with_capacity(m * self.n);
+        let shared = SharedMut::new(&mut y.spare_capacity_mut()[..m * self.n]);
+        parallel_for(tasks * tiles.len().div_ceil(chunk), |task| {
+            let (chunk, range) = (task / tasks * chunk..tiles.len().min((task / tasks + 1) * chunk), task % tasks);
+            let mut products = [[0.0; PANEL]; ROWS];
+            for panel in range * per_task..panels.min((range + 1) * per_task) {
+                let (part, panel, column) = self.locate_panel(panel);
+                let columns = PANEL.min(part.n() - panel * PANEL);
+                for i in chunk.clone() {
+                    part.multiply(isa, panel, &tiles[i], &mut products);
+                    for (t, products) in products[..tiles[i].rows].iter().enumerate() {
+                        let at = (i * ROWS + t) * self.n + column;
+                        // SAFETY: inside `y`, as rows and columns are; a panel's columns and a chunk's rows are one task's.
+                        let y = unsafe { shared.slice(at, columns) };
+                        for (y, product) in y.iter_mut().zip(products) {
+                            y.write(*product);
                         }
                     }
-                    (Part::Float(p), _) => own.for_each(|i| p.multiply_panel(i - first, x, y, self.n, column)),
-                    (Part::Affine(_), None) => unreachable!("integers exist where a part is affine"),
                 }
-                first += part.panels();
-                column += part.n();
             }
         });
+        // SAFETY: tasks cover all panels times all tiles, so every element was written.
+        unsafe { y.set_len(m * self.n) };
+        y
     }
-}
 
-fn pack_blocks(codec: Codec, n: usize, k: usize, bytes: &[u8]) -> Result<Part> {
-    let width = match codec {
-        Codec::F32 => 4,
-        Codec::F16 | Codec::BF16 => 2,
-        _ => return Ok(Part::Affine(Affine::pack(codec, n, k, bytes)?)),
-    };
-    if bytes.len() != n * k * width {
-        return Err(Error::invalid(format!("{codec:?} [{n}, {k}] takes {} bytes, got {}", n * k * width, bytes.len())));
+    /// Part, panel in that part and first column of a panel, counted over all parts.
+    fn locate_panel(&self, mut panel: usize) -> (&Part, usize, usize) {
+        let mut column = 0;
+        for part in &self.parts {
+            if panel < part.panels() {
+                return (part, panel, column + panel * PANEL);
+            }
+            panel -= part.panels();
+            column += part.n();
+        }
+        unreachable!("callers count the panels")
     }
-    Ok(Part::Float(match codec {
-        Codec::F16 => Float::f16_bytes(n, k, bytes),
-        Codec::BF16 => Float::bf16_bytes(n, k, bytes),
-        _ => Float::f32_bytes(n, k, bytes),
-    }))
 }
 
 /// The op: the frozen matrix is a field, never an operand, so that autograd keeps no gradient for it.
@@ -237,8 +270,7 @@ impl CustomOp1 for MatMul {
             candle_core::bail!("product of [{m}, {k}] with a [{}, {}] matrix", self.0.n, self.0.k);
         }
         let (start, end) = l.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op: self.name() })?;
-        let mut y = vec![0f32; m * self.0.n];
-        self.0.multiply(&s.as_slice::<f32>()?[start..end], &mut y);
+        let y = self.0.multiply(Isa::best(), &s.as_slice::<f32>()?[start..end]);
         Ok((CpuStorage::F32(y), (m, self.0.n).into()))
     }
 }
@@ -253,7 +285,12 @@ pub fn gather_rows(w: &QMatrix, ids: &[u32]) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= w.n) {
         return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", w.n)));
     }
-    let rows: Vec<f32> = ids.iter().flat_map(|&i| w.row(i as usize)).collect();
+    let mut rows = vec![0.0; ids.len() * w.k];
+    let shared = SharedMut::new(&mut rows);
+    parallel_for(ids.len(), |i| {
+        // SAFETY: one row of `rows` an id, and one task.
+        w.row_into(ids[i] as usize, unsafe { shared.slice(i * w.k, w.k) });
+    });
     Ok(Tensor::from_vec(rows, (ids.len(), w.k), &Device::Cpu)?)
 }
 

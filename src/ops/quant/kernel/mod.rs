@@ -1,83 +1,130 @@
-//! Panel times activations: the integer kernels, chosen at run time.
+//! Products of one panel of 16 rows with one tile of activations, in the vectors that the machine has.
 //!
-//! All of them compute, for each row of the panel and each row of activations, group by group in order,
-//! `acc = fma(Σ code·q, d, acc)` and for formats with minima `acc = fma(m, Σ q, acc)`, then `acc·scale`. The integer sums are
-//! exact, so every kernel gives the same bits, for any number of activation rows.
+//! Every kernel does the same float operations in the same order, so all give the same bits, for any number of activation rows:
+//! integer: group by group in order of k, `acc = fma(min, Σ q, fma(scale, Σ code * q, acc))`, where the integer sums are exact
+//! (Q6_K: the scales of both halves, then the mins); float: input by input, `acc = fma(w, x, acc)`.
 
-pub mod portable;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
 
-use std::ops::Range;
-
-use super::activations::Activations;
+use super::Codec;
+use super::activations::{ROWS, Tile};
 use super::affine::{Layout, PANEL};
+use super::float::Panel;
 
-/// Gives the 16 products of one activation row.
-pub type Store<'a> = &'a mut dyn FnMut(usize, &[f32; PANEL]);
+/// `[activation row][panel row]`; a kernel writes the first [`Tile::rows`].
+pub type Products = [[f32; PANEL]; ROWS];
 
-/// Multiplies one panel with some rows of `a`, by the best kernel that this processor has.
-pub fn multiply(layout: &Layout, panel: &[u8], a: &Activations, rows: Range<usize>, store: Store) {
+/// A set of vector instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
     #[cfg(target_arch = "x86_64")]
-    {
-        if x86::has_avx512_vnni() {
-            return x86::multiply_avx512(layout, panel, a, rows, store);
-        }
-        if x86::has_avx2() {
-            return x86::multiply_avx2(layout, panel, a, rows, store);
-        }
-    }
-    portable::multiply(layout, panel, a, rows, store);
+    Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Plain loops over 16 lanes, of which the compiler makes whatever the target always has, such as NEON on aarch64.
+    Portable,
 }
 
-/// Name of the kernel that `multiply` chooses, for `doctor`.
-pub fn name() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if x86::has_avx512_vnni() {
-            return "AVX-512 VNNI";
-        }
-        if x86::has_avx2() {
-            return "AVX2";
-        }
-    }
-    // Plain Rust over 16 lanes; on aarch64 the compiler makes NEON of it, which every such processor has.
-    if cfg!(target_arch = "aarch64") { "NEON" } else { "portable" }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::affine::Affine;
-    use super::*;
-
-    /// Rows of bits: comparing them compares NaN too.
-    fn bits(run: impl FnOnce(Store)) -> Vec<(usize, [u32; PANEL])> {
-        let mut rows = Vec::new();
-        run(&mut |row, sums| rows.push((row, sums.map(f32::to_bits))));
-        rows.sort_unstable();
-        rows
-    }
-
-    #[test]
-    fn kernels_agree_bit_for_bit() {
-        for codec in super::super::tests::BLOCK_CODECS {
-            for (k, m) in [(256, 1), (512, 7), (768, 13), (1536, 9)] {
-                let bytes = super::super::tests::random_blocks(codec, 16, k, 5);
-                let panel = Affine::pack(codec, 16, k, &bytes).expect("random blocks are valid");
-                let layout = Layout::of(codec).expect("a block codec");
-                let a = Activations::quantise(&super::super::tests::random_floats(m * k, 3), k);
-                let data = panel.data();
-                let want = bits(|store| portable::multiply(&layout, data, &a, 0..m, store));
-                assert_eq!(bits(|store| multiply(&layout, data, &a, 0..m, store)), want, "{codec:?} k {k} m {m}");
-                #[cfg(target_arch = "x86_64")]
-                if x86::has_avx2() {
-                    assert_eq!(
-                        bits(|store| x86::multiply_avx2(&layout, data, &a, 0..m, store)),
-                        want,
-                        "{codec:?} AVX2"
-                    );
-                }
+impl Isa {
+    /// What this machine has, the fastest first.
+    pub fn available() -> Vec<Isa> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let has = |features: &[bool]| features.iter().all(|&f| f);
+            if has(&[
+                is_x86_feature_detected!("avx512f"),
+                is_x86_feature_detected!("avx512bw"),
+                is_x86_feature_detected!("avx512vl"),
+                is_x86_feature_detected!("avx512vnni"),
+            ]) {
+                all.push(Isa::Avx512Vnni);
+            }
+            let avx2 =
+                [is_x86_feature_detected!("avx2"), is_x86_feature_detected!("fma"), is_x86_feature_detected!("f16c")];
+            if has(&avx2) {
+                all.push(Isa::Avx2);
             }
         }
+        all.push(Isa::Portable);
+        all
+    }
+
+    /// The fastest that this machine has.
+    pub fn best() -> Isa {
+        static BEST: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+        *BEST.get_or_init(|| Isa::available()[0])
+    }
+
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => "AVX-512 VNNI",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => "AVX2",
+            Isa::Portable if cfg!(target_arch = "aarch64") => "NEON",
+            Isa::Portable => "portable",
+        }
+    }
+}
+
+/// A block format as a type, so that each gets its own code.
+trait Format {
+    const LAYOUT: Layout;
+}
+
+macro_rules! formats {
+    ($($codec:ident)*) => {
+        /// One type a block codec.
+        mod format {
+            $(pub struct $codec;
+            impl super::Format for $codec {
+                const LAYOUT: super::Layout = super::Layout::of(super::Codec::$codec).expect("a block codec");
+            })*
+        }
+
+        /// Products of a panel of integer codes, before activation scales. `isa` must be available here.
+        pub fn affine(isa: Isa, codec: Codec, codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+            match codec {
+                $(Codec::$codec => affine_as::<format::$codec>(isa, codes, scales, x, out),)*
+                Codec::F32 | Codec::F16 | Codec::BF16 => unreachable!("dense formats have no codes"),
+            }
+        }
+    };
+}
+formats!(Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4K Q5K Q6K);
+
+fn affine_as<F: Format>(isa: Isa, codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+    let groups = codes.len() / F::LAYOUT.group_bytes();
+    let (per, record) = F::LAYOUT.record();
+    assert!(groups.is_multiple_of(per) && scales.len() == groups / per * record, "scales do not fit the codes");
+    assert!((1..=ROWS).contains(&x.rows) && x.planes.len() == groups * x.rows * 64, "activations do not fit the codes");
+    assert!(x.sums.len() == groups * x.rows && x.half_sums.len() == 2 * x.sums.len());
+    match isa {
+        // SAFETY (both): the machine has the instructions, as `isa` says; sizes were checked above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => unsafe { avx512::affine::<F>(codes, scales, x, out) },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::affine::<F>(codes, scales, x, out) },
+        Isa::Portable => portable::affine::<F>(codes, scales, x, out),
+    }
+}
+
+/// Products of a panel of floats. `isa` must be available here.
+pub fn float(isa: Isa, panel: Panel, x: &Tile, out: &mut Products) {
+    assert!((1..=ROWS).contains(&x.rows) && x.values.len() == panel.steps() * 8 * x.rows, "a tile for another k");
+    match isa {
+        // SAFETY: the machine has the instructions, as `isa` says; sizes were checked above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => unsafe { avx512::float(panel, x, out) },
+        // SAFETY: the same.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::float(panel, x, out) },
+        Isa::Portable => portable::float(panel, x, out),
     }
 }
