@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// A huge page.
 const HUGE: usize = 2 << 20;
 /// Bytes of a mapping that matrices share; what is not used of it takes no memory.
-const CHUNK: usize = 64 << 20;
+const CHUNK: usize = 256 << 20;
 /// Buffers start at a cache line, so that no vector load takes two.
 const LINE: usize = 64;
 
