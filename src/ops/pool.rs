@@ -24,7 +24,12 @@ pub fn set_threads(threads: usize) {
 /// Threads that a region uses, the caller's included.
 pub fn threads() -> usize {
     match THREADS.load(Ordering::Relaxed) {
-        0 => thread::available_parallelism().map_or(1, usize::from),
+        0 => {
+            // Kept, because asking reads files of the system, which takes longer than many a region.
+            let threads = thread::available_parallelism().map_or(1, usize::from);
+            let set = THREADS.compare_exchange(0, threads, Ordering::Relaxed, Ordering::Relaxed);
+            set.map_or_else(|other| other, |_| threads)
+        }
         threads => threads,
     }
 }
