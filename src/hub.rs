@@ -51,18 +51,20 @@ impl ModelFiles {
     /// The file or directory.
     pub fn path(&self) -> &Path {
         match &self.format {
-            ModelFormat::Gguf(path) | ModelFormat::HuggingFace(path) => path,
+            ModelFormat::Gguf(path) | ModelFormat::HuggingFace(path) | ModelFormat::Shape(path) => path,
         }
     }
 }
 
-/// The two forms in which models are kept on disk.
+/// The forms in which models are kept on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelFormat {
     /// One GGUF file: weights, tokenizer and template.
     Gguf(PathBuf),
     /// A directory with config.json, safetensors and tokenizer.json.
     HuggingFace(PathBuf),
+    /// A config.json: weights are made up for its shape.
+    Shape(PathBuf),
 }
 
 /// What a user may write for a model.
@@ -150,6 +152,21 @@ pub fn resolve(model: &str, cache: &Path, progress: bool) -> Result<ModelFiles> 
                 .param("model")
             })
         }
+    }
+}
+
+/// The shape of a model alone: a config.json or a directory with one. Errors: `model` is neither.
+pub fn shape(model: &str) -> Result<ModelFiles> {
+    let path = fs::canonicalize(model).ok().map(|path| if path.is_dir() { path.join("config.json") } else { path });
+    match path.filter(|path| path.is_file() && path.extension().is_some_and(|e| e == "json")) {
+        Some(path) => {
+            let name = path.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+            Ok(ModelFiles { name, format: ModelFormat::Shape(path) })
+        }
+        None => Err(Error::invalid(format!(
+            "model {model:?}: dummy weights need a config.json (Hugging Face's), or a directory with one"
+        ))
+        .param("model")),
     }
 }
 

@@ -77,3 +77,14 @@ fn zeros_stay_close_to_zero_and_short_blocks_work() {
     assert_eq!(q.scales().len(), 2);
     assert!(q.codes[..32].iter().all(|&c| c == 0x77), "a block of zeros takes the code of zero");
 }
+
+#[test]
+fn blocks_of_a_large_matrix_are_quantised_as_alone() {
+    let values: Vec<f32> = (0..64 * 2500 + 37).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let whole = Nf4::quantize(&values);
+    for block in [0, 1023, 1024, 2047, 2048, 2499, 2500] {
+        let codes = Nf4::quantize(&values[64 * block..values.len().min(64 * (block + 1))]).codes;
+        assert_eq!(whole.codes[32 * block..][..codes.len()], codes, "{block}");
+    }
+    assert_eq!(whole.codes.len(), 32 * 2500 + 19);
+}

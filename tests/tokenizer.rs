@@ -109,6 +109,30 @@ fn special_tokens_and_vocabulary() {
 }
 
 #[test]
+fn a_shape_alone_has_bytes_and_an_id_for_everything_else() {
+    let codec = |dir: PathBuf| {
+        let format = ModelFormat::Shape(dir.join("config.json"));
+        TextCodec::load(&ModelFiles { name: "shape".to_string(), format })
+    };
+    let shapes = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/shapes");
+    let c = codec(shapes.join("llama-3.1-8b")).unwrap();
+    assert_eq!((c.vocab_size(), c.bos_token_id()), (128256, Some(128000)));
+    assert_eq!(c.eos_token_ids(), &[128001, 128008, 128009]);
+    let text = "The lantern,\n é 中 😀";
+    let ids: Vec<u32> = text.bytes().map(u32::from).collect();
+    assert_eq!(c.encode(text, true).unwrap(), ids);
+    assert_eq!(c.decode(&ids, true).unwrap(), text);
+    assert_eq!(c.decode(&[72, 105, 256, 128255], true).unwrap(), "Hi 256 128255");
+    assert_eq!(codec(shapes.join("llama-2-7b")).unwrap().eos_token_ids(), &[2]);
+    // A tokenizer beside it is the one to take.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(fixture("tokenizer/hf/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    assert_eq!(codec(dir.path().to_path_buf()).unwrap().vocab_size(), directory().vocab_size());
+    let small = codec(fixture("peft-tiny/base")).err().unwrap();
+    assert!(small.message.contains("tokenizer.json"), "{small}");
+}
+
+#[test]
 fn chat_prompts_are_transformers() {
     let expected: Value =
         serde_json::from_slice(&std::fs::read(fixture("smollm2-peft/expected.json")).unwrap()).unwrap();

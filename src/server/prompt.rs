@@ -35,6 +35,7 @@ impl TextCodec {
         let Loaded { tokenizer, bos, eos, special, template } = match &files.format {
             ModelFormat::Gguf(path) => tokenizer::from_gguf(path)?,
             ModelFormat::HuggingFace(dir) => tokenizer::from_directory(dir)?,
+            ModelFormat::Shape(config) => tokenizer::for_shape(config)?,
         };
         let pieces = Pieces::new(&tokenizer)?;
         let template = template.map(|source| ChatTemplate::new(&source, special)).transpose()?;
@@ -271,7 +272,7 @@ impl Decoder {
 }
 
 /// GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes are U+0100 and up, in order.
-fn byte_of(c: char) -> Option<u8> {
+pub(super) fn byte_of(c: char) -> Option<u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     match u32::from(c) {
         code @ 0..=0xFF => Some(code as u8).filter(|&b| printable(b)),

@@ -11,6 +11,7 @@ use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
 use crate::model::weights::gguf::{self, Metadata};
+use crate::server::prompt::byte_of;
 use crate::server::template::SpecialTokens;
 use crate::{Error, Result};
 
@@ -267,18 +268,16 @@ pub fn from_directory(dir: &Path) -> Result<Loaded> {
         .filter_map(|(key, value)| Some((key.clone(), token(value)?)))
         .collect();
     let named = |key: &str| special.get(key).and_then(|token| tokenizer.token_to_id(token));
-    let mut eos: Vec<u32> = [&generation["eos_token_id"], &config["eos_token_id"]]
-        .into_iter()
-        .map(|v| v.as_array().cloned().unwrap_or_else(|| vec![v.clone()]))
-        .map(|ids| ids.iter().filter_map(|v| u32::try_from(v.as_u64()?).ok()).collect::<Vec<_>>())
-        .find(|ids| !ids.is_empty())
-        .unwrap_or_default();
+    let mut eos = ids_of(&generation["eos_token_id"]);
+    if eos.is_empty() {
+        eos = ids_of(&config["eos_token_id"]);
+    }
     if let Some(id) = named("eos_token")
         && !eos.contains(&id)
     {
         eos.push(id);
     }
-    let bos = named("bos_token").or(config["bos_token_id"].as_u64().and_then(|id| u32::try_from(id).ok()));
+    let bos = named("bos_token").or(ids_of(&config["bos_token_id"]).first().copied());
     let template = match std::fs::read_to_string(dir.join("chat_template.jinja")) {
         Ok(source) => Some(source),
         Err(_) => match &settings["chat_template"] {
@@ -289,6 +288,37 @@ pub fn from_directory(dir: &Path) -> Result<Loaded> {
         },
     };
     Ok(Loaded { tokenizer, bos, eos, special, template })
+}
+
+/// For a config.json: the tokenizer beside it, or else a made-up one with which text of all ids can be asked for and read:
+/// ids below 256 are bytes, the others spell themselves, and text becomes bytes.
+pub fn for_shape(config: &Path) -> Result<Loaded> {
+    if let Some(dir) = config.parent().filter(|dir| dir.join("tokenizer.json").is_file()) {
+        return from_directory(dir);
+    }
+    let bad = |why: &str| Error::invalid(format!("{}: {why}", config.display()));
+    let form = optional_json(config)?;
+    let size = form["vocab_size"].as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| bad("no vocab_size"))?;
+    if size < 256 {
+        return Err(bad("a vocabulary without all bytes: put a tokenizer.json beside it"));
+    }
+    let bytes = ('\0'..'\u{200}').filter_map(|c| Some((c.to_string(), u32::from(byte_of(c)?))));
+    // In byte-level spelling, Ġ is a space.
+    let vocab: Vocab = bytes.chain((256..size).map(|id| (format!("Ġ{id}"), id))).collect();
+    let model = BPE::builder().vocab_and_merges(vocab, Merges::new()).build();
+    let mut tokenizer = Tokenizer::new(model.map_err(|e| bad(&e.to_string()))?);
+    let parts = byte_level("default")?;
+    tokenizer
+        .with_pre_tokenizer(part::<PreTokenizerWrapper>("pre-tokenizer", parts.pre_tokenizer)?)
+        .with_decoder(part::<DecoderWrapper>("decoder", parts.decoder)?);
+    let bos = ids_of(&form["bos_token_id"]).first().copied();
+    Ok(Loaded { tokenizer, bos, eos: ids_of(&form["eos_token_id"]), special: SpecialTokens::new(), template: None })
+}
+
+/// One id or a list of them.
+fn ids_of(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    ids.iter().filter_map(|v| u32::try_from(v.as_u64()?).ok()).collect()
 }
 
 /// Null if the file is not there.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 
+use super::bnb::Packed;
 use crate::ops::quant::{Codec, Source};
 use crate::{Error, Result};
 
@@ -15,8 +16,8 @@ use crate::{Error, Result};
 pub struct Entry {
     /// The name in the file, for messages.
     pub label: String,
-    /// Encoding of the values.
-    pub codec: Codec,
+    /// What its bytes are.
+    pub form: Form,
     /// Outermost dimension first: `[out, in]` for a matrix.
     pub shape: Vec<usize>,
     /// Index of its file in the checkpoint.
@@ -29,40 +30,52 @@ pub struct Entry {
     pub interleaved_heads: Option<usize>,
 }
 
+/// What the bytes of a tensor are.
+pub enum Form {
+    /// Values, or blocks of them.
+    Values(Codec),
+    /// 4-bit codes, whose scales are other tensors.
+    Packed(Box<Packed>),
+    /// Bytes that mean something only beside another tensor.
+    Bytes,
+}
+
+impl Form {
+    /// For messages.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Values(codec) => format!("{codec:?}"),
+            Self::Packed(_) => "4-bit".to_string(),
+            Self::Bytes => "U8".to_string(),
+        }
+    }
+}
+
 /// Rows of one tensor in memory.
 pub struct Rows {
-    /// Encoding of the values.
-    pub codec: Codec,
-    /// Output features.
-    pub n: usize,
-    /// Input features.
-    pub k: usize,
-    /// `n` rows, back to back.
-    pub bytes: Vec<u8>,
+    /// For packing, as they are.
+    pub source: Source<'static>,
     /// The name in the file, for messages.
     label: String,
 }
 
 impl Rows {
-    /// For packing, as they are.
-    pub fn source(&self) -> Source<'_> {
-        Source::Blocks { codec: self.codec, n: self.n, k: self.k, bytes: Cow::Borrowed(&self.bytes) }
-    }
-
     /// The values, if they are stored as floats.
     pub fn floats(&self) -> Result<Vec<f32>> {
-        let pairs = || self.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-        match self.codec {
-            Codec::F32 => {
-                Ok(self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-            }
+        let quantised = |form: String| {
+            Error::invalid(format!(
+                "tensor {} is {form}; only F32, F16 and BF16 will do here (weights that are quantised already are not \
+                 quantised again)",
+                self.label
+            ))
+        };
+        let Source::Blocks { codec, bytes, .. } = &self.source else { return Err(quantised("4-bit".to_string())) };
+        let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match codec {
+            Codec::F32 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
             Codec::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
             Codec::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
-            quantised => Err(Error::invalid(format!(
-                "tensor {} is {quantised:?}; only F32, F16 and BF16 will do here (weights that are quantised already \
-                 are not quantised again)",
-                self.label
-            ))),
+            other => Err(quantised(format!("{other:?}"))),
         }
     }
 }
@@ -117,36 +130,51 @@ impl Checkpoint {
         self.entries.remove(name);
     }
 
-    /// Bytes of all tensors that are left.
-    pub fn bytes(&self) -> u64 {
-        self.entries.values().map(|e| e.bytes).sum()
+    /// The names of the tensors that are left.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Takes a tensor, whatever it is.
+    pub fn remove(&mut self, name: &str) -> Option<Entry> {
+        self.entries.remove(name)
     }
 
     /// Takes and reads a matrix, which must be `[n, k]`.
     pub fn rows(&mut self, name: &str, n: usize, k: usize) -> Result<Rows> {
         let entry = self.take(name, &[n, k])?;
-        let mut bytes = self.read(&entry)?;
-        if let Some(heads) = entry.interleaved_heads {
-            bytes = separate_halves(&bytes, n, heads);
-        }
-        Ok(Rows { codec: entry.codec, n, k, bytes, label: entry.label })
+        self.decode(entry, n, k)
     }
 
     /// Takes and reads a vector of `len` floats.
     pub fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
         let entry = self.take(name, &[len])?;
-        let bytes = self.read(&entry)?;
-        Rows { codec: entry.codec, n: 1, k: len, bytes, label: entry.label }.floats()
+        self.decode(entry, 1, len)?.floats()
+    }
+
+    fn decode(&self, entry: Entry, n: usize, k: usize) -> Result<Rows> {
+        let mut bytes = self.read(&entry)?;
+        if let Some(heads) = entry.interleaved_heads {
+            bytes = separate_halves(&bytes, n, heads);
+        }
+        let source = match &entry.form {
+            Form::Values(codec) => Source::Blocks { codec: *codec, n, k, bytes: Cow::Owned(bytes) },
+            Form::Packed(packed) => packed.source(n, k, bytes, self)?,
+            Form::Bytes => {
+                return Err(Error::invalid(format!("{}: tensor {} is U8, not numbers", self.place(), entry.label)));
+            }
+        };
+        Ok(Rows { source, label: entry.label })
     }
 
     /// Fails if a tensor was not taken.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(&self) -> Result<()> {
         if self.entries.is_empty() {
             return Ok(());
         }
         let names: Vec<&str> = self.entries.values().map(|e| e.label.as_str()).take(8).collect();
         Err(Error::invalid(format!(
-            "{} has {} tensors that a plain Llama decoder does not: {}{}",
+            "{} has {} tensors that this decoder does not: {}{}",
             self.place(),
             self.entries.len(),
             names.join(", "),
@@ -158,12 +186,19 @@ impl Checkpoint {
     pub fn sample(&self, mut feed: impl FnMut(&[u8])) -> Result<()> {
         const PAGE: u64 = 4096;
         for (name, entry) in &self.entries {
-            feed(format!("{name} {:?} {:?}\n", entry.codec, entry.shape).as_bytes());
-            let last = entry.bytes.saturating_sub(PAGE);
-            let mut starts = vec![0, last / 2, last];
-            starts.dedup();
-            for start in starts {
-                feed(&self.read_at(entry, start, PAGE.min(entry.bytes))?);
+            feed(format!("{name} {} {:?}\n", entry.form.name(), entry.shape).as_bytes());
+            let mut parts = vec![entry];
+            if let Form::Packed(packed) = &entry.form {
+                feed(packed.settings().as_bytes());
+                parts.extend(packed.parts());
+            }
+            for entry in parts {
+                let last = entry.bytes.saturating_sub(PAGE);
+                let mut starts = vec![0, last / 2, last];
+                starts.dedup();
+                for start in starts {
+                    feed(&self.read_at(entry, start, PAGE.min(entry.bytes))?);
+                }
             }
         }
         Ok(())
@@ -185,7 +220,8 @@ impl Checkpoint {
         Ok(entry)
     }
 
-    fn read(&self, entry: &Entry) -> Result<Vec<u8>> {
+    /// Reads a tensor that was taken.
+    pub fn read(&self, entry: &Entry) -> Result<Vec<u8>> {
         self.read_at(entry, 0, entry.bytes)
     }
 

@@ -1,4 +1,4 @@
-//! GGUF files of architecture `llama`: one file with everything.
+//! GGUF files of the architectures `llama` (also Mistral's), `qwen2` and `qwen3`: one file with everything.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. candle parses the header; it is well tested
 //! against hostile lengths, and the blocks themselves go to our own packing untouched.
@@ -10,18 +10,20 @@ use std::path::Path;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 
-use super::checkpoint::{Checkpoint, Entry};
+use super::checkpoint::{Checkpoint, Entry, Form};
 use super::{Opened, check};
 use crate::model::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 
-/// Names within a block, GGUF's and Hugging Face's.
-const BLOCK_NAMES: [(&str, &str); 9] = [
+/// Names within a block, GGUF's and Hugging Face's, without `.weight` or `.bias`.
+const BLOCK_NAMES: [(&str, &str); 11] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
     ("attn_v", "self_attn.v_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
     ("attn_output", "self_attn.o_proj"),
     ("ffn_norm", "post_attention_layernorm"),
     ("ffn_gate", "mlp.gate_proj"),
@@ -37,9 +39,8 @@ const OUTER_NAMES: [(&str, &str); 3] = [
 ];
 
 /// Settings that change the arithmetic in ways that the decoder does not have.
-const REFUSED: [&str; 8] = [
+const REFUSED: [&str; 7] = [
     "expert_count",
-    "attention.sliding_window",
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
     "attention.scale",
@@ -71,30 +72,31 @@ pub fn open(path: &Path) -> Result<Opened> {
 
 fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
     let meta = Metadata(content);
-    match meta.text("general.architecture")? {
-        Some("llama") => {}
+    let architecture = match meta.text("general.architecture")? {
+        Some(known @ ("llama" | "qwen2" | "qwen3")) => known,
         other => {
             let found = other.unwrap_or("(none)");
-            return Err(Error::invalid(format!("architecture {found:?} is not supported, only \"llama\"")));
+            return Err(Error::invalid(format!(
+                "architecture {found:?} is not supported, only llama, qwen2 and qwen3"
+            )));
         }
-    }
+    };
+    let key = |name: &str| format!("{architecture}.{name}");
     if let Some(count @ 2..) = meta.integer("split.count")? {
         return Err(Error::invalid(format!(
             "one of {count} parts of a split model: join them with llama-gguf-split --merge"
         )));
     }
-    for key in REFUSED {
-        if content.metadata.get(&format!("llama.{key}")).is_some_and(|v| !is_off(v)) {
-            return Err(Error::invalid(format!(
-                "llama.{key} is set: this variation of the architecture is not supported"
-            )));
+    for key in REFUSED.map(key) {
+        if content.metadata.get(&key).is_some_and(|v| !is_off(v)) {
+            return Err(Error::invalid(format!("{key} is set: this variation of the architecture is not supported")));
         }
     }
 
     let mut checkpoint =
         Checkpoint::new(|name| gguf_name(name).map_or_else(|| name.to_string(), |own| format!("{own} ({name})")));
-    let num_heads = meta.required("llama.attention.head_count")?;
-    let num_kv_heads = meta.integer("llama.attention.head_count_kv")?.unwrap_or(num_heads);
+    let num_heads = meta.required(&key("attention.head_count"))?;
+    let num_kv_heads = meta.integer(&key("attention.head_count_kv"))?.unwrap_or(num_heads);
     let index = checkpoint.add_file(path, file);
     for (label, info) in &content.tensor_infos {
         let codec = codec(info.ggml_dtype).ok_or_else(|| {
@@ -116,24 +118,27 @@ fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
         })?;
         let name = hf_name(label);
         let interleaved_heads = match name.as_deref() {
+            // The other architectures turn halves in llama.cpp too.
+            _ if architecture != "llama" => None,
             Some(n) if n.ends_with("q_proj.weight") => Some(num_heads),
             Some(n) if n.ends_with("k_proj.weight") => Some(num_kv_heads),
             _ => None,
         };
         let offset = content.tensor_data_offset.saturating_add(info.offset);
         let bytes = bytes as u64;
-        let entry = Entry { label: label.clone(), codec, shape, file: index, offset, bytes, interleaved_heads };
+        let form = Form::Values(codec);
+        let entry = Entry { label: label.clone(), form, shape, file: index, offset, bytes, interleaved_heads };
         checkpoint.add(name.unwrap_or_else(|| label.clone()), entry)?;
     }
 
-    let hidden_size = meta.required("llama.embedding_length")?;
-    let head_dim = match meta.integer("llama.attention.key_length")? {
+    let hidden_size = meta.required(&key("embedding_length"))?;
+    let head_dim = match meta.integer(&key("attention.key_length"))? {
         Some(length) => length,
         None if num_heads > 0 => hidden_size / num_heads,
         None => 0,
     };
-    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-        if let Some(length) = meta.integer(key)?
+    for key in ["attention.value_length", "rope.dimension_count"].map(key) {
+        if let Some(length) = meta.integer(&key)?
             && length != head_dim
         {
             return Err(Error::invalid(format!(
@@ -150,32 +155,36 @@ fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
         Some(_) => Some(checkpoint.vector("rope_freqs.weight", head_dim / 2)?),
         None => None,
     };
+    // Up to its length, a window is full attention; beyond it no sequence goes.
+    let window = meta.integer(&key("attention.sliding_window"))?.filter(|&w| w > 0).unwrap_or(usize::MAX);
+    let epsilon = key("attention.layer_norm_rms_epsilon");
     let config = check(ModelConfig {
         hidden_size,
-        intermediate_size: meta.required("llama.feed_forward_length")?,
-        num_layers: meta.required("llama.block_count")?,
+        intermediate_size: meta.required(&key("feed_forward_length"))?,
+        num_layers: meta.required(&key("block_count"))?,
         num_heads,
         num_kv_heads,
         head_dim,
         vocab_size,
-        rms_norm_eps: meta
-            .float("llama.attention.layer_norm_rms_epsilon")?
-            .ok_or_else(|| Error::invalid("metadata llama.attention.layer_norm_rms_epsilon is missing"))?,
-        rope_theta: meta.float("llama.rope.freq_base")?.unwrap_or(10_000.0),
-        rope_scaling: rope_scaling(&meta, factors)?,
-        max_position_embeddings: meta.required("llama.context_length")?,
+        rms_norm_eps: meta.float(&epsilon)?.ok_or_else(|| Error::invalid(format!("metadata {epsilon} is missing")))?,
+        rope_theta: meta.float(&key("rope.freq_base"))?.unwrap_or(10_000.0),
+        rope_scaling: rope_scaling(&meta, key, factors)?,
+        qkv_bias: architecture == "qwen2",
+        qk_norm: architecture == "qwen3",
+        max_position_embeddings: meta.required(&key("context_length"))?.min(window),
     })?;
     Ok(Opened { config, checkpoint, tied })
 }
 
 /// Linear scaling from the metadata; Llama 3's comes as a tensor of factors, one a frequency.
-fn rope_scaling(meta: &Metadata, factors: Option<Vec<f32>>) -> Result<RopeScaling> {
-    let factor = match meta.text("llama.rope.scaling.type")? {
-        None => meta.float("llama.rope.scale_linear")?.unwrap_or(1.0),
+fn rope_scaling(meta: &Metadata, key: impl Fn(&str) -> String, factors: Option<Vec<f32>>) -> Result<RopeScaling> {
+    let (kind, factor) = (key("rope.scaling.type"), key("rope.scaling.factor"));
+    let factor = match meta.text(&kind)? {
+        None => meta.float(&key("rope.scale_linear"))?.unwrap_or(1.0),
         Some("none") => 1.0,
-        Some("linear") => meta.float("llama.rope.scaling.factor")?.ok_or_else(|| {
-            Error::invalid("llama.rope.scaling.type is linear, but there is no llama.rope.scaling.factor")
-        })?,
+        Some("linear") => {
+            meta.float(&factor)?.ok_or_else(|| Error::invalid(format!("{kind} is linear, but there is no {factor}")))?
+        }
         Some(other) => {
             return Err(Error::invalid(format!(
                 "RoPE scaling {other:?} is not supported: none, linear or llama3's factors"
@@ -211,9 +220,10 @@ fn hf_name(own: &str) -> Option<String> {
     if let Some((_, name)) = OUTER_NAMES.iter().find(|(gguf, _)| *gguf == own) {
         return Some(name.to_string());
     }
-    let (layer, part) = own.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
+    let (layer, part) = own.strip_prefix("blk.")?.split_once('.')?;
+    let (part, kind) = part.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
     let (_, name) = BLOCK_NAMES.iter().find(|(gguf, _)| *gguf == part)?;
-    Some(format!("model.layers.{layer}.{name}.weight"))
+    Some(format!("model.layers.{layer}.{name}.{kind}"))
 }
 
 /// The other way.
@@ -221,9 +231,10 @@ fn gguf_name(hf: &str) -> Option<String> {
     if let Some((own, _)) = OUTER_NAMES.iter().find(|(_, name)| *name == hf) {
         return Some(own.to_string());
     }
-    let (layer, part) = hf.strip_prefix("model.layers.")?.strip_suffix(".weight")?.split_once('.')?;
+    let (layer, part) = hf.strip_prefix("model.layers.")?.split_once('.')?;
+    let (part, kind) = part.rsplit_once('.')?;
     let (own, _) = BLOCK_NAMES.iter().find(|(_, name)| *name == part)?;
-    Some(format!("blk.{layer}.{own}.weight"))
+    Some(format!("blk.{layer}.{own}.{kind}"))
 }
 
 /// Zero, false or empty: as good as absent.

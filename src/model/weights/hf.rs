@@ -10,13 +10,13 @@ use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::checkpoint::{Checkpoint, Entry};
-use super::{Opened, check};
+use super::checkpoint::{Checkpoint, Entry, Form};
+use super::{Opened, bnb, check};
 use crate::model::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 
-/// The settings of config.json that a Llama decoder depends on; transformers' defaults where it has some.
+/// The settings of config.json that a decoder depends on; transformers' defaults where it has some.
 #[derive(Deserialize)]
 struct Config {
     hidden_size: usize,
@@ -41,6 +41,10 @@ struct Config {
     #[serde(default)]
     mlp_bias: bool,
     sliding_window: Option<usize>,
+    /// Whether Qwen models use it.
+    use_sliding_window: Option<bool>,
+    /// Kinds of attention, by decoder block.
+    layer_types: Option<Vec<String>>,
     partial_rotary_factor: Option<f32>,
     quantization_config: Option<Value>,
 }
@@ -57,24 +61,64 @@ struct Rope {
     original_max_position_embeddings: Option<usize>,
 }
 
+/// Decoders that differ in what config.json does not say.
+#[derive(Clone, Copy, PartialEq)]
+enum Architecture {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+}
+
+impl Architecture {
+    fn read(config: &Value) -> Result<Self> {
+        let (class, kind) = (config["architectures"][0].as_str(), config["model_type"].as_str());
+        Ok(match class.or(kind) {
+            Some("LlamaForCausalLM" | "llama") => Self::Llama,
+            Some("MistralForCausalLM" | "mistral") => Self::Mistral,
+            Some("Qwen2ForCausalLM" | "qwen2") => Self::Qwen2,
+            Some("Qwen3ForCausalLM" | "qwen3") => Self::Qwen3,
+            other => {
+                return Err(Error::invalid(format!(
+                    "architecture {:?} is not supported, only LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and \
+                     Qwen3ForCausalLM",
+                    other.unwrap_or("(none)")
+                )));
+            }
+        })
+    }
+}
+
+/// A model's shape from its config.json, and whether its embedding is also its head.
+pub fn shape(path: &Path) -> Result<(ModelConfig, bool)> {
+    let (config, tied, _) = read_config(path)?;
+    Ok((config, tied))
+}
+
+/// The shape, whether the embedding is also the head, and the settings of the quantisation.
+fn read_config(path: &Path) -> Result<(ModelConfig, bool, Option<Value>)> {
+    let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
+    let config: Value = read_json(path)?;
+    // Before the fields, which another architecture may lack.
+    let architecture = Architecture::read(&config).map_err(|e| bad(e.message))?;
+    let mut config: Config = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
+    let (tied, quantised) = (config.tie_word_embeddings, config.quantization_config.take());
+    let config = describe(architecture, config).map_err(|e| bad(e.message))?;
+    Ok((config, tied, quantised))
+}
+
 /// Reads the description and lists the tensors.
 pub fn open(dir: &Path) -> Result<Opened> {
     let path = dir.join("config.json");
-    let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
-    let config: Value = read_json(&path)?;
-    // Before the fields, which another architecture may lack.
-    match config["architectures"][0].as_str() {
-        Some("LlamaForCausalLM" | "MistralForCausalLM") => {}
-        other => {
-            let found = other.unwrap_or("(none)");
-            return Err(bad(format!(
-                "architecture {found:?} is not supported, only LlamaForCausalLM and MistralForCausalLM"
-            )));
-        }
+    let (config, tied, quantised) = read_config(&path)?;
+    if let Some(q) = quantised.as_ref().filter(|q| !bnb::is_config(q)) {
+        return Err(Error::invalid(format!(
+            "{}: a checkpoint quantised with {:?} is not supported, only 4-bit bitsandbytes (load the original, with \
+             --quantize nf4 if wanted)",
+            path.display(),
+            q["quant_method"].as_str().unwrap_or("unknown")
+        )));
     }
-    let config: Config = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
-    let tied = config.tie_word_embeddings;
-    let config = describe(config).map_err(|e| bad(e.message))?;
 
     let mut checkpoint = Checkpoint::new(str::to_string);
     for file in shards(dir)? {
@@ -87,33 +131,37 @@ pub fn open(dir: &Path) -> Result<Opened> {
     if tied {
         checkpoint.ignore("lm_head.weight");
     }
+    if quantised.is_some() {
+        bnb::join(&mut checkpoint).map_err(|e| Error { message: format!("{}: {}", dir.display(), e.message), ..e })?;
+    }
     Ok(Opened { config, checkpoint, tied })
 }
 
-fn describe(c: Config) -> Result<ModelConfig> {
+fn describe(architecture: Architecture, c: Config) -> Result<ModelConfig> {
     let refuse = |what: String| Err(Error::invalid(format!("{what} is not supported")));
-    if c.attention_bias || c.mlp_bias {
-        return refuse(format!("{}: true", if c.attention_bias { "attention_bias" } else { "mlp_bias" }));
+    // Qwen2 has its own biases, whatever this says.
+    let attention_bias = c.attention_bias && architecture != Architecture::Qwen2;
+    if attention_bias || c.mlp_bias {
+        return refuse(format!("{}: true", if attention_bias { "attention_bias" } else { "mlp_bias" }));
     }
     if let Some(act) = c.hidden_act.filter(|a| a != "silu" && a != "swish") {
         return refuse(format!("hidden_act {act:?} (only silu)"));
     }
-    if let Some(window) = c.sliding_window.filter(|&w| w < c.max_position_embeddings) {
-        return refuse(format!("sliding_window {window}"));
+    let kinds = ["full_attention", "sliding_attention"];
+    if let Some(other) = c.layer_types.iter().flatten().find(|t| !kinds.contains(&t.as_str())) {
+        return refuse(format!("layer type {other:?}"));
     }
+    // Up to its length, a window is full attention; beyond it no sequence goes.
+    let qwen = matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3);
+    let window = c.sliding_window.filter(|_| c.use_sliding_window.unwrap_or(!qwen)).unwrap_or(usize::MAX);
     if let Some(part) = c.partial_rotary_factor.filter(|&p| p != 1.0) {
         return refuse(format!("partial_rotary_factor {part}"));
-    }
-    if let Some(q) = c.quantization_config {
-        let method = q["quant_method"].as_str().unwrap_or("unknown").to_string();
-        return refuse(format!(
-            "a checkpoint quantised with {method:?} (load the original, with --quantize nf4 if wanted)"
-        ));
     }
     let rope_theta = c.rope_parameters.as_ref().and_then(|r| r.rope_theta).or(c.rope_theta).unwrap_or(10_000.0);
     let rope = c.rope_parameters.or(c.rope_scaling);
     let head_dim = match c.head_dim {
         Some(d) => d,
+        None if architecture == Architecture::Qwen3 => 128,
         None if c.num_attention_heads > 0 => c.hidden_size / c.num_attention_heads,
         None => 0,
     };
@@ -128,7 +176,9 @@ fn describe(c: Config) -> Result<ModelConfig> {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta,
         rope_scaling: rope.map_or(Ok(RopeScaling::None), rope_scaling)?,
-        max_position_embeddings: c.max_position_embeddings,
+        qkv_bias: architecture == Architecture::Qwen2,
+        qk_norm: architecture == Architecture::Qwen3,
+        max_position_embeddings: c.max_position_embeddings.min(window),
     })
 }
 
@@ -170,7 +220,7 @@ fn shards(dir: &Path) -> Result<BTreeSet<String>> {
 }
 
 /// Adds the tensors of one safetensors file: u64 length, JSON header, data.
-fn list(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
+pub fn list(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
     let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
     let mut file = File::open(path).map_err(|e| bad(e.to_string()))?;
     let mut length = [0; 8];
@@ -185,16 +235,17 @@ fn list(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
     let header: Metadata = serde_json::from_slice(&header).map_err(|e| bad(format!("safetensors header: {e}")))?;
     let index = checkpoint.add_file(path, file);
     for (name, info) in header.tensors() {
-        let codec = match info.dtype {
-            Dtype::F32 => Codec::F32,
-            Dtype::F16 => Codec::F16,
-            Dtype::BF16 => Codec::BF16,
+        let form = match info.dtype {
+            Dtype::F32 => Form::Values(Codec::F32),
+            Dtype::F16 => Form::Values(Codec::F16),
+            Dtype::BF16 => Form::Values(Codec::BF16),
+            Dtype::U8 => Form::Bytes,
             other => return Err(bad(format!("tensor {name} is {other:?}; supported are F32, F16 and BF16"))),
         };
         let (start, end) = info.data_offsets;
         let entry = Entry {
             label: name.clone(),
-            codec,
+            form,
             shape: info.shape.clone(),
             file: index,
             offset: 8 + length + start as u64,

@@ -1,32 +1,40 @@
-//! Model files to resident weights: GGUF, Hugging Face directories.
+//! Model files to resident weights: GGUF, Hugging Face directories, and shapes without weights.
 //!
 //! [`gguf`] and [`hf`] read the description of a model and list its tensors in a [`checkpoint`], both under Hugging
-//! Face's names; what follows here is the same for both. Tensors are read one matrix at a time and packed, so that the
-//! peak is the packed model and one matrix beside it.
+//! Face's names ([`bnb`] joins those that are quantised already); [`dummy`] makes them up. What follows here is the same
+//! for all. Tensors are read one matrix at a time and packed, so that the peak is the packed model and one matrix beside it.
 
+mod bnb;
 mod checkpoint;
+pub(crate) mod dummy;
 pub(crate) mod gguf;
 mod hf;
 
-use std::cell::Cell;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use sha2::{Digest, Sha256};
 
-use self::checkpoint::{Checkpoint, Rows};
+use self::checkpoint::Checkpoint;
+use self::dummy::Dummy;
 use super::{ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat, hex};
-use crate::ops::quant::QMatrix;
 use crate::ops::quant::nf4::Nf4;
+use crate::ops::quant::{QMatrix, Source};
 use crate::{Error, Result};
 
-/// What to make of linears that are stored as floats.
+/// What to make of linears that are stored as floats, or made up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Quantize {
     /// NF4, blocks of 64, double quantisation (see [`crate::ops::quant::nf4`]). Embedding and head stay as they are.
     #[value(help = "4-bit NormalFloat, blocks of 64, double quantisation: what QLoRA adapters are trained on")]
     Nf4,
+    /// GGUF's Q4_0.
+    #[value(name = "q4_0", help = "GGUF's Q4_0, only for --load-format dummy")]
+    Q4_0,
+    /// GGUF's Q4_1.
+    #[value(name = "q4_1", help = "GGUF's Q4_1, only for --load-format dummy")]
+    Q4_1,
 }
 
 /// Everything the decoder needs, in Hugging Face's row order (GGUF's q and k rows un-permuted).
@@ -53,6 +61,10 @@ pub struct LayerWeights {
     pub attn_norm: Tensor,
     /// q, k, v stacked: `[(heads + 2·kv_heads)·head_dim, hidden]`.
     pub qkv: Arc<QMatrix>,
+    /// Added to them `[(heads + 2·kv_heads)·head_dim]` f32, where the model has biases.
+    pub qkv_bias: Option<Tensor>,
+    /// Norms of a query and of a key head, each `[head_dim]` f32, where the model has them.
+    pub qk_norm: Option<(Tensor, Tensor)>,
     /// `[hidden, heads·head_dim]`.
     pub o: Arc<QMatrix>,
     /// Norm before the feed-forward layer `[hidden]` f32.
@@ -73,6 +85,68 @@ pub(crate) struct Opened {
     tied: bool,
 }
 
+/// Where a decoder's tensors come from, by Hugging Face's names.
+trait Tensors {
+    /// Rows `[n, k]` of a linear, quantised if that was asked for.
+    fn linear(&mut self, name: &str, n: usize, k: usize) -> Result<Source<'static>>;
+
+    /// Rows `[n, k]` of the embedding or the head.
+    fn table(&mut self, name: &str, n: usize, k: usize) -> Result<Source<'static>>;
+
+    /// A norm or a bias.
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>>;
+
+    /// Feeds what tells them from other tensors.
+    fn sample(&self, feed: &mut dyn FnMut(&[u8])) -> Result<()>;
+
+    /// Fails if one was not asked for.
+    fn finish(&self) -> Result<()>;
+}
+
+/// Tensors of a file.
+struct Stored {
+    checkpoint: Checkpoint,
+    quantize: Option<Quantize>,
+}
+
+impl Tensors for Stored {
+    fn linear(&mut self, name: &str, n: usize, k: usize) -> Result<Source<'static>> {
+        let rows = self.checkpoint.rows(name, n, k)?;
+        match self.quantize {
+            None => Ok(rows.source),
+            Some(Quantize::Nf4) => Ok(Nf4::quantize(&rows.floats()?).into_source(n, k)),
+            Some(Quantize::Q4_0 | Quantize::Q4_1) => {
+                Err(Error::invalid("weights can be quantised to nf4; q4_0 and q4_1 are for --load-format dummy"))
+            }
+        }
+    }
+
+    fn table(&mut self, name: &str, n: usize, k: usize) -> Result<Source<'static>> {
+        Ok(self.checkpoint.rows(name, n, k)?.source)
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+        self.checkpoint.vector(name, len)
+    }
+
+    fn sample(&self, feed: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.checkpoint.sample(feed)
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.checkpoint.finish()
+    }
+}
+
+/// The shape of a model, without its weights. Errors as [`Weights::load`], as far as the description goes.
+pub fn shape(files: &ModelFiles) -> Result<ModelConfig> {
+    match &files.format {
+        ModelFormat::Gguf(path) => Ok(gguf::open(path)?.config),
+        ModelFormat::HuggingFace(dir) => Ok(hf::shape(&dir.join("config.json"))?.0),
+        ModelFormat::Shape(path) => Ok(hf::shape(path)?.0),
+    }
+}
+
 impl Weights {
     /// Resident bytes of all matrices.
     pub fn bytes(&self) -> usize {
@@ -81,83 +155,127 @@ impl Weights {
         self.embedding.bytes() + head + layers.map(|m| m.bytes()).sum::<usize>()
     }
 
-    /// Loads a model; `progress` gets the share done, in [0, 1].
+    /// Loads a model onto a device; `progress` gets the share done, in [0, 1]. To a shape alone it makes up weights, the
+    /// same ones every time, linears in the form of `quantize` (NF4 if that is `None`).
     ///
     /// # Errors
     /// `Invalid`, naming the file and the tensor or setting: another architecture, a missing, surplus or misshapen
-    /// tensor, a tensor type or a variation of the architecture (biases, experts, RoPE scaling) that is not supported,
-    /// a truncated file, or `quantize` on weights that are quantised already.
-    pub fn load(files: &ModelFiles, quantize: Option<Quantize>, progress: impl Fn(f32)) -> Result<Self> {
-        let Opened { config, mut checkpoint, tied } = match &files.format {
-            ModelFormat::Gguf(path) => gguf::open(path)?,
-            ModelFormat::HuggingFace(dir) => hf::open(dir)?,
+    /// tensor, a tensor type or a variation of the architecture (other biases, experts, RoPE scaling) that is not
+    /// supported, a truncated file, or `quantize` on weights that are quantised already.
+    pub fn load(
+        files: &ModelFiles,
+        quantize: Option<Quantize>,
+        device: &Device,
+        progress: impl Fn(f32),
+    ) -> Result<Self> {
+        let stored = |Opened { config, checkpoint, tied }| -> (_, _, Box<dyn Tensors>) {
+            (config, tied, Box::new(Stored { checkpoint, quantize }))
         };
-        let fingerprint = fingerprint(&config, quantize, &checkpoint)?;
-        let total = checkpoint.bytes().max(1) as f32;
-        let done = Cell::new(0u64);
-        let report = |rows: &[Rows]| {
-            done.set(done.get() + rows.iter().map(|r| r.bytes.len() as u64).sum::<u64>());
-            progress((done.get() as f32 / total).min(1.0));
+        let (config, tied, mut tensors): (_, _, Box<dyn Tensors>) = match &files.format {
+            ModelFormat::Gguf(path) => stored(gguf::open(path)?),
+            ModelFormat::HuggingFace(dir) => stored(hf::open(dir)?),
+            ModelFormat::Shape(path) => {
+                let (config, tied) = hf::shape(path)?;
+                (config, tied, Box::new(Dummy::new(quantize.unwrap_or(Quantize::Nf4))))
+            }
         };
-        let (hidden, inter) = (config.hidden_size, config.intermediate_size);
+        let fingerprint = fingerprint(&config, quantize, &*tensors)?;
+        let (hidden, inter, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-
-        // Stacked rows of several tensors with the same input.
-        let linear = |checkpoint: &mut Checkpoint, parts: &[(String, usize)], k: usize| -> Result<Arc<QMatrix>> {
-            let rows = parts.iter().map(|(name, n)| checkpoint.rows(name, *n, k)).collect::<Result<Vec<_>>>()?;
-            let sources = rows
-                .iter()
-                .map(|r| match quantize {
-                    None => Ok(r.source()),
-                    Some(Quantize::Nf4) => Ok(Nf4::quantize(&r.floats()?).into_source(r.n, r.k)),
-                })
-                .collect::<Result<Vec<_>>>()?;
-            let packed = QMatrix::pack(&sources)?;
-            report(&rows);
-            Ok(Arc::new(packed))
+        let layer = (2 * q + 2 * kv + 3 * inter) as f64 * hidden as f64;
+        let tables = vocab as f64 * hidden as f64 * if tied { 1.0 } else { 2.0 };
+        let mut reader = Reader {
+            tensors: &mut *tensors,
+            device,
+            total: config.num_layers as f64 * layer + tables,
+            done: 0.0,
+            progress: &progress,
         };
-        let table = |checkpoint: &mut Checkpoint, name: &str| -> Result<Arc<QMatrix>> {
-            let rows = checkpoint.rows(name, config.vocab_size, hidden)?;
-            let packed = QMatrix::pack(&[rows.source()])?;
-            report(&[rows]);
-            Ok(Arc::new(packed))
-        };
-        let norm = |checkpoint: &mut Checkpoint, name: &str| -> Result<Tensor> {
-            Ok(Tensor::from_vec(checkpoint.vector(name, hidden)?, hidden, &Device::Cpu)?)
-        };
-
-        let embedding = table(&mut checkpoint, "model.embed_tokens.weight")?;
-        let head = if tied { embedding.clone() } else { table(&mut checkpoint, "lm_head.weight")? };
+        let embedding = reader.table("model.embed_tokens.weight", vocab, hidden)?;
+        let head = if tied { embedding.clone() } else { reader.table("lm_head.weight", vocab, hidden)? };
         let mut layers = Vec::new();
         for i in 0..config.num_layers {
-            let name = |part: &str| format!("model.layers.{i}.{part}.weight");
-            let c = &mut checkpoint;
+            let part = |name: &str| format!("model.layers.{i}.{name}");
+            let heads = [(part("self_attn.q_proj"), q), (part("self_attn.k_proj"), kv), (part("self_attn.v_proj"), kv)];
             layers.push(LayerWeights {
-                attn_norm: norm(c, &name("input_layernorm"))?,
-                qkv: linear(
-                    c,
-                    &[(name("self_attn.q_proj"), q), (name("self_attn.k_proj"), kv), (name("self_attn.v_proj"), kv)],
-                    hidden,
-                )?,
-                o: linear(c, &[(name("self_attn.o_proj"), hidden)], q)?,
-                ffn_norm: norm(c, &name("post_attention_layernorm"))?,
-                gate_up: linear(c, &[(name("mlp.gate_proj"), inter), (name("mlp.up_proj"), inter)], hidden)?,
-                down: linear(c, &[(name("mlp.down_proj"), hidden)], inter)?,
+                attn_norm: reader.vector(&part("input_layernorm.weight"), hidden)?,
+                qkv: reader.linear(&heads, hidden)?,
+                qkv_bias: match config.qkv_bias {
+                    true => Some(reader.biases(&heads)?),
+                    false => None,
+                },
+                qk_norm: match config.qk_norm {
+                    true => Some((
+                        reader.vector(&part("self_attn.q_norm.weight"), config.head_dim)?,
+                        reader.vector(&part("self_attn.k_norm.weight"), config.head_dim)?,
+                    )),
+                    false => None,
+                },
+                o: reader.linear(&[(part("self_attn.o_proj"), hidden)], q)?,
+                ffn_norm: reader.vector(&part("post_attention_layernorm.weight"), hidden)?,
+                gate_up: reader.linear(&[(part("mlp.gate_proj"), inter), (part("mlp.up_proj"), inter)], hidden)?,
+                down: reader.linear(&[(part("mlp.down_proj"), hidden)], inter)?,
             });
         }
-        let norm = norm(&mut checkpoint, "model.norm.weight")?;
-        checkpoint.finish()?;
+        let norm = reader.vector("model.norm.weight", hidden)?;
+        tensors.finish()?;
         progress(1.0);
         Ok(Self { config, embedding, layers, norm, head, fingerprint })
     }
 }
 
+/// Brings tensors to the device, one matrix at a time.
+struct Reader<'a> {
+    tensors: &'a mut dyn Tensors,
+    device: &'a Device,
+    /// Values of all matrices.
+    total: f64,
+    /// Values of those that are there.
+    done: f64,
+    progress: &'a dyn Fn(f32),
+}
+
+impl Reader<'_> {
+    /// Stacked rows of several linears with the same input, by module and output features.
+    fn linear(&mut self, parts: &[(String, usize)], k: usize) -> Result<Arc<QMatrix>> {
+        let rows = parts.iter().map(|(name, n)| self.tensors.linear(&format!("{name}.weight"), *n, k));
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        self.pack(&rows)
+    }
+
+    fn table(&mut self, name: &str, n: usize, k: usize) -> Result<Arc<QMatrix>> {
+        let rows = self.tensors.table(name, n, k)?;
+        self.pack(&[rows])
+    }
+
+    fn pack(&mut self, sources: &[Source]) -> Result<Arc<QMatrix>> {
+        let packed = QMatrix::pack(sources, self.device)?;
+        self.done += packed.n() as f64 * packed.k() as f64;
+        (self.progress)((self.done / self.total).min(1.0) as f32);
+        Ok(Arc::new(packed))
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.tensors.vector(name, len)?, len, self.device)?)
+    }
+
+    /// The biases of stacked linears.
+    fn biases(&mut self, parts: &[(String, usize)]) -> Result<Tensor> {
+        let mut all = Vec::new();
+        for (name, n) in parts {
+            all.extend(self.tensors.vector(&format!("{name}.bias"), *n)?);
+        }
+        let len = all.len();
+        Ok(Tensor::from_vec(all, len, self.device)?)
+    }
+}
+
 /// See [`Weights::fingerprint`].
-fn fingerprint(config: &ModelConfig, quantize: Option<Quantize>, checkpoint: &Checkpoint) -> Result<String> {
+fn fingerprint(config: &ModelConfig, quantize: Option<Quantize>, tensors: &dyn Tensors) -> Result<String> {
     let mut hash = Sha256::new();
     let c = config;
     hash.update(format!(
-        "{} {} {} {} {} {} {} {} {} {:?} {quantize:?}\n",
+        "{} {} {} {} {} {} {} {} {} {:?} {} {} {quantize:?}\n",
         c.hidden_size,
         c.intermediate_size,
         c.num_layers,
@@ -168,8 +286,10 @@ fn fingerprint(config: &ModelConfig, quantize: Option<Quantize>, checkpoint: &Ch
         c.rms_norm_eps,
         c.rope_theta,
         c.rope_scaling,
+        c.qkv_bias,
+        c.qk_norm,
     ));
-    checkpoint.sample(|bytes| hash.update(bytes))?;
+    tensors.sample(&mut |bytes| hash.update(bytes))?;
     Ok(hex(&hash.finalize()))
 }
 

@@ -7,9 +7,13 @@ use std::borrow::Cow;
 use std::sync::LazyLock;
 
 use super::Source;
+use crate::ops::pool::{SharedMut, parallel_for};
 
 /// Values that share an absolute maximum.
 pub const BLOCK: usize = 64;
+
+/// Blocks that a task quantises.
+const TASK: usize = 1024;
 
 /// Absolute maxima that share a scale of their own.
 pub const NESTED_BLOCK: usize = 256;
@@ -77,19 +81,28 @@ impl Nf4 {
     pub fn quantize(values: &[f32]) -> Self {
         let midpoints: [f32; 15] = std::array::from_fn(|i| (CODEBOOK[i] + CODEBOOK[i + 1]) / 2.0);
         let mut codes = vec![0u8; values.len().div_ceil(2)];
-        let mut absmax = Vec::with_capacity(values.len().div_ceil(BLOCK));
-        for (b, block) in values.chunks(BLOCK).enumerate() {
-            let max = block.iter().fold(0f32, |m, v| m.max(v.abs()));
-            absmax.push(max);
-            // A block of zeros takes the code for zero, as bitsandbytes on the CPU.
-            let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
-            for (i, v) in block.iter().enumerate() {
-                let v = v * inverse;
-                let code = midpoints.iter().filter(|&&m| m < v).count() as u8;
-                let at = b * BLOCK + i;
-                codes[at / 2] |= if at.is_multiple_of(2) { code << 4 } else { code };
+        let mut absmax = vec![0f32; values.len().div_ceil(BLOCK)];
+        let (blocks, bytes) = (absmax.len(), codes.len());
+        let (shared_codes, shared_absmax) = (SharedMut::new(&mut codes), SharedMut::new(&mut absmax));
+        parallel_for(blocks.div_ceil(TASK), |task| {
+            let range = task * TASK..blocks.min((task + 1) * TASK);
+            let first = range.start * BLOCK / 2;
+            // SAFETY (both): inside the buffers; a task's blocks, and the whole bytes of their codes, are its own.
+            let absmax = unsafe { shared_absmax.slice(range.start, range.len()) };
+            // SAFETY: as above.
+            let codes = unsafe { shared_codes.slice(first, bytes.min(range.end * BLOCK / 2) - first) };
+            let values = values[range.start * BLOCK..].chunks(BLOCK);
+            for ((block, absmax), codes) in values.zip(absmax).zip(codes.chunks_mut(BLOCK / 2)) {
+                let max = block.iter().fold(0f32, |m, v| m.max(v.abs()));
+                *absmax = max;
+                // A block of zeros takes the code for zero, as bitsandbytes on the CPU.
+                let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
+                let code = |v: &f32| midpoints.iter().filter(|&&m| m < v * inverse).count() as u8;
+                for (byte, pair) in codes.iter_mut().zip(block.chunks(2)) {
+                    *byte = code(&pair[0]) << 4 | pair.get(1).map_or(0, code);
+                }
             }
-        }
+        });
         let sum: f64 = absmax.iter().map(|&m| f64::from(m)).sum();
         let offset = if absmax.is_empty() { 0.0 } else { (sum / absmax.len() as f64) as f32 };
         let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));

@@ -1,0 +1,67 @@
+//! Adapters made up for a model, as PEFT would save them, to measure speed with any number of them.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use safetensors::{Dtype, View, serialize_to_file};
+use serde_json::json;
+
+use super::Module;
+use crate::model::ModelConfig;
+use crate::model::weights::dummy::uniform;
+use crate::{Error, Result};
+
+/// `lora_alpha` over the rank.
+const SCALE: usize = 2;
+
+/// Writes an adapter of one rank on these modules, in bf16. A keeps the size of its input, B is small, so that outputs
+/// change but stay near the base's; both are random, seeded by the directory's name.
+pub fn write(dir: &Path, model: &ModelConfig, modules: &[Module], rank: usize) -> Result<()> {
+    let failed = |e: &dyn std::fmt::Display| Error::invalid(format!("{}: {e}", dir.display()));
+    std::fs::create_dir_all(dir).map_err(|e| failed(&e))?;
+    let mut names: Vec<String> = Vec::new();
+    let mut tensors = Vec::new();
+    let seed = dir.file_name().unwrap_or_default().to_string_lossy();
+    for module in modules {
+        let layers = if *module == Module::LmHead { 1 } else { model.num_layers };
+        names.push(module.path(0).rsplit('.').next().unwrap_or_default().to_string());
+        for layer in 0..layers {
+            let (n, k) = module.shape(model);
+            for (part, shape, deviation) in [("A", [rank, k], 1.0 / (k as f32).sqrt()), ("B", [n, rank], 0.01)] {
+                let name = format!("base_model.model.{}.lora_{part}.weight", module.path(layer));
+                tensors.push((name.clone(), MadeUp { seed: format!("{seed} {name}"), shape, deviation }));
+            }
+        }
+    }
+    let config = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": SCALE * rank, "lora_dropout": 0.0,
+        "bias": "none", "target_modules": names, "inference_mode": true,
+    });
+    std::fs::write(dir.join("adapter_config.json"), format!("{config:#}\n")).map_err(|e| failed(&e))?;
+    serialize_to_file(tensors, None, &dir.join("adapter_model.safetensors")).map_err(|e| failed(&e))
+}
+
+/// A tensor that is made when it is written.
+struct MadeUp {
+    seed: String,
+    shape: [usize; 2],
+    deviation: f32,
+}
+
+impl View for MadeUp {
+    fn dtype(&self) -> Dtype {
+        Dtype::BF16
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(uniform(&self.seed, self.shape[0] * self.shape[1], self.deviation))
+    }
+
+    fn data_len(&self) -> usize {
+        2 * self.shape[0] * self.shape[1]
+    }
+}
