@@ -21,6 +21,8 @@ pub mod model;
 
 pub mod ops;
 
+pub mod gpu;
+
 pub mod adapter;
 
 pub use error::{Error, Result};

@@ -21,7 +21,7 @@ fn fixture(name: &str) -> PathBuf {
 
 fn weights(quantize: Option<Quantize>) -> Weights {
     let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixture("base")) };
-    Weights::load(&files, quantize, |_| {}).unwrap()
+    Weights::load(&files, quantize, &Device::Cpu, |_| {}).unwrap()
 }
 
 /// A model with its cache and adapters.
@@ -34,7 +34,7 @@ struct Runner {
 impl Runner {
     fn new(quantize: Option<Quantize>) -> Self {
         let llama = Llama::new(weights(quantize)).unwrap();
-        let kv = KvCache::new(llama.config(), BLOCKS).unwrap();
+        let kv = KvCache::new(llama.config(), BLOCKS, &Device::Cpu).unwrap();
         Self { llama, kv, slots: SlotPool::default() }
     }
 
@@ -172,7 +172,7 @@ fn rows_without_logits_only_write_their_keys() {
     let parts = |positions: Range<usize>| sequences.each_ref().map(|s| (s, positions.clone()));
     let whole = runner.step(&parts(0..60), |_| true);
 
-    let mut other = Runner { kv: KvCache::new(runner.llama.config(), BLOCKS).unwrap(), ..runner };
+    let mut other = Runner { kv: KvCache::new(runner.llama.config(), BLOCKS, &Device::Cpu).unwrap(), ..runner };
     assert!(other.step(&parts(0..40), |_| false).concat().is_empty());
     // Of 20 rows each, the rows 3, 10, 17, .. of the batch.
     let vocab = other.llama.config().vocab_size;
@@ -245,5 +245,5 @@ fn weights_of_another_shape_are_refused() {
     assert!(refused(|w| w.config.num_layers = 3).contains("2 decoder blocks"));
     assert!(refused(|w| w.layers[1].down = w.layers[1].o.clone()).contains("block 1 down is [64, 64]"));
     assert!(refused(|w| w.norm = w.norm.narrow(0, 0, 8).unwrap()).contains("final norm is [8]"));
-    assert!(KvCache::new(&weights(None).config, 0).is_err());
+    assert!(KvCache::new(&weights(None).config, 0, &Device::Cpu).is_err());
 }

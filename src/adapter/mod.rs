@@ -4,6 +4,7 @@
 //! gives it a name and makes it a [`Generation`]; a request takes a [`Lease`] on it. The engine thread owns
 //! [`tiers::Tiers`], which moves generations between disk, host memory and the [`slots`] that a forward pass reads.
 
+pub mod dummy;
 mod manifest;
 pub mod peft;
 pub mod peft_config;
@@ -100,6 +101,22 @@ pub enum Site {
     Head = 4,
 }
 
+impl Site {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::Qkv, Self::O, Self::GateUp, Self::Down, Self::Head];
+
+    /// Its modules, in the order of the fused output row.
+    pub fn modules(self) -> &'static [Module] {
+        match self {
+            Self::Qkv => &[Module::Q, Module::K, Module::V],
+            Self::O => &[Module::O],
+            Self::GateUp => &[Module::Gate, Module::Up],
+            Self::Down => &[Module::Down],
+            Self::Head => &[Module::LmHead],
+        }
+    }
+}
+
 /// One immutable version of an adapter, named by the hash of its content. Its weights live in the tiers and go when
 /// the last lease and the registry's own reference are gone.
 pub struct Generation {
@@ -152,8 +169,16 @@ impl State {
 }
 
 impl Generation {
-    /// A generation of the given weights. The weights themselves go to `host` by [`HostTier::put`].
-    pub fn new(name: &str, id: String, source: PathBuf, weights: &AdapterWeights, host: Arc<HostTier>) -> Self {
+    /// A generation of the given weights, which take `slot_bytes` in a slot. The weights themselves go to `host` by
+    /// [`HostTier::put`].
+    pub fn new(
+        name: &str,
+        id: String,
+        source: PathBuf,
+        weights: &AdapterWeights,
+        slot_bytes: usize,
+        host: Arc<HostTier>,
+    ) -> Self {
         static NEXT_KEY: AtomicU64 = AtomicU64::new(1);
         Self {
             name: name.to_owned(),
@@ -162,7 +187,7 @@ impl Generation {
             rank: weights.modules.iter().map(|m| m.rank).max().unwrap_or(0),
             modules: weights.modules.len(),
             bytes: weights.bytes(),
-            slot_bytes: weights.slot_bytes(),
+            slot_bytes,
             loaded_at: SystemTime::now(),
             key: NEXT_KEY.fetch_add(1, SeqCst),
             state: Arc::default(),

@@ -9,13 +9,14 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
+use candle_core::Device;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use super::manifest::{Entry, Manifest};
 use super::peft::AdapterWeights;
 use super::tiers::{HostTier, Stats, Tiers};
-use super::{Generation, Lease};
+use super::{Generation, Lease, slots};
 use crate::error::ErrorKind;
 use crate::model::ModelConfig;
 use crate::{Error, Result};
@@ -27,8 +28,10 @@ const PARALLEL_LOADS: usize = 4;
 const MAX_NAME: usize = 128;
 
 /// Limits and places of the adapters.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct RegistryConfig {
+    /// Where the slots are.
+    pub device: Device,
     /// Sources of [`Registry::load`] must lie below this directory, and relative ones start here.
     pub adapter_root: Option<PathBuf>,
     /// Where the manifest is kept; without one, nothing is remembered.
@@ -39,6 +42,20 @@ pub struct RegistryConfig {
     pub slot_budget: usize,
     /// Names that no adapter may have: the base model's.
     pub reserved_names: Vec<String>,
+}
+
+impl Default for RegistryConfig {
+    /// Slots on the CPU, and no memory for any adapter.
+    fn default() -> Self {
+        Self {
+            device: Device::Cpu,
+            adapter_root: None,
+            state_dir: None,
+            host_budget: 0,
+            slot_budget: 0,
+            reserved_names: Vec::new(),
+        }
+    }
 }
 
 /// What an operator may know of an adapter.
@@ -146,9 +163,10 @@ impl Registry {
         })))
     }
 
-    /// The slots of these adapters, for the engine thread to own. Errors: the loader threads cannot be started.
+    /// The slots of these adapters, for the engine thread to own. Errors: a GPU has no room for them, or the loader
+    /// threads cannot be started.
     pub fn tiers(&self) -> Result<Tiers> {
-        Tiers::new(self.0.model.clone(), self.0.host.clone(), self.0.config.slot_budget)
+        Tiers::new(self.0.model.clone(), self.0.host.clone(), &self.0.config.device, self.0.config.slot_budget)
     }
 
     /// Counters that the metrics page reads.
@@ -337,7 +355,8 @@ impl Registry {
             .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")))?
             .map_err(|e| e.param("source"))?;
 
-        let generation = Generation::new(name, id, source, &weights, self.0.host.clone());
+        let slot_bytes = slots::slot_bytes(&weights, &self.0.model, &self.0.config.device)?;
+        let generation = Generation::new(name, id, source, &weights, slot_bytes, self.0.host.clone());
         if generation.slot_bytes > self.0.config.slot_budget {
             return Err(Error::invalid(format!(
                 "adapter {name:?} needs {} bytes in a slot, more than the whole slot budget of {} bytes",

@@ -1,11 +1,24 @@
 //! Slots: the adapters that a forward pass can use, addressed by index.
 
+pub(crate) mod image;
+mod space;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Device;
+
+use self::image::Layout;
+use self::space::Space;
 use super::peft::AdapterWeights;
 use super::{Module, Site};
+use crate::error::ErrorKind;
+use crate::gpu::slots::{self, DeviceSlots, Image, SLOTS, Staging};
 use crate::model::ModelConfig;
 use crate::ops::lora::LoraPair;
+use crate::{Error, Result};
 
-/// One adapter laid out for the ops: the pairs of each site of each layer, and of the head.
+/// One adapter laid out for the CPU's ops: the pairs of each site of each layer, and of the head.
 #[derive(Debug, Clone, Default)]
 pub struct SlotWeights {
     /// `[layer][site]`, sites in [`Site`] order up to `Down`.
@@ -58,34 +71,167 @@ fn transpose(b: &[f32], rank: usize) -> Vec<f32> {
     transposed
 }
 
+/// The bytes that an adapter takes in a slot on this device. Errors: it cannot be there.
+pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device) -> Result<usize> {
+    if device.is_cpu() { Ok(weights.slot_bytes()) } else { Ok(Layout::new(weights, model)?.bytes) }
+}
+
+/// How adapters are laid out for a pool's slots; loader threads have a clone.
+#[derive(Clone)]
+pub enum Form {
+    /// As [`SlotWeights`].
+    Host,
+    /// In page-locked memory, as they will be on a GPU.
+    Gpu(Arc<Staging>),
+}
+
+/// An adapter laid out for a slot.
+pub enum Laid {
+    Host(SlotWeights),
+    Gpu(Image),
+}
+
+impl Form {
+    /// Lays an adapter out. Errors: no memory.
+    pub fn lay_out(&self, weights: &AdapterWeights, model: &ModelConfig) -> Result<Laid> {
+        match self {
+            Self::Host => Ok(Laid::Host(SlotWeights::from_adapter(weights, model))),
+            Self::Gpu(staging) => staging.image(weights, model).map(Laid::Gpu),
+        }
+    }
+}
+
 /// The resident adapters. A slot index is what batches carry, so that a captured graph serves any mix of adapters.
 /// Whom to keep is decided in [`super::tiers`].
 #[derive(Default)]
 pub struct SlotPool {
-    slots: Vec<Option<SlotWeights>>,
+    slots: Vec<Option<Slot>>,
+    gpu: Option<Gpu>,
+}
+
+/// An index that is taken.
+#[derive(Default)]
+struct Slot {
+    /// Empty until they come, and on a GPU.
+    weights: SlotWeights,
+    /// Where they are in a GPU's arena, in bytes.
+    place: Range<usize>,
+}
+
+/// What a pool on a GPU has beside its indices.
+struct Gpu {
+    space: Space,
+    slots: DeviceSlots,
 }
 
 impl SlotPool {
-    /// Puts weights into a free slot and returns its index.
+    /// Slots on this device; on a GPU in an arena of `budget` bytes, allocated now. Errors: no memory.
+    pub fn on(device: &Device, model: &ModelConfig, budget: usize) -> Result<Self> {
+        let bytes = budget / image::STEP * image::STEP;
+        let gpu = slots::open(device, model, bytes)?.map(|slots| Gpu { space: Space::new(bytes), slots });
+        Ok(Self { slots: Vec::new(), gpu })
+    }
+
+    /// How its adapters are laid out.
+    pub fn form(&self) -> Form {
+        self.gpu.as_ref().map_or(Form::Host, |gpu| Form::Gpu(gpu.slots.staging().clone()))
+    }
+
+    /// The memory on a GPU.
+    pub fn gpu(&self) -> Option<&DeviceSlots> {
+        self.gpu.as_ref().map(|gpu| &gpu.slots)
+    }
+
+    /// How many of `victims`, in their order, must go until an adapter of `bytes` fits in one piece; `None` if all are
+    /// too few. The CPU's memory needs no piece.
+    pub fn evictions(&self, bytes: usize, victims: impl IntoIterator<Item = u32>) -> Option<usize> {
+        let Some(gpu) = &self.gpu else { return Some(0) };
+        let (mut space, mut victims) = (gpu.space.clone(), victims.into_iter());
+        let mut taken = self.slots.iter().flatten().count();
+        let mut gone = 0;
+        while taken == SLOTS || !space.fits(bytes) {
+            let slot = self.slots.get(victims.next()? as usize)?.as_ref()?;
+            space.give(slot.place.clone());
+            (taken, gone) = (taken - 1, gone + 1);
+        }
+        Some(gone)
+    }
+
+    /// Takes a free index, and on a GPU its memory, for an adapter of `bytes`; `None` if there is no room in one piece.
+    pub fn reserve(&mut self, bytes: usize) -> Option<u32> {
+        let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        let place = match &mut self.gpu {
+            Some(_) if free == SLOTS => return None,
+            Some(gpu) => gpu.space.take(bytes)?,
+            None => 0..0,
+        };
+        if free == self.slots.len() {
+            self.slots.push(None);
+        }
+        self.slots[free] = Some(Slot { place, ..Slot::default() });
+        Some(free as u32)
+    }
+
+    /// Gives a reserved slot its weights, which on a GPU start to be copied: [`SlotPool::arrived`] tells when the slot
+    /// can be used.
+    pub fn put(&mut self, slot: u32, laid: Laid) -> Result<()> {
+        let held = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
+        match (held, laid, &mut self.gpu) {
+            (Some(held), Laid::Host(weights), None) => {
+                held.weights = weights;
+                Ok(())
+            }
+            (Some(held), Laid::Gpu(image), Some(gpu)) => gpu.slots.put(slot, held.place.clone(), image),
+            _ => Err(Error::internal(format!("slot {slot} is not reserved for what was laid out"))),
+        }
+    }
+
+    /// Whether the weights that were put into a slot are there. Never waits. Errors: their copy failed.
+    pub fn arrived(&mut self, slot: u32) -> Result<bool> {
+        match &mut self.gpu {
+            Some(gpu) => gpu.slots.arrived(slot),
+            None => Ok(true),
+        }
+    }
+
+    /// Puts an adapter into a free slot, and waits until it is there. Errors: no room.
+    pub fn load(&mut self, weights: &AdapterWeights, model: &ModelConfig) -> Result<u32> {
+        let device_bytes = match &self.gpu {
+            Some(_) => Layout::new(weights, model)?.bytes,
+            None => 0,
+        };
+        let full = || Error::new(ErrorKind::Unavailable, format!("no slot has room for {device_bytes} bytes"));
+        let slot = self.reserve(device_bytes).ok_or_else(full)?;
+        let laid = self.form().lay_out(weights, model)?;
+        self.put(slot, laid)?;
+        while !self.arrived(slot)? {
+            std::thread::yield_now();
+        }
+        Ok(slot)
+    }
+
+    /// Puts weights into a free slot of the CPU's and returns its index.
     pub fn insert(&mut self, weights: SlotWeights) -> u32 {
         let free = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() - 1
         });
-        self.slots[free] = Some(weights);
+        self.slots[free] = Some(Slot { weights, ..Slot::default() });
         free as u32
     }
 
     /// Frees a slot and its memory; a free one stays free.
     pub fn remove(&mut self, slot: u32) {
-        if let Some(weights) = self.slots.get_mut(slot as usize) {
-            *weights = None;
+        let held = self.slots.get_mut(slot as usize).and_then(Option::take);
+        if let (Some(held), Some(gpu)) = (held, &mut self.gpu) {
+            gpu.slots.remove(slot);
+            gpu.space.give(held.place);
         }
     }
 
-    /// Pairs of `slot` at a site; empty where the adapter does not touch it or the slot is free.
+    /// Pairs of `slot` at a site; empty where the adapter does not touch it, the slot is free or on a GPU.
     pub fn pairs(&self, slot: u32, layer: usize, site: Site) -> &[LoraPair] {
-        let Some(Some(weights)) = self.slots.get(slot as usize) else { return &[] };
+        let Some(Some(Slot { weights, .. })) = self.slots.get(slot as usize) else { return &[] };
         match site {
             Site::Head => &weights.head,
             _ => weights.layers.get(layer).map_or(&[], |sites| &sites[site as usize]),

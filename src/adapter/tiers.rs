@@ -1,10 +1,10 @@
-//! Where a generation's weights are: on disk, in host memory in the file's precision, or in a slot in f32.
+//! Where a generation's weights are: on disk, in host memory in the file's precision, or in a slot in the ops' form.
 //!
 //! Each tier has a byte budget and gives up its least recently used adapter first; pinned ones stay. The engine thread
-//! owns [`Tiers`] and never waits: whatever is not in a slot is read, checked and laid out by loader threads, and the
-//! engine asks again at a later step. That also holds for adapters in host memory: laying out a rank-8 adapter of a
-//! 135M model takes 2.4 ms (and reading it 8), one of rank 64 of an 8B model seventy times that, and one way for both is
-//! easier to reason about than a size limit.
+//! owns [`Tiers`] and never waits: whatever is not in a slot is read, checked and laid out by loader threads, on a GPU it is
+//! copied beside what runs there, and the engine asks again at a later step. That also holds for adapters in host memory:
+//! laying out a rank-8 adapter of a 135M model for the CPU takes 2.4 ms (and reading it 8), one of rank 64 of an 8B model
+//! seventy times that, and one way for both is easier to reason about than a size limit.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,8 +13,10 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::Device;
+
 use super::peft::AdapterWeights;
-use super::slots::{SlotPool, SlotWeights};
+use super::slots::{Form, Laid, SlotPool};
 use super::{Generation, Lease, State};
 use crate::engine::Residency;
 use crate::error::ErrorKind;
@@ -153,15 +155,18 @@ pub struct Tiers {
     /// The value of `Stats::retirements` up to which retired generations have been freed.
     swept: u64,
     jobs: Sender<Arc<Generation>>,
-    done: Receiver<(u64, Result<SlotWeights>)>,
+    done: Receiver<(u64, Result<Laid>)>,
+    /// Generations that were put into their slot, but may not have arrived there.
+    arriving: Vec<u64>,
     stats: Arc<Stats>,
 }
 
 struct Entry {
     state: Arc<State>,
     bytes: usize,
-    /// `None` while it is being loaded.
-    slot: Option<u32>,
+    slot: u32,
+    /// Whether it has arrived in its slot.
+    ready: bool,
     /// `Ready` answers not yet released.
     uses: usize,
     /// Clock of the last use, or of the arrival.
@@ -173,24 +178,27 @@ struct Entry {
 impl Entry {
     fn evictable(&self, clock: u64) -> bool {
         let awaited = self.fresh && clock - self.last_used <= GRACE && self.state.leases.load(SeqCst) > 0;
-        self.slot.is_some() && self.uses == 0 && !self.state.pinned() && !awaited
+        self.ready && self.uses == 0 && !self.state.pinned() && !awaited
     }
 }
 
 impl Tiers {
-    /// Empty slots of `budget` bytes in all, with loader threads that end when this is dropped. Errors: no thread.
-    pub(super) fn new(model: Arc<ModelConfig>, host: Arc<HostTier>, budget: usize) -> Result<Self> {
+    /// Empty slots of `budget` bytes in all, with loader threads that end when this is dropped. Errors: no thread, or no
+    /// memory on a GPU.
+    pub(super) fn new(model: Arc<ModelConfig>, host: Arc<HostTier>, device: &Device, budget: usize) -> Result<Self> {
+        let pool = SlotPool::on(device, &model, budget)?;
         let (jobs, queue) = channel::<Arc<Generation>>();
         let (results, done) = channel();
         let queue = Arc::new(Mutex::new(queue));
         let stats = host.stats.clone();
         for i in 0..LOADERS {
             let (queue, results, model, host) = (queue.clone(), results.clone(), model.clone(), host.clone());
+            let form = pool.form();
             let run = move || {
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(generation) = next else { return };
-                    let loaded = catch_unwind(AssertUnwindSafe(|| load(&generation, &host, &model)))
+                    let loaded = catch_unwind(AssertUnwindSafe(|| load(&generation, &host, &model, &form)))
                         .unwrap_or_else(|_| Err(Error::internal("the adapter loader panicked")));
                     if results.send((generation.key, loaded)).is_err() {
                         return;
@@ -201,7 +209,7 @@ impl Tiers {
         }
         Ok(Self {
             budget,
-            pool: SlotPool::default(),
+            pool,
             entries: HashMap::new(),
             by_slot: HashMap::new(),
             failed: HashMap::new(),
@@ -210,6 +218,7 @@ impl Tiers {
             swept: 0,
             jobs,
             done,
+            arriving: Vec::new(),
             stats,
         })
     }
@@ -226,11 +235,13 @@ impl Tiers {
         self.clock += 1;
         let key = lease.key();
         if let Some(entry) = self.entries.get_mut(&key) {
-            let Some(slot) = entry.slot else { return Residency::Loading };
+            if !entry.ready {
+                return Residency::Loading;
+            }
             entry.uses += 1;
             entry.last_used = self.clock;
             entry.fresh = false;
-            return Residency::Ready(slot);
+            return Residency::Ready(entry.slot);
         }
         if let Some((_, error)) = self.failed.remove(&key) {
             return Residency::Failed(error);
@@ -238,11 +249,14 @@ impl Tiers {
         if let Some(answer) = self.make_room(lease) {
             return answer;
         }
+        let (state, bytes, last_used) = (lease.state.clone(), lease.slot_bytes, self.clock);
+        let Some(slot) = self.pool.reserve(bytes) else { return Residency::Full };
         if self.jobs.send(lease.0.clone()).is_err() {
+            self.pool.remove(slot);
             return Residency::Failed(Error::internal("the adapter loaders have stopped"));
         }
-        let (state, bytes) = (lease.state.clone(), lease.slot_bytes);
-        self.entries.insert(key, Entry { state, bytes, slot: None, uses: 0, last_used: self.clock, fresh: true });
+        self.entries.insert(key, Entry { state, bytes, slot, ready: false, uses: 0, last_used, fresh: true });
+        self.by_slot.insert(slot, key);
         self.count_bytes(self.bytes + bytes);
         Residency::Loading
     }
@@ -263,30 +277,33 @@ impl Tiers {
     /// and while idle.
     pub fn sweep(&mut self) {
         while let Ok((key, loaded)) = self.done.try_recv() {
+            let Some(entry) = self.entries.get(&key) else { continue };
+            match loaded.and_then(|laid| self.pool.put(entry.slot, laid)) {
+                Ok(()) => self.arriving.push(key),
+                Err(error) => self.fail(key, error),
+            }
+        }
+        for key in std::mem::take(&mut self.arriving) {
             let Some(entry) = self.entries.get_mut(&key) else { continue };
-            match loaded {
-                Ok(weights) => {
-                    let slot = self.pool.insert(weights);
-                    entry.slot = Some(slot);
+            match self.pool.arrived(entry.slot) {
+                Ok(false) => self.arriving.push(key),
+                Ok(true) => {
+                    entry.ready = true;
                     entry.last_used = self.clock;
                     entry.state.in_slot.store(true, SeqCst);
-                    self.by_slot.insert(slot, key);
                     self.stats.slot_loads.fetch_add(1, Relaxed);
                     // It may have been retired on its way in.
                     if entry.state.over() {
                         self.free(key);
                     }
                 }
-                Err(error) => {
-                    self.failed.insert(key, (entry.state.clone(), error));
-                    self.free(key);
-                }
+                Err(error) => self.fail(key, error),
             }
         }
         let retirements = self.stats.retirements.load(SeqCst);
         if retirements != self.swept {
             self.swept = retirements;
-            let over = |(key, e): (&u64, &Entry)| (e.slot.is_some() && e.uses == 0 && e.state.over()).then_some(*key);
+            let over = |(key, e): (&u64, &Entry)| (e.ready && e.uses == 0 && e.state.over()).then_some(*key);
             for key in self.entries.iter().filter_map(over).collect::<Vec<_>>() {
                 self.free(key);
             }
@@ -298,7 +315,9 @@ impl Tiers {
     fn make_room(&mut self, lease: &Lease) -> Option<Residency> {
         let need = lease.slot_bytes;
         let pinned: usize = self.entries.values().filter(|e| e.state.pinned()).map(|e| e.bytes).sum();
-        if need > self.budget.saturating_sub(pinned) {
+        let others = self.entries.values().filter(|e| !e.state.pinned()).map(|e| e.slot);
+        // Room that no eviction can make: what is pinned takes too much, or lies so that no piece is large enough.
+        if need > self.budget.saturating_sub(pinned) || self.pool.evictions(need, others).is_none() {
             let error = Error::new(
                 ErrorKind::Unavailable,
                 format!(
@@ -311,10 +330,13 @@ impl Tiers {
         }
         let mut victims: Vec<_> = self.entries.iter().filter(|(_, e)| e.evictable(self.clock)).collect();
         victims.sort_by_key(|(key, e)| (e.last_used, **key));
+        let Some(by_place) = self.pool.evictions(need, victims.iter().map(|(_, e)| e.slot)) else {
+            return Some(Residency::Full);
+        };
         let mut over = (self.bytes + need).saturating_sub(self.budget);
         let mut chosen = Vec::new();
         for (key, entry) in victims {
-            if over == 0 {
+            if over == 0 && chosen.len() >= by_place {
                 break;
             }
             over = over.saturating_sub(entry.bytes);
@@ -328,13 +350,19 @@ impl Tiers {
         None
     }
 
+    /// Keeps the error of a load for whoever asks next.
+    fn fail(&mut self, key: u64, error: Error) {
+        if let Some(entry) = self.entries.get(&key) {
+            self.failed.insert(key, (entry.state.clone(), error));
+        }
+        self.free(key);
+    }
+
     fn free(&mut self, key: u64) {
         let Some(entry) = self.entries.remove(&key) else { return };
-        if let Some(slot) = entry.slot {
-            self.pool.remove(slot);
-            self.by_slot.remove(&slot);
-            entry.state.in_slot.store(false, SeqCst);
-        }
+        self.pool.remove(entry.slot);
+        self.by_slot.remove(&entry.slot);
+        entry.state.in_slot.store(false, SeqCst);
         self.count_bytes(self.bytes - entry.bytes);
     }
 
@@ -345,7 +373,7 @@ impl Tiers {
 }
 
 /// A loader thread's work: host memory or disk -> the layout of a slot.
-fn load(generation: &Generation, host: &HostTier, model: &ModelConfig) -> Result<SlotWeights> {
+fn load(generation: &Generation, host: &HostTier, model: &ModelConfig, form: &Form) -> Result<Laid> {
     let weights = match host.get(generation.key) {
         Some(weights) => weights,
         None => {
@@ -367,5 +395,5 @@ fn load(generation: &Generation, host: &HostTier, model: &ModelConfig) -> Result
             weights
         }
     };
-    Ok(SlotWeights::from_adapter(&weights, model))
+    form.lay_out(&weights, model)
 }

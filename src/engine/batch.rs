@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::gpu::step::Step;
+
 /// One step's rows: chunks of prompts and single decode rows of many sequences, back to back.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
@@ -19,6 +21,8 @@ pub struct Batch {
     pub segments: Vec<Segment>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// The same on the GPU that runs it, once it was copied there.
+    pub step: Option<Step>,
 }
 
 /// One sequence's part of a batch.
@@ -63,5 +67,22 @@ impl Batch {
             Some(segment) => segment.rows.end = rows.end,
             None => self.segments.push(Segment { rows, terms: terms.to_vec() }),
         }
+    }
+
+    /// Rows that run: the sequences', and on a GPU those that fill up a recorded step.
+    pub fn rows(&self) -> usize {
+        self.step.as_ref().map_or(self.tokens.len(), Step::rows)
+    }
+
+    /// Whether the logits of only some of the rows are wanted. Recorded steps give them all.
+    pub fn selects_logits(&self) -> bool {
+        !self.step.as_ref().is_some_and(Step::fixed) && self.logit_rows.len() < self.tokens.len()
+    }
+
+    /// The segments once only the logit rows are left.
+    pub fn logit_segments(&self) -> Vec<Segment> {
+        let before = |row: usize| self.logit_rows.partition_point(|&r| (r as usize) < row);
+        let kept = self.segments.iter().map(|s| (before(s.rows.start)..before(s.rows.end), &s.terms));
+        kept.filter(|(rows, _)| !rows.is_empty()).map(|(rows, terms)| Segment { rows, terms: terms.clone() }).collect()
     }
 }

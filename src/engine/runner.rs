@@ -7,6 +7,7 @@ use super::{Residency, Runner};
 use crate::Result;
 use crate::adapter::Lease;
 use crate::adapter::tiers::Tiers;
+use crate::gpu::steps::Steps;
 use crate::model::kv::KvCache;
 use crate::model::llama::Llama;
 
@@ -18,6 +19,8 @@ pub struct ModelRunner {
     pub kv: KvCache,
     /// Adapter slots and what lies below them.
     pub tiers: Tiers,
+    /// How steps run on a GPU; `None` on the CPU.
+    pub steps: Option<Steps>,
 }
 
 impl Runner for ModelRunner {
@@ -34,6 +37,9 @@ impl Runner for ModelRunner {
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
-        self.model.forward(batch, &mut self.kv, self.tiers.pool())
+        match &mut self.steps {
+            Some(steps) => steps.run(batch, &self.model, &mut self.kv, self.tiers.pool()),
+            None => self.model.forward(batch, &mut self.kv, self.tiers.pool()),
+        }
     }
 }

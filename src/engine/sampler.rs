@@ -7,15 +7,21 @@
 //! A row depends on nothing else in the batch, and the draw for the i-th token on the seed and i alone, so a sequence
 //! goes on the same after a preemption. Sums run in a fixed order over fixed chunks, and the exponential is our own, so
 //! results do not depend on the machine's libm either. Nothing sorts a whole row unless `top_p` really reaches that far.
+//!
+//! Logits on a GPU stay there: [`crate::ops::sample`] does the same, and this file tells it what and reads what came.
 
 use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
+use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
 
 use super::request::{Logprobs, SamplingParams};
+use crate::ops::pool::parallel_for;
+use crate::ops::sample::{self as on_device, Penalties, Picked, Report};
 use crate::{Error, Result};
 
 /// Logits are scanned in chunks of this size: sixteen lanes that a compiler keeps in registers, times four.
@@ -69,6 +75,122 @@ pub struct Choice<'a> {
     pub index: usize,
 }
 
+/// What is asked of a row of logits.
+pub enum Task<'a> {
+    /// The next token: [`sample`].
+    Next(Choice<'a>),
+    /// How likely this id is, and as many alternatives: [`score`]. The sample is the id.
+    Score(u32, usize),
+}
+
+/// Answers each task from its row of `logits [tasks, vocab]` f32, on the device where they are. What a task changes of its
+/// row, a GPU changes in place. Errors: other shapes; and each task's own.
+pub fn answer(logits: &Tensor, tasks: &[Task]) -> Result<Vec<Result<Sample>>> {
+    let (rows, vocab) = logits.dims2()?;
+    if rows != tasks.len() {
+        return Err(Error::internal(format!("{rows} rows of logits for {} tasks", tasks.len())));
+    }
+    if tasks.is_empty() {
+        return Ok(Vec::new());
+    }
+    let logits = logits.contiguous()?;
+    if !matches!(logits.device(), Device::Cpu) {
+        let rows: Vec<_> = tasks.iter().map(|task| task.row(vocab)).collect();
+        let picked = on_device::launch(&logits, &rows)?.read()?;
+        return Ok(tasks.iter().zip(picked).map(|(task, picked)| task.outcome(picked, vocab)).collect());
+    }
+    let (storage, layout) = logits.storage_and_layout();
+    let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
+        return Err(Error::internal("logits must be f32"));
+    };
+    let values = &values[layout.start_offset()..layout.start_offset() + rows * vocab];
+    let samples: Vec<_> = tasks.iter().map(|_| Mutex::new(None)).collect();
+    parallel_for(rows, |row| {
+        let logits = &values[row * vocab..(row + 1) * vocab];
+        let sample = match &tasks[row] {
+            Task::Next(choice) => sample(logits, choice),
+            Task::Score(id, top) => score(logits, *id, *top).map(|l| Sample { id: *id, logprobs: Some(l) }),
+        };
+        *samples[row].lock().unwrap_or_else(PoisonError::into_inner) = Some(sample);
+    });
+    let samples = samples.into_iter().map(|sample| sample.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(samples.map(|sample| sample.unwrap_or_else(|| Err(Error::internal("a row was not sampled")))).collect())
+}
+
+impl Task<'_> {
+    /// The same for a GPU.
+    fn row(&self, vocab: usize) -> on_device::Row<'_> {
+        let choice = match self {
+            Self::Score(id, top) if (*id as usize) < vocab => {
+                let choice = on_device::Choice::Given(*id);
+                return on_device::Row { choice, top: Some(*top), ..Default::default() };
+            }
+            Self::Score(..) => return on_device::Row::default(),
+            Self::Next(choice) => choice,
+        };
+        let SamplingParams { temperature, top_p, top_k, min_p, .. } = *choice.params;
+        on_device::Row {
+            bias: &choice.params.logit_bias,
+            penalties: choice.seen.on.then_some(Penalties {
+                counts: &choice.seen.counts,
+                repetition: choice.params.repetition_penalty,
+                frequency: choice.params.frequency_penalty,
+                presence: choice.params.presence_penalty,
+            }),
+            masked: choice.masked,
+            choice: match temperature {
+                0.0 => on_device::Choice::Best,
+                _ => on_device::Choice::Draw { temperature, min_p, top_k, top_p, uniform: choice.uniform() },
+            },
+            top: choice.params.logprobs,
+        }
+    }
+
+    /// What a GPU's answer means.
+    fn outcome(&self, picked: Picked, vocab: usize) -> Result<Sample> {
+        if picked.max.is_nan() {
+            return Err(not_finite());
+        }
+        if picked.max == f32::NEG_INFINITY {
+            return Err(all_masked());
+        }
+        let logprobs = picked.report.map(|report| {
+            let Report { logit, rank, total, top } = report;
+            let logprob = |logit| logprob(logit, picked.max, total);
+            Logprobs {
+                logprob: logprob(logit),
+                rank,
+                top: top.into_iter().map(|(id, logit)| (id, logprob(logit))).collect(),
+            }
+        });
+        match self {
+            Self::Score(id, _) if logprobs.is_none() => Err(outside(*id, vocab)),
+            _ => Ok(Sample { id: picked.id, logprobs }),
+        }
+    }
+}
+
+impl Choice<'_> {
+    /// Decides a draw: in [0, 1).
+    fn uniform(&self) -> f64 {
+        let mut rng = Pcg64::seed_from_u64(self.seed);
+        rng.advance(self.index as u128);
+        (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+fn not_finite() -> Error {
+    Error::internal("the model gave a logit that is NaN or infinite")
+}
+
+fn all_masked() -> Error {
+    Error::internal("every token is masked or has a logit of minus infinity")
+}
+
+fn outside(id: u32, vocab: usize) -> Error {
+    Error::internal(format!("token {id} is outside the vocabulary of {vocab}"))
+}
+
 thread_local! {
     /// A changed copy of a row, and the weights of a draw.
     static SCRATCH: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
@@ -91,7 +213,7 @@ pub fn sample(logits: &[f32], choice: &Choice) -> Result<Sample> {
 pub fn score(logits: &[f32], id: u32, top: usize) -> Result<Logprobs> {
     let (_, max) = checked_argmax(logits)?;
     if id as usize >= logits.len() {
-        return Err(Error::internal(format!("token {id} is outside the vocabulary of {}", logits.len())));
+        return Err(outside(id, logits.len()));
     }
     Ok(report(logits, max, id, top))
 }
@@ -149,12 +271,12 @@ fn checked_argmax(logits: &[f32]) -> Result<(u32, f32)> {
         }
     }
     if valid.contains(&false) {
-        return Err(Error::internal("the model gave a logit that is NaN or infinite"));
+        return Err(not_finite());
     }
     let lanes = (0..LANES).map(|lane| (at[lane] * LANES as u32 + lane as u32, max[lane]));
     match lanes.min_by(|a, b| order((a.1, a.0), (b.1, b.0))) {
         Some((id, max)) if max > f32::NEG_INFINITY => Ok((id, max)),
-        _ => Err(Error::internal("every token is masked or has a logit of minus infinity")),
+        _ => Err(all_masked()),
     }
 }
 
@@ -199,9 +321,7 @@ fn draw(logits: &[f32], max: f32, choice: &Choice, weights: &mut Vec<f32>) -> u3
         let weight = exp((logit - max) / temperature);
         if weight < min_p { 0.0 } else { weight }
     };
-    let mut rng = Pcg64::seed_from_u64(choice.seed);
-    rng.advance(choice.index as u128);
-    let uniform = (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
+    let uniform = choice.uniform();
 
     if top_k > 0 && top_k < logits.len() {
         let best: Vec<_> = largest(logits, top_k).into_iter().map(|(logit, id)| (weight(logit), id)).collect();
@@ -283,14 +403,18 @@ fn report(logits: &[f32], max: f32, id: u32, top: usize) -> Logprobs {
         weights.iter_mut().zip(chunk).for_each(|(weight, logit)| *weight = exp(logit - max));
         total += sum(weights);
     }
-    let norm = f64::from(max) + total.ln();
     let own = logits[id as usize];
-    let logprob = |logit: f32| (f64::from(logit) - norm) as f32;
+    let logprob = |logit| logprob(logit, max, total);
     Logprobs {
         logprob: logprob(own),
         rank: 1 + logits.iter().map(|logit| u32::from(*logit > own)).sum::<u32>(),
         top: largest(logits, top).into_iter().map(|(logit, id)| (id, logprob(logit))).collect(),
     }
+}
+
+/// Of a logit, where `total` is the sum of `exp(logit - max)`.
+fn logprob(logit: f32, max: f32, total: f64) -> f32 {
+    (f64::from(logit) - (f64::from(max) + total.ln())) as f32
 }
 
 /// Sum of at most a chunk, in a fixed order over lanes.

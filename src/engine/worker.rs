@@ -1,21 +1,20 @@
 //! The engine thread's loop: `schedule -> run -> sample -> deliver`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 
 use super::batch::Batch;
 use super::request::{Event, FinishReason, Logprobs, Request};
-use super::sampler::{Choice, Sample, sample, score};
+use super::sampler::{Choice, Sample, Task, answer};
 use super::scheduler::{Scheduler, Share};
 use super::sequence::Sequence;
 use super::{EngineConfig, Runner, Stats, Ticket};
-use crate::ops::pool::parallel_for;
 use crate::{Error, Result};
 
 /// How often an idle engine looks after retired adapters.
@@ -125,32 +124,16 @@ impl<R: Runner> Worker<R> {
         batch
     }
 
-    /// Tokens and log-probabilities of every share, rows in parallel.
+    /// Tokens and log-probabilities of every share.
     fn sample(&self, shares: &[Share], logits: &Tensor) -> Result<Vec<Result<Sampled>>> {
-        let (rows, vocab) = logits.dims2()?;
-        let logits = logits.contiguous()?;
-        let (storage, layout) = logits.storage_and_layout();
-        let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
-            return Err(Error::internal("logits must be f32 on the CPU"));
-        };
-        let values = &values[layout.start_offset()..layout.start_offset() + rows * vocab];
-        let mut work = Vec::with_capacity(shares.len());
-        let mut row = 0;
-        for share in shares {
-            let s = &self.scheduler.running[share.sequence];
-            let count = logit_positions(s, share.rows).count();
-            work.push((s, share.rows, row..row + count, Mutex::new(None)));
-            row += count;
-        }
-        let eos = &self.config.eos_token_ids;
-        parallel_for(work.len(), |i| {
-            let (s, rows, range, result) = &work[i];
-            let logits = values[range.start * vocab..range.end * vocab].chunks_exact(vocab);
-            let sampled = sample_one(s, *rows, logits, eos);
-            *result.lock().unwrap_or_else(|e| e.into_inner()) = Some(sampled);
-        });
-        let results = work.into_iter().map(|(.., result)| result.into_inner().unwrap_or_else(|e| e.into_inner()));
-        Ok(results.map(|r| r.unwrap_or_else(|| Err(Error::internal("a row was not sampled")))).collect())
+        let sequence = |share: &Share| &self.scheduler.running[share.sequence];
+        let masked: Vec<_> = shares.iter().map(|share| sequence(share).masked(&self.config.eos_token_ids)).collect();
+        let tasks: Vec<Vec<Task>> =
+            shares.iter().zip(&masked).map(|(share, masked)| tasks(sequence(share), share.rows, masked)).collect();
+        let counts: Vec<_> = tasks.iter().map(Vec::len).collect();
+        let tasks: Vec<Task> = tasks.into_iter().flatten().collect();
+        let mut answers = tasks.iter().zip(answer(logits, &tasks)?);
+        Ok(counts.into_iter().map(|count| sampled(answers.by_ref().take(count).collect())).collect())
     }
 
     /// Hands out what the step gave, and ends what has ended.
@@ -234,25 +217,26 @@ impl<R: Runner> Worker<R> {
     }
 }
 
-/// Prompt log-probabilities and the next token of one share, from its rows of logits.
-fn sample_one<'a>(
-    s: &Sequence,
-    rows: usize,
-    logits: impl Iterator<Item = &'a [f32]>,
-    eos_token_ids: &[u32],
-) -> Result<Sampled> {
-    let mut sampled = Sampled { prompt: Vec::new(), next: None };
+/// What is asked of the rows of logits of one share.
+fn tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<Task<'a>> {
     let params = &s.request.params;
-    for (position, logits) in logit_positions(s, rows).zip(logits) {
+    let task = |position| match (params.prompt_logprobs, s.request.prompt.get(position + 1)) {
         // The row at a position predicts the token after it.
-        if let (Some(top), Some(&next)) = (params.prompt_logprobs, s.request.prompt.get(position + 1)) {
-            sampled.prompt.push(Some(score(logits, next, top)?));
-            continue;
+        (Some(top), Some(&next)) => Task::Score(next, top),
+        _ => Task::Next(Choice { params, seen: &s.seen, masked, seed: s.seed, index: s.output_len() }),
+    };
+    logit_positions(s, rows).map(task).collect()
+}
+
+/// Prompt log-probabilities and the next token of one share, from what came of its tasks.
+fn sampled(answers: Vec<(&Task, Result<Sample>)>) -> Result<Sampled> {
+    let mut sampled = Sampled { prompt: Vec::new(), next: None };
+    for (task, answer) in answers {
+        let Sample { id, logprobs } = answer?;
+        match task {
+            Task::Score(..) => sampled.prompt.push(logprobs),
+            Task::Next(_) => sampled.next = Some((id, logprobs)),
         }
-        let choice =
-            Choice { params, seen: &s.seen, masked: &s.masked(eos_token_ids), seed: s.seed, index: s.output_len() };
-        let Sample { id, logprobs } = sample(logits, &choice)?;
-        sampled.next = Some((id, logprobs));
     }
     Ok(sampled)
 }

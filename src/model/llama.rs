@@ -3,21 +3,23 @@
 use std::f32::consts::PI;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::kv::KvCache;
-use super::linear::{Adapters, linear};
+use super::linear::linear;
 use super::weights::{LayerWeights, Weights};
 use super::{ModelConfig, RopeScaling};
 use crate::adapter::Site;
 use crate::adapter::slots::SlotPool;
-use crate::engine::batch::{Batch, Segment};
+use crate::engine::batch::Batch;
 use crate::ops::attention::attention;
+use crate::ops::heads;
+use crate::ops::lora::Adapters;
 use crate::ops::norm::{add_rms_norm, rms_norm};
 use crate::ops::quant::{self, QMatrix};
-use crate::ops::rope::{RopeTable, rope};
+use crate::ops::rope::RopeTable;
 use crate::ops::swiglu::swiglu;
-use crate::{Error, Result};
+use crate::{Error, Result, gpu};
 
 /// A decoder ready to run: resident weights and rotary tables.
 pub struct Llama {
@@ -30,7 +32,8 @@ impl Llama {
     pub fn new(weights: Weights) -> Result<Self> {
         check_shapes(&weights)?;
         let config = &weights.config;
-        let rope = RopeTable::new(&inverse_frequencies(config), config.max_position_embeddings);
+        let frequencies = inverse_frequencies(config);
+        let rope = RopeTable::new(&frequencies, config.max_position_embeddings, weights.norm.device())?;
         Ok(Self { weights, rope })
     }
 
@@ -45,33 +48,36 @@ impl Llama {
     pub fn forward(&self, batch: &Batch, kv: &mut KvCache, slots: &SlotPool) -> Result<Tensor> {
         let Weights { config, embedding, layers, norm, head, .. } = &self.weights;
         self.check(batch)?;
-        if batch.tokens.is_empty() {
-            return Ok(Tensor::zeros((0, head.n()), DType::F32, &Device::Cpu)?);
+        let device = norm.device();
+        if batch.rows() == 0 {
+            return Ok(Tensor::zeros((0, head.n()), DType::F32, device)?);
         }
         // After the last layer's keys are written, only rows whose logits are wanted go on.
-        let logit_ids = Tensor::new(batch.logit_rows.as_slice(), &Device::Cpu)?;
-        let logit_segments = logit_segments(batch);
-        let mut adapters = Adapters { segments: &batch.segments, slots };
+        let logit_segments = batch.logit_segments();
+        let mut adapters = Adapters { segments: &batch.segments, slots, step: batch.step.as_ref(), logits: false };
 
         let eps = config.rms_norm_eps;
-        let mut residual = quant::gather_rows(embedding, &batch.tokens)?;
+        let mut residual = quant::gather_rows(embedding, &batch.tokens, batch.step.as_ref())?;
         let mut x = match layers.first() {
             Some(layer) => rms_norm(&residual, &layer.attn_norm, eps)?,
             None => rms_norm(&residual, norm, eps)?,
         };
         for (i, layer) in layers.iter().enumerate() {
+            gpu::next_block();
             let qkv = linear(&layer.qkv, &x, &adapters, i, Site::Qkv)?;
-            rope(&qkv, config.num_heads + config.num_kv_heads, &batch.positions, &self.rope)?;
-            kv.append(i, &qkv, &batch.slot_mapping)?;
+            let norms = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
+            heads::finish(&qkv, layer.qkv_bias.as_ref(), norms, config.heads(), eps)?;
+            kv.append(i, &qkv, batch, &self.rope)?;
             let last = i + 1 == layers.len();
-            if last && batch.logit_rows.is_empty() {
-                return Ok(Tensor::zeros((0, head.n()), DType::F32, &Device::Cpu)?);
+            if last && batch.selects_logits() && batch.logit_rows.is_empty() {
+                return Ok(Tensor::zeros((0, head.n()), DType::F32, device)?);
             }
-            let mut attended = attention(&qkv, kv.layer(i), &batch.spans, &batch.block_tables, config.heads())?;
-            if last && batch.logit_rows.len() < batch.tokens.len() {
+            let mut attended = attention(&qkv, kv.layer(i), batch, config.heads())?;
+            if last && batch.selects_logits() {
+                let logit_ids = Tensor::new(batch.logit_rows.as_slice(), device)?;
                 attended = attended.index_select(&logit_ids, 0)?;
                 residual = residual.index_select(&logit_ids, 0)?;
-                adapters.segments = &logit_segments;
+                (adapters.segments, adapters.logits) = (&logit_segments, true);
             }
             let o = linear(&layer.o, &attended, &adapters, i, Site::O)?;
             (residual, x) = add_rms_norm(&residual, &o, &layer.ffn_norm, eps)?;
@@ -84,8 +90,8 @@ impl Llama {
         linear(head, &x, &adapters, layers.len(), Site::Head)
     }
 
-    /// What the ops do not check themselves.
-    fn check(&self, batch: &Batch) -> Result<()> {
+    /// What the ops do not check themselves. Errors: arrays of different lengths, a token or a logit row that is not there.
+    pub fn check(&self, batch: &Batch) -> Result<()> {
         let rows = batch.tokens.len();
         if batch.positions.len() != rows || batch.slot_mapping.len() != rows {
             return Err(Error::internal(format!(
@@ -104,13 +110,6 @@ impl Llama {
         }
         Ok(())
     }
-}
-
-/// The batch's segments once only its logit rows are left.
-fn logit_segments(batch: &Batch) -> Vec<Segment> {
-    let before = |row: usize| batch.logit_rows.partition_point(|&r| (r as usize) < row);
-    let kept = batch.segments.iter().map(|s| (before(s.rows.start)..before(s.rows.end), &s.terms));
-    kept.filter(|(rows, _)| !rows.is_empty()).map(|(rows, terms)| Segment { rows, terms: terms.clone() }).collect()
 }
 
 /// Inverse frequencies of the rotary embedding `[head_dim / 2]`, as transformers' `modeling_rope_utils` computes them.
@@ -170,22 +169,27 @@ fn check_shapes(weights: &Weights) -> Result<()> {
         }
         Err(Error::invalid(format!("{name} is [{}, {}], the config says [{n}, {k}]", m.n(), m.k())))
     };
-    let norm = |name: &str, t: &Tensor| {
-        if t.dims() == [c.hidden_size] && t.dtype() == DType::F32 {
+    let vector = |name: &str, t: &Tensor, len: usize| {
+        if t.dims() == [len] && t.dtype() == DType::F32 {
             return Ok(());
         }
-        Err(Error::invalid(format!(
-            "{name} is {:?} {:?}, the config says [{}] f32",
-            t.dims(),
-            t.dtype(),
-            c.hidden_size
-        )))
+        Err(Error::invalid(format!("{name} is {:?} {:?}, the config says [{len}] f32", t.dims(), t.dtype())))
     };
+    let norm = |name: &str, t: &Tensor| vector(name, t, c.hidden_size);
     matrix("embedding", &weights.embedding, c.vocab_size, c.hidden_size)?;
     matrix("head", &weights.head, c.vocab_size, c.hidden_size)?;
     norm("final norm", &weights.norm)?;
     for (i, layer) in weights.layers.iter().enumerate() {
-        let LayerWeights { attn_norm, qkv, o, ffn_norm, gate_up, down } = layer;
+        let LayerWeights { attn_norm, qkv, qkv_bias, qk_norm, o, ffn_norm, gate_up, down } = layer;
+        if (qkv_bias.is_some(), qk_norm.is_some()) != (c.qkv_bias, c.qk_norm) {
+            return Err(Error::invalid(format!("block {i} has other biases or norms of heads than the config says")));
+        }
+        if let Some(bias) = qkv_bias {
+            vector(&format!("block {i} qkv_bias"), bias, c.heads().qkv_width())?;
+        }
+        for t in qk_norm.iter().flat_map(|(q, k)| [q, k]) {
+            vector(&format!("block {i} qk_norm"), t, c.head_dim)?;
+        }
         norm(&format!("block {i} attn_norm"), attn_norm)?;
         norm(&format!("block {i} ffn_norm"), ffn_norm)?;
         matrix(&format!("block {i} qkv"), qkv, c.heads().qkv_width(), c.hidden_size)?;
@@ -213,6 +217,8 @@ mod tests {
             rms_norm_eps: 1e-5,
             rope_theta: 500000.0,
             rope_scaling,
+            qkv_bias: false,
+            qk_norm: false,
             max_position_embeddings: 131072,
         }
     }

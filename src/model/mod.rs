@@ -30,7 +30,11 @@ pub struct ModelConfig {
     pub rope_theta: f32,
     /// Change of the rotary frequencies for long contexts.
     pub rope_scaling: RopeScaling,
-    /// Longest sequence the model was made for.
+    /// Whether q, k and v have biases (Qwen2).
+    pub qkv_bias: bool,
+    /// Whether each query and key head is normalised before it is turned (Qwen3).
+    pub qk_norm: bool,
+    /// Longest sequence the model was made for; of a model with sliding windows, the window, up to which there are none.
     pub max_position_embeddings: usize,
 }
 

@@ -6,17 +6,26 @@
 //!
 //! A task is one key-value head and a tile of query rows: consecutive positions times the query heads of the group. Its
 //! rows share each load of keys and values.
+//!
+//! This is the CPU half. On a GPU activations and cache are bf16, and rows that are their sequence's only one in a batch take
+//! another path than the others: see `kernels/attention.cu`.
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp2, InplaceOp2, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Device, InplaceOp2, Layout, Shape, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
+use super::rope::{RopeTable, rope};
 use super::simd::{self, Kernel, LANES, Lanes};
-use crate::engine::batch::Span;
+use crate::engine::batch::{Batch, Span};
 use crate::{Error, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+pub use cuda::{decode_words, decode_work, prefill_words, prefill_work};
 
 /// Tokens per cache block.
 pub const BLOCK: usize = LANES;
@@ -30,7 +39,7 @@ const QUERY_ROWS: usize = 48;
 /// Heads of the attention, and the place of their keys and values in a cache block.
 ///
 /// A block holds, for each key-value head, keys `[head_dim][16 tokens]` (so that a vector holds one dimension of 16 keys),
-/// then for each head values `[16 tokens][head_dim rounded up to 16]`.
+/// then for each head values `[16 tokens][head_dim rounded up to 16]`. On a GPU both are `[16 tokens][head_dim]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads.
@@ -47,9 +56,10 @@ impl Heads {
         (self.query + 2 * self.kv) * self.dim
     }
 
-    /// f32 values of a cache block.
-    pub fn block_len(&self) -> usize {
-        self.kv * BLOCK * (self.dim + self.value_dim())
+    /// Values of a cache block on a device.
+    pub fn block_len(&self, device: &Device) -> usize {
+        let value_dim = if device.is_cuda() { self.dim } else { self.value_dim() };
+        self.kv * BLOCK * (self.dim + value_dim)
     }
 
     fn value_dim(&self) -> usize {
@@ -57,36 +67,46 @@ impl Heads {
     }
 
     fn keys(&self, block: usize, head: usize) -> Range<usize> {
-        let start = block * self.block_len() + head * BLOCK * self.dim;
+        let start = block * self.block_len(&Device::Cpu) + head * BLOCK * self.dim;
         start..start + BLOCK * self.dim
     }
 
     fn values(&self, block: usize, head: usize) -> Range<usize> {
-        let start = block * self.block_len() + BLOCK * (self.kv * self.dim + head * self.value_dim());
+        let start = block * self.block_len(&Device::Cpu) + BLOCK * (self.kv * self.dim + head * self.value_dim());
         start..start + BLOCK * self.value_dim()
     }
 }
 
-/// Writes the keys and values of `qkv [T, (query + 2·kv)·dim] f32` into `cache [blocks, block_len] f32`, row `i` at
-/// `slots[i] = block · 16 + offset`.
-pub fn append(cache: &Tensor, qkv: &Tensor, slots: &[u32], heads: Heads) -> Result<()> {
-    check(cache, qkv, slots.len(), heads)?;
+/// Turns the queries and keys of `qkv [T, (query + 2·kv)·dim]` in place and writes keys and values into
+/// `cache [blocks, block_len]`, where the batch says; rows that only fill up a recorded step write nothing.
+pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, heads: Heads) -> Result<()> {
+    check(cache, qkv, batch, heads)?;
+    let slots = &batch.slot_mapping;
     let room = cache.dim(0)? * BLOCK;
     if let Some(slot) = slots.iter().find(|&&slot| slot as usize >= room) {
         return Err(Error::internal(format!("cache slot {slot}, but the cache has {room}")));
     }
+    if slots.len() != batch.positions.len() {
+        return Err(Error::internal(format!("{} cache slots for {} positions", slots.len(), batch.positions.len())));
+    }
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return cuda::append(cache, qkv, batch, table, heads);
+    }
+    rope(qkv, heads.query + heads.kv, &batch.positions, table)?;
     Ok(cache.inplace_op2(qkv, &Append { slots, heads })?)
 }
 
 /// Attends each query row of `qkv` to its sequence's keys up to its own position, with scores over `sqrt(dim)`:
-/// `[T, query·dim] f32`. `cache` holds the keys and values of this step's rows already; a span's block ids are
-/// `block_tables[span.table]`. Rows outside the spans are zero. Errors when a span does not fit the batch or the cache.
-pub fn attention(qkv: &Tensor, cache: &Tensor, spans: &[Span], block_tables: &[u32], heads: Heads) -> Result<Tensor> {
-    check(cache, qkv, qkv.dim(0)?, heads)?;
+/// `[T, query·dim]`. `cache` holds the keys and values of this step's rows already, and if a sequence has only one row, those
+/// of its blocks before the last since before this step. Rows outside the spans are zero. Errors when a span does not fit the
+/// batch or the cache, or on a GPU when rows are left out between spans.
+pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> Result<Tensor> {
+    check(cache, qkv, batch, heads)?;
     let (rows, blocks) = (qkv.dim(0)?, cache.dim(0)?);
     let mut end = 0;
-    for span in spans {
-        let table = block_tables.get(span.table.clone());
+    for span in &batch.spans {
+        let table = batch.block_tables.get(span.table.clone());
         if span.rows.start < end || span.rows.end > rows || span.context_len < span.rows.len() {
             return Err(Error::internal(format!("{span:?} in a batch of {rows} rows, {end} of them in spans before")));
         }
@@ -95,14 +115,21 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, spans: &[Span], block_tables: &[u
         }
         end = span.rows.end;
     }
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return cuda::attention(qkv, cache, batch, heads);
+    }
+    let (spans, block_tables) = (&batch.spans, &batch.block_tables);
     Ok(qkv.apply_op2_no_bwd(cache, &Attention { spans, block_tables, heads })?)
 }
 
-fn check(cache: &Tensor, qkv: &Tensor, rows: usize, heads: Heads) -> Result<()> {
-    if qkv.dims() != [rows, heads.qkv_width()] || cache.dims().get(1) != Some(&heads.block_len()) {
+fn check(cache: &Tensor, qkv: &Tensor, batch: &Batch, heads: Heads) -> Result<()> {
+    if qkv.dims() != [batch.rows(), heads.qkv_width()] || cache.dims().get(1) != Some(&heads.block_len(cache.device()))
+    {
         return Err(Error::internal(format!(
-            "qkv {:?} of {rows} rows and cache {:?} for {heads:?}",
+            "qkv {:?} of {} rows and cache {:?} for {heads:?}",
             qkv.shape(),
+            batch.rows(),
             cache.shape()
         )));
     }
@@ -471,29 +498,27 @@ mod tests {
 
     /// A cache full of what other sequences left there.
     fn stale_cache(blocks: usize, heads: Heads) -> Tensor {
-        let stale = Tensor::full(f32::NAN, (blocks, heads.block_len()), &Device::Cpu).unwrap();
+        let stale = Tensor::full(f32::NAN, (blocks, heads.block_len(&Device::Cpu)), &Device::Cpu).unwrap();
         stale.contiguous().unwrap()
+    }
+
+    /// A table that turns nothing.
+    fn still(heads: Heads) -> RopeTable {
+        RopeTable::new(&vec![0.0; heads.dim / 2], 1000, &Device::Cpu).unwrap()
     }
 
     /// Runs the sequences' `parts` as one batch.
     fn step(cache: &Tensor, parts: &[(&Sequence, Range<usize>)]) -> Vec<Vec<f32>> {
         let heads = parts[0].0.heads;
-        let (mut qkv, mut slots, mut spans, mut tables) = (vec![], vec![], vec![], vec![]);
+        let (mut qkv, mut batch) = (vec![], Batch::default());
         for (sequence, positions) in parts {
-            let start = slots.len();
             qkv.extend_from_slice(sequence.rows(positions.clone()));
-            slots.extend(positions.clone().map(|p| sequence.table[p / BLOCK] * BLOCK as u32 + (p % BLOCK) as u32));
-            spans.push(Span {
-                rows: start..slots.len(),
-                context_len: positions.end,
-                table: tables.len()..tables.len() + positions.end.div_ceil(BLOCK),
-            });
-            tables.extend_from_slice(&sequence.table[..positions.end.div_ceil(BLOCK)]);
+            batch.push(&vec![0; positions.len()], positions.start, &sequence.table, BLOCK, &[]);
         }
-        let qkv = Tensor::from_vec(qkv, (slots.len(), heads.qkv_width()), &Device::Cpu).unwrap();
-        append(cache, &qkv, &slots, heads).unwrap();
-        let out = attention(&qkv, cache, &spans, &tables, heads).unwrap().to_vec2::<f32>().unwrap();
-        spans.iter().map(|span| out[span.rows.clone()].concat()).collect()
+        let qkv = Tensor::from_vec(qkv, (batch.rows(), heads.qkv_width()), &Device::Cpu).unwrap();
+        append(cache, &qkv, &batch, &still(heads), heads).unwrap();
+        let out = attention(&qkv, cache, &batch, heads).unwrap().to_vec2::<f32>().unwrap();
+        batch.spans.iter().map(|span| out[span.rows.clone()].concat()).collect()
     }
 
     #[test]
@@ -504,7 +529,7 @@ mod tests {
             for len in [1, 2, 15, 16, 17, 63, 64, 65, 130, 200] {
                 let table = (0..13).rev().collect();
                 let sequence = Sequence::new(len as u64, len, heads, table);
-                let cache = Tensor::zeros((13, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+                let cache = Tensor::zeros((13, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
                 let out = step(&cache, &[(&sequence, 0..len)]);
                 assert_close(&out[0], &sequence.reference(), 1e-5);
             }
@@ -517,7 +542,7 @@ mod tests {
         let len = 150;
         let a = Sequence::new(1, len, heads, (0..10).map(|b| b * 2).collect());
         let b = Sequence::new(2, 90, heads, (0..10).map(|b| b * 2 + 1).collect());
-        let fresh = || Tensor::zeros((20, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+        let fresh = || Tensor::zeros((20, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let whole = step(&fresh(), &[(&a, 0..len)]).concat();
         for chunk in [1, 3, 7, 16, 61] {
             let cache = fresh();
@@ -536,7 +561,7 @@ mod tests {
     fn what_others_left_in_a_block_is_not_seen() {
         let heads = Heads { query: 3, kv: 1, dim: 16 };
         let sequence = Sequence::new(1, 70, heads, vec![3, 0, 4, 1, 2]);
-        let clean = Tensor::zeros((5, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+        let clean = Tensor::zeros((5, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let whole = step(&clean, &[(&sequence, 0..70)]);
         assert_eq!(whole, step(&stale_cache(5, heads), &[(&sequence, 0..70)]));
     }
@@ -544,13 +569,18 @@ mod tests {
     #[test]
     fn refuses_tables_that_do_not_hold_the_context() {
         let heads = Heads { query: 2, kv: 1, dim: 4 };
-        let cache = Tensor::zeros((2, heads.block_len()), DType::F32, &Device::Cpu).unwrap();
+        let cache = Tensor::zeros((2, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let qkv = Tensor::zeros((1, heads.qkv_width()), DType::F32, &Device::Cpu).unwrap();
-        let span = |context_len, table| Span { rows: 0..1, context_len, table };
-        assert!(attention(&qkv, &cache, &[span(17, 0..2)], &[0, 1], heads).is_ok());
-        assert!(attention(&qkv, &cache, &[span(17, 0..1)], &[0, 1], heads).is_err());
-        assert!(attention(&qkv, &cache, &[span(1, 0..1)], &[2], heads).is_err());
-        assert!(attention(&qkv, &cache, &[span(0, 0..0)], &[], heads).is_err());
-        assert!(append(&cache, &qkv, &[32], heads).is_err());
+        let attend = |context_len, table, block_tables: &[u32]| {
+            let spans = vec![Span { rows: 0..1, context_len, table }];
+            let batch = Batch { tokens: vec![0], spans, block_tables: block_tables.to_vec(), ..Batch::default() };
+            attention(&qkv, &cache, &batch, heads)
+        };
+        assert!(attend(17, 0..2, &[0, 1]).is_ok());
+        assert!(attend(17, 0..1, &[0, 1]).is_err());
+        assert!(attend(1, 0..1, &[2]).is_err());
+        assert!(attend(0, 0..0, &[]).is_err());
+        let past = Batch { tokens: vec![0], positions: vec![0], slot_mapping: vec![32], ..Batch::default() };
+        assert!(append(&cache, &qkv, &past, &still(heads), heads).is_err());
     }
 }

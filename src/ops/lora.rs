@@ -1,6 +1,9 @@
 //! Low-rank deltas: shrink `h = x·Aᵀ`, expand `y += scale·h·Bᵀ`, per segment of a flat batch
 //! (Hu et al., 2021; segments as in Punica, Chen et al., 2023).
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use std::ops::Range;
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
@@ -8,8 +11,27 @@ use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use super::cpu;
 use super::pool::SharedMut;
 use super::simd::{self, Kernel, LANES, Lanes};
+use crate::adapter::Site;
+use crate::adapter::slots::SlotPool;
 use crate::engine::batch::Segment;
+use crate::gpu::step::Step;
 use crate::{Error, Result};
+
+#[cfg(feature = "cuda")]
+pub use cuda::{work, work_words};
+
+/// The adapters of a step's rows.
+#[derive(Clone, Copy)]
+pub struct Adapters<'a> {
+    /// Which rows carry which slots.
+    pub segments: &'a [Segment],
+    /// The slots' weights.
+    pub slots: &'a SlotPool,
+    /// On a GPU: the step's metadata there.
+    pub step: Option<&'a Step>,
+    /// Whether only the rows whose logits are wanted are left, and `segments` numbers those.
+    pub logits: bool,
+}
 
 /// One adapter's pair for one module, as the op reads it.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,14 +62,19 @@ const RANKS: usize = 8;
 const COLUMNS: usize = 512;
 
 /// `y[row] += Σ weight · (scale · (x[row] · Aᵀ) · Bᵀ + scale · bias)` in place, over the terms of the row's segment in
-/// order and the pairs of each term's slot, every pair at its columns. `x [T, k]`, `y [T, n]`, f32. Rows outside the
-/// segments keep their bits. Errors when a pair does not fit `x` and `y`, or a segment the rows.
-pub fn add_delta<'a>(
-    y: &Tensor,
-    x: &Tensor,
-    segments: &[Segment],
-    pairs: impl Fn(u32) -> &'a [LoraPair],
-) -> Result<()> {
+/// order and the modules of each term's slot at this layer and site, each at its columns. `x [T, k]`, `y [T, n]`; f32, on
+/// a GPU `x` bf16 and `y` bf16 or f32. Rows outside the segments keep their bits. Errors when a slot does not fit `x` and
+/// `y`, or a segment the rows.
+pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site: Site) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if y.device().is_cuda() {
+        return cuda::add_delta(y, x, adapters, layer, site);
+    }
+    add_pairs(y, x, adapters.segments, |slot| adapters.slots.pairs(slot, layer, site))
+}
+
+/// [`add_delta`] on the CPU.
+fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u32) -> &'a [LoraPair]) -> Result<()> {
     let ((rows, n), (x_rows, k)) = (y.dims2()?, x.dims2()?);
     if rows != x_rows {
         return Err(Error::internal(format!("delta of {x_rows} rows to {rows}")));
@@ -382,7 +409,7 @@ mod tests {
     fn run(y: &[f32], x: &[f32], rows: usize, segments: &[Segment], slots: &[Vec<LoraPair>]) -> Vec<f32> {
         let y = Tensor::from_slice(y, (rows, y.len() / rows), &Device::Cpu).unwrap();
         let x = Tensor::from_slice(x, (rows, x.len() / rows), &Device::Cpu).unwrap();
-        add_delta(&y, &x, segments, |slot| &slots[slot as usize]).unwrap();
+        add_pairs(&y, &x, segments, |slot| &slots[slot as usize]).unwrap();
         y.flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -450,11 +477,11 @@ mod tests {
         let (y, x) = (tensor(8), tensor(4));
         let segment = |rows| [Segment { rows, terms: vec![(0, 1.0)] }];
         let fits = [pair(1, 4, (4, 4, 2), false)];
-        assert!(add_delta(&y, &x, &segment(0..2), |_| &fits).is_ok());
-        assert!(add_delta(&y, &x, &segment(1..3), |_| &fits).is_err());
+        assert!(add_pairs(&y, &x, &segment(0..2), |_| &fits).is_ok());
+        assert!(add_pairs(&y, &x, &segment(1..3), |_| &fits).is_err());
         for wrong in [pair(1, 5, (4, 4, 2), false), pair(1, 0, (4, 5, 2), false), pair(1, 0, (4, 4, 0), false)] {
             let wrong = [wrong];
-            assert!(add_delta(&y, &x, &segment(0..2), |_| &wrong).is_err());
+            assert!(add_pairs(&y, &x, &segment(0..2), |_| &wrong).is_err());
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod attention;
 mod cpu;
+pub mod heads;
 pub mod lora;
 pub mod norm;
 pub mod pool;
@@ -12,5 +13,6 @@ pub mod quant;
 #[cfg(test)]
 mod reference;
 pub mod rope;
+pub mod sample;
 mod simd;
 pub mod swiglu;

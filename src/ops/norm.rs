@@ -7,16 +7,28 @@ use super::pool::SharedMut;
 use super::simd::{self, Kernel, LANES, Lanes};
 use crate::Result;
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 /// Rows a task takes.
 const ROWS: usize = 16;
 
-/// `x [T, n] -> [T, n]`, `weight [n]`, all f32.
+/// `x [T, n] -> [T, n]`, `weight [n]`, all f32; on a GPU the result is bf16.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::rms_norm(x, weight, eps);
+    }
     Ok(x.apply_op1_no_bwd(&RmsNorm { weight, eps })?)
 }
 
-/// `(x + delta, rms_norm(x + delta))`, each `[T, n]`: the residual stream after a sublayer, and the next one's input.
+/// `(x + delta, rms_norm(x + delta))`, each `[T, n]`: the residual stream after a sublayer, and the next one's input. All
+/// f32; on a GPU `delta` and the norm are bf16.
 pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::add_rms_norm(x, delta, weight, eps);
+    }
     let both = x.apply_op2_no_bwd(delta, &RmsNorm { weight, eps })?;
     Ok((both.get(0)?, both.get(1)?))
 }

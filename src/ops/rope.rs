@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al., 2021) in Hugging Face's order: dimension `i` turns with `i + head_dim / 2`.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
@@ -12,46 +12,61 @@ const ROWS: usize = 16;
 
 /// Cosines and sines of every position, so that a step only multiplies.
 pub struct RopeTable {
-    /// Width of a head.
-    head_dim: usize,
-    /// Per position `head_dim / 2` cosines, then as many sines.
-    values: Vec<f32>,
+    /// `[positions, head_dim]` f32: per position `head_dim / 2` cosines, then as many sines.
+    values: Tensor,
 }
 
 impl RopeTable {
-    /// For positions `0..positions` and the `head_dim / 2` inverse frequencies of the model. The angle is the product
-    /// in f32, as transformers computes it, its cosine and sine correctly rounded.
-    pub fn new(inv_freq: &[f32], positions: usize) -> Self {
+    /// For positions `0..positions` and the `head_dim / 2` inverse frequencies of the model, on a device. The angle is the
+    /// product in f32, as transformers computes it, its cosine and sine correctly rounded. Errors: no memory for it.
+    pub fn new(inv_freq: &[f32], positions: usize, device: &Device) -> Result<Self> {
         let mut values = Vec::with_capacity(positions * inv_freq.len() * 2);
         for position in 0..positions {
             let angle = |f: &f32| f64::from(position as f32 * f);
             values.extend(inv_freq.iter().map(|f| angle(f).cos() as f32));
             values.extend(inv_freq.iter().map(|f| angle(f).sin() as f32));
         }
-        Self { head_dim: inv_freq.len() * 2, values }
+        Ok(Self { values: Tensor::from_vec(values, (positions, inv_freq.len() * 2), device)? })
     }
 
     /// Positions it holds.
     pub fn positions(&self) -> usize {
-        self.values.len() / self.head_dim
+        self.values.dims()[0]
+    }
+
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.values.dims()[1]
+    }
+
+    /// Its `[positions, head_dim]`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// Errors when it does not hold all of `positions`.
+    pub(super) fn check(&self, positions: &[u32]) -> Result<()> {
+        match positions.iter().find(|&&p| p as usize >= self.positions()) {
+            Some(p) => Err(Error::invalid(format!("position {p}, but the model has {}", self.positions()))),
+            None => Ok(()),
+        }
     }
 }
 
-/// Turns the first `heads` heads of each row of `x [T, >= heads·head_dim] f32` in place; `positions [T]`. In a fused
-/// qkv row these are the query and key heads.
+/// Turns the first `heads` heads of each row of `x [T, >= heads·head_dim] f32` in place, on the CPU; `positions [T]`. In a
+/// fused qkv row these are the query and key heads. On a GPU [`super::attention::append`] does it on the way.
 pub fn rope(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable) -> Result<()> {
     let (t, width) = x.dims2()?;
-    if positions.len() != t || width < heads * table.head_dim {
+    if positions.len() != t || width < heads * table.head_dim() {
         return Err(Error::internal(format!(
             "rope of {:?} with {heads} heads of {} and {} positions",
             x.shape(),
-            table.head_dim,
+            table.head_dim(),
             positions.len()
         )));
     }
-    if let Some(p) = positions.iter().find(|&&p| p as usize >= table.positions()) {
-        return Err(Error::invalid(format!("position {p}, but the model has {}", table.positions())));
-    }
+    table.check(positions)?;
     Ok(x.inplace_op1(&Rope { heads, positions, table })?)
 }
 
@@ -68,12 +83,15 @@ impl InplaceOp1 for Rope<'_> {
 
     fn cpu_fwd(&self, s: &mut CpuStorage, l: &Layout) -> candle_core::Result<()> {
         let (t, width) = l.shape().dims2()?;
-        let turned = self.heads * self.table.head_dim;
+        let head_dim = self.table.head_dim();
+        let turned = self.heads * head_dim;
+        let (storage, layout) = self.table.values.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { candle_core::bail!("the rotary table is not on the CPU") };
+        let table = cpu::slice("rope", storage, layout)?;
         let x = SharedMut::new(cpu::slice_mut("rope", s, l)?);
         cpu::for_each(t.div_ceil(ROWS), t * turned, |task| {
             for row in cpu::chunk(task, ROWS, t) {
-                let start = self.positions[row] as usize * self.table.head_dim;
-                let turn = &self.table.values[start..start + self.table.head_dim];
+                let turn = &table[self.positions[row] as usize * head_dim..][..head_dim];
                 // SAFETY: inside the tensor, since `turned <= width`, and each row belongs to one task.
                 let x = unsafe { x.slice(row * width, turned) };
                 simd::run(Row { x, turn });
@@ -116,7 +134,7 @@ mod tests {
         for (heads, head_dim, t) in [(1, 2, 1), (3, 4, 5), (4, 12, 40), (12, 64, 33), (2, 80, 7)] {
             let inv_freq: Vec<f32> =
                 (0..head_dim / 2).map(|i| 100f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
-            let table = RopeTable::new(&inv_freq, 300);
+            let table = RopeTable::new(&inv_freq, 300, &Device::Cpu).unwrap();
             let width = (heads + 1) * head_dim;
             let x = random(1, t * width);
             let positions: Vec<u32> = (0..t as u32).map(|i| (i * 97 + 5) % 300).collect();
@@ -145,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_position_past_the_table_is_refused() {
-        let table = RopeTable::new(&[1.0, 0.1], 8);
+        let table = RopeTable::new(&[1.0, 0.1], 8, &Device::Cpu).unwrap();
         let x = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
         assert!(rope(&x, 1, &[7], &table).is_ok());
         let error = rope(&x, 1, &[8], &table).unwrap_err();

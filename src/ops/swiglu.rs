@@ -9,11 +9,18 @@ use super::pool::SharedMut;
 use super::simd::{self, Kernel, LANES, Lanes};
 use crate::Result;
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 /// Rows a task takes.
 const ROWS: usize = 8;
 
-/// `[gate | up] [T, 2·n] f32 -> [T, n]`.
+/// `[gate | up] [T, 2·n] -> [T, n]`, f32; on a GPU bf16.
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if gate_up.device().is_cuda() {
+        return cuda::swiglu(gate_up);
+    }
     Ok(gate_up.apply_op1_no_bwd(&SwiGlu)?)
 }
 

@@ -1,8 +1,8 @@
 //! Reading PEFT directories: right numbers, or refused by name.
 
-use quiver::adapter::Module;
 use quiver::adapter::peft::{AdapterWeights, Values};
 use quiver::adapter::slots::SlotWeights;
+use quiver::adapter::{Module, dummy};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -436,4 +436,24 @@ fn half_precision_is_widened_exactly() {
         assert_eq!(a.bytes(), 512);
         assert_eq!(a.to_f32(), numbers);
     }
+}
+
+#[test]
+fn made_up_adapters_are_adapters() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model();
+    let read = |name: &str, modules: &[Module], rank: usize| {
+        let dir = dir.path().join(name);
+        dummy::write(&dir, &model, modules, rank).unwrap();
+        AdapterWeights::read(&dir, &model).unwrap()
+    };
+    let (weights, id) = read("dummy-0000", &Module::BLOCK, 8);
+    assert_eq!(weights.modules.len(), 14);
+    assert!(weights.modules.iter().all(|m| m.rank == 8 && m.scale == 2.0));
+    let size = |v: &Values| v.to_f32().iter().map(|x| x * x).sum::<f32>() / v.to_f32().len() as f32;
+    let q = &weights.modules[0];
+    assert!((size(&q.a) * 64.0 - 1.0).abs() < 0.1 && (size(&q.b) * 1e4 - 1.0).abs() < 0.1);
+    assert_eq!(read("dummy-0000", &Module::BLOCK, 8).1, id);
+    assert_ne!(read("dummy-0001", &Module::BLOCK, 8).1, id);
+    assert_eq!(read("head", &[Module::Q, Module::LmHead], 3).0.modules.len(), 3);
 }

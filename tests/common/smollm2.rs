@@ -4,10 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use candle_core::Device;
 use quiver::adapter::registry::{Registry, RegistryConfig};
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::runner::ModelRunner;
 use quiver::engine::{Engine, EngineConfig};
+use quiver::gpu::steps::Steps;
 use quiver::hub::{self, ModelFiles};
 use quiver::model::kv::KvCache;
 use quiver::model::llama::Llama;
@@ -30,10 +32,16 @@ pub struct SmolLm2 {
 }
 
 impl SmolLm2 {
-    /// Loads the model, with `slot_budget` bytes of adapter slots and no adapter.
+    /// Loads the model on the CPU, with `slot_budget` bytes of adapter slots and no adapter.
     pub fn start(slot_budget: usize) -> Self {
-        let weights = Weights::load(&files(), None, |_| {}).expect("the model loads");
+        Self::start_on(&Device::Cpu, slot_budget)
+    }
+
+    /// The same on any device.
+    pub fn start_on(device: &Device, slot_budget: usize) -> Self {
+        let weights = Weights::load(&files(), None, device, |_| {}).expect("the model loads");
         let config = RegistryConfig {
+            device: device.clone(),
             adapter_root: None,
             state_dir: None,
             host_budget: 1 << 30,
@@ -43,9 +51,14 @@ impl SmolLm2 {
         let registry = Registry::new(Arc::new(weights.config.clone()), config).expect("a registry");
         let model = Llama::new(weights).expect("a model");
         let num_blocks = 512;
-        let kv = KvCache::new(model.config(), num_blocks).expect("memory for keys and values");
+        let mut kv = KvCache::new(model.config(), num_blocks, device).expect("memory for keys and values");
+        let tiers = registry.tiers().expect("loader threads");
+        let mut steps = Steps::on(device, model.config(), 128, 16, 16 * 129).expect("memory for steps");
+        if let Some(steps) = &mut steps {
+            steps.record(&model, &mut kv, tiers.pool(), |_| {}).expect("graphs");
+        }
         let engine = Engine::start(
-            ModelRunner { kv, tiers: registry.tiers().expect("loader threads"), model },
+            ModelRunner { kv, tiers, model, steps },
             EngineConfig {
                 block_size: KvCache::BLOCK_SIZE,
                 num_blocks,

@@ -300,7 +300,7 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
 pub fn lease(name: &str, id: &str) -> Lease {
     let host = Arc::new(HostTier::new(0, Arc::default()));
     let weights = AdapterWeights { modules: Vec::new() };
-    Lease::new(Arc::new(Generation::new(name, id.into(), PathBuf::new(), &weights, host)))
+    Lease::new(Arc::new(Generation::new(name, id.into(), PathBuf::new(), &weights, 0, host)))
 }
 
 pub fn config() -> EngineConfig {

@@ -360,6 +360,8 @@ fn tiny_model() -> ModelConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 10000.0,
         rope_scaling: RopeScaling::None,
+        qkv_bias: false,
+        qk_norm: false,
         max_position_embeddings: 256,
     }
 }

@@ -1,22 +1,26 @@
 //! Resident weight matrices and their matrix product.
 //!
 //! [`QMatrix::pack`] turns the rows of a file into panels ([`affine`] for block formats, [`float`] for dense and codebook
-//! ones); [`matmul`] multiplies them with activations, which become integers first where the weights are ([`activations`]).
+//! ones), or on a GPU into tiles; [`matmul`] multiplies them with activations, which become integers first where the weights are ([`activations`]).
 
 mod activations;
 mod affine;
 mod blocks;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod float;
 mod kernel;
 mod resident;
+#[cfg(feature = "cuda")]
+mod tiles;
 
 pub mod nf4;
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
+use crate::gpu::step::Step;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
 use crate::{Error, Result};
 use activations::{ROWS, Tile};
@@ -81,6 +85,22 @@ pub enum Source<'a> {
 pub struct QMatrix {
     n: usize,
     k: usize,
+    form: Form,
+}
+
+/// Where a matrix lies.
+enum Form {
+    /// In panels.
+    Host(Panels),
+    /// In tiles.
+    #[cfg(feature = "cuda")]
+    Device(Vec<cuda::Part>),
+}
+
+/// A matrix `[n, k]` in panels: rows of one or several sources, stacked.
+struct Panels {
+    n: usize,
+    k: usize,
     parts: Vec<Part>,
 }
 
@@ -91,6 +111,18 @@ enum Part {
 }
 
 impl Part {
+    fn pack(source: &Source) -> Result<Self> {
+        Ok(match source {
+            Source::Blocks { codec: codec @ (Codec::F32 | Codec::F16 | Codec::BF16), n, k, bytes } => {
+                Self::Float(Float::dense(*codec, *n, *k, bytes)?)
+            }
+            Source::Blocks { codec, n, k, bytes } => Self::Affine(Affine::pack(*codec, *n, *k, bytes)?),
+            Source::Codebook { n, k, block, codes, scales, codebook } => {
+                Self::Float(Float::codebook(*n, *k, *block, codes, scales, *codebook)?)
+            }
+        })
+    }
+
     fn n(&self) -> usize {
         match self {
             Self::Affine(p) => p.n(),
@@ -129,39 +161,40 @@ impl Part {
 }
 
 impl QMatrix {
-    /// Repacks sources with the same `k` into one matrix, their rows stacked in order.
+    /// Repacks sources with the same `k` into one matrix on `device`, their rows stacked in order.
     ///
     /// Errors: no source, sources that differ in `k`, a `k` that is not whole blocks, bytes that do not fit the shape.
-    pub fn pack(sources: &[Source]) -> Result<Self> {
-        let mut parts = Vec::with_capacity(sources.len());
-        let mut width = None;
-        for source in sources {
-            let (k, part) = match source {
-                Source::Blocks { codec: codec @ (Codec::F32 | Codec::F16 | Codec::BF16), n, k, bytes } => {
-                    (*k, Part::Float(Float::dense(*codec, *n, *k, bytes)?))
-                }
-                Source::Blocks { codec, n, k, bytes } => (*k, Part::Affine(Affine::pack(*codec, *n, *k, bytes)?)),
-                Source::Codebook { n, k, block, codes, scales, codebook } => {
-                    (*k, Part::Float(Float::codebook(*n, *k, *block, codes, scales, *codebook)?))
-                }
-            };
-            if *width.get_or_insert(k) != k {
-                return Err(Error::invalid(format!("stacked matrices have {} and {k} columns", width.unwrap_or(k))));
-            }
-            parts.push(part);
+    pub fn pack(sources: &[Source], device: &Device) -> Result<Self> {
+        let width = |s: &Source| match s {
+            Source::Blocks { k, .. } | Source::Codebook { k, .. } => *k,
+        };
+        let k = sources.first().map(width).filter(|k| *k > 0);
+        let k = k.ok_or_else(|| Error::invalid("a matrix needs at least one row source and column"))?;
+        if let Some(other) = sources.iter().map(width).find(|other| *other != k) {
+            return Err(Error::invalid(format!("stacked matrices have {k} and {other} columns")));
         }
-        let k = width
-            .filter(|k| *k > 0)
-            .ok_or_else(|| Error::invalid("a matrix needs at least one row source and column"))?;
-        Ok(Self { n: parts.iter().map(Part::n).sum(), k, parts })
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let parts = cuda::Part::pack(sources, device)?;
+                let n = parts.iter().map(cuda::Part::n).sum();
+                Ok(Self { n, k, form: Form::Device(parts) })
+            }
+            _ => {
+                let parts = sources.iter().map(Part::pack).collect::<Result<Vec<_>>>()?;
+                let n = parts.iter().map(Part::n).sum();
+                Ok(Self { n, k, form: Form::Host(Panels { n, k, parts }) })
+            }
+        }
     }
 
-    /// A dense f32 matrix, `rows` being `[n, k]` row-major.
+    /// A dense f32 matrix on the CPU, `rows` being `[n, k]` row-major.
     pub fn dense(n: usize, k: usize, rows: Vec<f32>) -> Result<Self> {
         if rows.len() != n * k || k == 0 {
             return Err(Error::invalid(format!("{} values for a [{n}, {k}] matrix", rows.len())));
         }
-        Ok(Self { n, k, parts: vec![Part::Float(Float::f32(n, k, &rows)?)] })
+        let parts = vec![Part::Float(Float::f32(n, k, &rows)?)];
+        Ok(Self { n, k, form: Form::Host(Panels { n, k, parts }) })
     }
 
     /// Output features.
@@ -176,16 +209,20 @@ impl QMatrix {
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(Part::bytes).sum()
+        match &self.form {
+            Form::Host(panels) => panels.parts.iter().map(Part::bytes).sum(),
+            #[cfg(feature = "cuda")]
+            Form::Device(parts) => parts.iter().map(cuda::Part::bytes).sum(),
+        }
     }
 
-    /// Exact values of one row, `[k]`.
-    pub fn row(&self, row: usize) -> Vec<f32> {
-        let mut out = vec![0.0; self.k];
-        self.row_into(row, &mut out);
-        out
+    /// Exact values of one row, `[k]`. Errors: the GPU fails.
+    pub fn row(&self, row: u32) -> Result<Vec<f32>> {
+        Ok(gather_rows(self, &[row], None)?.flatten_all()?.to_vec1()?)
     }
+}
 
+impl Panels {
     fn row_into(&self, row: usize, out: &mut [f32]) {
         let (part, row) = self.locate_row(row);
         part.row(row, out);
@@ -257,9 +294,9 @@ impl QMatrix {
 }
 
 /// The op: the frozen matrix is a field, never an operand, so that autograd keeps no gradient for it.
-struct MatMul(Arc<QMatrix>);
+struct MatMul<'a>(&'a Panels);
 
-impl CustomOp1 for MatMul {
+impl CustomOp1 for MatMul<'_> {
     fn name(&self) -> &'static str {
         "quant-matmul"
     }
@@ -275,23 +312,37 @@ impl CustomOp1 for MatMul {
     }
 }
 
-/// `x [m, k] f32 -> [m, n] f32`: `y = x · Wᵀ`. A row of `y` depends on its row of `x` alone, bit for bit.
-pub fn matmul(w: &Arc<QMatrix>, x: &Tensor) -> Result<Tensor> {
-    Ok(x.apply_op1_no_bwd(&MatMul(w.clone()))?)
+/// `x [m, k] -> [m, n]`: `y = x · Wᵀ`. On the CPU all is f32; on a GPU `x` is bf16 and `y` is `dtype`, bf16 or f32. A row of
+/// `y` depends on its row of `x` alone, bit for bit (on a GPU among products of up to 64 rows, or with f32 `y`).
+pub fn matmul(w: &QMatrix, x: &Tensor, dtype: DType) -> Result<Tensor> {
+    match &w.form {
+        Form::Host(panels) if dtype == DType::F32 => Ok(x.apply_op1_no_bwd(&MatMul(panels))?),
+        Form::Host(_) => Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32"))),
+        #[cfg(feature = "cuda")]
+        Form::Device(parts) => w.multiply_cuda(parts, x, dtype),
+    }
 }
 
-/// Rows `ids` of the matrix: `[ids.len(), k] f32`. For the token embedding.
-pub fn gather_rows(w: &QMatrix, ids: &[u32]) -> Result<Tensor> {
+/// Rows `ids` of the matrix: `[ids.len(), k] f32`. For the token embedding. On a GPU, `step` has the ids there already, and
+/// as many rows come as it has.
+pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&Step>) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= w.n) {
         return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", w.n)));
     }
-    let mut rows = vec![0.0; ids.len() * w.k];
-    let shared = SharedMut::new(&mut rows);
-    parallel_for(ids.len(), |i| {
-        // SAFETY: one row of `rows` an id, and one task.
-        w.row_into(ids[i] as usize, unsafe { shared.slice(i * w.k, w.k) });
-    });
-    Ok(Tensor::from_vec(rows, (ids.len(), w.k), &Device::Cpu)?)
+    match &w.form {
+        Form::Host(_) if step.is_some() => Err(Error::internal("a step on the GPU with weights on the CPU")),
+        Form::Host(panels) => {
+            let mut rows = vec![0.0; ids.len() * w.k];
+            let shared = SharedMut::new(&mut rows);
+            parallel_for(ids.len(), |i| {
+                // SAFETY: one row of `rows` an id, and one task.
+                panels.row_into(ids[i] as usize, unsafe { shared.slice(i * w.k, w.k) });
+            });
+            Ok(Tensor::from_vec(rows, (ids.len(), w.k), &Device::Cpu)?)
+        }
+        #[cfg(feature = "cuda")]
+        Form::Device(parts) => w.gather_cuda(parts, ids, step),
+    }
 }
 
 #[cfg(test)]

@@ -68,9 +68,21 @@ fn codebook(n: usize, k: usize, block: usize) -> Source<'static> {
     }
 }
 
-fn product(w: &Arc<QMatrix>, x: &[f32]) -> Vec<f32> {
+fn product(w: &QMatrix, x: &[f32]) -> Vec<f32> {
     let x = Tensor::from_slice(x, (x.len() / w.k(), w.k()), &Device::Cpu).expect("a tensor");
-    matmul(w, &x).and_then(|y| Ok(y.flatten_all()?.to_vec1()?)).expect("a product")
+    matmul(w, &x, DType::F32).and_then(|y| Ok(y.flatten_all()?.to_vec1()?)).expect("a product")
+}
+
+fn panels(w: &QMatrix) -> &Panels {
+    match &w.form {
+        Form::Host(panels) => panels,
+        #[cfg(feature = "cuda")]
+        Form::Device(_) => unreachable!("packed for the CPU"),
+    }
+}
+
+fn exact(w: &QMatrix, row: usize) -> Vec<f32> {
+    w.row(row as u32).expect("a row")
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -82,7 +94,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn check_product(w: &QMatrix, x: &[f32], y: &[f32], what: &str) {
     let (n, k) = (w.n(), w.k());
     let rows: Vec<(bool, Vec<f32>)> =
-        (0..n).map(|r| (matches!(w.locate_row(r).0, Part::Affine(_)), w.row(r))).collect();
+        (0..n).map(|r| (matches!(panels(w).locate_row(r).0, Part::Affine(_)), exact(w, r))).collect();
     for (x, y) in x.chunks_exact(k).zip(y.chunks_exact(n)) {
         let rounded: Vec<f64> = match rows.iter().any(|(integer, _)| *integer) {
             false => Vec::new(),
@@ -132,9 +144,9 @@ fn rows_are_exactly_what_candle_decodes() {
             let reference = QTensor::new(storage.expect("storage"), (n, k)).expect("a tensor");
             let reference: Vec<Vec<f32>> =
                 reference.dequantize(&Device::Cpu).and_then(|t| t.to_vec2()).expect("candle decodes");
-            let w = QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: bytes.into() }]).expect("packs");
+            let w = QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: bytes.into() }], &Device::Cpu).expect("packs");
             for (row, want) in reference.iter().enumerate() {
-                assert_eq!(bits(&w.row(row)), bits(want), "{codec:?} row {row} of {n}");
+                assert_eq!(bits(&exact(&w, row)), bits(want), "{codec:?} row {row} of {n}");
             }
         }
     }
@@ -144,10 +156,10 @@ fn rows_are_exactly_what_candle_decodes() {
 fn dense_and_codebook_rows_are_exact() {
     let x = random_floats(33 * 65, 2);
     let w = QMatrix::dense(33, 65, x.clone()).expect("packs");
-    assert_eq!((0..33).flat_map(|r| w.row(r)).collect::<Vec<_>>(), x);
+    assert_eq!((0..33).flat_map(|r| exact(&w, r)).collect::<Vec<_>>(), x);
     for (n, k, block) in [(17, 128, 64), (5, 96, 64), (3, 33, 16), (16, 320, 32)] {
         let source = codebook(n, k, block);
-        let w = QMatrix::pack(std::slice::from_ref(&source)).expect("packs");
+        let w = QMatrix::pack(std::slice::from_ref(&source), &Device::Cpu).expect("packs");
         let Source::Codebook { codes, scales, codebook, .. } = source else { unreachable!("made above") };
         for row in 0..n {
             let want: Vec<f32> = (row * k..(row + 1) * k)
@@ -156,7 +168,7 @@ fn dense_and_codebook_rows_are_exact() {
                     codebook[usize::from(code)] * scales[i / block]
                 })
                 .collect();
-            assert_eq!(w.row(row), want, "[{n}, {k}] blocks of {block}, row {row}");
+            assert_eq!(exact(&w, row), want, "[{n}, {k}] blocks of {block}, row {row}");
         }
     }
 }
@@ -170,14 +182,14 @@ fn products_match_float64() {
         };
         for (i, &k) in ks.iter().enumerate() {
             for (n, m) in [(1, 1), (15, 3), (16, 8), (17, 13), (100, 70)] {
-                let w = Arc::new(QMatrix::pack(&[source(codec, n, k, (i + n) as u64)]).expect("packs"));
+                let w = QMatrix::pack(&[source(codec, n, k, (i + n) as u64)], &Device::Cpu).expect("packs");
                 let x = random_floats(m * k, 11 + m as u64);
                 check_product(&w, &x, &product(&w, &x), &format!("{codec:?} [{n}, {k}] x {m}"));
             }
         }
     }
     for (n, k, block) in [(17, 128, 64), (30, 96, 64)] {
-        let w = Arc::new(QMatrix::pack(&[codebook(n, k, block)]).expect("packs"));
+        let w = QMatrix::pack(&[codebook(n, k, block)], &Device::Cpu).expect("packs");
         let x = random_floats(9 * k, 1);
         check_product(&w, &x, &product(&w, &x), "codebook");
     }
@@ -188,7 +200,7 @@ fn a_row_is_the_same_alone_and_in_any_batch() {
     let k = 256;
     let stack =
         [source(Codec::Q4_1, 40, k, 1), source(Codec::Q6K, 17, k, 2), source(Codec::F16, 9, k, 3), codebook(20, k, 64)];
-    let w = Arc::new(QMatrix::pack(&stack).expect("packs"));
+    let w = QMatrix::pack(&stack, &Device::Cpu).expect("packs");
     assert_eq!(w.n(), 86);
     let x = random_floats(300 * k, 5);
     let all = product(&w, &x);
@@ -205,12 +217,12 @@ fn every_kernel_gives_the_same_bits() {
         let mut stack: Vec<Source> = BLOCK_CODECS.into_iter().map(|c| source(c, 33, k, k as u64)).collect();
         stack.extend([Codec::F32, Codec::F16, Codec::BF16].map(|c| source(c, 19, k, 8)));
         stack.push(codebook(17, k, 64));
-        let w = QMatrix::pack(&stack).expect("packs");
+        let w = QMatrix::pack(&stack, &Device::Cpu).expect("packs");
         for m in (1..=8).chain([13]) {
             let x = random_floats(m * k, m as u64);
-            let want = w.multiply(Isa::Portable, &x);
+            let want = panels(&w).multiply(Isa::Portable, &x);
             for isa in Isa::available() {
-                assert_eq!(bits(&w.multiply(isa, &x)), bits(&want), "{} k {k} m {m}", isa.name());
+                assert_eq!(bits(&panels(&w).multiply(isa, &x)), bits(&want), "{} k {k} m {m}", isa.name());
             }
         }
     }
@@ -227,15 +239,16 @@ fn the_largest_sums_fit() {
                     block[at..at + 2].copy_from_slice(&half::f16::ONE.to_le_bytes());
                 }
             }
-            let w = QMatrix::pack(&[Source::Blocks { codec, n: 16, k, bytes: bytes.into() }]).expect("packs");
+            let w =
+                QMatrix::pack(&[Source::Blocks { codec, n: 16, k, bytes: bytes.into() }], &Device::Cpu).expect("packs");
             // All at the end of the integers' range, and all but one with the smallest low byte.
             for q in [32639.0f32, 32384.0] {
                 let mut x = [[q; 256], [-q; 256]].concat();
                 (x[0], x[k]) = (32639.0, 32639.0);
-                let want = w.multiply(Isa::Portable, &x);
+                let want = panels(&w).multiply(Isa::Portable, &x);
                 check_product(&w, &x, &want, &format!("{codec:?} {code} {q}"));
                 for isa in Isa::available() {
-                    assert_eq!(bits(&w.multiply(isa, &x)), bits(&want), "{codec:?} {code} {q} {}", isa.name());
+                    assert_eq!(bits(&panels(&w).multiply(isa, &x)), bits(&want), "{codec:?} {code} {q} {}", isa.name());
                 }
             }
         }
@@ -245,7 +258,8 @@ fn the_largest_sums_fit() {
 #[test]
 fn values_that_are_not_finite_stay_in_their_row() {
     let k = 64;
-    let w = Arc::new(QMatrix::pack(&[source(Codec::Q4_1, 20, k, 1), source(Codec::F32, 20, k, 2)]).expect("packs"));
+    let stack = [source(Codec::Q4_1, 20, k, 1), source(Codec::F32, 20, k, 2)];
+    let w = QMatrix::pack(&stack, &Device::Cpu).expect("packs");
     let clean = random_floats(9 * k, 5);
     let mut x = clean.clone();
     (x[3 * k + 5], x[6 * k]) = (f32::NAN, f32::INFINITY);
@@ -263,7 +277,7 @@ fn values_that_are_not_finite_stay_in_their_row() {
 #[test]
 fn default_model_formats_stay_near_their_file_size() {
     let size = |codec, bytes: usize| {
-        let w = QMatrix::pack(&[source(codec, 1536, 576, 1)]).expect("packs");
+        let w = QMatrix::pack(&[source(codec, 1536, 576, 1)], &Device::Cpu).expect("packs");
         assert_eq!(w.bytes(), 1536 * 576 / 32 * bytes);
     };
     size(Codec::Q4_1, 20);
@@ -273,14 +287,16 @@ fn default_model_formats_stay_near_their_file_size() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let pack = |codec, n, k, len: usize| QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: vec![0; len].into() }]);
+    let pack = |codec, n, k, len: usize| {
+        QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: vec![0; len].into() }], &Device::Cpu)
+    };
     for (codec, n, k, len) in
         [(Codec::Q4_1, 2, 33, 40), (Codec::Q4_1, 2, 32, 39), (Codec::Q4K, 1, 32, 18), (Codec::F16, 2, 2, 9)]
     {
         assert!(pack(codec, n, k, len).is_err(), "{codec:?} [{n}, {k}] in {len} bytes");
     }
-    assert!(QMatrix::pack(&[]).is_err());
-    assert!(QMatrix::pack(&[source(Codec::F32, 2, 32, 1), source(Codec::F32, 2, 64, 1)]).is_err());
+    assert!(QMatrix::pack(&[], &Device::Cpu).is_err());
+    assert!(QMatrix::pack(&[source(Codec::F32, 2, 32, 1), source(Codec::F32, 2, 64, 1)], &Device::Cpu).is_err());
     let w = QMatrix::dense(4, 2, vec![0.0; 8]).expect("packs");
-    assert!(gather_rows(&w, &[1, 4]).is_err());
+    assert!(gather_rows(&w, &[1, 4], None).is_err());
 }

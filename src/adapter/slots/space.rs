@@ -1,0 +1,87 @@
+//! Which parts of a stretch of memory are free.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Free ranges, apart from each other: what is given back joins its neighbours. Taking is first fit.
+#[derive(Debug, Clone)]
+pub struct Space {
+    /// Start -> end.
+    free: BTreeMap<usize, usize>,
+}
+
+impl Space {
+    /// All of `0..len`, free.
+    pub fn new(len: usize) -> Self {
+        let mut space = Self { free: BTreeMap::new() };
+        space.give(0..len);
+        space
+    }
+
+    /// Whether [`Space::take`] would find room.
+    pub fn fits(&self, len: usize) -> bool {
+        self.free.iter().any(|(start, end)| end - start >= len)
+    }
+
+    /// The first free range of this length, taken; `None` if there is none in one piece.
+    pub fn take(&mut self, len: usize) -> Option<Range<usize>> {
+        let (&start, &end) = self.free.iter().find(|(start, end)| *end - *start >= len)?;
+        self.free.remove(&start);
+        self.give(start + len..end);
+        Some(start..start + len)
+    }
+
+    /// Frees a range that was taken.
+    pub fn give(&mut self, range: Range<usize>) {
+        let Range { mut start, mut end } = range;
+        if start >= end {
+            return;
+        }
+        if let Some((&before, &touching)) = self.free.range(..start).next_back()
+            && touching == start
+        {
+            self.free.remove(&before);
+            start = before;
+        }
+        if let Some(after) = self.free.remove(&end) {
+            end = after;
+        }
+        self.free.insert(start, end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What is taken never overlaps, first fit finds room whenever there is any, and nothing is lost or left apart.
+        #[test]
+        fn takes_apart_and_joins_again(steps in prop::collection::vec((any::<bool>(), 1usize..40, any::<usize>()), 0..200)) {
+            const LEN: usize = 128;
+            let mut space = Space::new(LEN);
+            let mut taken: Vec<Range<usize>> = Vec::new();
+            for (take, len, which) in steps {
+                if take {
+                    let mut used = [false; LEN];
+                    taken.iter().for_each(|range| used[range.clone()].fill(true));
+                    let room = used.windows(len).any(|w| w.iter().all(|used| !used));
+                    prop_assert_eq!(space.fits(len), room);
+                    let range = space.take(len);
+                    prop_assert_eq!(range.is_some(), room);
+                    if let Some(range) = range {
+                        prop_assert_eq!(range.len(), len);
+                        prop_assert!(used[range.clone()].iter().all(|used| !used));
+                        taken.push(range);
+                    }
+                } else if !taken.is_empty() {
+                    space.give(taken.swap_remove(which % taken.len()));
+                }
+            }
+            taken.into_iter().for_each(|range| space.give(range));
+            prop_assert_eq!(space.free, BTreeMap::from([(0, LEN)]));
+        }
+    }
+}

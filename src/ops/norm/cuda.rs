@@ -1,0 +1,52 @@
+//! The CUDA half: see `kernels/norm.cu`.
+
+use candle_core::Tensor;
+use half::bf16;
+
+use crate::gpu::kernels::{Grid, launch};
+use crate::gpu::{input, output};
+use crate::{Error, Result};
+
+/// Values a thread keeps.
+const PER_THREAD: usize = 16;
+
+/// As [`super::rms_norm`], `x` f32 and the result bf16.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    let (t, n, grid) = shape(x, weight)?;
+    let device = x.device().as_cuda_device()?;
+    let (y, to) = output::<bf16>(device, (t, n))?;
+    let args = [input::<f32>(x)?.into(), input::<f32>(weight)?.into(), eps.into(), n.into(), to.into()];
+    // SAFETY: shapes as the kernel's contract, checked by `shape`.
+    unsafe { launch(device, "rms_norm", grid, &args)? };
+    Ok(y)
+}
+
+/// As [`super::add_rms_norm`], `x` and the sum f32, `delta` and the norm bf16.
+pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+    let (t, n, grid) = shape(x, weight)?;
+    if delta.dims() != x.dims() {
+        return Err(Error::internal(format!("sum of {:?} and {:?}", x.shape(), delta.shape())));
+    }
+    let device = x.device().as_cuda_device()?;
+    let (sum, sum_at) = output::<f32>(device, (t, n))?;
+    let (y, to) = output::<bf16>(device, (t, n))?;
+    let weight = input::<f32>(weight)?;
+    let (x, delta) = (input::<f32>(x)?, input::<bf16>(delta)?);
+    let args = [x.into(), delta.into(), weight.into(), eps.into(), n.into(), sum_at.into(), to.into()];
+    // SAFETY: as above, and `delta` has the shape of `x`.
+    unsafe { launch(device, "add_rms_norm", grid, &args)? };
+    Ok((sum, y))
+}
+
+fn shape(x: &Tensor, weight: &Tensor) -> Result<(usize, usize, Grid)> {
+    let (t, n) = x.dims2()?;
+    if weight.dims() != [n] || n % 4 != 0 || n > PER_THREAD * 1024 {
+        return Err(Error::internal(format!(
+            "norm of {:?} with weights {:?}: the width must be a multiple of 4, at most {}",
+            x.shape(),
+            weight.shape(),
+            PER_THREAD * 1024
+        )));
+    }
+    Ok((t, n, Grid::new(t, (n / 4).next_multiple_of(32).min(1024) as u32)))
+}

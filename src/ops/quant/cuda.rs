@@ -1,0 +1,276 @@
+//! Resident matrices on the GPU: see `kernels/quant.cu` for the layout and the kernels' contracts.
+
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, sys};
+use candle_core::{CudaDevice, DType, Tensor};
+use half::bf16;
+
+use super::tiles::{Format, INPUTS, ROWS, Tiles};
+use super::{QMatrix, Source};
+use crate::gpu::kernels::{Arg, Grid, launch};
+use crate::gpu::step::Step;
+use crate::gpu::{address, input, output};
+use crate::{Error, Result};
+
+/// Rows up to which products are taken with the packed weights; above, weights become bf16 first.
+pub const FUSED_ROWS: usize = 64;
+/// Activations up to this many bytes are read from shared memory by products of up to 8 rows.
+const NEAR_BYTES: usize = 32 << 10;
+/// Warps of a block in products of more than 16 rows, a strip of the matrix each.
+const WARPS: usize = 16;
+/// Values of a codebook times this are nearest to bf16 for NF4: relative error 8.5e-4 (root mean square) instead of 1.4e-3.
+const NF4_FACTOR: f32 = 1.436_752;
+
+/// Rows of one source, repacked, in device memory.
+pub struct Part {
+    device: CudaDevice,
+    format: Format,
+    n: usize,
+    k: usize,
+    words: CudaSlice<u32>,
+    /// Codebooks: 256 pairs of values as bf16, times `1 / factor`.
+    pairs: Option<CudaSlice<u32>>,
+    /// Codebooks: the 16 values.
+    codebook: Option<CudaSlice<f32>>,
+    factor: f32,
+    zero: f32,
+}
+
+impl Part {
+    /// Repacks sources and copies them to the device, neighbours of one form as one part: q, k and v are mostly one product.
+    pub fn pack(sources: &[Source], device: &CudaDevice) -> Result<Vec<Self>> {
+        let mut parts: Vec<Tiles> = Vec::new();
+        for source in sources {
+            let tiles = Tiles::pack(source)?;
+            match parts.last_mut() {
+                Some(last) if last.continues_with(&tiles) => last.append(tiles),
+                _ => parts.push(tiles),
+            }
+        }
+        parts.into_iter().map(|tiles| Self::upload(tiles, device)).collect()
+    }
+
+    fn upload(tiles: Tiles, device: &CudaDevice) -> Result<Self> {
+        let (mut pairs, mut codebook) = (None, None);
+        if tiles.format == Format::Lut {
+            let value = |code: usize| u32::from(bf16::from_f32(tiles.codebook[code] * NF4_FACTOR).to_bits());
+            let table: Vec<u32> = (0..256).map(|byte| value(byte & 15) | value(byte >> 4) << 16).collect();
+            pairs = Some(device.clone_htod(&table)?);
+            codebook = Some(device.clone_htod(&tiles.codebook[..])?);
+        }
+        let part = Self {
+            device: device.clone(),
+            format: tiles.format,
+            n: tiles.n,
+            k: tiles.k,
+            words: device.clone_htod(&tiles.words)?,
+            pairs,
+            codebook,
+            factor: 1.0 / NF4_FACTOR,
+            zero: tiles.zero,
+        };
+        // The host's copy goes now, and the copies above may still read it.
+        device.cuda_stream().synchronize().map_err(|e| Error::internal(format!("copying weights: {e}")))?;
+        Ok(part)
+    }
+
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    pub fn bytes(&self) -> usize {
+        4 * (self.words.len() + self.pairs.as_ref().map_or(0, |p| p.len() + 16))
+    }
+
+    /// The kernels' `WEIGHTS_ARGS`.
+    fn args(&self) -> Vec<Arg> {
+        let pairs = self.pairs.as_ref().map_or(0, address);
+        vec![
+            address(&self.words).into(),
+            pairs.into(),
+            self.factor.into(),
+            self.zero.into(),
+            self.n.into(),
+            self.k.into(),
+        ]
+    }
+
+    fn codebook(&self) -> u64 {
+        self.codebook.as_ref().map_or(0, address)
+    }
+
+    fn tiles(&self) -> usize {
+        self.k.div_ceil(INPUTS)
+    }
+
+    /// Writes the values to `out [n, k]` bf16.
+    fn dequantise(&self, out: u64) -> candle_core::Result<()> {
+        let grid = Grid::new((self.tiles() * self.n.div_ceil(ROWS)).div_ceil(8), 256);
+        let mut args = self.args();
+        args.extend([Arg::from(self.codebook()), out.into()]);
+        // SAFETY: `out` has n k values; the rest is this part's own memory.
+        unsafe { launch(&self.device, &format!("dequantise_{}", self.format.name()), grid, &args) }
+    }
+
+    /// Writes the values of rows `ids[i] - offset` that are this part's to `out [rows, k]` f32.
+    fn gather(&self, ids: u64, rows: usize, offset: usize, out: u64) -> candle_core::Result<()> {
+        let grid = Grid { blocks: (self.tiles().div_ceil(8) as u32, rows as u32, 1), ..Grid::new(1, 256) };
+        let mut args = self.args();
+        args.extend([Arg::from(self.codebook()), ids.into(), offset.into(), out.into()]);
+        // SAFETY: `ids` has `rows` ids and `out` rows k values; the kernel skips ids of other parts.
+        unsafe { launch(&self.device, &format!("gather_{}", self.format.name()), grid, &args) }
+    }
+
+    /// `y[:, column..column + n] = x [m, k] · Wᵀ` for up to [`FUSED_ROWS`] rows, `y` with `ldy` columns, bf16 or f32.
+    fn product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
+        // As many slices of k as give a block to every multiprocessor, by the shape alone: they decide the order of sums.
+        let slices = match self.n.div_ceil(256) {
+            100.. => 1,
+            34.. => 2,
+            _ => 4,
+        };
+        let tokens = [8, 16, 32, 64].into_iter().find(|&t| m <= t).unwrap_or(64);
+        let near = m <= 8 && 2 * m * self.k <= NEAR_BYTES;
+        let name = format!(
+            "gemm_{}_{}_{}",
+            self.format.name(),
+            if near { "near".to_owned() } else { tokens.to_string() },
+            if dtype == DType::F32 { "f32" } else { "bf16" }
+        );
+        let sums = self.group_sums(x, m)?;
+        let mut args = self.args();
+        let sums_at = sums.as_ref().map_or(0, |s| s.1);
+        args.extend([Arg::from(x), y.into(), m.into(), ldy.into(), slices.into(), sums_at.into()]);
+        let table = if self.format == Format::Lut { 32 << 10 } else { 0 };
+        let ring = |stages: usize| stages * self.format.chunk_bytes().next_multiple_of(128) + 128;
+        if tokens <= 16 {
+            let stages = if matches!(self.format, Format::Dense | Format::Lut) { 2 } else { 3 };
+            let blocks = self.n.div_ceil(ROWS).div_ceil(8 / slices);
+            let near = if near { 2 * m * self.k } else { 0 };
+            let grid = Grid { shared: (table + 8 * ring(stages) + near) as u32, ..Grid::new(blocks, 256) };
+            // SAFETY: x and y have the shapes that the caller promises, m rows of k and ldy.
+            unsafe { launch(&self.device, &name, grid, &args)? };
+            return Ok(());
+        }
+        let rows = ROWS * WARPS;
+        let blocks = self.n.div_ceil(rows);
+        let clusters = clusters(&self.device)?;
+        let partial = match slices {
+            2.. if !clusters => Some(output::<f32>(&self.device, blocks * slices * rows * tokens)?),
+            _ => None,
+        };
+        args.extend([Arg::from(partial.as_ref().map_or(0, |p| p.1)), arrivals(&self.device)?.into()]);
+        // Two chunks of activations and their sums, and a ring for each warp; the sums at the end take less.
+        let chunk = self.format.chunk();
+        let group_sums = self.format.sum_group().map_or(0, |group| 2 * chunk * (INPUTS / group) * tokens * 4);
+        let stages = if self.format == Format::Dense { 2 } else { 3 };
+        let shared = 2 * chunk * tokens * 128 + table + group_sums + WARPS * ring(stages);
+        let grid = Grid {
+            blocks: (blocks as u32, slices as u32, 1),
+            threads: 32 * WARPS as u32,
+            shared: shared as u32,
+            cluster: if clusters { slices as u32 } else { 1 },
+        };
+        // SAFETY: as above; `partial` and the counters have the sizes of the contract.
+        unsafe { launch(&self.device, &name, grid, &args)? };
+        Ok(())
+    }
+
+    /// `x [m, k]` summed over the groups, for formats with mins.
+    fn group_sums(&self, x: u64, m: usize) -> Result<Option<(Tensor, u64)>> {
+        let Some(group) = self.format.sum_group() else { return Ok(None) };
+        let count = self.tiles() * INPUTS / group * 64;
+        let sums = output::<f32>(&self.device, count)?;
+        let args = [Arg::from(x), m.into(), self.k.into(), group.into(), sums.1.into()];
+        // SAFETY: x has m rows of k, and sums the size of the contract.
+        unsafe { launch(&self.device, "group_sums", Grid::new(count.div_ceil(256), 256), &args)? };
+        Ok(Some(sums))
+    }
+}
+
+/// Whether blocks can be launched in clusters: from Hopper on.
+fn clusters(device: &CudaDevice) -> candle_core::Result<bool> {
+    static MAJOR: OnceLock<i32> = OnceLock::new();
+    if let Some(major) = MAJOR.get() {
+        return Ok(*major >= 9);
+    }
+    let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    let major = device.cuda_stream().context().attribute(attribute);
+    let major = major.map_err(|e| candle_core::Error::Msg(format!("the GPU's compute capability: {e}")))?;
+    Ok(*MAJOR.get_or_init(|| major) >= 9)
+}
+
+/// Counters of blocks that have arrived, zero between products: one for all, since products follow one another.
+fn arrivals(device: &CudaDevice) -> candle_core::Result<u64> {
+    /// 256-row blocks of the widest matrix with slices.
+    const MOST: usize = 99;
+    static COUNTERS: Mutex<Option<CudaSlice<i32>>> = Mutex::new(None);
+    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let counters = match &mut *counters {
+        Some(counters) => counters,
+        none => none.insert(device.alloc_zeros::<i32>(MOST)?),
+    };
+    Ok(address(counters))
+}
+
+impl QMatrix {
+    /// `x [m, k] bf16 -> [m, n]`.
+    pub(super) fn multiply_cuda(&self, parts: &[Part], x: &Tensor, dtype: DType) -> Result<Tensor> {
+        let (m, k) = x.dims2()?;
+        if k != self.k {
+            return Err(Error::internal(format!("product of [{m}, {k}] with a [{}, {}] matrix", self.n, self.k)));
+        }
+        // Rows of other lengths are not aligned for the kernels' loads.
+        let fused = k % 8 == 0 && (m <= FUSED_ROWS || dtype == DType::F32);
+        if !fused {
+            return Ok(x.matmul(&self.dequantised(parts)?.t()?)?.to_dtype(dtype)?);
+        }
+        let device = &parts[0].device;
+        let (y, to) = match dtype {
+            DType::F32 => output::<f32>(device, (m, self.n))?,
+            _ => output::<bf16>(device, (m, self.n))?,
+        };
+        let x = input::<bf16>(x)?;
+        for first in (0..m).step_by(FUSED_ROWS) {
+            let rows = FUSED_ROWS.min(m - first);
+            let mut column = 0;
+            for part in parts {
+                let to = to + ((first * self.n + column) * dtype.size_in_bytes()) as u64;
+                part.product(x + (2 * first * self.k) as u64, rows, to, self.n, dtype)?;
+                column += part.n;
+            }
+        }
+        Ok(y)
+    }
+
+    /// All values `[n, k]` bf16.
+    fn dequantised(&self, parts: &[Part]) -> Result<Tensor> {
+        let (values, mut to) = output::<bf16>(&parts[0].device, (self.n, self.k))?;
+        for part in parts {
+            part.dequantise(to)?;
+            to += (2 * part.n * self.k) as u64;
+        }
+        Ok(values)
+    }
+
+    /// Rows `ids`, or the tokens of `step`, as `[rows, k]` f32.
+    pub(super) fn gather_cuda(&self, parts: &[Part], ids: &[u32], step: Option<&Step>) -> Result<Tensor> {
+        let device = &parts[0].device;
+        let uploaded;
+        let (ids, rows) = match step {
+            Some(step) => (step.tokens, step.rows),
+            None => {
+                uploaded = device.clone_htod(ids)?;
+                (address(&uploaded), ids.len())
+            }
+        };
+        let (out, to) = output::<f32>(device, (rows, self.k))?;
+        let mut offset = 0;
+        for part in parts {
+            part.gather(ids, rows, offset, to)?;
+            offset += part.n;
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,33 @@
+//! What the tests on a GPU share.
+
+use std::sync::OnceLock;
+
+use candle_core::Device;
+use half::bf16;
+use quiver::gpu::{self, DeviceChoice};
+
+/// The GPU, opened once.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| gpu::open(DeviceChoice::Cuda(0)).expect("these tests need a GPU")).clone()
+}
+
+/// `len` values in [-1, 1), rounded to bf16, the same for the same seed.
+pub fn random(seed: u64, len: usize) -> Vec<bf16> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| bf16::from_f32(next())).collect()
+}
+
+/// `‖got - want‖ / ‖want‖`; NaN if anything is.
+pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let error = norm(&mut got.iter().zip(want).map(|(g, w)| f64::from(*g) - w));
+    error / norm(&mut want.iter().copied()).max(f64::MIN_POSITIVE)
+}

@@ -1,0 +1,242 @@
+//! Products with resident weights on a GPU, their exact values, and rows whatever the batch.
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use quiver::ops::norm::{add_rms_norm, rms_norm};
+use quiver::ops::quant::{Codec, QMatrix, Source, gather_rows, matmul, nf4};
+use quiver::ops::swiglu::swiglu;
+use safetensors::SafeTensors;
+
+use crate::common::{device, random, relative_error};
+
+/// Error of a product whose activations and result are bf16, and of codebook values on top, with room for chance.
+const BOUND: f64 = 6e-3;
+
+const CODECS: [Codec; 11] = [
+    Codec::Q4_0,
+    Codec::Q4_1,
+    Codec::Q4K,
+    Codec::Q5_0,
+    Codec::Q5_1,
+    Codec::Q5K,
+    Codec::Q6K,
+    Codec::Q8_0,
+    Codec::F32,
+    Codec::F16,
+    Codec::BF16,
+];
+
+/// Random codes, and scales that keep values near 1.
+fn source(codec: Codec, n: usize, k: usize, seed: u64) -> Source<'static> {
+    let values = random(seed, n * k);
+    let bytes: Vec<u8> = match codec {
+        Codec::F32 => values.iter().flat_map(|v| v.to_f32().to_le_bytes()).collect(),
+        Codec::F16 => values.iter().flat_map(|v| f16::from_f32(v.to_f32()).to_le_bytes()).collect(),
+        Codec::BF16 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        _ => {
+            let size = codec.block_bytes();
+            let count = n * k / codec.block();
+            let noise = random(seed + 1, count * size);
+            let mut bytes: Vec<u8> =
+                noise.iter().map(|v| (v.to_bits() & 0xff) as u8 ^ (v.to_bits() >> 3) as u8).collect();
+            for (block, noise) in bytes.chunks_exact_mut(size).zip(noise.chunks_exact(size)) {
+                let half = |v: f32| f16::from_f32(v).to_le_bytes();
+                let (d, m) = (0.02 + 0.01 * noise[0].to_f32(), 0.05 * noise[1].to_f32());
+                match codec {
+                    Codec::Q6K => block[208..].copy_from_slice(&half(d / 30.0)),
+                    Codec::Q4_1 | Codec::Q5_1 => {
+                        block[..2].copy_from_slice(&half(d));
+                        block[2..4].copy_from_slice(&half(m));
+                    }
+                    Codec::Q4K | Codec::Q5K => {
+                        block[..2].copy_from_slice(&half(d / 20.0));
+                        block[2..4].copy_from_slice(&half(d / 20.0));
+                    }
+                    _ => block[..2].copy_from_slice(&half(d)),
+                }
+            }
+            bytes
+        }
+    };
+    Source::Blocks { codec, n, k, bytes: bytes.into() }
+}
+
+fn codebook(n: usize, k: usize, block: usize, seed: u64) -> Source<'static> {
+    Source::Codebook {
+        n,
+        k,
+        block,
+        codes: random(seed, (n * k).div_ceil(2)).iter().map(|v| (v.to_bits() >> 2) as u8).collect::<Vec<_>>().into(),
+        scales: random(seed + 1, (n * k).div_ceil(block)).iter().map(|v| 0.2 + v.to_f32().abs()).collect(),
+        codebook: nf4::CODEBOOK,
+    }
+}
+
+/// `[rows][n]` in f64 over the exact weights.
+fn reference(w: &QMatrix, x: &[bf16], rows: usize) -> Vec<f64> {
+    let (n, k) = (w.n(), w.k());
+    let weights: Vec<Vec<f32>> = (0..n).map(|row| w.row(row as u32).expect("a row")).collect();
+    let dot = |x: &[bf16], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(x.to_f32()) * f64::from(*w)).sum();
+    (0..rows).flat_map(|t| weights.iter().map(|w| dot(&x[t * k..(t + 1) * k], w)).collect::<Vec<f64>>()).collect()
+}
+
+fn product(w: &QMatrix, x: &[bf16], rows: usize, dtype: DType) -> Vec<f32> {
+    let x = Tensor::from_slice(&x[..rows * w.k()], (rows, w.k()), &device()).expect("a tensor");
+    let y = matmul(w, &x, dtype).expect("a product");
+    y.to_dtype(DType::F32).and_then(|y| y.flatten_all()?.to_vec1()).expect("values")
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn values_are_exactly_the_cpus() {
+    for (i, codec) in CODECS.into_iter().enumerate() {
+        for (n, k) in [(1, 256), (15, 512), (16, 256), (17, 768), (100, 1280)] {
+            let source = source(codec, n, k, i as u64);
+            let cpu = QMatrix::pack(std::slice::from_ref(&source), &Device::Cpu).expect("packs");
+            let gpu = QMatrix::pack(std::slice::from_ref(&source), &device()).expect("packs");
+            let ids: Vec<u32> = (0..n as u32).rev().collect();
+            let rows = |w: &QMatrix| -> Vec<f32> {
+                gather_rows(w, &ids, None).and_then(|t| Ok(t.flatten_all()?.to_vec1()?)).expect("rows")
+            };
+            // Dense matrices are bf16 on a GPU, and here their values are too. A zero's sign may differ.
+            assert_eq!(rows(&cpu), rows(&gpu), "{codec:?} [{n}, {k}]");
+        }
+    }
+    for (n, k, block) in [(3, 64, 64), (17, 128, 64), (5, 192, 64), (16, 256, 128)] {
+        let source = codebook(n, k, block, 3);
+        let cpu = QMatrix::pack(std::slice::from_ref(&source), &Device::Cpu).expect("packs");
+        let gpu = QMatrix::pack(std::slice::from_ref(&source), &device()).expect("packs");
+        for row in 0..n as u32 {
+            assert_eq!(bits(&cpu.row(row).unwrap()), bits(&gpu.row(row).unwrap()), "[{n}, {k}] blocks of {block}");
+        }
+    }
+}
+
+#[test]
+fn products_match_float64_and_rows_stand_alone() {
+    let shapes = [(16, 256), (100, 512), (960, 576), (1030, 1536), (9000, 256), (17000, 256)];
+    for (i, codec) in CODECS.into_iter().enumerate() {
+        for (n, k) in shapes {
+            if k % codec.block() != 0 || (n > 2000 && i % 3 != 0) {
+                continue;
+            }
+            check(
+                &QMatrix::pack(&[source(codec, n, k, 7 + i as u64)], &device()).expect("packs"),
+                &format!("{codec:?}"),
+            );
+        }
+    }
+    for (n, k, block) in [(64, 64, 64), (100, 4096, 64), (1000, 320, 64), (9000, 128, 64), (96, 96, 64), (20, 96, 32)] {
+        check(&QMatrix::pack(&[codebook(n, k, block, 5)], &device()).expect("packs"), "codebook");
+    }
+    // q, k and v of different types in one matrix.
+    let stack = [source(Codec::Q4K, 128, 512, 1), source(Codec::Q4K, 32, 512, 2), source(Codec::Q6K, 32, 512, 3)];
+    check(&QMatrix::pack(&stack, &device()).expect("packs"), "stacked");
+}
+
+/// Products of all sizes of batch against f64, and their rows against each other bit for bit.
+fn check(w: &QMatrix, what: &str) {
+    let (n, k) = (w.n(), w.k());
+    let x = random(11, 257 * k);
+    let most = if n > 2000 { 70 } else { 257 };
+    let want = reference(w, &x, most);
+    let all = product(w, &x, 64, DType::BF16);
+    for m in [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 257].into_iter().filter(|m| *m <= most) {
+        let y = product(w, &x, m, DType::BF16);
+        let error = relative_error(&y, &want[..m * n]);
+        assert!(error < BOUND, "{what} [{n}, {k}] for {m} rows: {error}");
+        if m <= 64 {
+            assert_eq!(bits(&y), bits(&all[..m * n]), "{what} [{n}, {k}]: {m} rows alone and among 64");
+        }
+        let y = product(w, &x, m, DType::F32);
+        let error = relative_error(&y, &want[..m * n]);
+        assert!(error < BOUND, "{what} [{n}, {k}] for {m} rows in f32: {error}");
+    }
+    // Other rows' values do not matter, even if they are not numbers.
+    let mut other = x[..64 * k].to_vec();
+    for (row, values) in other.chunks_exact_mut(k).enumerate() {
+        if row % 3 == 1 {
+            values.fill(bf16::NAN);
+        }
+    }
+    let y = product(w, &other, 64, DType::BF16);
+    for row in (0..64).filter(|row| row % 3 != 1) {
+        let range = row * n..(row + 1) * n;
+        assert_eq!(bits(&y[range.clone()]), bits(&all[range]), "{what} [{n}, {k}]: row {row} beside NaN");
+    }
+    for _ in 0..20 {
+        assert_eq!(bits(&product(w, &x, 64, DType::BF16)), bits(&all), "{what} [{n}, {k}]: again");
+    }
+}
+
+/// A layer that bitsandbytes quantised, double quantisation and all: the GPU's bf16 values are its own bit for bit. They are
+/// read through a product with the unit matrix, which is exact and has too many rows for the fused kernels.
+#[test]
+fn nf4_decodes_as_bitsandbytes_does() {
+    let file = SafeTensors::deserialize(include_bytes!("../fixtures/nf4/bnb_nf4_dq.safetensors")).expect("the fixture");
+    let part = |suffix: &str| file.tensor(&format!("odd_rows_bf16{suffix}")).expect("a tensor").data().to_vec();
+    let floats = |bytes: Vec<u8>| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    };
+    let state = part(".weight.quant_state.bitsandbytes__nf4");
+    let state: serde_json::Value = serde_json::from_slice(&state).expect("JSON");
+    let dim = |i: usize| state["shape"][i].as_u64().expect("a size") as usize;
+    let (n, k) = (dim(0), dim(1));
+    let offset = state["nested_offset"].as_f64().expect("an offset") as f32;
+    let nested = floats(part(".weight.nested_absmax"));
+    let scales = nf4::decode_scales(&part(".weight.absmax"), nf4::dynamic_map(), &nested, offset);
+    let codes = part(".weight").into();
+    let source = Source::Codebook { n, k, block: nf4::BLOCK, codes, scales, codebook: nf4::CODEBOOK };
+    let w = QMatrix::pack(&[source], &device()).expect("packs");
+    assert!(k > 64);
+    let unit: Vec<bf16> = (0..k * k).map(|i| if i % (k + 1) == 0 { bf16::ONE } else { bf16::ZERO }).collect();
+    let y = product(&w, &unit, k, DType::BF16);
+    let want: Vec<f32> =
+        part(".expected").chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+    for row in 0..n {
+        let got: Vec<f32> = (0..k).map(|i| y[i * n + row]).collect();
+        assert_eq!(got, want[row * k..(row + 1) * k], "row {row}");
+    }
+}
+
+#[test]
+fn norms_and_swiglu_match_float64() {
+    for (t, n) in [(1, 4), (3, 64), (5, 576), (64, 4096), (2, 14336)] {
+        let (x, delta, weight) = (random(1, t * n), random(2, t * n), random(3, n));
+        let f32s = |v: &[bf16]| v.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
+        let on = |v: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(v, shape, &device()).expect("a tensor");
+        let w = Tensor::from_vec(f32s(&weight), n, &device()).expect("a tensor");
+        let delta_gpu = Tensor::from_slice(&delta, (t, n), &device()).expect("a tensor");
+        let (sum, y) = add_rms_norm(&on(f32s(&x), (t, n)), &delta_gpu, &w, 1e-5).expect("a norm");
+        let plain: Vec<f32> = x.iter().zip(&delta).map(|(x, d)| x.to_f32() + d.to_f32()).collect();
+        assert_eq!(sum.flatten_all().unwrap().to_vec1::<f32>().unwrap(), plain);
+        let alone = rms_norm(&on(plain.clone(), (t, n)), &w, 1e-5).expect("a norm");
+        let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(&alone), values(&y));
+        let want: Vec<f64> = plain
+            .chunks_exact(n)
+            .flat_map(|row| {
+                let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
+                let scale = 1.0 / (mean + 1e-5).sqrt();
+                row.iter().zip(&weight).map(|(v, w)| f64::from(*v) * scale * f64::from(w.to_f32())).collect::<Vec<_>>()
+            })
+            .collect();
+        assert!(relative_error(&values(&y), &want) < 3e-3, "[{t}, {n}]");
+
+        let y = swiglu(&Tensor::from_slice(&random(4, 2 * t * n), (t, 2 * n), &device()).expect("a tensor"))
+            .expect("values");
+        let gate_up = random(4, 2 * t * n);
+        let want: Vec<f64> = gate_up
+            .chunks_exact(2 * n)
+            .flat_map(|row| {
+                let (gate, up) = row.split_at(n);
+                let silu = |g: f64| g / (1.0 + (-g).exp());
+                gate.iter().zip(up).map(|(g, u)| silu(g.to_f32().into()) * f64::from(u.to_f32())).collect::<Vec<_>>()
+            })
+            .collect();
+        assert!(relative_error(&values(&y), &want) < 3e-3, "swiglu [{t}, {n}]");
+    }
+}
