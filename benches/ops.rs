@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use quiver::ops::quant::{Codec, QMatrix, Source, matmul};
 
@@ -12,7 +12,10 @@ fn matrix(codec: Codec, n: usize, k: usize, block: usize) -> Arc<QMatrix> {
     for block in bytes.chunks_exact_mut(block) {
         block[..4].copy_from_slice(&[0x00, 0x20, 0x00, 0x20]);
     }
-    Arc::new(QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: bytes.into() }]).expect("the shape is whole blocks"))
+    Arc::new(
+        QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: bytes.into() }], &Device::Cpu)
+            .expect("the shape is whole blocks"),
+    )
 }
 
 fn quant(c: &mut Criterion) {
@@ -34,7 +37,7 @@ fn quant(c: &mut Criterion) {
             let x = Tensor::from_vec(x, (m, k), &Device::Cpu).expect("a tensor");
             // Elements are multiply-accumulates.
             group.throughput(Throughput::Elements((n * k * m) as u64));
-            group.bench_with_input(BenchmarkId::new(name, m), &x, |b, x| b.iter(|| matmul(&w, x)));
+            group.bench_with_input(BenchmarkId::new(name, m), &x, |b, x| b.iter(|| matmul(&w, x, DType::F32)));
         }
     }
 }

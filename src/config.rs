@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Arg, Args, Command, ValueEnum};
 
+use crate::gpu::DeviceChoice;
 use crate::model::weights::Quantize;
 use crate::{Error, Result};
 
@@ -17,6 +18,15 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// The model's files.
+    Auto,
+    /// Made up for the shape in a config.json, to measure speed and memory.
+    Dummy,
 }
 
 /// An adapter to load at the start.
@@ -42,9 +52,13 @@ pub struct ServeConfig {
     )]
     pub model: String,
 
-    /// Quantise a model in f32, f16 or bf16 while loading
+    /// Quantise a model in f32, f16 or bf16 while loading; the form of dummy weights [default: nf4 for dummy weights]
     #[arg(long, env = "QUIVER_QUANTIZE", value_name = "FORMAT", help_heading = "Model")]
     pub quantize: Option<Quantize>,
+
+    /// Where weights come from; dummy makes them up, in 4 bits, for --model DIR or config.json
+    #[arg(long, env = "QUIVER_LOAD_FORMAT", value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
+    pub load_format: LoadFormat,
 
     /// Name of the base in requests and responses, instead of the model's own; give it again for more names
     #[arg(long, env = "QUIVER_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',', help_heading = "Model")]
@@ -53,6 +67,10 @@ pub struct ServeConfig {
     /// Longest prompt plus output, tokens [default: what the model was made for]
     #[arg(long, env = "QUIVER_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive, help_heading = "Model")]
     pub max_model_len: Option<usize>,
+
+    /// Where the model runs: auto (a GPU where there is one), cpu, cuda or cuda:N
+    #[arg(long, env = "QUIVER_DEVICE", value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
+    pub device: DeviceChoice,
 
     /// Where downloaded models are kept [default: ~/.cache/quiver]
     #[arg(long, env = "QUIVER_CACHE_DIR", value_name = "DIR", help_heading = "Model")]
@@ -156,20 +174,14 @@ pub struct ServeConfig {
     )]
     pub drain_timeout: Duration,
 
-    /// Memory for keys and values of running and cached sequences [default: enough for 8 of full length, at most 1/4 of RAM]
+    /// Memory for keys and values of running and cached sequences [default: enough for 8 of full length, at most 1/4 of RAM;
+    /// on a GPU, what is left of its memory]
     #[arg(long, env = "QUIVER_KV_MEMORY", value_name = "SIZE", value_parser = bytes, help_heading = "Engine")]
     pub kv_memory: Option<usize>,
 
-    /// Rows of one forward pass: running sequences first, the rest is prompt
-    #[arg(
-        long,
-        env = "QUIVER_MAX_BATCH_TOKENS",
-        value_name = "TOKENS",
-        default_value = "512",
-        value_parser = positive,
-        help_heading = "Engine"
-    )]
-    pub max_batch_tokens: usize,
+    /// Rows of one forward pass: running sequences first, the rest is prompt [default: 512, on a GPU 4096]
+    #[arg(long, env = "QUIVER_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = positive, help_heading = "Engine")]
+    pub max_batch_tokens: Option<usize>,
 
     /// Sequences that run at once
     #[arg(

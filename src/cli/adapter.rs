@@ -1,9 +1,15 @@
-//! `quiver adapter`: the admin routes of a running server, from a terminal.
+//! `quiver adapter`: the admin routes of a running server, from a terminal; and adapters made up for benchmarks.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread;
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use crate::{Error, Result};
+use crate::adapter::{Module, dummy};
+use crate::model::weights;
+use crate::{Error, Result, hub};
 
 /// Where the server is, and what to do there.
 #[derive(Debug, Args)]
@@ -47,6 +53,69 @@ enum Action {
         /// The name requests use
         name: String,
     },
+    /// Write made-up adapters to measure with: dummy-0000, dummy-0001, ...
+    Dummy(Dummy),
+}
+
+#[derive(Debug, Args)]
+struct Dummy {
+    /// The base they are for: as in `serve`, or a config.json
+    #[arg(long)]
+    model: String,
+    /// How many
+    #[arg(long, default_value_t = 1)]
+    count: usize,
+    /// Rank of all
+    #[arg(long, default_value = "16", value_parser = clap::value_parser!(u16).range(1..))]
+    rank: u16,
+    /// Ranks that they take in turn, instead
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..), conflicts_with = "rank")]
+    ranks: Vec<u16>,
+    /// Modules that they change: all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head
+    #[arg(long, default_value = "all", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Where their directories go
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+impl Dummy {
+    fn run(&self) -> Result<()> {
+        let files = match self.model.ends_with(".json") {
+            true => hub::shape(&self.model)?,
+            false => hub::resolve(&self.model, &hub::default_cache(), true)?,
+        };
+        let model = weights::shape(&files)?;
+        let mut modules = Module::BLOCK.to_vec();
+        if self.targets != ["all"] {
+            let known = Module::BLOCK.into_iter().chain([Module::LmHead]);
+            let named = |name: &String| {
+                let mut modules = known.clone().filter(|m| m.path(0).rsplit('.').next() == Some(name));
+                modules.next().ok_or_else(|| Error::invalid(format!("--targets {name}: there is no such module")))
+            };
+            modules = self.targets.iter().map(named).collect::<Result<_>>()?;
+        }
+        let ranks = if self.ranks.is_empty() { &[self.rank][..] } else { &self.ranks };
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<()> {
+            loop {
+                let i = next.fetch_add(1, Relaxed);
+                if i >= self.count {
+                    return Ok(());
+                }
+                let rank = usize::from(ranks[i % ranks.len()]);
+                dummy::write(&self.out.join(format!("dummy-{i:04}")), &model, &modules, rank)?;
+            }
+        };
+        let failed = |_| Error::internal("a writing thread panicked");
+        thread::scope(|scope| {
+            let threads = thread::available_parallelism().map_or(1, usize::from).min(self.count);
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().try_for_each(|thread| thread.join().map_err(failed)?)
+        })?;
+        println!("{} adapters in {}", self.count, self.out.display());
+        Ok(())
+    }
 }
 
 impl AdapterArgs {
@@ -76,6 +145,7 @@ impl AdapterArgs {
             Action::Unload { name } => self.call("DELETE", &segment(name), None),
             Action::Pin { name } => self.call("POST", &(segment(name) + "/pin"), None),
             Action::Unpin { name } => self.call("POST", &(segment(name) + "/unpin"), None),
+            Action::Dummy(dummy) => return dummy.run(),
         }
         .map(|answer| println!("{answer:#}"))
     }

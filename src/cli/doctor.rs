@@ -2,7 +2,7 @@
 
 use bytesize::ByteSize;
 
-use crate::Result;
+use crate::{Result, gpu};
 
 /// Bits a weight costs in memory, scales and the parts that stay wider included.
 const BITS_PER_WEIGHT: f64 = 5.0;
@@ -28,7 +28,7 @@ pub fn run() -> Result<()> {
     );
     println!("simd     {}", simd().join(" "));
     println!("memory   {} in all, {} free", ByteSize(memory), ByteSize(free));
-    println!("gpu      not used by this build");
+    println!("gpu      {}", gpu::describe());
     println!();
     println!("In 4 bits, in {:.0}% of memory:", MODEL_SHARE * 100.0);
     for (name, billions) in [

@@ -1,6 +1,8 @@
 //! The command line: one subcommand a file.
 
 mod adapter;
+mod backend;
+mod bench;
 mod doctor;
 mod serve;
 
@@ -11,7 +13,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::Result;
 use crate::config::{self, ServeConfig};
-use crate::hub::{self, ModelFormat};
+use crate::hub;
 
 /// One 4-bit base model, many LoRA adapters: an OpenAI-compatible server.
 #[derive(Debug, Parser)]
@@ -37,6 +39,8 @@ enum Subcommands {
     Pull(Pull),
     /// Look after the adapters of a running server
     Adapter(adapter::AdapterArgs),
+    /// Measure speed
+    Bench(bench::BenchArgs),
     /// Say what this machine can run
     Doctor,
 }
@@ -57,6 +61,7 @@ pub fn run() -> Result<()> {
         Subcommands::Serve(config) => serve::run(*config),
         Subcommands::Pull(pull) => pull.run(),
         Subcommands::Adapter(args) => args.run(),
+        Subcommands::Bench(args) => args.run(),
         Subcommands::Doctor => doctor::run(),
     }
 }
@@ -93,8 +98,7 @@ fn parse(args: Vec<OsString>) -> Result<Cli> {
 impl Pull {
     fn run(self) -> Result<()> {
         let files = hub::resolve(&self.model, &self.cache_dir.unwrap_or_else(hub::default_cache), true)?;
-        let (ModelFormat::Gguf(path) | ModelFormat::HuggingFace(path)) = files.format;
-        println!("{}", path.display());
+        println!("{}", files.path().display());
         Ok(())
     }
 }
@@ -105,7 +109,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{LogFormat, NamedPath};
+    use crate::config::{LoadFormat, LogFormat, NamedPath};
+    use crate::model::weights::Quantize;
 
     fn serve(args: &[&str], file: &str) -> Result<ServeConfig> {
         let mut toml = tempfile::NamedTempFile::new().expect("a temporary file");
@@ -126,14 +131,15 @@ mod tests {
     #[test]
     fn flags_go_before_the_file_and_the_file_before_defaults() {
         let file = "port = 9000\nmax-running = 7\nadapter = ['a=x', 'b=y']\nno-prefix-cache = true\nkv-memory = '1GiB'\n\
-                    log-format = 'json'\ndrain-timeout = 1.5";
+                    log-format = 'json'\ndrain-timeout = 1.5\nload-format = 'dummy'\nquantize = 'q4_0'";
         let config = serve(&["--port", "9001"], file).expect("all is right");
         assert_eq!(config.port, 9001);
         assert_eq!(config.max_running, 7);
-        assert_eq!(config.max_batch_tokens, 512);
+        assert_eq!(config.max_batch_tokens, None);
         assert_eq!(config.kv_memory, Some(1 << 30));
         assert!(config.no_prefix_cache);
         assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!((config.load_format, config.quantize), (LoadFormat::Dummy, Some(Quantize::Q4_0)));
         assert_eq!(config.drain_timeout, Duration::from_millis(1500));
         let named = |name: &str, path: &str| NamedPath { name: name.into(), path: path.into() };
         assert_eq!(config.adapter, [named("a", "x"), named("b", "y")]);

@@ -2,26 +2,18 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 
 use bytesize::ByteSize;
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
-use super::doctor;
-use crate::adapter::registry::{Registry, RegistryConfig};
-use crate::config::{LogFormat, NamedPath, ServeConfig};
-use crate::engine::runner::ModelRunner;
-use crate::engine::{Engine, EngineConfig};
-use crate::model::ModelConfig;
+use super::backend::{Backend, Loaded};
+use crate::config::{LogFormat, ServeConfig};
 use crate::model::kv::KvCache;
-use crate::model::llama::Llama;
-use crate::model::weights::Weights;
-use crate::ops::{pool, quant::kernel_name};
-use crate::server::prompt::TextCodec;
+use crate::ops::quant::kernel_name;
 use crate::server::{self, App, HttpConfig, Serving};
-use crate::{Error, Result, hub};
+use crate::{Error, Result};
 
 /// Serves until SIGTERM or ctrl-C.
 pub fn run(config: ServeConfig) -> Result<()> {
@@ -54,67 +46,16 @@ async fn serve(config: ServeConfig) -> Result<()> {
     ended(server.await)
 }
 
-/// Brings the model up and makes the server ready. Heavy work runs on blocking threads, so that /health answers meanwhile.
+/// Brings the model up and makes the server ready.
 async fn load(config: &ServeConfig, app: &App, address: SocketAddr) -> Result<()> {
-    let (model, quantize) = (config.model.clone(), config.quantize);
-    let cache = config.cache_dir.clone().unwrap_or_else(hub::default_cache);
-    let read = move || {
-        let files = hub::resolve(&model, &cache, true)?;
-        let codec = TextCodec::load(&files)?;
-        let weights = Weights::load(&files, quantize, |_| {})?;
-        Ok::<_, Error>((files, codec, weights))
-    };
-    if let Some(threads) = config.threads {
-        pool::set_threads(threads);
-    }
-    let (files, codec, weights) =
-        tokio::task::spawn_blocking(read).await.map_err(|e| Error::internal(e.to_string()))??;
-    let weight_bytes = weights.bytes();
-    let names = match &config.served_model_name[..] {
-        [] => vec![files.name.clone()],
-        names => names.to_vec(),
-    };
-    let registry = Registry::new(
-        Arc::new(weights.config.clone()),
-        RegistryConfig {
-            adapter_root: config.adapter_root.clone(),
-            state_dir: config.state_dir.clone(),
-            host_budget: config.host_adapter_memory,
-            slot_budget: config.adapter_memory,
-            reserved_names: names.clone(),
-        },
-    )?;
-    load_adapters(config, &registry).await?;
-    let model = Llama::new(weights)?;
-    if codec.vocab_size() > model.config().vocab_size {
-        return Err(Error::invalid(format!(
-            "the tokenizer has {} ids and the model {} embeddings: they do not belong together",
-            codec.vocab_size(),
-            model.config().vocab_size
-        )));
-    }
-    let plan = MemoryPlan::new(config, model.config())?;
-    plan.announce(config, &files.name, weight_bytes, &registry, address);
-    let engine = Engine::start(
-        ModelRunner { kv: KvCache::new(model.config(), plan.kv_blocks)?, tiers: registry.tiers()?, model },
-        EngineConfig {
-            block_size: KvCache::BLOCK_SIZE,
-            num_blocks: plan.kv_blocks,
-            max_batch_tokens: config.max_batch_tokens.max(config.max_running),
-            max_running: config.max_running,
-            max_waiting: config.max_waiting,
-            max_model_len: plan.max_model_len,
-            eos_token_ids: codec.eos_token_ids().to_vec(),
-            prefix_cache: !config.no_prefix_cache,
-        },
-    )?;
+    let backend = Backend::load(config, |loaded| announce(config, loaded, address)).await?;
     app.set_serving(Serving {
-        engine,
-        registry,
-        codec: Arc::new(codec),
-        names,
-        root: files.path().to_owned(),
-        max_model_len: plan.max_model_len,
+        engine: backend.engine,
+        registry: backend.registry,
+        codec: Arc::new(backend.codec),
+        names: backend.names,
+        root: backend.files.path().to_owned(),
+        max_model_len: backend.plan.max_model_len,
         max_waiting: config.max_waiting,
         block_size: KvCache::BLOCK_SIZE,
         slot_budget: config.adapter_memory,
@@ -122,91 +63,30 @@ async fn load(config: &ServeConfig, app: &App, address: SocketAddr) -> Result<()
     Ok(())
 }
 
-/// Where memory goes.
-struct MemoryPlan {
-    /// Longest prompt plus output.
-    max_model_len: usize,
-    /// Blocks of the KV cache.
-    kv_blocks: usize,
-    /// Bytes of those.
-    kv_bytes: usize,
-}
-
-impl MemoryPlan {
-    /// Sequences of full length that the KV cache holds by default.
-    const FULL_SEQUENCES: usize = 8;
-
-    /// Fits the KV cache into its budget. Errors: no room for one sequence of full length.
-    fn new(config: &ServeConfig, model: &ModelConfig) -> Result<Self> {
-        let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
-        if max_model_len > model.max_position_embeddings {
-            return Err(Error::invalid(format!(
-                "--max-model-len {max_model_len}: this model was made for at most {} tokens",
-                model.max_position_embeddings
-            )));
-        }
-        let block = KvCache::bytes_per_block(model);
-        // One token more than the longest sequence has room for, where the next one would go.
-        let full = (max_model_len + 1).div_ceil(KvCache::BLOCK_SIZE);
-        let default = || (Self::FULL_SEQUENCES * full * block).min(doctor::memory().0 as usize / 4);
-        let kv_blocks = config.kv_memory.unwrap_or_else(default) / block;
-        if kv_blocks < full {
-            return Err(Error::invalid(format!(
-                "one sequence of {max_model_len} tokens needs {} of KV cache and {} are set aside: raise --kv-memory or lower \
-                 --max-model-len",
-                ByteSize((full * block) as u64),
-                ByteSize((kv_blocks * block) as u64)
-            )));
-        }
-        Ok(Self { max_model_len, kv_blocks, kv_bytes: kv_blocks * block })
-    }
-
-    /// Says what was loaded and where memory goes, and how to try it.
-    fn announce(
-        &self,
-        config: &ServeConfig,
-        model: &str,
-        weight_bytes: usize,
-        registry: &Registry,
-        address: SocketAddr,
-    ) {
-        let adapters = registry.list();
-        println!("model     {model}: weights {}, {} kernel", ByteSize(weight_bytes as u64), kernel_name());
-        println!(
-            "memory    KV cache {} ({} tokens, {} a sequence), adapter slots {}, adapters on the host {}",
-            ByteSize(self.kv_bytes as u64),
-            self.kv_blocks * KvCache::BLOCK_SIZE,
-            self.max_model_len,
-            ByteSize(config.adapter_memory as u64),
-            ByteSize(config.host_adapter_memory as u64)
-        );
-        let names: Vec<&str> = adapters.iter().map(|a| a.name.as_str()).take(20).collect();
-        let more = if adapters.len() > names.len() { ", ..." } else { "" };
-        println!("adapters  {}: {}{more}", adapters.len(), names.join(", "));
-        let adapter = names.first().map_or(String::new(), |name| format!("\"adapter\": \"{name}\", "));
-        let key = if config.api_key.is_empty() { "" } else { " -H 'authorization: Bearer YOUR-KEY'" };
-        println!("\ntry it:\n");
-        println!(
-            "curl http://{address}/v1/completions -H 'content-type: application/json'{key} \\\n  -d '{{{adapter}\"prompt\": \"The lantern is\", \
-             \"max_tokens\": 40}}'\n",
-        );
-    }
-}
-
-/// The adapters of --adapters, --adapter and the manifest. One that was asked for by name must load; the rest is reported.
-async fn load_adapters(config: &ServeConfig, registry: &Registry) -> Result<()> {
-    let default = Path::new("adapters");
-    if let Some(dir) = config.adapters.as_deref().or(default.is_dir().then_some(default)) {
-        registry.load_directory(dir).await?;
-    }
-    for NamedPath { name, path } in &config.adapter {
-        registry.load(name, path, false, true).await.map_err(|mut e| {
-            e.message = format!("--adapter {name}={path}: {}", e.message);
-            e
-        })?;
-    }
-    registry.restore().await;
-    Ok(())
+/// Says what was loaded and where memory goes, and how to try it.
+fn announce(config: &ServeConfig, loaded: &Loaded, address: SocketAddr) {
+    let Loaded { files, registry, weight_bytes, plan, device } = loaded;
+    let adapters = registry.list();
+    let kernels = if device.is_cuda() { "CUDA" } else { kernel_name() };
+    println!("model     {}: weights {}, {kernels} kernels", files.name, ByteSize(*weight_bytes as u64));
+    println!(
+        "memory    KV cache {} ({} tokens, {} a sequence), adapter slots {}, adapters on the host {}",
+        ByteSize(plan.kv_bytes as u64),
+        plan.kv_blocks * KvCache::BLOCK_SIZE,
+        plan.max_model_len,
+        ByteSize(config.adapter_memory as u64),
+        ByteSize(config.host_adapter_memory as u64)
+    );
+    let names: Vec<&str> = adapters.iter().map(|a| a.name.as_str()).take(20).collect();
+    let more = if adapters.len() > names.len() { ", ..." } else { "" };
+    println!("adapters  {}: {}{more}", adapters.len(), names.join(", "));
+    let adapter = names.first().map_or(String::new(), |name| format!("\"adapter\": \"{name}\", "));
+    let key = if config.api_key.is_empty() { "" } else { " -H 'authorization: Bearer YOUR-KEY'" };
+    println!("\ntry it:\n");
+    println!(
+        "curl http://{address}/v1/completions -H 'content-type: application/json'{key} \\\n  -d '{{{adapter}\"prompt\": \"The lantern is\", \
+         \"max_tokens\": 40}}'\n",
+    );
 }
 
 async fn bind(config: &ServeConfig) -> Result<TcpListener> {
@@ -259,7 +139,7 @@ async fn signal() {
     }
 }
 
-fn start_logs(config: &ServeConfig) -> Result<()> {
+pub fn start_logs(config: &ServeConfig) -> Result<()> {
     let filter = EnvFilter::try_new(&config.log_level)
         .map_err(|e| Error::invalid(format!("--log-level {:?}: {e}", config.log_level)))?;
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);

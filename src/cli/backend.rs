@@ -1,0 +1,246 @@
+//! From settings to a running engine: model, adapters, memory, graphs. What `serve` puts HTTP before, and `bench` times.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytesize::ByteSize;
+use candle_core::Device;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::doctor;
+use crate::adapter::registry::{Registry, RegistryConfig};
+use crate::adapter::tiers::Tiers;
+use crate::config::{LoadFormat, NamedPath, ServeConfig};
+use crate::engine::runner::ModelRunner;
+use crate::engine::{Engine, EngineConfig};
+use crate::gpu::steps::Steps;
+use crate::hub::ModelFiles;
+use crate::model::ModelConfig;
+use crate::model::kv::KvCache;
+use crate::model::llama::Llama;
+use crate::model::weights::Weights;
+use crate::ops::pool;
+use crate::server::prompt::TextCodec;
+use crate::{Error, Result, gpu, hub};
+
+/// A running engine and what belongs to it.
+pub struct Backend {
+    /// Runs requests.
+    pub engine: Engine,
+    /// Holds adapters.
+    pub registry: Registry,
+    /// Turns text into tokens and back.
+    pub codec: TextCodec,
+    /// Names of the base, the first one its own.
+    pub names: Vec<String>,
+    /// Where the model came from.
+    pub files: ModelFiles,
+    /// Where memory went.
+    pub plan: MemoryPlan,
+}
+
+/// What is known once the model is in memory.
+pub struct Loaded {
+    /// Where it came from.
+    pub files: ModelFiles,
+    /// Holds the adapters that were asked for.
+    pub registry: Registry,
+    /// Bytes of its matrices.
+    pub weight_bytes: usize,
+    /// Where memory goes.
+    pub plan: MemoryPlan,
+    /// Where it runs.
+    pub device: Device,
+}
+
+impl Backend {
+    /// Loads and starts everything; heavy work runs on blocking threads. `loaded_now` is told when the model is in memory,
+    /// before the last preparations of a GPU.
+    pub async fn load(config: &ServeConfig, loaded_now: impl FnOnce(&Loaded)) -> Result<Self> {
+        let (model, quantize, device) = (config.model.clone(), config.quantize, gpu::open(config.device)?);
+        let format = config.load_format;
+        let cache = config.cache_dir.clone().unwrap_or_else(hub::default_cache);
+        let read = move || {
+            let files = match format {
+                LoadFormat::Auto => hub::resolve(&model, &cache, true)?,
+                LoadFormat::Dummy => hub::shape(&model)?,
+            };
+            let codec = TextCodec::load(&files)?;
+            let bar = progress_bar(&files.name);
+            let weights = Weights::load(&files, quantize, &device, |share| bar.set_position((share * 1000.0) as u64))?;
+            bar.finish_and_clear();
+            Ok((files, codec, weights, device))
+        };
+        if let Some(threads) = config.threads {
+            pool::set_threads(threads);
+        }
+        let (files, codec, weights, device) = blocking(read).await?;
+        let weight_bytes = weights.bytes();
+        let names = match &config.served_model_name[..] {
+            [] => vec![files.name.clone()],
+            names => names.to_vec(),
+        };
+        let registry = Registry::new(
+            Arc::new(weights.config.clone()),
+            RegistryConfig {
+                device: device.clone(),
+                adapter_root: config.adapter_root.clone(),
+                state_dir: config.state_dir.clone(),
+                host_budget: config.host_adapter_memory,
+                slot_budget: config.adapter_memory,
+                reserved_names: names.clone(),
+            },
+        )?;
+        load_adapters(config, &registry).await?;
+        let model = Llama::new(weights)?;
+        if codec.vocab_size() > model.config().vocab_size {
+            return Err(Error::invalid(format!(
+                "the tokenizer has {} ids and the model {} embeddings: they do not belong together",
+                codec.vocab_size(),
+                model.config().vocab_size
+            )));
+        }
+        let tiers = registry.tiers()?;
+        let plan = MemoryPlan::new(config, model.config(), &device)?;
+        let loaded = Loaded { files, registry, weight_bytes, plan, device };
+        loaded_now(&loaded);
+        let (loaded, runner) = blocking(move || {
+            let runner = loaded.plan.runner(model, tiers, &loaded.device)?;
+            Ok((loaded, runner))
+        })
+        .await?;
+        let Loaded { files, registry, plan, .. } = loaded;
+        let engine = Engine::start(
+            runner,
+            EngineConfig {
+                block_size: KvCache::BLOCK_SIZE,
+                num_blocks: plan.kv_blocks,
+                max_batch_tokens: plan.max_batch_tokens,
+                max_running: config.max_running,
+                max_waiting: config.max_waiting,
+                max_model_len: plan.max_model_len,
+                eos_token_ids: codec.eos_token_ids().to_vec(),
+                prefix_cache: !config.no_prefix_cache,
+            },
+        )?;
+        Ok(Self { engine, registry, codec, names, files, plan })
+    }
+}
+
+/// Runs heavy work beside the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?
+}
+
+/// Thousandths of a model that are loaded; hidden where stderr is no terminal.
+fn progress_bar(name: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("loading {msg} {wide_bar} {percent}% {elapsed}").expect("a constant template");
+    ProgressBar::new(1000).with_style(style).with_message(name.to_owned())
+}
+
+/// Where memory goes.
+pub struct MemoryPlan {
+    /// Longest prompt plus output.
+    pub max_model_len: usize,
+    /// Rows of a step.
+    pub max_batch_tokens: usize,
+    /// Sequences that run at once.
+    pub max_running: usize,
+    /// Blocks of the KV cache.
+    pub kv_blocks: usize,
+    /// Bytes of those.
+    pub kv_bytes: usize,
+}
+
+impl MemoryPlan {
+    /// Sequences of full length that the KV cache holds by default.
+    const FULL_SEQUENCES: usize = 8;
+    /// Rows of a step by default, on the CPU and on a GPU.
+    const BATCH_TOKENS: [usize; 2] = [512, 4096];
+
+    /// Fits the KV cache into its budget. Errors: no room for one sequence of full length.
+    fn new(config: &ServeConfig, model: &ModelConfig, device: &Device) -> Result<Self> {
+        let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
+        if max_model_len > model.max_position_embeddings {
+            return Err(Error::invalid(format!(
+                "--max-model-len {max_model_len}: this model was made for at most {} tokens",
+                model.max_position_embeddings
+            )));
+        }
+        let default_tokens = Self::BATCH_TOKENS[usize::from(device.is_cuda())];
+        let max_batch_tokens = config.max_batch_tokens.unwrap_or(default_tokens).max(config.max_running);
+        let block = KvCache::bytes_per_block(model, device);
+        // One token more than the longest sequence has room for, where the next one would go.
+        let full = (max_model_len + 1).div_ceil(KvCache::BLOCK_SIZE);
+        let budget = match (config.kv_memory, gpu::free_memory(device)?) {
+            (Some(bytes), None) => bytes,
+            (None, None) => (Self::FULL_SEQUENCES * full * block).min(doctor::memory().0 as usize / 4),
+            (asked, Some(free)) => {
+                let left = free.saturating_sub(scratch(model, max_batch_tokens));
+                if let Some(asked) = asked.filter(|asked| *asked > left) {
+                    return Err(Error::invalid(format!(
+                        "--kv-memory {}, but the GPU has only {} left for it",
+                        ByteSize(asked as u64),
+                        ByteSize(left as u64)
+                    )));
+                }
+                asked.unwrap_or(left)
+            }
+        };
+        // Slots are numbered with 32 bits.
+        let kv_blocks = (budget / block).min(u32::MAX as usize / KvCache::BLOCK_SIZE);
+        if kv_blocks < full {
+            return Err(Error::invalid(format!(
+                "one sequence of {max_model_len} tokens needs {} of KV cache and {} are set aside: raise --kv-memory or lower \
+                 --max-model-len",
+                ByteSize((full * block) as u64),
+                ByteSize((kv_blocks * block) as u64)
+            )));
+        }
+        let max_running = config.max_running;
+        Ok(Self { max_model_len, max_batch_tokens, max_running, kv_blocks, kv_bytes: kv_blocks * block })
+    }
+
+    /// Makes what runs forward passes within the plan.
+    fn runner(&self, model: Llama, tiers: Tiers, device: &Device) -> Result<ModelRunner> {
+        let mut kv = KvCache::new(model.config(), self.kv_blocks, device)?;
+        let full = (self.max_model_len + 1).div_ceil(KvCache::BLOCK_SIZE);
+        let mut steps =
+            Steps::on(device, model.config(), self.max_batch_tokens, self.max_running, self.max_running * full)?;
+        if let Some(steps) = &mut steps {
+            steps.record(&model, &mut kv, tiers.pool(), |_| {})?;
+        }
+        Ok(ModelRunner { model, kv, tiers, steps })
+    }
+}
+
+/// Bytes of a GPU that a step's own tensors may take: the largest matrix as bf16, activations of all rows, and a margin for
+/// graphs and the libraries.
+fn scratch(model: &ModelConfig, rows: usize) -> usize {
+    let widest = (2 * model.intermediate_size).max(model.heads().qkv_width());
+    let matrix = 2 * widest * model.hidden_size;
+    let activations = rows * (4 * 2 * widest + 8 * 4 * model.hidden_size);
+    let logits = 4 * 512 * model.vocab_size;
+    matrix + activations + logits + (2 << 30)
+}
+
+/// The adapters of --adapters, --adapter and the manifest. One that was asked for by name must load; the rest is reported.
+async fn load_adapters(config: &ServeConfig, registry: &Registry) -> Result<()> {
+    let default = Path::new("adapters");
+    if let Some(dir) = config.adapters.as_deref().or(default.is_dir().then_some(default)) {
+        registry.load_directory(dir).await?;
+    }
+    for NamedPath { name, path } in &config.adapter {
+        registry.load(name, path, false, true).await.map_err(|mut e| {
+            e.message = format!("--adapter {name}={path}: {}", e.message);
+            e
+        })?;
+    }
+    registry.restore().await;
+    Ok(())
+}

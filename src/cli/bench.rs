@@ -1,0 +1,185 @@
+//! `quiver bench engine`: prompt and output speed of the engine, without HTTP.
+//!
+//! A batch of equal requests runs twice, for one token and for more; the difference is the time of the steps between. Both
+//! are repeated and the median taken. The prefix cache is off, and prompts are random, so that every prompt is computed.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+use tokio::sync::mpsc::unbounded_channel;
+
+use super::backend::Backend;
+use super::serve::start_logs;
+use crate::config::ServeConfig;
+use crate::engine::request::{Event, Request, SamplingParams};
+use crate::{Error, Result};
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Steps of the engine, without HTTP
+    Engine(Box<EngineBench>),
+}
+
+#[derive(Debug, Args)]
+struct EngineBench {
+    /// Sequences at once; give several, separated by commas
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,8,32,64")]
+    batch: Vec<usize>,
+    /// Which adapters the sequences have, of those loaded; give several, separated by commas
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "none")]
+    mix: Vec<Mix>,
+    /// Tokens of a prompt
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    input: usize,
+    /// Steps to time
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    output: usize,
+    /// Times to measure; the median counts
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+    /// Write all samples here, as JSON
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    serve: ServeConfig,
+}
+
+/// Which adapters the sequences of a batch have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mix {
+    /// No sequence has one
+    None,
+    /// All have the first
+    One,
+    /// Each has its own, as far as they go
+    Distinct,
+}
+
+impl BenchArgs {
+    /// Measures and prints a table.
+    pub fn run(self) -> Result<()> {
+        let What::Engine(bench) = self.what;
+        start_logs(&bench.serve)?;
+        tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(bench.run())
+    }
+}
+
+/// One measured batch.
+struct Sample {
+    /// Until every sequence has its first token.
+    prompt: Duration,
+    /// Of a step.
+    step: f64,
+}
+
+impl EngineBench {
+    async fn run(mut self) -> Result<()> {
+        let most = self.batch.iter().copied().max().unwrap_or(1);
+        self.serve.no_prefix_cache = true;
+        self.serve.max_running = self.serve.max_running.max(most);
+        self.serve.max_model_len = self.serve.max_model_len.or(Some(self.input + self.output + 1));
+        let started = Instant::now();
+        let backend = Backend::load(&self.serve, |_| {}).await?;
+        eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
+        let adapters: Vec<String> = backend.registry.list().into_iter().map(|a| a.name).collect();
+        println!("| batch | adapters | ms a step | tok/s | prompt tok/s |\n|---|---|---|---|---|");
+        let mut rows: Vec<Value> = Vec::new();
+        for &mix in &self.mix {
+            for &batch in &self.batch {
+                let names = self.names(mix, batch, &adapters)?;
+                // Once unmeasured: adapters come into their slots.
+                self.measure(&backend, &names).await?;
+                let mut samples = Vec::new();
+                for _ in 0..self.repeat.max(1) {
+                    samples.push(self.measure(&backend, &names).await?);
+                }
+                let step = median(samples.iter().map(|s| s.step).collect());
+                let prompt = median(samples.iter().map(|s| s.prompt.as_secs_f64()).collect());
+                let mix = mix.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
+                println!(
+                    "| {batch} | {mix} | {step:.3} | {:.0} | {:.0} |",
+                    batch as f64 / step * 1e3,
+                    (batch * self.input) as f64 / prompt
+                );
+                rows.push(json!({
+                    "batch": batch, "adapters": mix, "input": self.input, "output": self.output,
+                    "step_ms": samples.iter().map(|s| s.step).collect::<Vec<_>>(),
+                    "prompt_s": samples.iter().map(|s| s.prompt.as_secs_f64()).collect::<Vec<_>>(),
+                }));
+            }
+        }
+        if let Some(out) = &self.out {
+            std::fs::write(out, format!("{:#}\n", Value::Array(rows)))?;
+        }
+        Ok(())
+    }
+
+    fn names(&self, mix: Mix, batch: usize, adapters: &[String]) -> Result<Vec<Option<String>>> {
+        if mix != Mix::None && adapters.is_empty() {
+            return Err(Error::invalid("--mix one and distinct need adapters: pass --adapters DIR"));
+        }
+        Ok((0..batch)
+            .map(|i| match mix {
+                Mix::None => None,
+                Mix::One => adapters.first().cloned(),
+                Mix::Distinct => Some(adapters[i % adapters.len()].clone()),
+            })
+            .collect())
+    }
+
+    /// Time to the first tokens, and of a step.
+    async fn measure(&self, backend: &Backend, names: &[Option<String>]) -> Result<Sample> {
+        let prompt = self.time(backend, names, 1).await?;
+        let all = self.time(backend, names, self.output + 1).await?;
+        let step = all.saturating_sub(prompt).as_secs_f64() * 1e3 / self.output as f64;
+        Ok(Sample { prompt, step })
+    }
+
+    /// Time until all of a batch have their tokens.
+    async fn time(&self, backend: &Backend, names: &[Option<String>], tokens: usize) -> Result<Duration> {
+        let vocab = backend.codec.vocab_size().min(30_000) as u32;
+        let mut replies = Vec::new();
+        let mut requests = Vec::new();
+        for name in names {
+            let (events, receiver) = unbounded_channel();
+            let adapters = match name {
+                Some(name) => vec![(backend.registry.lease(name)?, 1.0)],
+                None => Vec::new(),
+            };
+            let params =
+                SamplingParams { temperature: 0.0, max_tokens: tokens, ignore_eos: true, ..SamplingParams::default() };
+            let prompt = (0..self.input).map(|_| rand::random::<u32>() % vocab).collect();
+            requests.push(Request { id: "bench".into(), prompt, params, adapters, arrived: Instant::now(), events });
+            replies.push(receiver);
+        }
+        let started = Instant::now();
+        for request in requests {
+            backend.engine.submit(request)?;
+        }
+        for reply in &mut replies {
+            loop {
+                match reply.recv().await {
+                    Some(Event::Finished { .. }) => break,
+                    Some(Event::Failed(error)) => return Err(error),
+                    Some(_) => {}
+                    None => return Err(Error::internal("a request ended without a word")),
+                }
+            }
+        }
+        Ok(started.elapsed())
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
