@@ -8,6 +8,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 use super::Codec;
@@ -25,7 +27,10 @@ pub enum Isa {
     Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// Plain loops over 16 lanes, of which the compiler makes whatever the target always has, such as NEON on aarch64.
+    /// With the dot products of ARMv8.2. Float matrices take the portable kernels, which the compiler vectorises.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// Plain loops over 16 lanes, of which the compiler makes whatever vectors the target always has.
     Portable,
 }
 
@@ -50,6 +55,10 @@ impl Isa {
                 all.push(Isa::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            all.push(Isa::Neon);
+        }
         all.push(Isa::Portable);
         all
     }
@@ -67,7 +76,8 @@ impl Isa {
             Isa::Avx512Vnni => "AVX-512 VNNI",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => "AVX2",
-            Isa::Portable if cfg!(target_arch = "aarch64") => "NEON",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => "NEON",
             Isa::Portable => "portable",
         }
     }
@@ -111,6 +121,9 @@ fn affine_as<F: Format>(isa: Isa, codes: &[u8], scales: &[u8], x: &Tile, out: &m
         Isa::Avx512Vnni => unsafe { avx512::affine::<F>(codes, scales, x, out) },
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::affine::<F>(codes, scales, x, out) },
+        // SAFETY: the same.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::affine::<F>(codes, scales, x, out) },
         Isa::Portable => portable::affine::<F>(codes, scales, x, out),
     }
 }
@@ -125,6 +138,8 @@ pub fn float(isa: Isa, panel: Panel, x: &Tile, out: &mut Products) {
         // SAFETY: the same.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::float(panel, x, out) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => portable::float(panel, x, out),
         Isa::Portable => portable::float(panel, x, out),
     }
 }
