@@ -1,6 +1,5 @@
 //! Slots: the adapters that a forward pass can use, addressed by index.
 
-pub(crate) mod image;
 mod space;
 
 use std::ops::Range;
@@ -8,7 +7,6 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use self::image::Layout;
 use self::space::Space;
 use super::peft::AdapterWeights;
 use super::{Module, Site};
@@ -73,7 +71,7 @@ fn transpose(b: &[f32], rank: usize) -> Vec<f32> {
 
 /// The bytes that an adapter takes in a slot on this device. Errors: it cannot be there.
 pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device) -> Result<usize> {
-    if device.is_cpu() { Ok(weights.slot_bytes()) } else { Ok(Layout::new(weights, model)?.bytes) }
+    Ok(slots::image_bytes(device, weights, model)?.unwrap_or_else(|| weights.slot_bytes()))
 }
 
 /// How adapters are laid out for a pool's slots; loader threads have a clone.
@@ -127,8 +125,7 @@ struct Gpu {
 impl SlotPool {
     /// Slots on this device; on a GPU in an arena of `budget` bytes, allocated now. Errors: no memory.
     pub fn on(device: &Device, model: &ModelConfig, budget: usize) -> Result<Self> {
-        let bytes = budget / image::STEP * image::STEP;
-        let gpu = slots::open(device, model, bytes)?.map(|slots| Gpu { space: Space::new(bytes), slots });
+        let gpu = slots::open(device, model, budget)?.map(|slots| Gpu { space: Space::new(budget), slots });
         Ok(Self { slots: Vec::new(), gpu })
     }
 
@@ -196,13 +193,13 @@ impl SlotPool {
 
     /// Puts an adapter into a free slot, and waits until it is there. Errors: no room.
     pub fn load(&mut self, weights: &AdapterWeights, model: &ModelConfig) -> Result<u32> {
-        let device_bytes = match &self.gpu {
-            Some(_) => Layout::new(weights, model)?.bytes,
-            None => 0,
+        let laid = self.form().lay_out(weights, model)?;
+        let device_bytes = match &laid {
+            Laid::Host(_) => 0,
+            Laid::Gpu(image) => image.bytes(),
         };
         let full = || Error::new(ErrorKind::Unavailable, format!("no slot has room for {device_bytes} bytes"));
         let slot = self.reserve(device_bytes).ok_or_else(full)?;
-        let laid = self.form().lay_out(weights, model)?;
         self.put(slot, laid)?;
         while !self.arrived(slot)? {
             std::thread::yield_now();

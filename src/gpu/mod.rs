@@ -6,6 +6,9 @@
 mod arena;
 #[cfg(feature = "cuda")]
 pub mod graph;
+// Plain code: its tests run everywhere.
+#[cfg(any(feature = "cuda", test))]
+mod image;
 #[cfg(feature = "cuda")]
 pub mod kernels;
 #[cfg(feature = "cuda")]

@@ -15,9 +15,9 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::{CudaDevice, Device};
 
 use super::address;
+use super::image::{self, Layout};
 use crate::adapter::Site;
 use crate::adapter::peft::AdapterWeights;
-use crate::adapter::slots::image::{self, Layout};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
 
@@ -37,6 +37,11 @@ pub struct SiteShape {
     pub k: usize,
     /// Output features of each module; 0 for those that the site does not have.
     pub n: [usize; 3],
+}
+
+/// The bytes that an adapter takes in a slot on this device; `None` on the CPU. Errors: it cannot be there.
+pub fn image_bytes(device: &Device, weights: &AdapterWeights, model: &ModelConfig) -> Result<Option<usize>> {
+    device.is_cuda().then(|| Ok(Layout::new(weights, model)?.bytes)).transpose()
 }
 
 /// The memory of the slots on one GPU.
@@ -227,6 +232,13 @@ struct Buffers {
 struct Buffer {
     slice: Option<PinnedHostSlice<u16>>,
     staging: Arc<Staging>,
+}
+
+impl Image {
+    /// What it takes of the arena.
+    pub fn bytes(&self) -> usize {
+        self.layout.bytes
+    }
 }
 
 impl Staging {

@@ -82,6 +82,18 @@ pub mod slots {
         Ok(None)
     }
 
+    /// The CPU's slots have another form.
+    pub fn image_bytes(_: &Device, _: &AdapterWeights, _: &ModelConfig) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
+    impl Image {
+        /// Never called.
+        pub fn bytes(&self) -> usize {
+            match *self {}
+        }
+    }
+
     impl DeviceSlots {
         /// Never called.
         pub fn staging(&self) -> &Arc<Staging> {

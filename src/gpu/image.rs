@@ -4,9 +4,6 @@
 //! rounded up to a multiple of 8 by zeros, which add nothing and keep every row at a 16-byte address; beyond that each
 //! module keeps its own. What `kernels/lora.cu` reads of it beside the values is the entry of each site.
 
-// The CPU's slots have another form; the tests run everywhere.
-#![cfg_attr(not(feature = "cuda"), allow(dead_code))]
-
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -29,7 +26,7 @@ const RANK_STEP: usize = 8;
 const BLOCK_STEP: usize = 64;
 
 /// A multiple of this many bytes is what an image takes.
-pub const STEP: usize = 256;
+const STEP: usize = 256;
 
 /// Where everything of one adapter is in its image.
 #[derive(Debug)]
