@@ -25,4 +25,6 @@ pub mod gpu;
 
 pub mod adapter;
 
+pub mod train;
+
 pub use error::{Error, Result};
