@@ -121,6 +121,10 @@ __device__ __forceinline__ uint32_t find(const uint32_t* starts, uint32_t n, uin
 // h for chunks of 8·NT rows. An item is one chunk, 16 ranks and, in lists with planes apart, one split. Ranks are the 16
 // rows of the tensor cores' tile, so one row of x costs no more bytes of A than eight. Both operands permute k alike:
 // lane l holds k 8(l%4)..+8 of every 32, sixteen bytes of row-major A and x.
+//
+// Runs beside the product before it, on multiprocessors that the product leaves free: products let the next kernel start only
+// once all before them has ended, so x is there (in L2, which is where it is read from) and nobody reads h any more. Who
+// comes next waits for both, since this kernel ends after the product.
 template <int NT>
 __device__ __forceinline__ void shrink(const uint32_t* work, const Entry* table, const bf16* x, int entries, int entry,
                                        int k, int splits, int width, int kind) {
@@ -140,12 +144,6 @@ __device__ __forceinline__ void shrink(const uint32_t* work, const Entry* table,
     Term term;
     Entry weights;
     uint32_t begin = 0, end = 0, tiles = 1, ranks = 0;
-    bool waited = false;
-    // What was there before the step is read first: the worklist, the table, A.
-    auto wait = [&] {
-        if (!waited) pdl_wait();
-        waited = true;
-    };
     for (uint32_t item = from; item < to; item++) {
         const uint32_t unit = item / each;
         if (unit >= end) {
@@ -179,7 +177,6 @@ __device__ __forceinline__ void shrink(const uint32_t* work, const Entry* table,
                     low[i] = load_weights16(a + at + 32 * i, there);
                     high[i] = load_weights16(a + size_t(8) * k + at + 32 * i, there && upper);
                 }
-                wait();
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
                     uint4 v[NT];
@@ -187,7 +184,7 @@ __device__ __forceinline__ void shrink(const uint32_t* work, const Entry* table,
                     for (int n = 0; n < NT; n++) {
                         v[n] = make_uint4(0, 0, 0, 0);
                         if (8 * n + g < rows && at + 32 * i + 8 * t < stop)
-                            v[n] = *reinterpret_cast<const uint4*>(b + size_t(8 * n) * k + at + 32 * i);
+                            v[n] = __ldcg(reinterpret_cast<const uint4*>(b + size_t(8 * n) * k + at + 32 * i));
                     }
 #pragma unroll
                     for (int n = 0; n < NT; n++) {
@@ -213,14 +210,13 @@ __device__ __forceinline__ void shrink(const uint32_t* work, const Entry* table,
             }
             __syncthreads();
         }
-        wait();
         if (rank >= ranks) continue;
         float* const h = hidden + (list.apart ? size_t(first_split) * list.plane : 0) + term.hidden + rank;
 #pragma unroll
         for (int n = 0; n < NT; n++)
             if (8 * n + own_row < rows) h[size_t(first_row + 8 * n + own_row) * term.stride] = sum[n];
     }
-    wait();
+    pdl_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(128, 5)

@@ -25,6 +25,7 @@
 // gemm_F_M_T: y [m, n] = x [m, k] . W^T for m <= M, k a multiple of 8 (M `near`: for 8 m k bytes or so that fit beside the rings). The chunks along k are cut into `slices` (1, 2 or 4, by the
 // matrix's shape); a slice is summed in order, and slices by a tree, (s0 + s1) + (s2 + s3) ..., so that a row of y has the same
 // bits for every m and every other row. Where there are mins, `sums` is x summed over each group: float [groups][64 tokens].
+// Once a product's inputs are there, the next kernel may start: `lora_shrink_*` relies on that and runs beside it.
 // Columns of the products past m are computed from the last token and not stored.
 
 #pragma once

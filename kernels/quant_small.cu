@@ -25,6 +25,7 @@ __device__ __forceinline__ void gemm_small(Weights w, const bf16 *x, T *y, int m
     fill_table<F>(table, w);
     if constexpr (F == LUT && !NEAR) __syncthreads();
     pdl_wait();
+    pdl_release();
     bf16 *const near = (bf16 *)(shared + (F == LUT ? 32768 : 0) + 8 * Tiles::SHARED);
     if constexpr (NEAR) {
         for (int i = threadIdx.x; i < m * w.k / 8; i += 256) ((uint4 *)near)[i] = ((const uint4 *)x)[i];
@@ -117,7 +118,6 @@ __device__ __forceinline__ void gemm_small(Weights w, const bf16 *x, T *y, int m
             }
         }
     }
-    pdl_release();
 #pragma unroll
     for (int i = 0; i < NT; i++) *(float4 *)sums[warp][i][lane] = *(float4 *)acc[i];
     __syncthreads();

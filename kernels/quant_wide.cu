@@ -59,6 +59,7 @@ __device__ __forceinline__ void gemm_wide(Weights w, const bf16 *x, T *y, int m,
     Tiles ring(w, shared + 2 * BUFFER + TABLE + warp * Tiles::SHARED, strip < strips ? strip : 0, first, count, lane);
     fill_table<F>(table, w);
     pdl_wait();
+    pdl_release();
 
     // A thread carries 16 inputs of one or more tokens to where products read them: rows of 128 bytes, 16-byte pieces swizzled by
     // the row. A warp has 8 tokens of one tile at a time.
@@ -207,7 +208,6 @@ __device__ __forceinline__ void gemm_wide(Weights w, const bf16 *x, T *y, int m,
         if (size == CHUNK) run(Constant<true>(), chunk, size, data);
         else run(Constant<false>(), chunk, size, data);
     }
-    pdl_release();
 
     auto each = [&](auto f) {
 #pragma unroll

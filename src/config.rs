@@ -72,6 +72,11 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_DEVICE", value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub device: DeviceChoice,
 
+    /// On a GPU, make a request's tokens the same bit for bit whatever else runs and however its prompt was cut, at the price of
+    /// speed (on the CPU they always are)
+    #[arg(long, env = "QUIVER_DETERMINISTIC", help_heading = "Model")]
+    pub deterministic: bool,
+
     /// Where downloaded models are kept [default: ~/.cache/quiver]
     #[arg(long, env = "QUIVER_CACHE_DIR", value_name = "DIR", help_heading = "Model")]
     pub cache_dir: Option<PathBuf>,

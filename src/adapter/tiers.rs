@@ -246,10 +246,25 @@ impl Tiers {
         if let Some((_, error)) = self.failed.remove(&key) {
             return Residency::Failed(error);
         }
-        if let Some(answer) = self.make_room(lease) {
+        self.start(lease, |_| true)
+    }
+
+    /// Starts to bring a generation into a slot before it is its request's turn. Gives up where that would evict what
+    /// another request waits for.
+    pub fn prefetch(&mut self, lease: &Lease) {
+        let key = lease.key();
+        if !self.entries.contains_key(&key) && !self.failed.contains_key(&key) {
+            // What goes wrong shows again, and is told, once it is needed.
+            self.start(lease, |victim| victim.state.leases.load(SeqCst) == 0);
+        }
+    }
+
+    /// Makes room by evicting some that may go, and starts to load.
+    fn start(&mut self, lease: &Lease, may_go: impl Fn(&Entry) -> bool) -> Residency {
+        if let Some(answer) = self.make_room(lease, may_go) {
             return answer;
         }
-        let (state, bytes, last_used) = (lease.state.clone(), lease.slot_bytes, self.clock);
+        let (key, state, bytes, last_used) = (lease.key(), lease.state.clone(), lease.slot_bytes, self.clock);
         let Some(slot) = self.pool.reserve(bytes) else { return Residency::Full };
         if self.jobs.send(lease.0.clone()).is_err() {
             self.pool.remove(slot);
@@ -311,8 +326,8 @@ impl Tiers {
         self.failed.retain(|_, (state, _)| state.leases.load(SeqCst) > 0);
     }
 
-    /// Evicts least recently used adapters until `lease`'s fits; on failure evicts none and says why.
-    fn make_room(&mut self, lease: &Lease) -> Option<Residency> {
+    /// Evicts least recently used adapters, of those that may go, until `lease`'s fits; on failure evicts none and says why.
+    fn make_room(&mut self, lease: &Lease, may_go: impl Fn(&Entry) -> bool) -> Option<Residency> {
         let need = lease.slot_bytes;
         let pinned: usize = self.entries.values().filter(|e| e.state.pinned()).map(|e| e.bytes).sum();
         let others = self.entries.values().filter(|e| !e.state.pinned()).map(|e| e.slot);
@@ -328,7 +343,7 @@ impl Tiers {
             );
             return Some(Residency::Failed(error.code("adapter_no_room")));
         }
-        let mut victims: Vec<_> = self.entries.iter().filter(|(_, e)| e.evictable(self.clock)).collect();
+        let mut victims: Vec<_> = self.entries.iter().filter(|(_, e)| e.evictable(self.clock) && may_go(e)).collect();
         victims.sort_by_key(|(key, e)| (e.last_used, **key));
         let Some(by_place) = self.pool.evictions(need, victims.iter().map(|(_, e)| e.slot)) else {
             return Some(Residency::Full);

@@ -72,6 +72,9 @@ impl Backend {
             bar.finish_and_clear();
             Ok((files, codec, weights, device))
         };
+        if config.deterministic {
+            gpu::be_deterministic();
+        }
         if let Some(threads) = config.threads {
             pool::set_threads(threads);
         }

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand, ValueEnum};
+use rand::{RngExt, SeedableRng};
+use rand_pcg::Pcg64;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -37,6 +39,9 @@ struct EngineBench {
     /// Which adapters the sequences have, of those loaded; give several, separated by commas
     #[arg(long, value_enum, value_delimiter = ',', default_value = "none")]
     mix: Vec<Mix>,
+    /// How many of the adapters take part, for growth over their number; give several, separated by commas [default: all]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    registered: Vec<usize>,
     /// Tokens of a prompt
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     input: usize,
@@ -62,6 +67,10 @@ enum Mix {
     One,
     /// Each has its own, as far as they go
     Distinct,
+    /// Each has the next of all in turn: with --adapter-memory for fewer, one that has to come from the host first
+    Turns,
+    /// Each draws one, the first twice as often as the second, three times as often as the third, ...
+    Zipf,
 }
 
 impl BenchArgs {
@@ -91,31 +100,44 @@ impl EngineBench {
         let backend = Backend::load(&self.serve, |_| {}).await?;
         eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
         let adapters: Vec<String> = backend.registry.list().into_iter().map(|a| a.name).collect();
-        println!("| batch | adapters | ms a step | tok/s | prompt tok/s |\n|---|---|---|---|---|");
+        if self.registered.is_empty() {
+            self.registered.push(adapters.len());
+        }
+        let least = usize::from(self.mix.iter().any(|mix| *mix != Mix::None));
+        if let Some(n) = self.registered.iter().find(|n| !(least..=adapters.len()).contains(*n)) {
+            return Err(Error::invalid(format!(
+                "{n} adapters to take part, of {} loaded (--adapters DIR): --mix needs at least {least}",
+                adapters.len()
+            )));
+        }
+        println!(
+            "| batch | adapters | of | ms a step | tok/s | prompt ms | prompt tok/s |\n|---|---|---|---|---|---|---|"
+        );
         let mut rows: Vec<Value> = Vec::new();
-        for &mix in &self.mix {
-            for &batch in &self.batch {
-                let names = self.names(mix, batch, &adapters)?;
-                // Once unmeasured: adapters come into their slots.
-                self.measure(&backend, &names).await?;
-                let mut samples = Vec::new();
-                for _ in 0..self.repeat.max(1) {
-                    samples.push(self.measure(&backend, &names).await?);
-                }
-                let step = median(samples.iter().map(|s| s.step).collect());
-                let prompt = median(samples.iter().map(|s| s.prompt.as_secs_f64()).collect());
-                let mix = mix.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
-                println!(
-                    "| {batch} | {mix} | {step:.3} | {:.0} | {:.0} |",
-                    batch as f64 / step * 1e3,
-                    (batch * self.input) as f64 / prompt
-                );
-                rows.push(json!({
-                    "batch": batch, "adapters": mix, "input": self.input, "output": self.output,
-                    "step_ms": samples.iter().map(|s| s.step).collect::<Vec<_>>(),
-                    "prompt_s": samples.iter().map(|s| s.prompt.as_secs_f64()).collect::<Vec<_>>(),
-                }));
+        let cases = self.mix.iter().flat_map(|mix| self.registered.iter().map(move |n| (*mix, *n)));
+        for (mix, registered, batch) in cases.flat_map(|(mix, n)| self.batch.iter().map(move |b| (mix, n, *b))) {
+            let adapters = &adapters[..registered];
+            let mut draws = Draws { mix, adapters, random: Pcg64::seed_from_u64(0), turn: 0 };
+            // Once unmeasured: adapters come into their slots.
+            self.measure(&backend, batch, &mut draws).await?;
+            let mut samples = Vec::new();
+            for _ in 0..self.repeat.max(1) {
+                samples.push(self.measure(&backend, batch, &mut draws).await?);
             }
+            let step = median(samples.iter().map(|s| s.step).collect());
+            let prompt = median(samples.iter().map(|s| s.prompt.as_secs_f64()).collect());
+            let mix = mix.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
+            println!(
+                "| {batch} | {mix} | {registered} | {step:.3} | {:.0} | {:.2} | {:.0} |",
+                batch as f64 / step * 1e3,
+                prompt * 1e3,
+                (batch * self.input) as f64 / prompt
+            );
+            rows.push(json!({
+                "batch": batch, "adapters": mix, "registered": registered, "input": self.input, "output": self.output,
+                "step_ms": samples.iter().map(|s| s.step).collect::<Vec<_>>(),
+                "prompt_s": samples.iter().map(|s| s.prompt.as_secs_f64()).collect::<Vec<_>>(),
+            }));
         }
         if let Some(out) = &self.out {
             std::fs::write(out, format!("{:#}\n", Value::Array(rows)))?;
@@ -123,29 +145,20 @@ impl EngineBench {
         Ok(())
     }
 
-    fn names(&self, mix: Mix, batch: usize, adapters: &[String]) -> Result<Vec<Option<String>>> {
-        if mix != Mix::None && adapters.is_empty() {
-            return Err(Error::invalid("--mix one and distinct need adapters: pass --adapters DIR"));
-        }
-        Ok((0..batch)
-            .map(|i| match mix {
-                Mix::None => None,
-                Mix::One => adapters.first().cloned(),
-                Mix::Distinct => Some(adapters[i % adapters.len()].clone()),
-            })
-            .collect())
-    }
-
     /// Time to the first tokens, and of a step.
-    async fn measure(&self, backend: &Backend, names: &[Option<String>]) -> Result<Sample> {
-        let prompt = self.time(backend, names, 1).await?;
-        let all = self.time(backend, names, self.output + 1).await?;
+    async fn measure(&self, backend: &Backend, batch: usize, draws: &mut Draws<'_>) -> Result<Sample> {
+        let mut names = draws.names(batch);
+        let prompt = self.time(backend, &names, 1).await?;
+        if draws.mix == Mix::Turns {
+            names = draws.names(batch);
+        }
+        let all = self.time(backend, &names, self.output + 1).await?;
         let step = all.saturating_sub(prompt).as_secs_f64() * 1e3 / self.output as f64;
         Ok(Sample { prompt, step })
     }
 
     /// Time until all of a batch have their tokens.
-    async fn time(&self, backend: &Backend, names: &[Option<String>], tokens: usize) -> Result<Duration> {
+    async fn time(&self, backend: &Backend, names: &[Option<&str>], tokens: usize) -> Result<Duration> {
         let vocab = backend.codec.vocab_size().min(30_000) as u32;
         let mut replies = Vec::new();
         let mut requests = Vec::new();
@@ -176,6 +189,45 @@ impl EngineBench {
             }
         }
         Ok(started.elapsed())
+    }
+}
+
+/// Gives sequences their adapters.
+struct Draws<'a> {
+    mix: Mix,
+    /// Names to draw from.
+    adapters: &'a [String],
+    random: Pcg64,
+    /// Adapters given in turn so far.
+    turn: usize,
+}
+
+impl<'a> Draws<'a> {
+    fn names(&mut self, batch: usize) -> Vec<Option<&'a str>> {
+        (0..batch).map(|i| self.index(i).map(|index| self.adapters[index].as_str())).collect()
+    }
+
+    /// Which adapter sequence `i` of a batch has.
+    fn index(&mut self, i: usize) -> Option<usize> {
+        let count = self.adapters.len();
+        Some(match self.mix {
+            Mix::None => return None,
+            Mix::One => 0,
+            Mix::Distinct => i % count,
+            Mix::Turns => {
+                self.turn += 1;
+                (self.turn - 1) % count
+            }
+            Mix::Zipf => {
+                let all: f64 = (1..=count).map(|rank| 1.0 / rank as f64).sum();
+                let mut at = self.random.random::<f64>() * all;
+                let drawn = (1..=count).find(|&rank| {
+                    at -= 1.0 / rank as f64;
+                    at <= 0.0
+                });
+                drawn.unwrap_or(count) - 1
+            }
+        })
     }
 }
 

@@ -44,6 +44,9 @@ pub trait Runner: Send + 'static {
     /// Asks for an adapter in a slot. Each `Ready` answer counts one use that [`Runner::release`] ends.
     fn acquire(&mut self, lease: &Lease) -> Residency;
 
+    /// A request with this adapter has come, and waits for its turn.
+    fn prefetch(&mut self, _: &Lease) {}
+
     /// Ends one use of a slot.
     fn release(&mut self, slot: u32);
 

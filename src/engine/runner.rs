@@ -28,6 +28,10 @@ impl Runner for ModelRunner {
         self.tiers.acquire(lease)
     }
 
+    fn prefetch(&mut self, lease: &Lease) {
+        self.tiers.prefetch(lease);
+    }
+
     fn release(&mut self, slot: u32) {
         self.tiers.release(slot);
     }

@@ -108,6 +108,9 @@ impl<R: Runner> Worker<R> {
     }
 
     fn take(&mut self, (request, ticket): (Request, Ticket)) {
+        for (lease, _) in &request.adapters {
+            self.runner.prefetch(lease);
+        }
         let seed = request.params.seed.unwrap_or_else(rand::random);
         self.scheduler.push(Sequence::new(request, ticket, seed));
     }

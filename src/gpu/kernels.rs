@@ -110,7 +110,7 @@ impl From<f32> for Arg {
 }
 
 /// Launches a kernel on the device's stream, by programmatic dependent launch: it may start while the kernel before it ends, and
-/// waits for that one's results itself (`pdl_wait` in `common.cuh`), in every block, before it reads or writes what others do.
+/// waits for that one's results itself (`pdl_wait` in `common.cuh`), in every block, before it reads or writes what others do (`lora_shrink_*` say why they wait later).
 ///
 /// # Safety
 /// The arguments are those of the kernel's contract, at the top of its `.cu` file: addresses of live device memory as

@@ -25,6 +25,7 @@ pub use without::{slots, step, steps};
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Device;
 
@@ -66,6 +67,21 @@ impl fmt::Display for DeviceChoice {
             Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
         }
     }
+}
+
+/// Whether a sequence's bits must be the same however its rows are put into steps.
+static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
+
+/// From now on all rows take one path on a GPU, whatever the size of their step: products with the packed weights, attention by
+/// the prompts' kernel, launch by launch. To be called before anything runs. The CPU has only one path.
+pub fn be_deterministic() {
+    DETERMINISTIC.store(true, Ordering::Relaxed);
+}
+
+/// Whether [`be_deterministic`] was called.
+#[cfg(feature = "cuda")]
+pub fn deterministic() -> bool {
+    DETERMINISTIC.load(Ordering::Relaxed)
 }
 
 /// Opens the device. Errors: a GPU was asked for and this build has no CUDA, or the machine has no such GPU.

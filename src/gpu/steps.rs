@@ -1,7 +1,9 @@
-//! How a step runs on a GPU: decode steps as recorded graphs, steps with prompts launch by launch.
+//! How a step runs on a GPU: decode steps as recorded graphs, steps with prompts launch by launch; launch by launch all of them
+//! where bits must not depend on the step.
 
 use candle_core::{CudaDevice, Device, Tensor};
 
+use super::deterministic;
 use super::graph::{Graphs, ROWS};
 use super::step::{Bucket, Capacity, StepBuffers};
 use crate::Result;
@@ -43,8 +45,11 @@ impl Steps {
         })
     }
 
-    /// Records a graph for every bucket, so that no request waits for it. `done` gets the share done, in [0, 1].
+    /// Records a graph for every bucket that will be replayed, so that no request waits for it. `done` gets the share done, in [0, 1].
     pub fn record(&mut self, model: &Llama, kv: &mut KvCache, slots: &SlotPool, done: impl Fn(f32)) -> Result<()> {
+        if deterministic() {
+            return Ok(());
+        }
         // The largest first: what grows with the rows is then allocated once.
         let all: Vec<usize> = ROWS.into_iter().filter(|&rows| rows <= self.most_rows).rev().collect();
         for (i, &rows) in all.iter().enumerate() {
@@ -65,7 +70,7 @@ impl Steps {
         model.check(batch)?;
         let rows = batch.tokens.len();
         let decode = batch.spans.len() == rows && batch.logit_rows.len() == rows && rows > 0;
-        if decode && rows <= self.most_rows {
+        if decode && rows <= self.most_rows && !deterministic() {
             let fitting = ROWS.into_iter().find(|&bucket| bucket >= rows).unwrap_or(self.most_rows);
             let bucket = Bucket { rows: fitting, adapters: !batch.segments.is_empty() };
             let step = self.decode.upload(batch, slots, Some(bucket))?;

@@ -112,6 +112,32 @@ async fn full_while_all_slots_are_used_and_never_over_budget() {
     assert_eq!(registry.stats().slot_bytes.load(Relaxed) as usize, 2 * one);
 }
 
+/// What a waiting request will need comes while it waits, but not at the cost of another that waits.
+#[tokio::test]
+async fn prefetch_takes_only_room_that_nobody_waits_for() {
+    let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
+    let registry = registry(model.clone(), small_bytes(&model), AMPLE);
+    load_small(&registry, &model, dir.path(), 2).await;
+    let (a, b) = (registry.lease("0").unwrap(), registry.lease("1").unwrap());
+    let mut tiers = registry.tiers().unwrap();
+    let mut arrives = |tiers: &mut Tiers, name: &str, lease: &Lease| {
+        tiers.prefetch(lease);
+        let started = Instant::now();
+        while registry.get(name).unwrap().level != "slot" && started.elapsed() < Duration::from_millis(500) {
+            tiers.sweep();
+        }
+        registry.get(name).unwrap().level
+    };
+    assert_eq!(arrives(&mut tiers, "0", &a), "slot");
+    // Used once, so that nothing but its request keeps it there.
+    assert_eq!(ready(&mut tiers, &a), 0);
+    tiers.release(0);
+    assert_eq!(arrives(&mut tiers, "1", &b), "host");
+    drop(a);
+    assert_eq!(arrives(&mut tiers, "1", &b), "slot");
+    assert!(matches!(tiers.acquire(&b), Residency::Ready(0)));
+}
+
 /// Two adapters that fit one at a time do not evict each other for ever, however the engine asks.
 #[tokio::test]
 async fn what_arrives_is_used_before_it_is_evicted() {

@@ -12,7 +12,7 @@ use super::{BLOCK, Heads};
 use crate::engine::batch::Batch;
 use crate::gpu::kernels::{Arg, Grid, launch};
 use crate::gpu::step::{Capacity, Step};
-use crate::gpu::{address, input, output};
+use crate::gpu::{address, deterministic, input, output};
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
@@ -44,12 +44,17 @@ pub fn decode_words(capacity: Capacity) -> usize {
 
 /// Words that [`prefill_work`] may take.
 pub fn prefill_words(capacity: Capacity) -> usize {
-    HEADER + ITEM * capacity.spans.min(capacity.rows / 2)
+    HEADER + ITEM * capacity.spans.min(capacity.rows)
 }
 
-/// The sequences with one row, in parts of keys; longest first, so that no block ends up alone with long parts.
+/// Whether a sequence with so many rows in a step takes the way of decoded rows.
+fn decoded(rows: usize) -> bool {
+    rows == 1 && !deterministic()
+}
+
+/// The sequences that decode, in parts of keys; longest first, so that no block ends up alone with long parts.
 pub fn decode_work(batch: &Batch) -> Vec<u32> {
-    let mut spans: Vec<_> = batch.spans.iter().filter(|s| s.rows.len() == 1).collect();
+    let mut spans: Vec<_> = batch.spans.iter().filter(|s| decoded(s.rows.len())).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
     let mut words = vec![0; HEADER];
     for span in spans {
@@ -64,9 +69,9 @@ pub fn decode_work(batch: &Batch) -> Vec<u32> {
     words
 }
 
-/// The sequences with more rows, longest first.
+/// The other sequences, longest first.
 pub fn prefill_work(batch: &Batch) -> Vec<u32> {
-    let mut spans: Vec<_> = batch.spans.iter().filter(|s| s.rows.len() > 1).collect();
+    let mut spans: Vec<_> = batch.spans.iter().filter(|s| !decoded(s.rows.len())).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
     let mut words = vec![spans.len() as u32, 0, 0, 0];
     for span in spans {
@@ -146,7 +151,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Sequences with one row, and zeros for the `left` rows after all sequences.
+    /// Sequences that decode, and zeros for the `left` rows after all sequences.
     fn decode(&self, step: &Step, rows: usize, left: usize) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         // In a fixed step the room for items; else their number.
@@ -186,13 +191,13 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Sequences with more rows; a fixed step has none.
+    /// The other sequences; a fixed step has none.
     fn prefill(&self, batch: &Batch, step: &Step) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         if step.prefill.len <= HEADER {
             return Ok(());
         }
-        let spans = || batch.spans.iter().map(|s| s.rows.len()).filter(|rows| *rows > 1);
+        let spans = || batch.spans.iter().map(|s| s.rows.len()).filter(|rows| !decoded(*rows));
         let fast = self.fast && self.group <= PREFILL_ROWS;
         let (name, blocks) = match dim {
             64 | 128 if fast => {

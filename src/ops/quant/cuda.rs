@@ -10,10 +10,10 @@ use super::tiles::{Format, INPUTS, ROWS, Tiles};
 use super::{QMatrix, Source};
 use crate::gpu::kernels::{Arg, Grid, launch};
 use crate::gpu::step::Step;
-use crate::gpu::{address, input, output};
+use crate::gpu::{address, deterministic, input, output};
 use crate::{Error, Result};
 
-/// Rows up to which products are taken with the packed weights; above, weights become bf16 first.
+/// Rows up to which products are taken with the packed weights; above, weights become bf16 first, unless all rows must take one path.
 pub const FUSED_ROWS: usize = 64;
 /// Activations up to this many bytes are read from shared memory by products of up to 8 rows.
 const NEAR_BYTES: usize = 32 << 10;
@@ -222,7 +222,7 @@ impl QMatrix {
             return Err(Error::internal(format!("product of [{m}, {k}] with a [{}, {}] matrix", self.n, self.k)));
         }
         // Rows of other lengths are not aligned for the kernels' loads.
-        let fused = k % 8 == 0 && (m <= FUSED_ROWS || dtype == DType::F32);
+        let fused = k % 8 == 0 && (m <= FUSED_ROWS || dtype == DType::F32 || deterministic());
         if !fused {
             return Ok(x.matmul(&self.dequantised(parts)?.t()?)?.to_dtype(dtype)?);
         }
