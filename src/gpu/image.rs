@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::thread;
 
 use half::bf16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-use crate::adapter::peft::{AdapterWeights, Values};
+use crate::adapter::peft::{AdapterWeights, ModuleWeights, Values};
 use crate::adapter::{Module, Site};
 use crate::model::ModelConfig;
 use crate::{Error, Result};
@@ -24,6 +25,9 @@ const RANK_STEP: usize = 8;
 
 /// Blocks start at multiples of this many values, so that no cache line holds parts of two.
 const BLOCK_STEP: usize = 64;
+
+/// Threads that write an image.
+const WRITERS: usize = 4;
 
 /// A multiple of this many bytes is what an image takes.
 const STEP: usize = 256;
@@ -92,29 +96,30 @@ impl Layout {
         Ok(Self { blocks, bytes: (2 * end).next_multiple_of(STEP), ranks })
     }
 
-    /// Writes the values, rounded to bf16; what the image has beside them is left as it is.
+    /// Writes the values, rounded to bf16; what the image has beside them is left as it is. By a few threads, since a request
+    /// waits for it and one cannot fill the bus.
     pub fn write(&self, weights: &AdapterWeights, model: &ModelConfig, image: &mut [u16]) {
+        let mut modules: BTreeMap<usize, Vec<(usize, &ModuleWeights)>> = BTreeMap::new();
         for m in &weights.modules {
             let (entry, i) = entry(m.layer, m.module, model);
-            let block = &self.blocks[&entry];
-            let (k, n, padded) = (block.k, block.n[i], block.ranks[i]);
-            let image = &mut image[block.at..block.at + block.len()];
-
-            let (a, rest) = image[block.a(i)..].split_at_mut(m.rank * k);
-            round(&m.a, 0..m.rank * k, a);
-            rest[..(padded - m.rank) * k].fill(0);
-
-            let b = &mut image[block.b(i)..][..n * padded];
-            for (j, row) in b.chunks_exact_mut(padded).enumerate() {
-                let (row, padding) = row.split_at_mut(m.rank);
-                round(&m.b, j * m.rank..(j + 1) * m.rank, row);
-                padding.fill(0);
-            }
-            if let Some(bias) = &m.bias {
-                let to = image[block.bias(i)..].as_chunks_mut::<2>().0;
-                to.iter_mut().zip(bias.to_f32()).for_each(|(to, v)| *to = halves(v.to_bits()));
-            }
+            modules.entry(entry).or_default().push((i, m));
         }
+        let (mut rest, mut end) = (image, 0);
+        let mut blocks = Vec::new();
+        for (entry, block) in &self.blocks {
+            let (image, after) = rest[block.at - end..].split_at_mut(block.len());
+            (rest, end) = (after, block.at + block.len());
+            blocks.push((block, &modules[entry], image));
+        }
+        thread::scope(|scope| {
+            for share in blocks.chunks_mut(self.blocks.len().div_ceil(WRITERS).max(1)) {
+                scope.spawn(|| {
+                    for (block, modules, image) in share {
+                        modules.iter().for_each(|(i, m)| block.write(*i, m, image));
+                    }
+                });
+            }
+        });
     }
 
     /// The slot's row of the table, for an image at address `base`: `[entries][ENTRY]`.
@@ -133,6 +138,30 @@ impl Layout {
 }
 
 impl Block {
+    /// Writes module `i` to the block's image.
+    fn write(&self, i: usize, m: &ModuleWeights, image: &mut [u16]) {
+        let (k, n, padded) = (self.k, self.n[i], self.ranks[i]);
+        let (a, rest) = image[self.a(i)..].split_at_mut(m.rank * k);
+        round(&m.a, 0..m.rank * k, a);
+        rest[..(padded - m.rank) * k].fill(0);
+
+        let b = &mut image[self.b(i)..][..n * padded];
+        if padded == m.rank {
+            // All at once: row by row is several times slower.
+            round(&m.b, 0..n * padded, b);
+        } else {
+            for (j, row) in b.chunks_exact_mut(padded).enumerate() {
+                let (row, padding) = row.split_at_mut(m.rank);
+                round(&m.b, j * m.rank..(j + 1) * m.rank, row);
+                padding.fill(0);
+            }
+        }
+        if let Some(bias) = &m.bias {
+            let to = image[self.bias(i)..].as_chunks_mut::<2>().0;
+            to.iter_mut().zip(bias.to_f32()).for_each(|(to, v)| *to = halves(v.to_bits()));
+        }
+    }
+
     /// Ranks of all modules.
     fn rank(&self) -> usize {
         self.ranks.iter().sum()
@@ -176,7 +205,6 @@ fn round(values: &Values, range: Range<usize>, to: &mut [u16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::peft::ModuleWeights;
     use crate::model::RopeScaling;
 
     fn model() -> ModelConfig {

@@ -120,7 +120,7 @@ async fn prefetch_takes_only_room_that_nobody_waits_for() {
     load_small(&registry, &model, dir.path(), 2).await;
     let (a, b) = (registry.lease("0").unwrap(), registry.lease("1").unwrap());
     let mut tiers = registry.tiers().unwrap();
-    let mut arrives = |tiers: &mut Tiers, name: &str, lease: &Lease| {
+    let arrives = |tiers: &mut Tiers, name: &str, lease: &Lease| {
         tiers.prefetch(lease);
         let started = Instant::now();
         while registry.get(name).unwrap().level != "slot" && started.elapsed() < Duration::from_millis(500) {
