@@ -20,44 +20,9 @@
 // What a step brings (work, tables) is there before the step's first kernel starts, and a decoded row's blocks before its last
 // are of earlier steps: kernels read these before they wait for the kernel before them. No pointer is __restrict__, since loads
 // through the read-only path may be moved up across that wait.
-#include "common.cuh"
+#include "attention.cuh"
 
-constexpr int PAGE = 16;        // tokens of a cache block
-constexpr int WARPS = 4;        // of all attention kernels
-constexpr int THREADS = 32 * WARPS;
-constexpr float NONE = -INFINITY;
-
-__device__ __forceinline__ float ex2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const bf162 v = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&v;
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// Zeros where not `live`.
-__device__ __forceinline__ void cp_async16(uint32_t to, const void *from, bool live) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int N> __device__ __forceinline__ void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-__device__ __forceinline__ void ldmatrix(uint32_t r[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_trans(uint32_t r[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
+constexpr int PAGE = 16;  // tokens of a cache block
 
 // Transpose of an 8x8 matrix of 16-bit values; lane l holds columns 2(l%4)..+1 of row l/4.
 __device__ __forceinline__ uint32_t transpose(uint32_t a) {
@@ -66,13 +31,13 @@ __device__ __forceinline__ uint32_t transpose(uint32_t a) {
     return d;
 }
 
-// Where 16-byte chunk `chunk` of row `row` lies in a shared matrix of CHUNKS chunks a row: eight rows' chunks of the same
-// number are in different banks. If the matrix starts at a multiple of 256, chunks 2k and 2k + 1 are at those of 0 and 1 ^ 32k.
-template <int CHUNKS> __device__ __forceinline__ uint32_t place(int row, int chunk) {
-    return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
-}
-
 // ---------------------------------------------------------------- decode
+
+// Where 16-byte chunk `chunk` of row `row` lies in a shared matrix of rows of DIM values: eight rows' chunks of the same number
+// are in different banks. If the matrix starts at a multiple of 256, chunks 2k and 2k + 1 are at those of 0 and 1 ^ 32k.
+template <int DIM> __device__ __forceinline__ uint32_t place(int row, int chunk) {
+    return (row * (DIM / 8) + (chunk ^ (row & 7))) * 16;
+}
 
 struct DecodeItem {
     int row, start, context, part, keys, parts;
@@ -98,7 +63,7 @@ template <int DIM> __device__ __forceinline__ void load_page(uint32_t to, const 
 #pragma unroll
     for (int i = 0; i < PAGE * CHUNKS / 32; i++) {
         const int chunk = lane + 32 * i, token = chunk / CHUNKS;
-        cp_async16(to + place<CHUNKS>(token, chunk % CHUNKS), from + 8 * chunk, token < live);
+        cp_async16(to + place<DIM>(token, chunk % CHUNKS), from + 8 * chunk, token < live);
     }
 }
 
@@ -117,8 +82,8 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
     const int sets = (group + HEADS - 1) / HEADS, units = kv_heads * sets, heads = kv_heads * group;
     const uint32_t keys_at = shared_address(blocks[warp]), values_at = keys_at + PAGE_BYTES;
     // The lane's rows of 8x8 matrices: as first operands of QK and, transposed, PV.
-    const uint32_t key_at = keys_at + place<CHUNKS>(lane % 16, lane / 16);
-    const uint32_t value_at = values_at + place<CHUNKS>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t key_at = keys_at + place<DIM>(lane % 16, lane / 16);
+    const uint32_t value_at = values_at + place<DIM>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
     pdl_release();
     const uint4 header = load_words(work);
@@ -332,174 +297,43 @@ __device__ __forceinline__ bool find_tile(const uint4 *work, int positions, int 
     return false;
 }
 
-// A block has 128 query rows: positions, and within one the heads of a group. A warp has 32 of them.
-template <int DIM> struct Prefill {
-    static constexpr int ROWS = 128, KEYS = 64, CHUNKS = DIM / 8;
-    static constexpr int QUERY_BYTES = ROWS * DIM * 2, KEY_BYTES = KEYS * DIM * 2;
+// A tile's keys and values from the cache.
+template <int DIM> struct CachedKeys {
+    const bf16 *cache;
+    const uint32_t *table;  // of the sequence
+    int kv_heads, kv_head;
+
+    __device__ __forceinline__ void load(uint32_t to, int t, int keys) const {
+        constexpr int CHUNKS = DIM / 8;
+        uint32_t ids[TILE_KEYS / PAGE];
+#pragma unroll
+        for (int b = 0; b < TILE_KEYS / PAGE; b++) ids[b] = table[min(t * (TILE_KEYS / PAGE) + b, (keys - 1) / PAGE)];
+#pragma unroll
+        for (int i = 0; i < TILE_KEYS * CHUNKS / THREADS; i++) {
+            const int chunk = threadIdx.x + THREADS * i, key = chunk / CHUNKS;
+            const uint32_t at = to + place_panel<TILE_KEYS>(key, chunk % CHUNKS);
+            const size_t block = ids[i * THREADS / (PAGE * CHUNKS)];
+            const bf16 *from = cache + (block * 2 * kv_heads + kv_head) * PAGE * DIM + 8 * (chunk % (PAGE * CHUNKS));
+            const bool live = t * TILE_KEYS + key < keys;
+            cp_async16(at, from, live);
+            cp_async16(at + panels_bytes<DIM, TILE_KEYS>, from + (size_t)kv_heads * PAGE * DIM, live);
+        }
+    }
 };
 
 template <int DIM>
 __device__ __forceinline__ void prefill(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint32_t *tables,
                                         int kv_heads, int group, float scale, bf16 *out) {
-    using P = Prefill<DIM>;
-    constexpr int KEYS = P::KEYS, CHUNKS = P::CHUNKS, STEPS = DIM / 16, TILES = KEYS / 8;
-    // Queries, then two stages of keys and values.
-    extern __shared__ __align__(256) uint8_t shared[];
-    const uint32_t queries_at = shared_address(shared), stages_at = queries_at + P::QUERY_BYTES;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = kv_heads * group;
-    const int positions = P::ROWS / group, kv_head = blockIdx.x % kv_heads;
-
+    const int positions = TILE_ROWS / group, kv_head = blockIdx.x % kv_heads;
     int tile = blockIdx.x / kv_heads;
     uint4 span;
     if (!find_tile(work, positions, tile, span)) return;
     pdl_wait();
     pdl_release();
-    const int first = tile * positions, rows = min(positions, (int)span.y - first) * group;
-    const int position = span.z + first, row0 = span.x + first;
-    const int keys = position + rows / group;
-    const uint32_t *table = tables + span.w;
-
-    constexpr int EACH = KEYS * CHUNKS / THREADS;  // chunks a thread copies of a tile's keys, and of its values
-    auto load_tile = [&](int t) {
-        uint32_t ids[KEYS / PAGE];
-#pragma unroll
-        for (int b = 0; b < KEYS / PAGE; b++) ids[b] = table[min(t * (KEYS / PAGE) + b, (keys - 1) / PAGE)];
-        const uint32_t to = stages_at + t % 2 * 2 * P::KEY_BYTES;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int chunk = threadIdx.x + THREADS * i, key = chunk / CHUNKS;
-            const uint32_t at = to + place<CHUNKS>(key, chunk % CHUNKS);
-            const size_t block = ids[i * THREADS / (PAGE * CHUNKS)];
-            const bf16 *from = cache + (block * 2 * kv_heads + kv_head) * PAGE * DIM + 8 * (chunk % (PAGE * CHUNKS));
-            const bool live = t * KEYS + key < keys;
-            cp_async16(at, from, live);
-            cp_async16(at + P::KEY_BYTES, from + (size_t)kv_heads * PAGE * DIM, live);
-        }
-    };
-    load_tile(0);
-#pragma unroll 4
-    for (int i = 0; i < P::ROWS * CHUNKS / THREADS; i++) {
-        const int chunk = threadIdx.x + THREADS * i, row = chunk / CHUNKS, live = row < rows;
-        const int from_row = live ? row : 0, token = row0 + from_row / group, head = kv_head * group + from_row % group;
-        const bf16 *from = qkv + ((size_t)token * (heads + 2 * kv_heads) + head) * DIM + 8 * (chunk % CHUNKS);
-        cp_async16(queries_at + place<CHUNKS>(row, chunk % CHUNKS), from, live);
-    }
-    cp_commit();
-
-    // Lane l holds of each 16 rows l/4 and l/4 + 8.
-    int row_position[4];
-#pragma unroll
-    for (int r = 0; r < 4; r++) row_position[r] = position + (warp * 32 + r * 8 + lane / 4) / group;
-    const int warp_position = position + warp * 32 / group;
-    const int warp_last = warp * 32 < rows ? position + min(warp * 32 + 31, rows - 1) / group : -1;
-    // The lane's rows of 8x8 matrices.
-    const uint32_t query_at = queries_at + place<CHUNKS>(warp * 32 + lane % 16, lane / 16);
-    const uint32_t key_place = place<CHUNKS>(lane % 8 + lane / 16 * 8, lane / 8 % 2), value_place = place<CHUNKS>(lane % 16, lane / 16);
-
-    float o[2][DIM / 8][4] = {}, m[4] = {NONE, NONE, NONE, NONE}, l[4] = {};
-    const int tiles = (keys + KEYS - 1) / KEYS;
-    for (int t = 0; t < tiles; t++) {
-        cp_wait<0>();
-        __syncthreads();
-        if (t + 1 < tiles) {
-            load_tile(t + 1);
-            cp_commit();
-        }
-        if (t * KEYS > warp_last) continue;
-        const uint32_t stage_at = stages_at + t % 2 * 2 * P::KEY_BYTES;
-        const uint32_t key_at = stage_at + key_place, value_at = stage_at + P::KEY_BYTES + value_place;
-
-        float s[2][TILES][4] = {};
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            uint32_t a[2][4];
-#pragma unroll
-            for (int r = 0; r < 2; r++) ldmatrix(a[r], (query_at ^ 32 * k) + r * 16 * CHUNKS * 16);
-#pragma unroll
-            for (int n = 0; n < TILES / 2; n++) {
-                uint32_t b[4];
-                ldmatrix(b, (key_at ^ 32 * k) + n * 16 * CHUNKS * 16);
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    mma_m16n8k16(s[r][2 * n], a[r][0], a[r][1], a[r][2], a[r][3], b[0], b[1]);
-                    mma_m16n8k16(s[r][2 * n + 1], a[r][0], a[r][1], a[r][2], a[r][3], b[2], b[3]);
-                }
-            }
-        }
-        if (t * KEYS + KEYS - 1 > warp_position) {
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-#pragma unroll
-                for (int c = 0; c < 8; c++) {
-                    const int key = t * KEYS + 8 * n + 2 * (lane % 4) + c % 2;
-                    if (key > row_position[c / 2]) s[c / 4][n][c % 4] = NONE;
-                }
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            float (*row)[4] = s[r / 2];
-            const int c = r % 2 * 2;
-            float max = m[r];
-#pragma unroll
-            for (int n = 0; n < TILES; n++) max = fmaxf(max, fmaxf(row[n][c], row[n][c + 1]));
-            max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
-            max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
-            const float decay = ex2((m[r] - max) * scale), offset = max * scale;
-            m[r] = max;
-            float sum = 0.f;
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                row[n][c] = ex2(row[n][c] * scale - offset);
-                row[n][c + 1] = ex2(row[n][c + 1] * scale - offset);
-                sum += row[n][c] + row[n][c + 1];
-            }
-            l[r] = l[r] * decay + sum;
-#pragma unroll
-            for (int d = 0; d < DIM / 8; d++) o[r / 2][d][c] *= decay, o[r / 2][d][c + 1] *= decay;
-        }
-#pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) {
-            uint32_t a[2][4];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) a[r][i] = pack(s[r][2 * k + i / 2][i % 2 * 2], s[r][2 * k + i / 2][i % 2 * 2 + 1]);
-            }
-#pragma unroll
-            for (int d = 0; d < DIM / 16; d++) {
-                uint32_t b[4];
-                ldmatrix_trans(b, (value_at ^ 32 * d) + k * 16 * CHUNKS * 16);
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    mma_m16n8k16(o[r][2 * d], a[r][0], a[r][1], a[r][2], a[r][3], b[0], b[1]);
-                    mma_m16n8k16(o[r][2 * d + 1], a[r][0], a[r][1], a[r][2], a[r][3], b[2], b[3]);
-                }
-            }
-        }
-    }
-
-    // Through the place of the warp's own queries, so that 16 bytes are written at once.
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-        l[r] += __shfl_xor_sync(~0u, l[r], 1);
-        l[r] += __shfl_xor_sync(~0u, l[r], 2);
-        const float inverse = __fdividef(1.f, l[r]);
-        const int c = r % 2 * 2;
-#pragma unroll
-        for (int d = 0; d < DIM / 8; d++) {
-            uint8_t *to = shared + place<CHUNKS>(warp * 32 + r * 8 + lane / 4, d) + 4 * (lane % 4);
-            *(uint32_t *)to = pack(o[r / 2][d][c] * inverse, o[r / 2][d][c + 1] * inverse);
-        }
-    }
-    __syncwarp();
-#pragma unroll 4
-    for (int i = 0; i < CHUNKS; i++) {
-        const int chunk = lane + 32 * i, row = warp * 32 + chunk / CHUNKS;
-        if (row >= rows) break;
-        bf16 *to = out + ((size_t)(row0 + row / group) * heads + kv_head * group + row % group) * DIM + 8 * (chunk % CHUNKS);
-        *(uint4 *)to = *(const uint4 *)(shared + place<CHUNKS>(row, chunk % CHUNKS));
-    }
+    const int first = tile * positions;
+    const CachedKeys<DIM> keys = {cache, tables + span.w, kv_heads, kv_head};
+    attend_tile<DIM>(qkv, span.x + first, span.z + first, min(positions, (int)span.y - first) * group, keys, kv_heads, kv_head, group,
+                     scale, out, nullptr);
 }
 
 #define PREFILL(DIM)                                                                                                       \

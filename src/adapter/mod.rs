@@ -140,6 +140,8 @@ pub struct Generation {
     pub rank: usize,
     /// Number of modules it changes.
     pub modules: usize,
+    /// Whether it is used alone and at weight 1 (DoRA).
+    pub undivided: bool,
     /// Bytes of its weights in host memory.
     pub bytes: usize,
     /// Bytes of its weights in a slot.
@@ -196,6 +198,7 @@ impl Generation {
             source,
             rank: weights.modules.iter().map(|m| m.rank).max().unwrap_or(0),
             modules: weights.modules.len(),
+            undivided: weights.has_magnitudes(),
             bytes: weights.bytes(),
             slot_bytes,
             loaded_at: SystemTime::now(),

@@ -49,6 +49,8 @@ pub struct ModuleWeights {
     pub b: Values,
     /// `lora_B.bias [n]`, scaled with the delta.
     pub bias: Option<Values>,
+    /// DoRA's norms of the changed weight's rows `[n]`.
+    pub magnitude: Option<Values>,
 }
 
 /// Numbers in the precision of the file.
@@ -103,9 +105,13 @@ impl Values {
 }
 
 impl ModuleWeights {
-    /// Numbers in A, B and the bias.
+    /// Numbers in all tensors.
     fn numbers(&self, width: impl Fn(&Values) -> usize) -> usize {
-        width(&self.a) + width(&self.b) + self.bias.as_ref().map_or(0, width)
+        [Some(&self.a), Some(&self.b), self.bias.as_ref(), self.magnitude.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(width)
+            .sum()
     }
 }
 
@@ -113,6 +119,11 @@ impl AdapterWeights {
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
         self.modules.iter().map(|m| m.numbers(Values::bytes)).sum()
+    }
+
+    /// Whether any module has DoRA's magnitudes, with which an adapter is used alone and at weight 1.
+    pub fn has_magnitudes(&self) -> bool {
+        self.modules.iter().any(|m| m.magnitude.is_some())
     }
 
     /// Bytes in a slot, where everything is f32.
@@ -200,6 +211,7 @@ struct Parts<'a> {
     b: Option<(&'a str, &'a TensorInfo)>,
     e: Option<(&'a str, &'a TensorInfo)>,
     bias: Option<(&'a str, &'a TensorInfo)>,
+    magnitude: Option<(&'a str, &'a TensorInfo)>,
 }
 
 /// One module to read: where its tensors are, with shapes already checked.
@@ -213,6 +225,7 @@ struct Step {
     b: (String, TensorInfo),
     e: Option<(String, TensorInfo)>,
     bias: Option<(String, TensorInfo)>,
+    magnitude: Option<(String, TensorInfo)>,
 }
 
 /// What to read, after config, header and model have been found to agree.
@@ -262,6 +275,7 @@ impl Plan {
                 Role::B => &mut parts.b,
                 Role::E => &mut parts.e,
                 Role::Bias => &mut parts.bias,
+                Role::Magnitude => &mut parts.magnitude,
             };
             *part = Some((name, info));
         }
@@ -322,8 +336,9 @@ impl Plan {
                 a = times_rows(&a, &load(e, &mut hash)?);
             }
             let bias = step.bias.as_ref().map(|bias| load(bias, &mut hash)).transpose()?;
+            let magnitude = step.magnitude.as_ref().map(|magnitude| load(magnitude, &mut hash)).transpose()?;
             let (layer, module, rank, scale) = (step.layer, step.module, step.rank, step.scale);
-            modules.push(ModuleWeights { layer, module, rank, scale, a, b, bias });
+            modules.push(ModuleWeights { layer, module, rank, scale, a, b, bias, magnitude });
         }
         fail_on(problems)?;
         hash_text(&mut hash, if config.kind == Kind::Lora { "lora" } else { "adalora" });
@@ -338,12 +353,17 @@ enum Role {
     B,
     E,
     Bias,
+    Magnitude,
 }
 
 /// `base_model.model.<path>.lora_A[.<adapter>].weight` -> path, role and adapter. PEFT strips the adapter's name when it
 /// saves; some trainers do not. AdaLoRA's tensors are parameters, without `.weight`.
 fn split(name: &str, kind: Kind) -> Option<(&str, Role, &str)> {
     let (path, rest) = name.strip_prefix("base_model.model.")?.split_once(".lora_")?;
+    if let Some(adapter) = rest.strip_prefix("magnitude_vector") {
+        let adapter = adapter.strip_suffix(".weight").unwrap_or(adapter);
+        return Some((path, Role::Magnitude, if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? }));
+    }
     let (matrix, rest) = rest.split_at_checked(1)?;
     let (adapter, bias) = match kind {
         Kind::AdaLora => (rest, false),
@@ -380,16 +400,17 @@ fn step(
     }
     let ada = config.kind == Kind::AdaLora;
     let wanted = [
-        ("lora_A", parts.a, vec![rank, k], true),
-        ("lora_B", parts.b, vec![n, rank], true),
-        ("lora_E", parts.e, vec![rank, 1], ada),
-        ("lora_B.bias", parts.bias, vec![n], config.lora_bias),
+        ("lora_A", parts.a, vec![rank, k], true, ""),
+        ("lora_B", parts.b, vec![n, rank], true, ""),
+        ("lora_E", parts.e, vec![rank, 1], ada, ""),
+        ("lora_B.bias", parts.bias, vec![n], config.lora_bias, "lora_bias"),
+        ("lora_magnitude_vector", parts.magnitude, vec![n], config.dora, "use_dora"),
     ];
-    for (what, part, shape, needed) in wanted {
+    for (what, part, shape, needed, option) in wanted {
         match part {
             None if needed => problems.push(format!("{path}: targeted, but {what} is missing")),
             None => {}
-            Some((name, _)) if !needed => problems.push(format!("{name}: not used, since lora_bias is false")),
+            Some((name, _)) if !needed => problems.push(format!("{name}: not used, since {option} is false")),
             Some((name, info)) => {
                 if info.shape != shape {
                     problems.push(wrong_shape(name, &info.shape, &shape));
@@ -403,8 +424,8 @@ fn step(
     let own = |part: Option<(&str, &TensorInfo)>| part.map(|(name, info)| (name.to_owned(), info.clone()));
     match (own(parts.a), own(parts.b)) {
         (Some(a), Some(b)) if problems.len() == before && rank > 0 => {
-            let (e, bias) = (own(parts.e), own(parts.bias));
-            Ok(Some(Step { layer, module, path: path.to_owned(), rank, scale, a, b, e, bias }))
+            let (e, bias, magnitude) = (own(parts.e), own(parts.bias), own(parts.magnitude));
+            Ok(Some(Step { layer, module, path: path.to_owned(), rank, scale, a, b, e, bias, magnitude }))
         }
         _ => Ok(None),
     }

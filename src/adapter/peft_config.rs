@@ -11,7 +11,9 @@ use serde_json::{Map, Value};
 use crate::{Error, Result};
 
 /// Options that only steered training, or say where the adapter came from.
-const WITHOUT_EFFECT: [&str; 19] = [
+const WITHOUT_EFFECT: [&str; 20] = [
+    // What our trainer notes of base and data.
+    "quiver",
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -37,13 +39,14 @@ const WITHOUT_EFFECT: [&str; 19] = [
 ];
 
 /// Options that [`PeftConfig::parse`] reads.
-const READ: [&str; 16] = [
+const READ: [&str; 17] = [
     "peft_type",
     "task_type",
     "r",
     "init_r",
     "lora_alpha",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
     "target_modules",
@@ -57,8 +60,7 @@ const READ: [&str; 16] = [
 ];
 
 /// Options that change what the adapter computes in a way that is not served, and what to do about each.
-const REFUSED: [(&str, &str); 16] = [
-    ("use_dora", "DoRA rescales the base weights' rows, which this server does not do: train without it"),
+const REFUSED: [(&str, &str); 15] = [
     ("modules_to_save", "whole layers of the base were trained, which cannot be shared: use LoRA on them instead"),
     ("layer_replication", "the adapter belongs to a base with repeated layers"),
     ("trainable_token_indices", "rows of the embedding were trained; embeddings are shared by all adapters here"),
@@ -92,6 +94,8 @@ pub struct PeftConfig {
     pub kind: Kind,
     /// Whether `lora_B` has a bias.
     pub lora_bias: bool,
+    /// Whether the changed weight's rows have magnitudes of their own.
+    pub dora: bool,
     /// Rank where no pattern says otherwise; `init_r` for AdaLoRA.
     rank: usize,
     /// `lora_alpha` where no pattern says otherwise.
@@ -155,6 +159,7 @@ impl PeftConfig {
         let mut config = Self {
             kind,
             lora_bias: options.bool("lora_bias")?,
+            dora: options.bool("use_dora")?,
             rank: options.positive(if kind == Kind::Lora { "r" } else { "init_r" })?.unwrap_or(match kind {
                 Kind::Lora => 8,
                 Kind::AdaLora => 12,
@@ -177,6 +182,9 @@ impl PeftConfig {
         if config.layers.is_some() && !matches!(config.targets, Matcher::Names(_)) {
             return Err(invalid("layers_to_transform needs target_modules to be a list of names"));
         }
+        if config.dora && config.lora_bias {
+            return Err(unsupported("use_dora with lora_bias, which PEFT does not have either"));
+        }
         match kind {
             Kind::Lora => {
                 config.rank_pattern = options.patterns("rank_pattern", |key, v| {
@@ -190,6 +198,7 @@ impl PeftConfig {
                 for (name, used) in [
                     ("use_rslora", config.rslora),
                     ("lora_bias", config.lora_bias),
+                    ("use_dora", config.dora),
                     ("alpha_pattern", !config.alpha_pattern.is_empty()),
                 ] {
                     if used {

@@ -25,7 +25,7 @@ use crate::{Error, Result};
 const PARALLEL_LOADS: usize = 4;
 
 /// Longest adapter name in bytes.
-const MAX_NAME: usize = 128;
+const MAX_NAME: usize = 256;
 
 /// Limits and places of the adapters.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub struct RegistryConfig {
     pub device: Device,
     /// Sources of [`Registry::load`] must lie below this directory, and relative ones start here.
     pub adapter_root: Option<PathBuf>,
+    /// Sources may lie below this one too: where the trainer writes adapters.
+    pub made_root: Option<PathBuf>,
     /// Where the manifest is kept; without one, nothing is remembered.
     pub state_dir: Option<PathBuf>,
     /// Bytes of adapters in host memory.
@@ -50,6 +52,7 @@ impl Default for RegistryConfig {
         Self {
             device: Device::Cpu,
             adapter_root: None,
+            made_root: None,
             state_dir: None,
             host_budget: 0,
             slot_budget: 0,
@@ -109,6 +112,16 @@ pub struct Unloaded {
     pub freed_bytes: usize,
     /// Bytes that the last running request, or for an idle slot the engine's next step, will free.
     pub pending_bytes: usize,
+}
+
+/// An adapter that is ready and has no name yet.
+pub struct Staged(Arc<Generation>);
+
+impl Staged {
+    /// Takes it.
+    pub fn lease(&self) -> Lease {
+        Lease::new(self.0.clone())
+    }
 }
 
 /// All adapters of the server; clones share it.
@@ -184,6 +197,29 @@ impl Registry {
         let info = self.load_counted(name, Path::new(source), true, pinned, replace).await?;
         self.save();
         Ok(info)
+    }
+
+    /// Reads an adapter as [`Registry::load`] does, without giving it the name yet: requests that hold its lease can use it,
+    /// nobody else finds it. Dropped, it is gone.
+    pub async fn stage(&self, name: &str, source: &str) -> Result<Staged> {
+        self.check_name(name)?;
+        let (generation, weights) = self.read(name, Path::new(source), true).await?;
+        let generation = Arc::new(generation);
+        self.0.host.put(&generation, Arc::new(weights));
+        Ok(Staged(generation))
+    }
+
+    /// Gives a staged adapter its name, whatever had it before.
+    pub fn publish(&self, Staged(generation): Staged) -> AdapterInfo {
+        let info = AdapterInfo::from(&*generation);
+        let mut names = self.lock();
+        names.absent.remove(&info.name);
+        if let Some(old) = names.loaded.insert(info.name.clone(), generation) {
+            old.retire();
+        }
+        drop(names);
+        self.save();
+        info
     }
 
     /// Loads every sub-directory of `dir` that holds an adapter, under its own name, unless the name is taken. The
@@ -345,25 +381,7 @@ impl Registry {
             let message = format!("adapter {name:?} is loaded already: ask for it to be replaced, or unload it first");
             return Err(Error::new(ErrorKind::Conflict, message).param("name").code("adapter_exists"));
         }
-        let (inner, source) = (self.0.clone(), source.to_owned());
-        let read = move || {
-            let source = inner.resolve(&source, confined)?;
-            AdapterWeights::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
-        };
-        let (source, weights, id) = tokio::task::spawn_blocking(read)
-            .await
-            .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")))?
-            .map_err(|e| e.param("source"))?;
-
-        let slot_bytes = slots::slot_bytes(&weights, &self.0.model, &self.0.config.device)?;
-        let generation = Generation::new(name, id, source, &weights, slot_bytes, self.0.host.clone());
-        if generation.slot_bytes > self.0.config.slot_budget {
-            return Err(Error::invalid(format!(
-                "adapter {name:?} needs {} bytes in a slot, more than the whole slot budget of {} bytes",
-                generation.slot_bytes, self.0.config.slot_budget
-            ))
-            .code("adapter_too_large"));
-        }
+        let (generation, weights) = self.read(name, source, confined).await?;
         let mut names = self.lock();
         if pinned {
             self.check_pin_budget(&names, name, generation.slot_bytes)?;
@@ -384,6 +402,30 @@ impl Registry {
             old.retire();
         }
         Ok(info)
+    }
+
+    /// Reads and checks an adapter that is to be called `name`.
+    async fn read(&self, name: &str, source: &Path, confined: bool) -> Result<(Generation, AdapterWeights)> {
+        let (inner, source) = (self.0.clone(), source.to_owned());
+        let read = move || {
+            let source = inner.resolve(&source, confined)?;
+            AdapterWeights::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
+        };
+        let (source, weights, id) = tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")))?
+            .map_err(|e| e.param("source"))?;
+
+        let slot_bytes = slots::slot_bytes(&weights, &self.0.model, &self.0.config.device)?;
+        let generation = Generation::new(name, id, source, &weights, slot_bytes, self.0.host.clone());
+        if generation.slot_bytes > self.0.config.slot_budget {
+            return Err(Error::invalid(format!(
+                "adapter {name:?} needs {} bytes in a slot, more than the whole slot budget of {} bytes",
+                generation.slot_bytes, self.0.config.slot_budget
+            ))
+            .code("adapter_too_large"));
+        }
+        Ok((generation, weights))
     }
 
     fn check_name(&self, name: &str) -> Result<()> {
@@ -475,7 +517,10 @@ impl Inner {
             Error::new(ErrorKind::Forbidden, message).code("adapter_path_forbidden")
         };
         let root = self.root.as_deref().filter(|_| confined);
-        let inside = |path: &Path| root.is_none_or(|root| path.starts_with(root));
+        let made = self.config.made_root.as_deref();
+        let inside = |path: &Path| {
+            root.is_none_or(|root| path.starts_with(root) || made.is_some_and(|made| path.starts_with(made)))
+        };
         let path = match (root, &self.config.adapter_root) {
             (Some(root), Some(given)) => {
                 // Paths may name the root as it was given, through a symlink.

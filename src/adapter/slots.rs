@@ -13,7 +13,7 @@ use super::{Module, Site};
 use crate::error::ErrorKind;
 use crate::gpu::slots::{self, DeviceSlots, Image, SLOTS, Staging};
 use crate::model::ModelConfig;
-use crate::ops::lora::LoraPair;
+use crate::ops::lora::{LoraPair, Magnitude};
 use crate::{Error, Result};
 
 /// One adapter laid out for the CPU's ops: the pairs of each site of each layer, and of the head.
@@ -41,6 +41,7 @@ impl SlotWeights {
                 a: m.a.to_f32(),
                 b: transpose(&m.b.to_f32(), m.rank),
                 bias: m.bias.as_ref().map(|bias| bias.to_f32()),
+                magnitude: m.magnitude.as_ref().map(|magnitude| Magnitude::new(magnitude.to_f32())),
             };
             match m.module {
                 Module::LmHead => slot.head.push(pair),
@@ -50,10 +51,11 @@ impl SlotWeights {
         slot
     }
 
-    /// Bytes of all matrices and biases.
+    /// Bytes of all matrices, biases and magnitudes.
     pub fn bytes(&self) -> usize {
         let pairs = self.layers.iter().flatten().flatten().chain(&self.head);
-        pairs.map(|p| 4 * (p.a.len() + p.b.len() + p.bias.as_ref().map_or(0, Vec::len))).sum()
+        let rest = |p: &LoraPair| p.bias.as_ref().map_or(0, Vec::len) + p.magnitude.as_ref().map_or(0, Magnitude::rows);
+        pairs.map(|p| 4 * (p.a.len() + p.b.len() + rest(p))).sum()
     }
 }
 
@@ -71,6 +73,10 @@ fn transpose(b: &[f32], rank: usize) -> Vec<f32> {
 
 /// The bytes that an adapter takes in a slot on this device. Errors: it cannot be there.
 pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device) -> Result<usize> {
+    if !device.is_cpu() && weights.has_magnitudes() {
+        return Err(Error::invalid("this adapter cannot be served: use_dora, which only the CPU serves")
+            .code("adapter_unsupported"));
+    }
     Ok(slots::image_bytes(device, weights, model)?.unwrap_or_else(|| weights.slot_bytes()))
 }
 

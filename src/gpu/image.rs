@@ -245,6 +245,7 @@ mod tests {
             a: values(seed, rank * k),
             b: values(seed + 100, rank * n),
             bias: bias.then(|| values(seed + 200, n)),
+            magnitude: None,
         }
     }
 

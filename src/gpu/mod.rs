@@ -5,6 +5,8 @@
 #[cfg(feature = "cuda")]
 mod arena;
 #[cfg(feature = "cuda")]
+pub mod blas;
+#[cfg(feature = "cuda")]
 pub mod graph;
 // Plain code: its tests run everywhere.
 #[cfg(any(feature = "cuda", test))]
@@ -17,6 +19,8 @@ pub mod slots;
 pub mod step;
 #[cfg(feature = "cuda")]
 pub mod steps;
+#[cfg(feature = "cuda")]
+pub mod uploads;
 
 #[cfg(not(feature = "cuda"))]
 mod without;

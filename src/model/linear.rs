@@ -9,11 +9,12 @@ use crate::adapter::Site;
 use crate::ops::lora::{self, Adapters};
 use crate::ops::quant::{self, QMatrix};
 
-/// `x [T, k] -> [T, n]`: `x·Wᵀ` plus the deltas of the rows' adapters at this layer and site.
+/// `x [T, k] -> [T, n]`: `x·Wᵀ` plus the deltas of the rows' adapters at this layer and site, times DoRA's gains.
 pub fn linear(weight: &Arc<QMatrix>, x: &Tensor, adapters: &Adapters, layer: usize, site: Site) -> Result<Tensor> {
     // Logits keep their precision.
     let dtype = if site == Site::Head { DType::F32 } else { x.dtype() };
     let y = quant::matmul(weight, x, dtype)?;
+    adapters.pairs(layer, site).try_for_each(|pair| pair.prepare_gains(weight))?;
     lora::add_delta(&y, x, adapters, layer, site)?;
     Ok(y)
 }

@@ -42,6 +42,16 @@ impl Llama {
         &self.weights.config
     }
 
+    /// The resident weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Rotary tables of all positions.
+    pub fn rope(&self) -> &RopeTable {
+        &self.rope
+    }
+
     /// Runs a step: writes the rows' keys and values to the cache and returns logits `[logit_rows, vocab]` f32. A row's
     /// logits depend, bit for bit, on its own sequence and adapters only. Errors when the batch contradicts itself, the
     /// cache or the model; the cache may then hold some of the step's keys.

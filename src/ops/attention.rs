@@ -17,13 +17,15 @@ use candle_core::{CpuStorage, CustomOp2, Device, InplaceOp2, Layout, Shape, Tens
 
 use super::cpu;
 use super::pool::SharedMut;
-use super::rope::{RopeTable, rope};
+use super::rope::{self, RopeTable};
 use super::simd::{self, Kernel, LANES, Lanes};
 use crate::engine::batch::{Batch, Span};
 use crate::{Error, Result};
 
+mod causal;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub use causal::{causal, causal_backward};
 #[cfg(feature = "cuda")]
 pub use cuda::{decode_words, decode_work, prefill_words, prefill_work};
 
@@ -93,7 +95,7 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
     if qkv.device().is_cuda() {
         return cuda::append(cache, qkv, batch, table, heads);
     }
-    rope(qkv, heads.query + heads.kv, &batch.positions, table)?;
+    rope::turn(qkv, heads.query + heads.kv, &batch.positions, table, false)?;
     Ok(cache.inplace_op2(qkv, &Append { slots, heads })?)
 }
 

@@ -1,8 +1,8 @@
 //! What the CPU halves of the ops share: slices out of candle's storage, and rows as tasks.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 
 use super::pool;
 
@@ -18,6 +18,34 @@ pub fn slice_mut<'a>(op: &'static str, storage: &'a mut CpuStorage, layout: &Lay
     match storage {
         CpuStorage::F32(values) => Ok(&mut values[start..end]),
         _ => candle_core::bail!("{op} takes f32 tensors"),
+    }
+}
+
+/// The values of a contiguous f32 tensor that is no operand of a candle op, held against changes while they are read. Errors:
+/// it is not on the CPU, not contiguous, or not f32.
+pub fn values<'a>(op: &'static str, tensor: &'a Tensor) -> Result<impl Deref<Target = [f32]> + 'a> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let (start, end) = layout.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op })?;
+    if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
+        candle_core::bail!("{op} takes f32 tensors on the CPU");
+    }
+    Ok(Values { storage, range: start..end })
+}
+
+/// `S` is candle's lock guard, whose type is not public.
+struct Values<S> {
+    storage: S,
+    range: Range<usize>,
+}
+
+impl<S: Deref<Target = Storage>> Deref for Values<S> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => unreachable!("`values` checked it"),
+        }
     }
 }
 

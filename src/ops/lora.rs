@@ -3,6 +3,7 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod gain;
 
 use std::ops::Range;
 
@@ -19,6 +20,7 @@ use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 pub use cuda::{work, work_words};
+pub use gain::Magnitude;
 
 /// The adapters of a step's rows.
 #[derive(Clone, Copy)]
@@ -52,6 +54,8 @@ pub struct LoraPair {
     pub b: Vec<f32>,
     /// `lora_B.bias [n]`, scaled like the delta.
     pub bias: Option<Vec<f32>>,
+    /// DoRA's, which scale the sum of base and delta.
+    pub magnitude: Option<Magnitude>,
 }
 
 /// Rows a task takes.
@@ -62,9 +66,9 @@ const RANKS: usize = 8;
 const COLUMNS: usize = 512;
 
 /// `y[row] += Σ weight · (scale · (x[row] · Aᵀ) · Bᵀ + scale · bias)` in place, over the terms of the row's segment in
-/// order and the modules of each term's slot at this layer and site, each at its columns. `x [T, k]`, `y [T, n]`; f32, on
-/// a GPU `x` bf16 and `y` bf16 or f32. Rows outside the segments keep their bits. Errors when a slot does not fit `x` and
-/// `y`, or a segment the rows.
+/// order and the modules of each term's slot at this layer and site, each at its columns; then DoRA's gains, which a term
+/// has to itself, at weight 1. `x [T, k]`, `y [T, n]`; f32, on a GPU `x` bf16 and `y` bf16 or f32. Rows outside the segments
+/// keep their bits. Errors when a slot does not fit `x` and `y`, or a segment the rows.
 pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site: Site) -> Result<()> {
     #[cfg(feature = "cuda")]
     if y.device().is_cuda() {
@@ -90,7 +94,11 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
         for &(slot, weight) in &segment.terms {
             for pair in pairs(slot) {
                 pair.check(n, k)?;
-                deltas.push(Delta { rows: segment.rows.clone(), pair, weight: weight * pair.scale, hidden });
+                let gains = pair.gains()?;
+                if gains.is_some() && (segment.terms.len() > 1 || weight != 1.0) {
+                    return Err(Error::internal("DoRA adapters have no weights and share no rows"));
+                }
+                deltas.push(Delta { rows: segment.rows.clone(), pair, weight: weight * pair.scale, gains, hidden });
                 hidden += segment.rows.len() * pair.rank;
             }
         }
@@ -101,11 +109,22 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
     Ok(y.inplace_op2(x, &AddDelta { deltas, hidden })?)
 }
 
+impl<'a> Adapters<'a> {
+    /// All pairs of the rows' adapters at a layer and site, on the CPU.
+    pub fn pairs(&self, layer: usize, site: Site) -> impl Iterator<Item = &'a LoraPair> {
+        let slots = self.slots;
+        self.segments.iter().flat_map(|s| &s.terms).flat_map(move |&(slot, _)| slots.pairs(slot, layer, site))
+    }
+}
+
 impl LoraPair {
     /// Whether the pair's arrays have its own shape and fit a matrix `[n, k]`.
     fn check(&self, n: usize, k: usize) -> Result<()> {
-        let Self { offset, n: out, k: inp, rank, a, b, bias, .. } = self;
-        let whole = a.len() == rank * inp && b.len() == rank * out && bias.as_ref().is_none_or(|v| v.len() == *out);
+        let Self { offset, n: out, k: inp, rank, a, b, bias, magnitude, .. } = self;
+        let whole = a.len() == rank * inp
+            && b.len() == rank * out
+            && bias.as_ref().is_none_or(|v| v.len() == *out)
+            && magnitude.as_ref().is_none_or(|m| m.rows() == *out);
         if !whole || *inp != k || offset + out > n || *rank == 0 {
             return Err(Error::internal(format!(
                 "a pair of rank {rank} for {inp} -> {out} at column {offset}, with {} and {} values, on {k} -> {n}",
@@ -124,6 +143,8 @@ struct Delta<'a> {
     pair: &'a LoraPair,
     /// The term's weight times the pair's scale.
     weight: f32,
+    /// Of the pair's columns.
+    gains: Option<&'a [f32]>,
     /// Where `weight · x·Aᵀ [rows, rank]` is in the intermediate values.
     hidden: usize,
 }
@@ -269,7 +290,7 @@ impl Shrink<'_> {
     }
 }
 
-/// Some rows and columns of `y += hidden · B + weight · bias`.
+/// Some rows and columns of `y += hidden · B + weight · bias`, and `y`'s gains.
 struct Expand<'a> {
     delta: &'a Delta<'a>,
     rows: Range<usize>,
@@ -351,8 +372,12 @@ impl Expand<'_> {
             let at = (start + r) * self.n + column;
             // SAFETY: columns of one row of `y`, and each belongs to one task.
             let y = unsafe { self.y.slice(at, C * LANES) };
-            for (y, sum) in y.as_chunks_mut::<LANES>().0.iter_mut().zip(sum[r]) {
-                L::load(y).add(sum).store(y);
+            for (c, (y, sum)) in y.as_chunks_mut::<LANES>().0.iter_mut().zip(sum[r]).enumerate() {
+                let mut changed = L::load(y).add(sum);
+                if let Some(gains) = self.delta.gains {
+                    changed = changed.mul(L::load(&gains[first..].as_chunks::<LANES>().0[c]));
+                }
+                changed.store(y);
             }
         }
     }
@@ -378,8 +403,12 @@ impl Expand<'_> {
             let at = row * self.n + column;
             // SAFETY: as in `tile`.
             let y = unsafe { self.y.slice(at, width) };
+            let mut changed = simd::load_part::<L>(y).add(sum);
+            if let Some(gains) = self.delta.gains {
+                changed = changed.mul(simd::load_part(&gains[first..first + width]));
+            }
             let mut last = [0.0; LANES];
-            simd::load_part::<L>(y).add(sum).store(&mut last);
+            changed.store(&mut last);
             y.copy_from_slice(&last[..width]);
         }
     }
@@ -402,6 +431,7 @@ mod tests {
             a: random(seed, rank * k),
             b: random(seed + 100, rank * n),
             bias: bias.then(|| random(seed + 200, n)),
+            magnitude: None,
         }
     }
 

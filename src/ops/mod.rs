@@ -3,10 +3,15 @@
 //! Activations are contiguous f32 tensors of shape `[tokens, features]` on the CPU. Every op computes a row from that
 //! row alone, in an order fixed by the shapes of the weights, so that a row's bits never depend on the rest of the batch.
 
+pub mod adamw;
 pub mod attention;
+pub mod blas;
 mod cpu;
+pub mod dropout;
+mod gemm;
 pub mod heads;
 pub mod lora;
+pub mod loss;
 pub mod norm;
 pub mod pool;
 pub mod quant;

@@ -1,11 +1,11 @@
 //! RMSNorm (Zhang and Sennrich, 2019): `y = x / sqrt(mean(x²) + eps) · weight`, alone or after a residual sum.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
-use super::simd::{self, Kernel, LANES, Lanes};
-use crate::Result;
+use super::simd::{self, Kernel, Lanes};
+use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -31,6 +31,52 @@ pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Re
     }
     let both = x.apply_op2_no_bwd(delta, &RmsNorm { weight, eps })?;
     Ok((both.get(0)?, both.get(1)?))
+}
+
+/// The gradient of [`rms_norm`] with respect to `x [T, n]`, given that of its result, `dy [T, n]`, plus `residual [T, n]`:
+/// what comes down the residual stream beside it. The weight is frozen and gets none. All f32; on a GPU `dy` is bf16.
+pub fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    residual: Option<&Tensor>,
+    eps: f32,
+) -> Result<Tensor> {
+    let n = x.dims2()?.1;
+    if weight.dims() != [n] || dy.dims() != x.dims() || residual.is_some_and(|r| r.dims() != x.dims()) {
+        return Err(Error::internal(format!(
+            "backward of the norm of {:?} with weights {:?} from {:?} and {:?}",
+            x.shape(),
+            weight.shape(),
+            dy.shape(),
+            residual.map(Tensor::shape)
+        )));
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::rms_norm_backward(x, weight, dy, residual, eps);
+    }
+    const OP: &str = "rms-norm-backward";
+    let t = x.dim(0)?;
+    let shape = x.shape();
+    let (x, weight, dy) = (cpu::values(OP, x)?, cpu::values(OP, weight)?, cpu::values(OP, dy)?);
+    let residual = residual.map(|r| cpu::values(OP, r)).transpose()?;
+    let (x, weight, dy, residual) = (&x[..], &weight[..], &dy[..], residual.as_deref());
+    let mut dx = vec![0.0; t * n];
+    let out = SharedMut::new(&mut dx);
+    cpu::for_each(t.div_ceil(ROWS), 2 * t * n, |task| {
+        for row in cpu::chunk(task, ROWS, t) {
+            let range = row * n..(row + 1) * n;
+            // SAFETY: inside the gradient, and each row belongs to one task.
+            let d = unsafe { out.slice(row * n, n) };
+            d.copy_from_slice(&dy[range.clone()]);
+            simd::run(RowBackward { x: &x[range.clone()], weight, eps, d });
+            if let Some(residual) = residual {
+                d.iter_mut().zip(&residual[range]).for_each(|(d, r)| *d += r);
+            }
+        }
+    });
+    Ok(Tensor::from_vec(dx, shape, &Device::Cpu)?)
 }
 
 struct RmsNorm<'a> {
@@ -91,11 +137,8 @@ impl RmsNorm<'_> {
         if self.weight.dims() != [n] {
             candle_core::bail!("rms-norm of {shape:?} with weights {:?}", self.weight.shape());
         }
-        let (storage, layout) = self.weight.storage_and_layout();
-        let candle_core::Storage::Cpu(storage) = &*storage else {
-            candle_core::bail!("rms-norm weights are not on the CPU")
-        };
-        let weight = cpu::slice("rms-norm", storage, layout)?;
+        let weight = cpu::values("rms-norm", self.weight)?;
+        let weight = &weight[..];
         let (sum, y) = (SharedMut::new(sum), SharedMut::new(y));
         cpu::for_each(t.div_ceil(ROWS), t * n, |task| {
             for row in cpu::chunk(task, ROWS, t) {
@@ -131,18 +174,37 @@ struct Row<'a> {
 impl Kernel for Row<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let (chunks, tail) = self.x.as_chunks::<LANES>();
-        let mut squares = L::splat(0.0);
-        for chunk in chunks {
-            let x = L::load(chunk);
-            squares = x.mul_add(x, squares);
-        }
-        let x: L = simd::load_part(tail);
-        let mean = x.mul_add(x, squares).sum() / self.x.len() as f32;
-        let scale = 1.0 / (mean + self.eps).sqrt();
+        let scale = scale::<L>(self.x, self.eps);
         for ((y, x), w) in self.y.iter_mut().zip(self.x).zip(self.weight) {
             *y = x * scale * w;
         }
+    }
+}
+
+/// What a row is multiplied by before its weights.
+#[inline(always)]
+pub(super) fn scale<L: Lanes>(x: &[f32], eps: f32) -> f32 {
+    let mean = simd::dot::<L>(x, x) / x.len() as f32;
+    1.0 / (mean + eps).sqrt()
+}
+
+/// One row's gradient: `d` is that of its norm before, and that of `x` after.
+pub(super) struct RowBackward<'a> {
+    pub x: &'a [f32],
+    pub weight: &'a [f32],
+    pub eps: f32,
+    pub d: &'a mut [f32],
+}
+
+impl Kernel for RowBackward<'_> {
+    /// With `s` the scale and `g = d · weight`, `dx = s · g - s³ · x · mean(g · x)`.
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { x, weight, eps, d } = self;
+        let scale = scale::<L>(x, eps);
+        d.iter_mut().zip(weight).for_each(|(d, w)| *d *= w);
+        let along = scale * scale * scale * simd::dot::<L>(d, x) / x.len() as f32;
+        d.iter_mut().zip(x).for_each(|(d, x)| *d = *d * scale - x * along);
     }
 }
 
@@ -151,7 +213,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::ops::reference::{assert_close, random};
+    use crate::ops::reference::{assert_close, dot, gradient, random};
 
     fn norm(x: &[f32], n: usize, weight: &[f32]) -> Vec<f32> {
         let x = Tensor::from_slice(x, (x.len() / n, n), &Device::Cpu).unwrap();
@@ -195,5 +257,34 @@ mod tests {
         let short = Tensor::zeros(7, candle_core::DType::F32, &Device::Cpu).unwrap();
         assert!(rms_norm(&x, &short, 1e-5).is_err());
         assert!(add_rms_norm(&x, &x.narrow(0, 0, 1).unwrap(), &short, 1e-5).is_err());
+        assert!(rms_norm_backward(&x, &short, &x, None, 1e-5).is_err());
+    }
+
+    #[test]
+    fn the_gradient_is_that_of_differences() {
+        for (t, n) in [(1, 2), (1, 16), (3, 17), (2, 64), (33, 20)] {
+            let (x, weight, dy, residual) = (random(1, t * n), random(2, n), random(3, t * n), random(4, t * n));
+            let loss = |x: &[f64]| {
+                let rows = x.chunks_exact(n).flat_map(|x| {
+                    let mean = x.iter().map(|x| x * x).sum::<f64>() / n as f64;
+                    x.iter().zip(&weight).map(move |(x, &w)| x / (mean + 1e-5).sqrt() * f64::from(w))
+                });
+                dot(&rows.collect::<Vec<_>>(), &dy)
+            };
+            let mut expected = gradient(&x, 0..t * n, loss);
+            let backward = |rows: std::ops::Range<usize>, residual: Option<&[f32]>| -> Vec<f32> {
+                let range = rows.start * n..rows.end * n;
+                let tensor = |v: &[f32]| Tensor::from_slice(&v[range.clone()], (rows.len(), n), &Device::Cpu).unwrap();
+                let weight = Tensor::from_slice(&weight, n, &Device::Cpu).unwrap();
+                let residual = residual.map(tensor);
+                let dx = rms_norm_backward(&tensor(&x), &weight, &tensor(&dy), residual.as_ref(), 1e-5).unwrap();
+                dx.flatten_all().unwrap().to_vec1().unwrap()
+            };
+            assert_close(&backward(0..t, None), &expected, 1e-6);
+            expected.iter_mut().zip(&residual).for_each(|(e, &r)| *e += f64::from(r));
+            let dx = backward(0..t, Some(&residual));
+            assert_close(&dx, &expected, 1e-6);
+            assert_eq!(dx[(t - 1) * n..], backward(t - 1..t, Some(&residual)));
+        }
     }
 }

@@ -18,3 +18,23 @@ pub fn assert_close(values: &[f32], expected: &[f64], tolerance: f64) {
         assert!((f64::from(x) - e).abs() <= tolerance * scale, "value {i} is {x}, not {e} (largest {scale})");
     }
 }
+
+/// The gradient of `f` at `x` with respect to the values `at`, by central differences.
+pub fn gradient(x: &[f32], at: impl IntoIterator<Item = usize>, f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+    const STEP: f64 = 1e-5;
+    let mut x: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+    let mut moved = |i: usize, by: f64| {
+        let value = x[i];
+        x[i] = value + by;
+        let y = f(&x);
+        x[i] = value;
+        y
+    };
+    at.into_iter().map(|i| (moved(i, STEP) - moved(i, -STEP)) / (2.0 * STEP)).collect()
+}
+
+/// Sum of `x · y`.
+pub fn dot(x: &[f64], y: &[f32]) -> f64 {
+    assert_eq!(x.len(), y.len());
+    x.iter().zip(y).map(|(x, &y)| x * f64::from(y)).sum()
+}

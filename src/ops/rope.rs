@@ -1,11 +1,14 @@
 //! Rotary position embedding (Su et al., 2021) in Hugging Face's order: dimension `i` turns with `i + head_dim / 2`.
 
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
 use super::simd::{self, Kernel, Lanes};
 use crate::{Error, Result};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// Rows a task takes.
 const ROWS: usize = 16;
@@ -54,9 +57,10 @@ impl RopeTable {
     }
 }
 
-/// Turns the first `heads` heads of each row of `x [T, >= heads·head_dim] f32` in place, on the CPU; `positions [T]`. In a
-/// fused qkv row these are the query and key heads. On a GPU [`super::attention::append`] does it on the way.
-pub fn rope(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable) -> Result<()> {
+/// Turns the first `heads` heads of each row of `x [T, >= heads·head_dim]` in place by their `positions [T]`, or `back`, which
+/// is the gradient. In a fused qkv row these are the query and key heads. f32, on a GPU bf16; there, serving turns in
+/// [`super::attention::append`] on the way.
+pub fn turn(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, back: bool) -> Result<()> {
     let (t, width) = x.dims2()?;
     if positions.len() != t || width < heads * table.head_dim() {
         return Err(Error::internal(format!(
@@ -67,16 +71,21 @@ pub fn rope(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable) -> R
         )));
     }
     table.check(positions)?;
-    Ok(x.inplace_op1(&Rope { heads, positions, table })?)
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::turn(x, heads, positions, table, back);
+    }
+    Ok(x.inplace_op1(&Turn { heads, positions, table, back })?)
 }
 
-struct Rope<'a> {
+struct Turn<'a> {
     heads: usize,
     positions: &'a [u32],
     table: &'a RopeTable,
+    back: bool,
 }
 
-impl InplaceOp1 for Rope<'_> {
+impl InplaceOp1 for Turn<'_> {
     fn name(&self) -> &'static str {
         "rope"
     }
@@ -85,16 +94,15 @@ impl InplaceOp1 for Rope<'_> {
         let (t, width) = l.shape().dims2()?;
         let head_dim = self.table.head_dim();
         let turned = self.heads * head_dim;
-        let (storage, layout) = self.table.values.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { candle_core::bail!("the rotary table is not on the CPU") };
-        let table = cpu::slice("rope", storage, layout)?;
+        let table = cpu::values("rope", &self.table.values)?;
+        let (table, sign) = (&table[..], if self.back { -1.0 } else { 1.0 });
         let x = SharedMut::new(cpu::slice_mut("rope", s, l)?);
         cpu::for_each(t.div_ceil(ROWS), t * turned, |task| {
             for row in cpu::chunk(task, ROWS, t) {
                 let turn = &table[self.positions[row] as usize * head_dim..][..head_dim];
                 // SAFETY: inside the tensor, since `turned <= width`, and each row belongs to one task.
                 let x = unsafe { x.slice(row * width, turned) };
-                simd::run(Row { x, turn });
+                simd::run(Row { x, turn, sign });
             }
         });
         Ok(())
@@ -105,6 +113,8 @@ struct Row<'a> {
     x: &'a mut [f32],
     /// Cosines, then sines.
     turn: &'a [f32],
+    /// Of the sines: -1 turns back.
+    sign: f32,
 }
 
 impl Kernel for Row<'_> {
@@ -116,6 +126,7 @@ impl Kernel for Row<'_> {
         for head in self.x.chunks_exact_mut(2 * half) {
             let (a, b) = head.split_at_mut(half);
             for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                let sin = sin * self.sign;
                 (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
@@ -127,7 +138,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::ops::reference::{assert_close, random};
+    use crate::ops::reference::{assert_close, dot, random};
 
     #[test]
     fn matches_f64_and_leaves_values_alone() {
@@ -139,7 +150,7 @@ mod tests {
             let x = random(1, t * width);
             let positions: Vec<u32> = (0..t as u32).map(|i| (i * 97 + 5) % 300).collect();
             let y = Tensor::from_slice(&x, (t, width), &Device::Cpu).unwrap();
-            rope(&y, heads, &positions, &table).unwrap();
+            turn(&y, heads, &positions, &table, false).unwrap();
             let y = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let mut expected: Vec<f64> = x.iter().map(|&x| x.into()).collect();
             for (row, &position) in positions.iter().enumerate() {
@@ -165,8 +176,26 @@ mod tests {
     fn a_position_past_the_table_is_refused() {
         let table = RopeTable::new(&[1.0, 0.1], 8, &Device::Cpu).unwrap();
         let x = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(rope(&x, 1, &[7], &table).is_ok());
-        let error = rope(&x, 1, &[8], &table).unwrap_err();
+        assert!(turn(&x, 1, &[7], &table, false).is_ok());
+        let error = turn(&x, 1, &[8], &table, false).unwrap_err();
         assert!(error.message.contains("position 8"), "{error}");
+    }
+
+    #[test]
+    fn turning_back_is_the_gradient_and_the_inverse() {
+        let (heads, head_dim, t) = (3, 12, 20);
+        let table = RopeTable::new(&[1.0, 0.5, 0.2, 0.1, 0.03, 0.01], 300, &Device::Cpu).unwrap();
+        let positions: Vec<u32> = (0..t as u32).map(|i| (i * 97 + 5) % 300).collect();
+        let turned = |x: &[f32], back: bool| -> Vec<f32> {
+            let y = Tensor::from_slice(x, (t, (heads + 1) * head_dim), &Device::Cpu).unwrap();
+            turn(&y, heads, &positions, &table, back).unwrap();
+            y.flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let (x, dy) = (random(1, t * (heads + 1) * head_dim), random(2, t * (heads + 1) * head_dim));
+        let exact = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        assert_close(&turned(&turned(&x, false), true), &exact(&x), 1e-6);
+        // It is linear, so that the gradient is what keeps the product: dy · turn(x) = back(dy) · x.
+        let (forward, backward) = (dot(&exact(&turned(&x, false)), &dy), dot(&exact(&turned(&dy, true)), &x));
+        assert!((forward - backward).abs() < 1e-5 * forward.abs().max(1.0), "{forward} and {backward}");
     }
 }

@@ -107,6 +107,17 @@ pub fn load_part<L: Lanes>(from: &[f32]) -> L {
     L::load(&x)
 }
 
+/// Dot product: over lanes, then across them.
+#[inline(always)]
+pub fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sum = L::splat(0.0);
+    for (a, b) in a.iter().zip(b) {
+        sum = L::load(a).mul_add(L::load(b), sum);
+    }
+    load_part::<L>(a_tail).mul_add(load_part(b_tail), sum).sum()
+}
+
 /// `base · 2ⁿ` is exact for the `n` of [`Lanes::scale`].
 #[inline(always)]
 fn power_of_two(n: f32) -> f32 {

@@ -61,6 +61,7 @@ fn adapter(model: &ModelConfig, seed: u64, modules: &[(Module, usize, bool)]) ->
             a: values(seed + 1, rank * k),
             b: values(seed + 2, rank * n),
             bias: bias.then(|| values(seed + 3, n)),
+            magnitude: None,
         }
     };
     AdapterWeights { modules: modules.iter().enumerate().map(module).collect() }

@@ -9,3 +9,4 @@ mod quant;
 mod sample;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
+mod training;

@@ -27,7 +27,7 @@ const CODECS: [Codec; 11] = [
 ];
 
 /// Random codes, and scales that keep values near 1.
-fn source(codec: Codec, n: usize, k: usize, seed: u64) -> Source<'static> {
+pub fn source(codec: Codec, n: usize, k: usize, seed: u64) -> Source<'static> {
     let values = random(seed, n * k);
     let bytes: Vec<u8> = match codec {
         Codec::F32 => values.iter().flat_map(|v| v.to_f32().to_le_bytes()).collect(),
@@ -61,7 +61,7 @@ fn source(codec: Codec, n: usize, k: usize, seed: u64) -> Source<'static> {
     Source::Blocks { codec, n, k, bytes: bytes.into() }
 }
 
-fn codebook(n: usize, k: usize, block: usize, seed: u64) -> Source<'static> {
+pub fn codebook(n: usize, k: usize, block: usize, seed: u64) -> Source<'static> {
     Source::Codebook {
         n,
         k,

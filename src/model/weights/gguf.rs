@@ -227,7 +227,7 @@ fn hf_name(own: &str) -> Option<String> {
 }
 
 /// The other way.
-fn gguf_name(hf: &str) -> Option<String> {
+pub fn gguf_name(hf: &str) -> Option<String> {
     if let Some((own, _)) = OUTER_NAMES.iter().find(|(_, name)| *name == hf) {
         return Some(own.to_string());
     }

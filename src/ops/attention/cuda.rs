@@ -16,6 +16,9 @@ use crate::gpu::{address, deterministic, input, output};
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
+mod causal;
+pub use causal::{causal, causal_backward};
+
 /// Threads a block, and the warps that they are.
 const THREADS: u32 = 128;
 const WARPS: usize = 4;

@@ -21,9 +21,7 @@ pub fn finish(
     heads: Heads,
     eps: f32,
 ) -> Result<()> {
-    if !heads.dim.is_multiple_of(2) || heads.dim > MAX_DIM {
-        return Err(Error::internal(format!("heads of width {}: at most {MAX_DIM}, and even", heads.dim)));
-    }
+    check(heads)?;
     let rows = qkv.dim(0)?;
     // Values are only added to.
     let touched = heads.query + if bias.is_some() { 2 * heads.kv } else { heads.kv };
@@ -39,8 +37,45 @@ pub fn finish(
         touched.into(),
         heads.dim.into(),
     ];
-    let grid = Grid { blocks: (touched.div_ceil(WARPS) as u32, rows as u32, 1), ..Grid::new(1, 32 * WARPS as u32) };
     // SAFETY: shapes as the kernel's contract, checked by `super::finish` and above.
-    unsafe { launch(qkv.device().as_cuda_device()?, "finish_heads", grid, &args)? };
+    unsafe { launch(qkv.device().as_cuda_device()?, "finish_heads", grid(rows, touched), &args)? };
     Ok(())
+}
+
+/// As [`super::finish_backward`], whose checks were made, `dqkv` and `qkv_raw` bf16.
+pub fn finish_backward(
+    dqkv: &Tensor,
+    qkv_raw: &Tensor,
+    norms: (&Tensor, &Tensor),
+    heads: Heads,
+    eps: f32,
+) -> Result<()> {
+    check(heads)?;
+    let args = [
+        input::<bf16>(dqkv)?.into(),
+        input::<bf16>(qkv_raw)?.into(),
+        input::<f32>(norms.0)?.into(),
+        input::<f32>(norms.1)?.into(),
+        eps.into(),
+        heads.query.into(),
+        heads.kv.into(),
+        heads.dim.into(),
+    ];
+    let grid = grid(dqkv.dim(0)?, heads.query + heads.kv);
+    // SAFETY: as above.
+    unsafe { launch(dqkv.device().as_cuda_device()?, "finish_heads_backward", grid, &args)? };
+    Ok(())
+}
+
+fn check(heads: Heads) -> Result<()> {
+    if !heads.dim.is_multiple_of(2) || heads.dim > MAX_DIM {
+        return Err(Error::internal(format!("heads of width {}: at most {MAX_DIM}, and even", heads.dim)));
+    }
+    Ok(())
+}
+
+/// A warp for each of `heads` heads of each row.
+fn grid(rows: usize, heads: usize) -> Grid {
+    // Rows along x, of which there may be more than 65,535.
+    Grid { blocks: (rows as u32, heads.div_ceil(WARPS) as u32, 1), ..Grid::new(1, 32 * WARPS as u32) }
 }

@@ -38,6 +38,33 @@ pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Re
     Ok((sum, y))
 }
 
+/// As [`super::rms_norm_backward`], whose checks were made; `dy` bf16, the rest f32.
+pub fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    residual: Option<&Tensor>,
+    eps: f32,
+) -> Result<Tensor> {
+    let (t, n, _) = shape(x, weight)?;
+    let device = x.device().as_cuda_device()?;
+    let (dx, to) = output::<f32>(device, (t, n))?;
+    let args = [
+        input::<f32>(x)?.into(),
+        input::<f32>(weight)?.into(),
+        input::<bf16>(dy)?.into(),
+        residual.map_or(Ok(0), input::<f32>)?.into(),
+        eps.into(),
+        n.into(),
+        to.into(),
+    ];
+    // Long rows are many, so that a block has few threads with all that they can keep, and several blocks hide each other's waits.
+    let grid = Grid::new(t, n.div_ceil(PER_THREAD).next_multiple_of(32) as u32);
+    // SAFETY: shapes as the kernel's contract.
+    unsafe { launch(device, "rms_norm_backward", grid, &args)? };
+    Ok(dx)
+}
+
 fn shape(x: &Tensor, weight: &Tensor) -> Result<(usize, usize, Grid)> {
     let (t, n) = x.dims2()?;
     if weight.dims() != [n] || n % 4 != 0 || n > PER_THREAD * 1024 {

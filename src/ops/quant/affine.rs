@@ -7,14 +7,19 @@
 //! vector `v`; for 6-bit codes two, whose bits `2v, 2v + 1` are the upper bits of vectors 0-3 and 4-7; 8-bit codes are stored
 //! expanded. So a matrix takes the bytes of its file.
 
+use std::ops::Range;
+
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::Codec;
 use super::activations::Tile;
 use super::blocks::Block;
 use super::kernel::{self, Isa, Products};
 use super::resident::Resident;
+use super::transposed::COLUMNS;
 use crate::ops::pool::{SharedMut, parallel_for};
+use crate::ops::simd::{LANES, Lanes};
 use crate::{Error, Result};
 
 /// Rows in a panel.
@@ -87,27 +92,35 @@ impl Layout {
         PANEL * (2 * heads + 2 * (g % SUPER))
     }
 
-    /// Scale and min of row `r` in half `h` of group `g`; a format without mins has `-zero * scale` there, which gives the same
-    /// values up to rounding. `scales` are the panel's.
+    /// Scales and mins of the 16 rows, in the first and the second half of group `g`; a format without mins has `-zero * scale`
+    /// there, which gives the same values up to rounding. `scales` are the panel's.
     #[inline(always)]
-    pub fn scale(self, scales: &[u8], g: usize, h: usize, r: usize) -> (f32, f32) {
+    pub fn scales(self, scales: &[u8], g: usize) -> [[[f32; PANEL]; 2]; 2] {
         let (groups, bytes) = self.record();
         let record = &scales[g / groups * bytes..][..bytes];
-        let half = |item: usize| {
-            let at = 2 * (item * PANEL + r);
-            f16::from_le_bytes([record[at], record[at + 1]]).to_f32()
-        };
-        let sub = |item: usize| record[self.sub_scales_at(g) + item * PANEL + r];
-        let zero = -f32::from(self.zero);
-        match self.scales {
-            Scales::Scale => (half(0), zero * half(0)),
-            Scales::ScaleMin => (half(0), half(1)),
-            Scales::SuperMin => (half(0) * f32::from(sub(0)), half(1) * f32::from(sub(1))),
-            Scales::SuperHalves => {
-                let scale = half(0) * f32::from(sub(h) as i8);
-                (scale, zero * scale)
+        let mut halves = [[[0.0; PANEL]; 2]; 2];
+        for (h, [scale, min]) in halves.iter_mut().enumerate() {
+            floats(record, 0, scale);
+            match self.scales {
+                Scales::Scale => {}
+                Scales::ScaleMin => floats(record, 1, min),
+                Scales::SuperMin => {
+                    floats(record, 1, min);
+                    let (sub_scales, sub_mins) = record[self.sub_scales_at(g)..].split_at(PANEL);
+                    scale.iter_mut().zip(sub_scales).for_each(|(scale, sub)| *scale *= f32::from(*sub));
+                    min.iter_mut().zip(sub_mins).for_each(|(min, sub)| *min *= f32::from(*sub));
+                }
+                Scales::SuperHalves => {
+                    let sub_scales = &record[self.sub_scales_at(g) + h * PANEL..];
+                    scale.iter_mut().zip(sub_scales).for_each(|(scale, sub)| *scale *= f32::from(*sub as i8));
+                }
+            }
+            if matches!(self.scales, Scales::Scale | Scales::SuperHalves) {
+                let zero = -f32::from(self.zero);
+                min.iter_mut().zip(scale).for_each(|(min, scale)| *min = zero * *scale);
             }
         }
+        halves
     }
 
     /// Expands the stored codes of a group.
@@ -118,17 +131,19 @@ impl Layout {
             out.copy_from_slice(codes);
             return out;
         }
-        for b in 0..256 {
-            out[b] = codes[b] & 15;
-            out[b + 256] = codes[b] >> 4;
+        let (low, high) = out.split_at_mut(256);
+        for ((low, high), both) in low.iter_mut().zip(high).zip(codes) {
+            (*low, *high) = (both & 15, both >> 4);
         }
         for (v, vector) in out.chunks_exact_mut(64).enumerate() {
-            for (b, code) in vector.iter_mut().enumerate() {
-                match self.bits {
-                    5 => *code |= (codes[256 + b] >> v & 1) << 4,
-                    6 => *code |= (codes[256 + v / 4 * 64 + b] >> (v % 4 * 2) & 3) << 4,
-                    _ => {}
+            // Inner loops without a choice in them become vectors.
+            match self.bits {
+                5 => vector.iter_mut().zip(&codes[256..]).for_each(|(code, bits)| *code |= (bits >> v & 1) << 4),
+                6 => {
+                    let bits = &codes[256 + v / 4 * 64..];
+                    vector.iter_mut().zip(bits).for_each(|(code, bits)| *code |= (bits >> (v % 4 * 2) & 3) << 4);
                 }
+                _ => {}
             }
         }
         out
@@ -168,6 +183,16 @@ impl Layout {
         let at = self.sub_scales_at(g) + r;
         (record[at], record[at + PANEL]) = (first, second);
     }
+}
+
+/// The f16 values `item` of a record.
+#[inline(always)]
+fn floats(record: &[u8], item: usize, out: &mut [f32; PANEL]) {
+    let mut values = [f16::ZERO; PANEL];
+    for (value, bytes) in values.iter_mut().zip(record[2 * item * PANEL..].as_chunks().0) {
+        *value = f16::from_le_bytes(*bytes);
+    }
+    values.convert_to_f32_slice(out);
 }
 
 /// The part of one panel of what `panels` panels hold.
@@ -262,14 +287,39 @@ impl Affine {
         let groups = codes.chunks_exact(self.layout.group_bytes()).zip(out.chunks_exact_mut(GROUP));
         for (g, (codes, out)) in groups.enumerate() {
             let codes = self.layout.expand(codes);
-            let halves = [0, 1].map(|h| self.layout.scale(scales, g, h, r));
+            let halves = self.layout.scales(scales, g);
             for (i, out) in out.iter_mut().enumerate() {
                 let code = codes[64 * (i / 4) + 4 * r + i % 4];
-                let (scale, min) = halves[i / 16];
+                let [scale, min] = halves[i / 16].map(|of| of[r]);
                 *out = match self.layout.scales {
                     Scales::Scale | Scales::SuperHalves => scale * (f32::from(code) - f32::from(self.layout.zero)),
                     Scales::ScaleMin | Scales::SuperMin => scale * f32::from(code) + min,
                 };
+            }
+        }
+    }
+
+    /// Values of `columns`, whole groups, of all rows of a panel, to the sign of a zero.
+    #[inline(always)]
+    pub fn columns<L: Lanes>(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
+        let (codes, scales) = self.panel(panel);
+        let size = self.layout.group_bytes();
+        for (i, g) in (columns.start / GROUP..columns.end / GROUP).enumerate() {
+            let codes = self.layout.expand(&codes[g * size..(g + 1) * size]);
+            let halves = self.layout.scales(scales, g);
+            for (r, out) in out.iter_mut().enumerate() {
+                let (mut bytes, mut row) = ([0; GROUP], [0.0; GROUP]);
+                for v in 0..8 {
+                    bytes[4 * v..4 * v + 4].copy_from_slice(&codes[64 * v + 4 * r..][..4]);
+                }
+                for (row, byte) in row.iter_mut().zip(bytes) {
+                    *row = f32::from(byte);
+                }
+                let out = out[GROUP * i..][..GROUP].as_chunks_mut::<LANES>().0;
+                for ((row, out), [scale, min]) in row.as_chunks::<LANES>().0.iter().zip(out).zip(&halves) {
+                    // The product is exact, so that one rounding gives what two do.
+                    L::load(row).mul_add(L::splat(scale[r]), L::splat(min[r])).store(out);
+                }
             }
         }
     }

@@ -7,7 +7,8 @@ use candle_core::{CudaDevice, DType, Tensor};
 use half::bf16;
 
 use super::tiles::{Format, INPUTS, ROWS, Tiles};
-use super::{QMatrix, Source};
+use super::{Form, QMatrix, Source};
+use crate::gpu::blas::Product;
 use crate::gpu::kernels::{Arg, Grid, launch};
 use crate::gpu::step::Step;
 use crate::gpu::{address, deterministic, input, output};
@@ -242,6 +243,29 @@ impl QMatrix {
             }
         }
         Ok(y)
+    }
+
+    /// `dy [m, n] bf16 -> [m, k]`, whose shape was checked.
+    pub(super) fn multiply_transposed_cuda(&self, parts: &[Part], dy: &Tensor, dtype: DType) -> Result<Tensor> {
+        let (device, m) = (&parts[0].device, dy.dim(0)?);
+        let (dx, to) = match dtype {
+            DType::F32 => output::<f32>(device, (m, self.k))?,
+            _ => output::<bf16>(device, (m, self.k))?,
+        };
+        let values = self.dequantised(parts)?;
+        let (a, b) = ((input::<bf16>(dy)?, self.n), input::<bf16>(&values)?);
+        let product = Product { m, n: self.k, k: self.n, a, b, b_transposed: false, c: to, dtype };
+        // SAFETY: shapes of the tensors.
+        unsafe { product.launch(device)? };
+        Ok(dx)
+    }
+
+    /// All values `[n, k]` bf16. Errors: the matrix is on the CPU.
+    pub(in crate::ops) fn values_cuda(&self) -> Result<Tensor> {
+        match &self.form {
+            Form::Device(parts) => self.dequantised(parts),
+            Form::Host(_) => Err(Error::internal("weights on the CPU where the GPU needs them")),
+        }
     }
 
     /// All values `[n, k]` bf16.

@@ -3,6 +3,8 @@
 //! Along k a panel is steps of eight inputs. A step of dense values is `[8 inputs][16 rows]` at their own width; of a codebook
 //! it is 16 lanes of 32 bits, input `i` of the step in bits `4i .. 4i + 4`.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::Codec;
@@ -10,6 +12,7 @@ use super::activations::Tile;
 use super::affine::{PANEL, share};
 use super::kernel::{self, Isa, Products};
 use super::resident::{Plain, Resident};
+use super::transposed::COLUMNS;
 use crate::{Error, Result};
 
 /// Inputs in a step.
@@ -86,6 +89,16 @@ fn panels<T: Plain>(n: usize, columns: usize, step: usize, value: impl Fn(usize,
         }
     }
     Ok(out)
+}
+
+/// Columns of a dense panel, as rows.
+#[inline(always)]
+fn transpose<T: Plain>(w: &[T], columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL], float: impl Fn(T) -> f32) {
+    for (i, w) in w.as_chunks::<PANEL>().0[columns].iter().enumerate() {
+        for r in 0..PANEL {
+            out[r][i] = float(w[r]);
+        }
+    }
 }
 
 impl Float {
@@ -179,6 +192,26 @@ impl Float {
         for (step, out) in out.chunks_mut(STEP).enumerate() {
             for (out, w) in out.iter_mut().zip(panel.decode(step)) {
                 *out = w[row % PANEL];
+            }
+        }
+    }
+
+    /// Values of `columns`, from a multiple of a step on, of all rows of a panel.
+    #[inline(always)]
+    pub fn columns(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
+        match self.panel(panel) {
+            Panel::F32(w) => transpose(w, columns, out, |w| w),
+            Panel::F16(w) => transpose(w, columns, out, f16::to_f32),
+            Panel::BF16(w) => transpose(w, columns, out, bf16::to_f32),
+            Panel::Codebook { codes, scales, block, values } => {
+                for (r, out) in out.iter_mut().enumerate() {
+                    for (s, out) in (columns.start / STEP..columns.end / STEP).zip(out.as_chunks_mut::<STEP>().0) {
+                        let (codes, scale) = (codes[s * PANEL + r], scales[STEP * s / block * PANEL + r]);
+                        for (i, out) in out.iter_mut().enumerate() {
+                            *out = values[(codes >> (4 * i) & 15) as usize] * scale;
+                        }
+                    }
+                }
             }
         }
     }

@@ -13,20 +13,25 @@ mod kernel;
 mod resident;
 #[cfg(feature = "cuda")]
 mod tiles;
+mod transposed;
 
 pub mod nf4;
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
 use crate::gpu::step::Step;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
+use crate::ops::simd::Lanes;
 use crate::{Error, Result};
 use activations::{ROWS, Tile};
 use affine::{Affine, PANEL};
 use float::Float;
 use kernel::{Isa, Products};
+use transposed::COLUMNS;
+pub use transposed::matmul_transposed;
 
 /// Name of the instructions that products use on this machine, for `doctor`.
 pub fn kernel_name() -> &'static str {
@@ -148,6 +153,15 @@ impl Part {
         match self {
             Self::Affine(p) => p.row(row, out),
             Self::Float(p) => p.row(row, out),
+        }
+    }
+
+    /// Values of some columns, from a multiple of a group on, of all rows of a panel.
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
+        match self {
+            Self::Affine(p) => p.columns::<L>(panel, columns, out),
+            Self::Float(p) => p.columns(panel, columns, out),
         }
     }
 

@@ -38,30 +38,40 @@ pub const CODEBOOK: [f32; 16] = [
     1.0,
 ];
 
-/// bitsandbytes' signed 8-bit map for the absolute maxima (`create_dynamic_map`), bit for bit.
-///
-/// Seven decades, the i-th with 2^i values either side of zero: midpoints of an even division of [0.1, 1], times
-/// 10^(i-6). The fused multiply-adds and the two-sided division are `torch.linspace`'s.
+/// bitsandbytes' signed 8-bit map (`create_dynamic_map`), bit for bit: of absolute maxima here, and of first moments.
 pub fn dynamic_map() -> &'static [f32; 256] {
-    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
-        let mut values = vec![0.0, 1.0];
-        for i in 0..7 {
-            let n = (1usize << i) + 1;
-            let step = (1.0 - 0.1f32) / (n - 1) as f32;
-            let boundary = |k: usize| {
-                if k < n / 2 { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((n - 1 - k) as f32, 1.0) }
-            };
-            // The decade is a double in Python, rounded once.
-            let decade = 10f64.powi(i - 6) as f32;
-            for k in 0..n - 1 {
-                let middle = decade * ((boundary(k) + boundary(k + 1)) / 2.0);
-                values.extend([-middle, middle]);
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(true));
+    &MAP
+}
+
+/// Its unsigned twin, for second moments.
+pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(false));
+    &MAP
+}
+
+/// Seven decades, the i-th with 2^i values either side of zero, or twice as many above: midpoints of an even division of
+/// [0.1, 1], times 10^(i-6). The fused multiply-adds and the two-sided division are `torch.linspace`'s.
+fn dynamic(signed: bool) -> [f32; 256] {
+    let mut values = vec![0.0, 1.0];
+    for i in 0..7 {
+        let n = (if signed { 1usize } else { 2 } << i) + 1;
+        let step = (1.0 - 0.1f32) / (n - 1) as f32;
+        let boundary = |k: usize| {
+            if k < n / 2 { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((n - 1 - k) as f32, 1.0) }
+        };
+        // The decade is a double in Python, rounded once.
+        let decade = 10f64.powi(i - 6) as f32;
+        for k in 0..n - 1 {
+            let middle = decade * ((boundary(k) + boundary(k + 1)) / 2.0);
+            values.push(middle);
+            if signed {
+                values.push(-middle);
             }
         }
-        values.sort_by(f32::total_cmp);
-        values.try_into().expect("2 + 2 * (2^7 - 1) values")
-    });
-    &MAP
+    }
+    values.sort_by(f32::total_cmp);
+    values.try_into().expect("2 + 2 * (2^7 - 1) values")
 }
 
 /// A matrix in NF4 with double quantisation.

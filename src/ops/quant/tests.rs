@@ -211,6 +211,62 @@ fn a_row_is_the_same_alone_and_in_any_batch() {
     }
 }
 
+/// `dy · W` against f64 over the exact weights, and each row alone.
+fn check_transposed(w: &QMatrix, m: usize, what: &str) {
+    let (n, k) = (w.n(), w.k());
+    let product = |dy: &[f32]| -> Vec<f32> {
+        let dy = Tensor::from_slice(dy, (dy.len() / n, n), &Device::Cpu).expect("a tensor");
+        matmul_transposed(w, &dy, DType::F32).and_then(|y| Ok(y.flatten_all()?.to_vec1()?)).expect("a product")
+    };
+    let rows: Vec<Vec<f32>> = (0..n).map(|r| exact(w, r)).collect();
+    let dy = random_floats(m * n, 3 + m as u64);
+    let dx = product(&dy);
+    for (i, (dy, dx)) in dy.chunks_exact(n).zip(dx.chunks_exact(k)).enumerate() {
+        for (column, &got) in dx.iter().enumerate() {
+            let terms = rows.iter().zip(dy).map(|(row, dy)| f64::from(row[column]) * f64::from(*dy));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            assert!((f64::from(got) - sum).abs() <= size * 1e-6 + 1e-30, "{what}: {got} for {sum} of size {size}");
+        }
+        if i % 7 == 0 {
+            assert_eq!(bits(&product(dy)), bits(dx), "{what}: row {i} alone");
+        }
+    }
+}
+
+#[test]
+fn transposed_products_match_float64_and_rows_stand_alone() {
+    for codec in BLOCK_CODECS {
+        for (n, k, m) in [(1, 256, 1), (17, 256, 9), (100, 768, 3), (130, 256, 70)] {
+            let w = QMatrix::pack(&[source(codec, n, k, n as u64)], &Device::Cpu).expect("packs");
+            check_transposed(&w, m, &format!("{codec:?} [{n}, {k}] x {m}"));
+        }
+    }
+    for codec in [Codec::F32, Codec::F16, Codec::BF16, Codec::Q4_1] {
+        for (n, k, m) in [(16, 32, 5), (97, 96, 131), (33, 160, 2)] {
+            let w = QMatrix::pack(&[source(codec, n, k, n as u64)], &Device::Cpu).expect("packs");
+            check_transposed(&w, m, &format!("{codec:?} [{n}, {k}] x {m}"));
+        }
+    }
+    let odd = QMatrix::dense(21, 65, random_floats(21 * 65, 1)).expect("packs");
+    check_transposed(&odd, 6, "65 columns");
+    for (n, k, block) in [(17, 128, 64), (30, 96, 64), (3, 33, 16), (100, 320, 32)] {
+        let w = QMatrix::pack(&[codebook(n, k, block)], &Device::Cpu).expect("packs");
+        check_transposed(&w, 9, &format!("codebook [{n}, {k}] in blocks of {block}"));
+    }
+    let nf4 = nf4::Nf4::quantize(&random_floats(40 * 192, 6)).into_source(40, 192);
+    let stack = [source(Codec::Q4_1, 40, 192, 1), source(Codec::F16, 9, 192, 3), nf4, source(Codec::Q8_0, 120, 192, 2)];
+    check_transposed(&QMatrix::pack(&stack, &Device::Cpu).expect("packs"), 20, "stacked parts");
+}
+
+#[test]
+fn transposed_products_refuse_other_shapes() {
+    let w = QMatrix::dense(4, 2, vec![0.0; 8]).expect("packs");
+    let dy = |n| Tensor::zeros((3, n), DType::F32, &Device::Cpu).expect("a tensor");
+    assert!(matmul_transposed(&w, &dy(4), DType::F32).is_ok());
+    assert!(matmul_transposed(&w, &dy(2), DType::F32).is_err());
+    assert!(matmul_transposed(&w, &dy(4), DType::BF16).is_err());
+}
+
 #[test]
 fn every_kernel_gives_the_same_bits() {
     for k in [256, 768, 1536] {

@@ -20,10 +20,9 @@ pub unsafe fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut
         for (g, codes) in codes.chunks_exact(F::LAYOUT.group_bytes()).enumerate() {
             // SAFETY: a whole group of `F`, and a quarter of it.
             let w = unsafe { unpack::<F>(codes.as_ptr(), quarter) };
-            let [(scale, min), (scale1, min1)] = [0, 1].map(|h| {
-                let of: [(f32, f32); 4] = std::array::from_fn(|i| F::LAYOUT.scale(scales, g, h, 4 * quarter + i));
-                // SAFETY: arrays of four floats.
-                unsafe { (vld1q_f32(of.map(|s| s.0).as_ptr()), vld1q_f32(of.map(|s| s.1).as_ptr())) }
+            let [[scale, min], [scale1, min1]] = F::LAYOUT.scales(scales, g).map(|half| {
+                // SAFETY: a quarter of 16 floats.
+                half.map(|of| unsafe { vld1q_f32(of.as_ptr().add(4 * quarter)) })
             });
             for t in 0..x.rows {
                 let cell = g * x.rows + t;

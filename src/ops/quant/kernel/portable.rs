@@ -10,8 +10,7 @@ pub fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Produc
     out.fill([0.0; PANEL]);
     for (g, codes) in codes.chunks_exact(F::LAYOUT.group_bytes()).enumerate() {
         let codes = F::LAYOUT.expand(codes);
-        let halves: [[(f32, f32); PANEL]; 2] =
-            std::array::from_fn(|h| std::array::from_fn(|r| F::LAYOUT.scale(scales, g, h, r)));
+        let [[scale, min], [scale1, min1]] = F::LAYOUT.scales(scales, g);
         for t in 0..x.rows {
             let mut dots = [[0; PANEL]; 2];
             for i in 0..GROUP {
@@ -22,15 +21,14 @@ pub fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Produc
             }
             let cell = g * x.rows + t;
             for (r, acc) in out[t].iter_mut().enumerate() {
-                let [(scale, min), (scale1, min1)] = [halves[0][r], halves[1][r]];
                 if F::LAYOUT.scales == Scales::SuperHalves {
-                    *acc = scale.mul_add(dots[0][r] as f32, *acc);
-                    *acc = scale1.mul_add(dots[1][r] as f32, *acc);
-                    *acc = min.mul_add(x.half_sums[2 * cell], *acc);
-                    *acc = min1.mul_add(x.half_sums[2 * cell + 1], *acc);
+                    *acc = scale[r].mul_add(dots[0][r] as f32, *acc);
+                    *acc = scale1[r].mul_add(dots[1][r] as f32, *acc);
+                    *acc = min[r].mul_add(x.half_sums[2 * cell], *acc);
+                    *acc = min1[r].mul_add(x.half_sums[2 * cell + 1], *acc);
                 } else {
-                    *acc = scale.mul_add((dots[0][r] + dots[1][r]) as f32, *acc);
-                    *acc = min.mul_add(x.sums[cell], *acc);
+                    *acc = scale[r].mul_add((dots[0][r] + dots[1][r]) as f32, *acc);
+                    *acc = min[r].mul_add(x.sums[cell], *acc);
                 }
             }
         }

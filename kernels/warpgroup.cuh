@@ -1,0 +1,210 @@
+// Products of matrices in shared memory with sums in registers, by a block of four warps: on Hopper as one warpgroup (wgmma), else
+// by each warp (mma.sync).
+//
+// A matrix lies in panels of 64 columns, a row of a panel being 128 bytes: eight chunks of 16 that are exchanged by the row's
+// number, so that eight rows' chunks of the same number are in different banks; wgmma's 128-byte swizzle is the same. Matrices
+// start at multiples of 1024. Of 64 rows of sums, warp w has 16 w to 16 w + 15, lane l of these l/4 and l/4 + 8 and of each 8 columns
+// 2(l%4)..+1. On Hopper products run while the program goes on, until `finish`.
+#pragma once
+
+#include "common.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define WARPGROUPS
+#endif
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const bf162 v = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&v;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Zeros where not `live`.
+__device__ __forceinline__ void cp_async16(uint32_t to, const void *from, bool live) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void cp_async4(uint32_t to, const void *from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(live ? 4 : 0) : "memory");
+}
+
+__device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N> __device__ __forceinline__ void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+__device__ __forceinline__ void ldmatrix(uint32_t r[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_trans(uint32_t r[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+constexpr int PANEL_ROW = 128;  // bytes
+
+// Bytes of a matrix of ROWS rows.
+template <int DIM, int ROWS> constexpr int panels_bytes = (DIM + 63) / 64 * ROWS * PANEL_ROW;
+
+// Where a row's chunk lies in a matrix of ROWS rows.
+template <int ROWS> __device__ __forceinline__ uint32_t place_panel(int row, int chunk) {
+    return chunk / 8 * ROWS * PANEL_ROW + row * PANEL_ROW + ((chunk ^ row) & 7) * 16;
+}
+
+// The address of columns 16 k and on, given that of the first 16.
+template <int ROWS> __device__ __forceinline__ uint32_t step(uint32_t at, int k) {
+    return (at ^ 32 * (k % 4)) + k / 4 * ROWS * PANEL_ROW;
+}
+
+// Writes 16 rows of sums as bf16, times `factor`, to rows of a shared matrix.
+template <int DIM, int ROWS>
+__device__ __forceinline__ void store_shared(uint8_t *to, const float (&o)[DIM / 8][4], float factor, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++)
+            *(uint32_t *)(to + place_panel<ROWS>(r * 8 + lane / 4, d) + 4 * (lane % 4)) =
+                pack(o[d][2 * r] * factor, o[d][2 * r + 1] * factor);
+}
+
+#ifdef WARPGROUPS
+
+// A matrix as wgmma takes it: groups of eight rows are 1024 bytes apart, panels (of matrices that it transposes) `panel`.
+__device__ __forceinline__ uint64_t descriptor(uint32_t at, uint32_t panel) {
+    return (uint64_t)(at >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+#define S4(i) "+f"(s[i][0]), "+f"(s[i][1]), "+f"(s[i][2]), "+f"(s[i][3])
+#define S16(i) S4(i), S4(i + 1), S4(i + 2), S4(i + 3)
+
+// s (+)= a b^T for 64 rows of `a` and 32 or 64 of `b`, 16 columns.
+__device__ __forceinline__ void wgmma_columns(float (&s)[4][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, add, 1, 1, 0, 0; }"
+                 : S16(0) : "l"(a), "l"(b), "r"((int)add));
+}
+
+__device__ __forceinline__ void wgmma_columns(float (&s)[8][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, add, 1, 1, 0, 0; }"
+                 : S16(0), S16(4) : "l"(a), "l"(b), "r"((int)add));
+}
+
+// s += a b for 64 rows of `a` in registers and 16 rows of `b`: 64, 96 or 128 columns.
+__device__ __forceinline__ void wgmma_rows(float (&s)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : S16(0), S16(4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma_rows(float (&s)[12][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+                 "{%48, %49, %50, %51}, %52, 1, 1, 1, 1;"
+                 : S16(0), S16(4), S16(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma_rows(float (&s)[16][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : S16(0), S16(4), S16(8), S16(12) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef S16
+#undef S4
+
+#endif
+
+// What this thread has copied into shared memory is there for products after the next barrier.
+__device__ __forceinline__ void publish_copies() {
+#ifdef WARPGROUPS
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Starts s = a b^T: 64 rows at `a_at`, of a matrix of A_ROWS, and the 8 TILES of matrix b, DIM columns.
+template <int DIM, int A_ROWS, int TILES>
+__device__ __forceinline__ void start_products(float (&s)[TILES][4], uint32_t a_at, uint32_t b_at) {
+#ifdef WARPGROUPS
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++)
+        wgmma_columns(s, descriptor(step<A_ROWS>(a_at, k), 0), descriptor(step<8 * TILES>(b_at, k), 0), k > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    a_at += warp * 16 * PANEL_ROW + place_panel<A_ROWS>(lane % 16, lane / 16);
+    b_at += place_panel<8 * TILES>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) s[n][c] = 0.f;
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        uint32_t a[4], b[4];
+        ldmatrix(a, step<A_ROWS>(a_at, k));
+#pragma unroll
+        for (int n = 0; n < TILES / 2; n++) {
+            ldmatrix(b, step<8 * TILES>(b_at, k) + n * 16 * PANEL_ROW);
+            mma_m16n8k16(s[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma_m16n8k16(s[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
+    }
+#endif
+}
+
+// Starts o += s b: 64 rows of `s`, rounded to bf16, and the 8 TILES of matrix b, DIM columns.
+template <int DIM, int TILES>
+__device__ __forceinline__ void start_accumulate(float (&o)[DIM / 8][4], const float (&s)[TILES][4], uint32_t b_at) {
+    uint32_t a[TILES / 2][4];
+#pragma unroll
+    for (int k = 0; k < TILES / 2; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[k][i] = pack(s[2 * k + i / 2][i % 2 * 2], s[2 * k + i / 2][i % 2 * 2 + 1]);
+#ifdef WARPGROUPS
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < TILES / 2; k++) wgmma_rows(o, a[k], descriptor(b_at + k * 16 * PANEL_ROW, 8 * TILES * PANEL_ROW));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    const int lane = threadIdx.x % 32;
+    b_at += place_panel<8 * TILES>(lane % 16, lane / 16);
+#pragma unroll
+    for (int k = 0; k < TILES / 2; k++) {
+#pragma unroll
+        for (int d = 0; d < DIM / 16; d++) {
+            uint32_t b[4];
+            ldmatrix_trans(b, step<8 * TILES>(b_at, d) + k * 16 * PANEL_ROW);
+            mma_m16n8k16(o[2 * d], a[k][0], a[k][1], a[k][2], a[k][3], b[0], b[1]);
+            mma_m16n8k16(o[2 * d + 1], a[k][0], a[k][1], a[k][2], a[k][3], b[2], b[3]);
+        }
+    }
+#endif
+}
+
+// Waits until all products but the last `LEFT` that were started have ended; `s` are the sums that are to be used.
+template <int LEFT, int TILES> __device__ __forceinline__ void finish(float (&s)[TILES][4]) {
+#ifdef WARPGROUPS
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+    // So that no use comes before.
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) asm volatile("" : "+f"(s[n][c])::"memory");
+#endif
+}
