@@ -1,6 +1,8 @@
 //! The engine: one thread owns the device, the model, the KV cache and the adapter slots, and runs
-//! `schedule -> run -> sample -> deliver`. Async code talks to it through [`request`]'s types only.
+//! `schedule -> run -> sample -> deliver`. Async code talks to it through [`request`]'s types only. What time is left goes to
+//! background work.
 
+mod background;
 pub mod batch;
 mod blocks;
 mod flows;
@@ -22,6 +24,7 @@ use candle_core::Tensor;
 use crate::adapter::Lease;
 use crate::error::ErrorKind;
 use crate::{Error, Result};
+pub use background::{Background, Filler};
 use batch::Batch;
 use request::Request;
 use worker::Worker;
@@ -100,6 +103,12 @@ pub struct Stats {
     pub preemptions: AtomicU64,
     /// Steps run.
     pub steps: AtomicU64,
+    /// Time of those, microseconds.
+    pub serving_micros: AtomicU64,
+    /// Slices of background work.
+    pub background_slices: AtomicU64,
+    /// Time of those, microseconds.
+    pub background_micros: AtomicU64,
 }
 
 /// A place in the engine, from `submit` until the sequence is gone, however it ends.
@@ -132,15 +141,15 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the engine thread on a runner. Errors: limits that contradict each other.
-    pub fn start(runner: impl Runner, config: EngineConfig) -> Result<Self> {
-        let (engine, worker) = Self::new(runner, config)?;
+    /// Starts the engine thread on a runner, with what it does beside. Errors: limits that contradict each other.
+    pub fn start(runner: impl Runner, config: EngineConfig, filler: Option<Filler>) -> Result<Self> {
+        let (engine, worker) = Self::new(runner, config, filler)?;
         thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
         Ok(engine)
     }
 
     /// An engine whose work the caller does, turn by turn. Errors as [`Engine::start`].
-    pub fn new<R: Runner>(runner: R, config: EngineConfig) -> Result<(Self, Worker<R>)> {
+    pub fn new<R: Runner>(runner: R, config: EngineConfig, filler: Option<Filler>) -> Result<(Self, Worker<R>)> {
         let limits = [
             ("block_size", config.block_size),
             ("num_blocks", config.num_blocks),
@@ -156,10 +165,13 @@ impl Engine {
                 config.max_batch_tokens, config.max_running
             )));
         }
+        if let Some(Filler { share, .. }) = filler.as_ref().filter(|f| !(0.0..=1.0).contains(&f.share)) {
+            return Err(Error::invalid(format!("the share of background work is {share}; it must be from 0 to 1")));
+        }
         let stats = Arc::new(Stats::default());
         stats.total_blocks.store(config.num_blocks as u64, Ordering::Relaxed);
         let (requests, inbox) = mpsc::channel();
-        let worker = Worker::new(runner, config.clone(), inbox, stats.clone());
+        let worker = Worker::new(runner, config.clone(), inbox, stats.clone(), filler);
         Ok((Self { config: Arc::new(config), stats, requests, draining: Arc::default() }, worker))
     }
 
@@ -173,6 +185,14 @@ impl Engine {
         }
         if prompt == 0 {
             return Err(Error::invalid("the prompt is empty: it needs at least one token").param("prompt"));
+        }
+        let divided = request.adapters.len() > 1 || request.adapters.iter().any(|(_, weight)| *weight != 1.0);
+        if let Some((lease, _)) = request.adapters.iter().find(|(lease, _)| divided && lease.undivided) {
+            return Err(Error::invalid(format!(
+                "adapter {:?} is a DoRA, which is used alone and at weight 1: its rows' norms do not add up with others'",
+                lease.name
+            ))
+            .param("adapter"));
         }
         // A prompt that fills the context has room for no output, which only scoring asks for.
         let needed = prompt + request.params.max_tokens.min(1);

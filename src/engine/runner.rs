@@ -1,5 +1,7 @@
 //! The real runner: model, KV cache and adapter tiers, owned by the engine thread.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use super::batch::Batch;
@@ -13,8 +15,8 @@ use crate::model::llama::Llama;
 
 /// Joins the parts that one forward pass needs.
 pub struct ModelRunner {
-    /// The decoder over its resident weights.
-    pub model: Llama,
+    /// The decoder over its resident weights, which the trainer reads too.
+    pub model: Arc<Llama>,
     /// Paged keys and values.
     pub kv: KvCache,
     /// Adapter slots and what lies below them.

@@ -1,14 +1,15 @@
-//! The engine thread's loop: `schedule -> run -> sample -> deliver`.
+//! The engine thread's loop: `schedule -> run -> sample -> deliver`, and background work in between.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
+use super::background::{Filler, Slices};
 use super::batch::Batch;
 use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::{Choice, Sample, Task, answer};
@@ -30,6 +31,8 @@ pub struct Worker<R> {
     scheduler: Scheduler,
     inbox: Receiver<(Request, Ticket)>,
     stats: Arc<Stats>,
+    /// What happens beside.
+    slices: Slices,
 }
 
 /// What a turn of the loop found to do.
@@ -37,6 +40,8 @@ pub struct Worker<R> {
 pub enum Turn {
     /// A step ran.
     Ran,
+    /// No request can run, and a slice of background work did.
+    Sliced,
     /// Requests wait, but none can run now.
     Waiting,
     /// There is nothing to do.
@@ -53,8 +58,15 @@ struct Sampled {
 
 impl<R: Runner> Worker<R> {
     /// A worker with nothing to do yet.
-    pub(super) fn new(runner: R, config: EngineConfig, inbox: Receiver<(Request, Ticket)>, stats: Arc<Stats>) -> Self {
-        Self { runner, scheduler: Scheduler::new(config.clone()), config, inbox, stats }
+    pub(super) fn new(
+        runner: R,
+        config: EngineConfig,
+        inbox: Receiver<(Request, Ticket)>,
+        stats: Arc<Stats>,
+        filler: Option<Filler>,
+    ) -> Self {
+        let (scheduler, slices) = (Scheduler::new(config.clone()), Slices::new(filler));
+        Self { runner, scheduler, config, inbox, stats, slices }
     }
 
     /// Runs until every handle is gone and every sequence has ended.
@@ -62,25 +74,27 @@ impl<R: Runner> Worker<R> {
         loop {
             let wait = match self.turn() {
                 Turn::Ran => continue,
+                Turn::Sliced => Duration::ZERO,
                 Turn::Waiting => LOADING_TICK,
                 Turn::Idle => IDLE_TICK,
             };
             match self.inbox.recv_timeout(wait) {
                 Ok(arrival) => self.take(arrival),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) if wait == IDLE_TICK => return,
+                Err(RecvTimeoutError::Disconnected) if self.scheduler.waiting() == 0 => return,
                 Err(RecvTimeoutError::Disconnected) => thread::sleep(wait),
             }
         }
     }
 
-    /// Takes what came, and runs one step if anything can run.
+    /// Takes what came, and runs one step if anything can run, then background work as far as it may.
     pub fn turn(&mut self) -> Turn {
         while let Ok(arrival) = self.inbox.try_recv() {
             self.take(arrival);
         }
+        let began = Instant::now();
         let shares = self.scheduler.schedule(&mut self.runner);
-        let turn = match self.scheduler.waiting() {
+        let mut turn = match self.scheduler.waiting() {
             _ if !shares.is_empty() => Turn::Ran,
             0 => Turn::Idle,
             _ => Turn::Waiting,
@@ -96,9 +110,16 @@ impl<R: Runner> Worker<R> {
             let sampled = run.unwrap_or_else(|_| panicked());
             self.stats.steps.fetch_add(1, Relaxed);
             self.deliver(&shares, sampled);
+            let decoding = self.scheduler.running.iter().any(|s| s.output_len() > 0);
+            self.publish_stats();
+            self.slices.after_step(began.elapsed(), decoding, &self.stats);
+        } else {
+            self.publish_stats();
+            if self.slices.idle(&self.stats) {
+                turn = Turn::Sliced;
+            }
         }
         self.runner.sweep();
-        self.publish_stats();
         turn
     }
 

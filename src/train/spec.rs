@@ -57,7 +57,7 @@ pub struct Lora {
 }
 
 /// Initial values of A (B is zero).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Init {
     /// Uniform in ±1/sqrt(in): PEFT's Kaiming with a = sqrt(5).

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use quiver::adapter::peft::AdapterWeights;
@@ -15,7 +15,7 @@ use quiver::engine::batch::Batch;
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::sampler::{self, Choice, Seen};
 use quiver::engine::worker::{Turn, Worker};
-use quiver::engine::{Engine, EngineConfig, Residency, Runner};
+use quiver::engine::{Engine, EngineConfig, Filler, Residency, Runner};
 use quiver::{Error, Result};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -53,6 +53,8 @@ pub struct Fake {
     /// The step that panics, and the token whose rows give NaN.
     pub panic_at: Option<usize>,
     pub poison: Option<u32>,
+    /// Time of a step.
+    pub step: Duration,
     resident: HashMap<String, Residence>,
     clock: usize,
     pub steps: usize,
@@ -72,6 +74,7 @@ impl Fake {
             broken: Vec::new(),
             panic_at: None,
             poison: None,
+            step: Duration::ZERO,
             resident: HashMap::new(),
             clock: 0,
             steps: 0,
@@ -168,6 +171,7 @@ impl Runner for Fake {
         self.steps += 1;
         assert_ne!(self.panic_at, Some(self.steps), "as asked");
         self.check(batch);
+        std::thread::sleep(self.step);
         self.rows.push(batch.tokens.len());
         for row in 0..batch.tokens.len() {
             let cell = (batch.tokens[row], batch.positions[row], self.terms(batch, row));
@@ -298,9 +302,12 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
 }
 
 pub fn lease(name: &str, id: &str) -> Lease {
+    lease_of(name, id, &AdapterWeights::default())
+}
+
+pub fn lease_of(name: &str, id: &str, weights: &AdapterWeights) -> Lease {
     let host = Arc::new(HostTier::new(0, Arc::default()));
-    let weights = AdapterWeights { modules: Vec::new() };
-    Lease::new(Arc::new(Generation::new(name, id.into(), PathBuf::new(), &weights, 0, host)))
+    Lease::new(Arc::new(Generation::new(name, id.into(), PathBuf::new(), weights, 0, host)))
 }
 
 pub fn config() -> EngineConfig {
@@ -343,7 +350,12 @@ impl Bench {
     }
 
     pub fn with(fake: Fake, config: &EngineConfig) -> Self {
-        let (engine, worker) = Engine::new(fake, config.clone()).expect("limits agree");
+        Self::beside(fake, config, None)
+    }
+
+    /// With background work.
+    pub fn beside(fake: Fake, config: &EngineConfig, filler: Option<Filler>) -> Self {
+        let (engine, worker) = Engine::new(fake, config.clone(), filler).expect("limits agree");
         Self { engine, worker }
     }
 

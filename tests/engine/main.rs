@@ -1,5 +1,6 @@
 //! The engine on a fake model: scheduling, blocks, fairness, sampling, and the thread around them.
 
+mod background;
 mod fake;
 mod properties;
 mod sampler;

@@ -3,14 +3,15 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use quiver::adapter::Lease;
+use quiver::adapter::peft::{AdapterWeights, ModuleWeights, Values};
+use quiver::adapter::{Lease, Module};
 use quiver::engine::request::{Event, FinishReason, SamplingParams};
 use quiver::engine::worker::Turn;
 use quiver::engine::{Engine, EngineConfig};
 use quiver::error::ErrorKind;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::fake::{Answer, Bench, EOS, Fake, config, greedy, lease, reference};
+use crate::fake::{Answer, Bench, EOS, Fake, config, greedy, lease, lease_of, reference};
 
 fn one(lease: &Lease) -> Vec<(Lease, f32)> {
     vec![(lease.clone(), 1.0)]
@@ -197,7 +198,7 @@ fn what_cannot_fit_is_refused_and_says_why() {
     assert_eq!(bench.answer(&[1; 30], &[], greedy(11)).tokens.len(), 11);
     for broken in [EngineConfig { block_size: 0, ..config.clone() }, EngineConfig { max_running: 33, ..config.clone() }]
     {
-        assert!(Engine::new(Fake::new(&config), broken).is_err());
+        assert!(Engine::new(Fake::new(&config), broken, None).is_err());
     }
 }
 
@@ -226,6 +227,29 @@ fn a_cancelled_request_lets_go_at_once() {
     drop(events);
     assert_eq!(bench.worker.turn(), Turn::Idle);
     bench.assert_empty();
+}
+
+#[test]
+fn a_dora_is_used_alone_and_whole() {
+    let bench = Bench::new(&config());
+    let values = || Values::F32([1.0].into());
+    let module = ModuleWeights {
+        layer: 0,
+        module: Module::Q,
+        rank: 1,
+        scale: 1.0,
+        a: values(),
+        b: values(),
+        bias: None,
+        magnitude: Some(values()),
+    };
+    let (dora, plain) = (lease_of("d", "d", &AdapterWeights { modules: vec![module] }), lease("p", "p"));
+    for adapters in [vec![(dora.clone(), 0.5)], vec![(plain.clone(), 1.0), (dora.clone(), 1.0)]] {
+        let error = bench.submit(&[1], &adapters, greedy(1)).unwrap_err();
+        assert!(error.param.as_deref() == Some("adapter") && error.message.contains("\"d\" is a DoRA"), "{error}");
+    }
+    assert!(bench.submit(&[1], &[(dora, 1.0)], greedy(1)).is_ok());
+    assert!(bench.submit(&[1], &[(plain.clone(), 0.5), (plain, 0.5)], greedy(1)).is_ok());
 }
 
 #[test]

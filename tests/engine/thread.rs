@@ -11,7 +11,7 @@ use crate::fake::{Answer, Fake, config, greedy, lease, reference, request};
 fn start(change: impl FnOnce(&mut Fake)) -> Engine {
     let mut fake = Fake::new(&config());
     change(&mut fake);
-    Engine::start(fake, config()).unwrap()
+    Engine::start(fake, config(), None).unwrap()
 }
 
 async fn answer(engine: &Engine, prompt: &[u32], name: Option<&str>, max_tokens: usize) -> Answer {
@@ -114,8 +114,8 @@ async fn no_steps_run_while_idle() {
 #[test]
 fn limits_are_checked_at_the_start() {
     let fake = || Fake::new(&config());
-    let error = Engine::start(fake(), EngineConfig { num_blocks: 0, ..config() }).err().unwrap();
+    let error = Engine::start(fake(), EngineConfig { num_blocks: 0, ..config() }, None).err().unwrap();
     assert!(error.message.contains("num_blocks"));
-    let error = Engine::start(fake(), EngineConfig { max_batch_tokens: 4, ..config() }).err().unwrap();
+    let error = Engine::start(fake(), EngineConfig { max_batch_tokens: 4, ..config() }, None).err().unwrap();
     assert!(error.message.contains("max_running"));
 }

@@ -1,0 +1,202 @@
+//! What a line of a training file says, in any of the published formats.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::server::fields::{self, Fields};
+use crate::server::openai;
+use crate::{Error, Result};
+
+/// How the records of a file are written: one form a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// OpenAI's: `{"messages": [{"role", "content"}]}`, assistant messages with a `weight` of 0 or 1.
+    Chat,
+    /// `{"prompt", "completion"}`.
+    PromptCompletion,
+    /// Stanford Alpaca's: `{"instruction", "input", "output"}`.
+    Alpaca,
+    /// `{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`.
+    #[serde(rename = "sharegpt")]
+    ShareGpt,
+    /// `{"text"}`.
+    Text,
+}
+
+/// How an Alpaca prompt ends. Both are published under one name, and an adapter trained with one answers the other worse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum AlpacaEnding {
+    /// `### Response:` (Stanford Alpaca).
+    #[default]
+    Colon,
+    /// `### Response:` and a newline (alpaca-lora, Axolotl).
+    Newline,
+}
+
+/// A record, whatever it was written as.
+#[derive(Debug, PartialEq)]
+pub enum Record {
+    /// A conversation.
+    Chat {
+        /// As the chat template takes them.
+        messages: Vec<Value>,
+        /// Which of them are answers to learn; never the first, which no prompt leads to.
+        trained: Vec<bool>,
+    },
+    /// A text and how it goes on.
+    Pair { prompt: String, completion: String },
+    /// A text alone.
+    Text(String),
+}
+
+/// Keys that would change what is learnt, and that no format here has: to leave them out would train on something else.
+const REFUSED: [&str; 4] = ["tools", "functions", "system", "history"];
+
+impl Format {
+    /// The format of a record.
+    ///
+    /// # Errors
+    /// `Invalid` with the formats that there are.
+    pub fn of(record: &Value) -> Result<Self> {
+        // `text` comes last: Alpaca's files have a column of that name too.
+        let by_key = [
+            ("messages", Self::Chat),
+            ("conversations", Self::ShareGpt),
+            ("prompt", Self::PromptCompletion),
+            ("instruction", Self::Alpaca),
+            ("text", Self::Text),
+        ];
+        let found = by_key.into_iter().find(|(key, _)| record.get(key).is_some_and(|value| !value.is_null()));
+        found.map(|(_, format)| format).ok_or_else(|| {
+            Error::invalid(
+                "not a training record: a record is an object with `messages` (OpenAI chat), `prompt` and `completion`, \
+                 `instruction`, `input` and `output` (Alpaca), `conversations` (ShareGPT), or `text`",
+            )
+        })
+    }
+
+    /// For messages.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Chat => "OpenAI chat",
+            Self::PromptCompletion => "prompt/completion",
+            Self::Alpaca => "Alpaca",
+            Self::ShareGpt => "ShareGPT",
+            Self::Text => "text",
+        }
+    }
+
+    /// Reads a record of this format.
+    ///
+    /// # Errors
+    /// `Invalid` with the key and what is allowed.
+    pub fn read(self, record: &Value, ending: AlpacaEnding) -> Result<Record> {
+        if !record.is_object() {
+            return Err(Error::invalid(format!("a record must be an object, not {}", fields::describe(record))));
+        }
+        let record = Fields::of_value(record, "")?;
+        let empty = |value: &Value| match value {
+            Value::Array(list) => list.is_empty(),
+            Value::String(text) => text.is_empty(),
+            _ => false,
+        };
+        if let Some(key) = REFUSED.into_iter().find(|key| record.get(key).is_some_and(|value| !empty(value))) {
+            let message = format!("`{key}` is not supported: prompts are made from {} alone", self.keys());
+            return Err(Error::invalid(message).param(key).code("unsupported_parameter"));
+        }
+        let text =
+            |key: &str| -> Result<String> { Ok(record.required(key, record.string(key)?, "a string")?.to_owned()) };
+        match self {
+            Self::Chat => chat(&record),
+            Self::ShareGpt => sharegpt(&record),
+            Self::PromptCompletion => Ok(Record::Pair { prompt: text("prompt")?, completion: text("completion")? }),
+            Self::Alpaca => {
+                // The one key that may be absent, so that its absence must be meant.
+                fields::check_unknown(&record, &["instruction", "input", "output"])?;
+                let prompt = alpaca(&text("instruction")?, record.string("input")?.unwrap_or_default(), ending);
+                Ok(Record::Pair { prompt, completion: text("output")? })
+            }
+            Self::Text => Ok(Record::Text(text("text")?)),
+        }
+    }
+
+    fn keys(self) -> &'static str {
+        match self {
+            Self::Chat => "`messages`",
+            Self::PromptCompletion => "`prompt`",
+            Self::Alpaca => "`instruction` and `input`",
+            Self::ShareGpt => "`conversations`",
+            Self::Text => "`text`",
+        }
+    }
+}
+
+fn chat(record: &Fields) -> Result<Record> {
+    let list = turns(record, "messages", "an array of {\"role\", \"content\"}")?;
+    let (mut messages, mut trained) = (Vec::new(), Vec::new());
+    for (i, value) in list.iter().enumerate() {
+        let message = openai::message(value, i)?;
+        let turn = Fields::of_value(value, format!("messages[{i}]"))?;
+        fields::check_unknown(&turn, &["role", "content", "name", "weight"])?;
+        trained.push(is_trained(&turn, message["role"] == "assistant")? && i > 0);
+        messages.push(message);
+    }
+    Ok(Record::Chat { messages, trained })
+}
+
+fn sharegpt(record: &Fields) -> Result<Record> {
+    let list = turns(record, "conversations", "an array of {\"from\", \"value\"}")?;
+    let (mut messages, mut trained) = (Vec::new(), Vec::new());
+    for (i, value) in list.iter().enumerate() {
+        let turn = Fields::of_value(value, format!("conversations[{i}]"))?;
+        fields::check_unknown(&turn, &["from", "value", "weight"])?;
+        let role = match turn.required("from", turn.string("from")?, "human, gpt or system")? {
+            "human" | "user" => "user",
+            "gpt" | "assistant" => "assistant",
+            "system" => "system",
+            other => return Err(fields::wrong(&turn.path_of("from"), "human, gpt or system", &other.into())),
+        };
+        trained.push(is_trained(&turn, role == "assistant")? && i > 0);
+        messages.push(json!({"role": role, "content": turn.required("value", turn.string("value")?, "a string")?}));
+    }
+    Ok(Record::Chat { messages, trained })
+}
+
+fn turns<'a>(record: &Fields<'a>, key: &str, what: &str) -> Result<&'a [Value]> {
+    let list = record.required(key, record.array(key)?, what)?;
+    if list.is_empty() {
+        return Err(fields::wrong(key, "an array of at least one message", &json!([])));
+    }
+    Ok(list)
+}
+
+/// Whether a turn's `weight` lets it be learnt.
+fn is_trained(turn: &Fields, answer: bool) -> Result<bool> {
+    let weight = turn.integer("weight", 0..=1)?;
+    if !answer && weight == Some(1) {
+        return Err(fields::wrong(
+            &turn.path_of("weight"),
+            "0 or absent: only the assistant's turns are trained",
+            &1.into(),
+        ));
+    }
+    Ok(answer && weight != Some(0))
+}
+
+/// Stanford Alpaca's prompt (`train.py`).
+fn alpaca(instruction: &str, input: &str, ending: AlpacaEnding) -> String {
+    let (context, input) = match input {
+        "" => ("", String::new()),
+        input => (", paired with an input that provides further context", format!("### Input:\n{input}\n\n")),
+    };
+    let end = match ending {
+        AlpacaEnding::Colon => "",
+        AlpacaEnding::Newline => "\n",
+    };
+    format!(
+        "Below is an instruction that describes a task{context}. Write a response that appropriately completes the \
+         request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:{end}"
+    )
+}

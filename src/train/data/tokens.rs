@@ -1,0 +1,87 @@
+//! A record to tokens and what is trained of them.
+//!
+//! An answer stands behind exactly the tokens that the server makes from the same prompt; only its own tokens, with the end
+//! that stops generation, are trained. What is trained is known by position, never by id: the id that ends an answer may also
+//! pad, open or separate.
+
+use super::record::Record;
+use crate::server::prompt::TextCodec;
+use crate::train::job::Example;
+use crate::{Error, Result};
+
+/// Examples of a record: one, or one an answer where the chat template writes earlier turns differently once a conversation
+/// goes on. With `inputs`, all of an example is trained.
+///
+/// # Errors
+/// `Invalid`: the template refuses the messages, or its answers do not follow from its prompts.
+pub fn examples(record: &Record, codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
+    let mut examples = match record {
+        Record::Text(text) => {
+            let mut tokens = codec.encode_prompt(text, true)?;
+            end(&mut tokens, codec);
+            vec![Example { trained: vec![true; tokens.len()], tokens }]
+        }
+        Record::Pair { prompt, completion } => {
+            let mut example = Example { tokens: Vec::new(), trained: Vec::new() };
+            let (prompt, answer) = answer(codec, prompt, &format!("{prompt}{completion}"), true)?;
+            extend(&mut example, &prompt, inputs);
+            extend(&mut example, &answer, true);
+            vec![example]
+        }
+        Record::Chat { messages, trained } => {
+            let mut examples: Vec<Example> = Vec::new();
+            for turn in (0..messages.len()).filter(|&turn| trained[turn]) {
+                let opened = codec.apply_chat_template(&messages[..turn], true)?;
+                let written = codec.apply_chat_template(&messages[..=turn], false)?;
+                if !written.starts_with(&opened) {
+                    return Err(Error::invalid(format!(
+                        "`messages[{turn}]`: the model's chat template opens an answer in one way and writes it in another, \
+                         so that training would not match serving; use prompt and completion instead"
+                    )));
+                }
+                let (prompt, answer) = answer(codec, &opened, &written, false)?;
+                let seen = match examples.last() {
+                    Some(last) if prompt.starts_with(&last.tokens) => last.tokens.len(),
+                    _ => {
+                        examples.push(Example { tokens: Vec::new(), trained: Vec::new() });
+                        0
+                    }
+                };
+                let example = examples.last_mut().expect("one was pushed if there was none");
+                extend(example, &prompt[seen..], inputs);
+                extend(example, &answer, true);
+            }
+            examples
+        }
+    };
+    for example in &mut examples {
+        // Nothing comes before the first token to predict it from.
+        example.trained[0] = false;
+    }
+    Ok(examples)
+}
+
+/// The server's tokens for `prompt`, and those that make it `whole`, its end included. Where the text as one would be cut
+/// differently at the seam, the answer is tokenised apart.
+fn answer(codec: &TextCodec, prompt: &str, whole: &str, special: bool) -> Result<(Vec<u32>, Vec<u32>)> {
+    let ids = codec.encode_prompt(prompt, special)?;
+    let mut all = codec.encode(whole, special)?;
+    let mut answer =
+        if all.starts_with(&ids) { all.split_off(ids.len()) } else { codec.encode(&whole[prompt.len()..], false)? };
+    end(&mut answer, codec);
+    Ok((ids, answer))
+}
+
+/// Puts the model's end at the end, unless there is one already; a template may write a newline after it.
+fn end(tokens: &mut Vec<u32>, codec: &TextCodec) {
+    let ends = codec.eos_token_ids();
+    let last = tokens.iter().rev().find(|&&id| !codec.token_string(id).trim().is_empty());
+    if !last.is_some_and(|id| ends.contains(id)) {
+        tokens.extend(ends.first());
+    }
+}
+
+fn extend(example: &mut Example, tokens: &[u32], trained: bool) {
+    example.tokens.extend_from_slice(tokens);
+    example.trained.resize(example.tokens.len(), trained);
+}

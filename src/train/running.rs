@@ -1,0 +1,398 @@
+//! A job between its start and its end: what it puts into passes, and what it does with what comes out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+
+use super::adalora::Allocator;
+use super::adapter::Adapter;
+use super::dora::Norms;
+use super::job::{Checkpoint, Example, Job, Probe, Report, StepMetrics, Validation};
+use super::optim::Optimizer;
+use super::order::{self, Order};
+use super::params::Params;
+use super::pass::{Batch, Part, Scores};
+use super::state::{self, Measure, Progress};
+use super::{adalora, export};
+use crate::model::llama::Llama;
+use crate::{Error, Result};
+
+/// Tokens of the text that a checkpoint is probed with.
+const PROBE_TOKENS: usize = 64;
+
+/// A job that runs.
+pub struct Running {
+    job: Job,
+    model: Arc<Llama>,
+    order: Order,
+    valid: Vec<Example>,
+    params: Params,
+    optimizer: Optimizer,
+    allocator: Option<Allocator>,
+    norms: Option<Norms>,
+    /// The values as passes use them.
+    adapter: Arc<Adapter>,
+    progress: Progress,
+    /// Optimiser steps in all.
+    steps: usize,
+    window: Window,
+    /// Sums over the validation under way.
+    validation: Sums,
+    /// Examples of it that are measured.
+    validated: usize,
+}
+
+/// The passes of one optimiser step.
+#[derive(Default)]
+struct Window {
+    /// Examples of each pass, by index.
+    passes: Vec<Vec<usize>>,
+    /// Passes done.
+    done: usize,
+    /// One over the targets of all passes: what each one's gradient counts.
+    scale: f32,
+    tokens: usize,
+    sums: Sums,
+    started: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Sums {
+    nll: f64,
+    correct: usize,
+    targets: usize,
+}
+
+impl Sums {
+    fn add(&mut self, scores: &Scores) {
+        self.nll += scores.nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
+        self.correct += scores.correct.iter().filter(|correct| **correct).count();
+        self.targets += scores.nll.len();
+    }
+
+    fn mean_nll(&self) -> f64 {
+        self.nll / self.targets.max(1) as f64
+    }
+
+    fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.targets.max(1) as f64
+    }
+}
+
+impl Running {
+    /// Makes a job ready to run, or to go on. Errors: settings or examples that cannot be trained with, a state
+    /// that cannot be read, no memory.
+    pub fn new(mut job: Job, model: Arc<Llama>) -> Result<Self> {
+        let (spec, config) = (&job.spec, model.config());
+        check(&job, &model)?;
+        let device = model.weights().norm.device();
+        let order = Order::new(spec, std::mem::take(&mut job.train))?;
+        let given = !job.valid.is_empty();
+        let valid = order::cut(std::mem::take(&mut job.valid), spec.max_length);
+        if given && valid.is_empty() {
+            return Err(Error::invalid("no example has a token to measure").param("validation_file"));
+        }
+        let params = Params::new(spec, config, job.from.take().as_ref(), device)?;
+        let optimizer = Optimizer::new(&spec.optimizer, spec.lora.loraplus_lr_ratio, &params)?;
+        let steps = spec.max_steps.unwrap_or(spec.epochs * order.steps_per_epoch());
+        let allocator = spec.lora.adalora.as_ref().map(|ada| Allocator::new(ada, steps, &params)).transpose()?;
+        let norms = spec.lora.use_dora.then(|| Norms::new(&params, &model)).transpose()?;
+        if let Some(norms) = &norms {
+            norms.start(&params)?;
+        }
+        let mut running = Self {
+            adapter: Arc::new(adapter(&params, norms.as_ref(), &model)?),
+            job,
+            model,
+            order,
+            valid,
+            params,
+            optimizer,
+            allocator,
+            norms,
+            progress: Progress::default(),
+            steps,
+            window: Window::default(),
+            validation: Sums::default(),
+            validated: 0,
+        };
+        if running.job.resume {
+            running.restore()?;
+        }
+        running.restart()?;
+        Ok(running)
+    }
+
+    pub fn id(&self) -> &str {
+        &self.job.id
+    }
+
+    /// Tells from now on what happens, first that it runs.
+    pub fn begin(&mut self, report: Box<dyn FnMut(Report) + Send>) {
+        self.job.report = report;
+        let (steps, done, parameters) = (self.steps, self.progress.step, self.params.count());
+        self.report(Report::Started { steps, done, parameters });
+    }
+
+    /// Tells whoever started the job.
+    pub fn report(&mut self, report: Report) {
+        (self.job.report)(report);
+    }
+
+    /// Whether its next pass is without gradients.
+    pub fn measures(&self) -> bool {
+        !self.progress.todo.is_empty()
+    }
+
+    /// Whether all is done.
+    pub fn ended(&self) -> bool {
+        self.learnt() && !self.measures()
+    }
+
+    /// Whether no optimiser step is to come: all are done, or validation has got no better for long enough.
+    fn learnt(&self) -> bool {
+        self.progress.step >= self.steps || self.job.spec.early_stopping.is_some_and(|n| self.progress.stale >= n)
+    }
+
+    /// What it puts into the next pass.
+    pub fn part(&self) -> Part {
+        let mut batch = Batch::default();
+        let mut dropout = None;
+        match self.progress.todo.front() {
+            Some(Measure::Validation) => {
+                let end = self.valid.len().min(self.validated + self.job.spec.batch_size);
+                for example in &self.valid[self.validated..end] {
+                    batch.push(&example.tokens, 1.0, |i| example.trained[i]);
+                }
+            }
+            Some(Measure::Checkpoint) => batch.push(self.probe(), 1.0, |_| true),
+            None => {
+                for &i in &self.window.passes[self.window.done] {
+                    let example = &self.order.examples[i];
+                    batch.push(&example.tokens, self.window.scale, |i| example.trained[i]);
+                }
+                let pass = (self.progress.step as u64) << 32 | (self.window.done as u64) << 16;
+                let p = self.job.spec.lora.dropout;
+                dropout = (p > 0.0).then(|| (p, self.job.spec.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ pass));
+            }
+        }
+        Part { batch, adapter: self.adapter.clone(), dropout }
+    }
+
+    /// Takes what a pass over [`Running::part`] has found, and does what is due then: an optimiser step, or a checkpoint.
+    /// Errors end the job.
+    pub fn absorb(&mut self, scores: Scores) -> Result<()> {
+        match self.progress.todo.front() {
+            Some(Measure::Validation) => self.validate(&scores),
+            Some(Measure::Checkpoint) => self.checkpoint(&scores),
+            None => {
+                self.window.sums.add(&scores);
+                if !self.window.sums.nll.is_finite() {
+                    return Err(Error::invalid(format!(
+                        "the loss is {} in step {}: a lower learning rate may help",
+                        self.window.sums.nll,
+                        self.progress.step + 1
+                    ))
+                    .code("training_diverged"));
+                }
+                self.window.done += 1;
+                if self.window.done == self.window.passes.len() { self.step() } else { Ok(()) }
+            }
+        }
+    }
+
+    /// Forgets the passes since the last optimiser step.
+    pub fn restart(&mut self) -> Result<()> {
+        (self.validation, self.validated) = Default::default();
+        self.params.clear_grads()?;
+        if self.learnt() {
+            return Ok(());
+        }
+        let passes = self.order.window(self.progress.step);
+        let examples = || passes.iter().flatten().map(|&i| &self.order.examples[i]);
+        let targets: usize = examples().map(|e| e.trained.iter().skip(1).filter(|t| **t).count()).sum();
+        let tokens = examples().map(|e| e.tokens.len()).sum();
+        let (scale, started) = (1.0 / targets as f32, Some(Instant::now()));
+        self.window = Window { passes, scale, tokens, started, ..Window::default() };
+        Ok(())
+    }
+
+    /// Writes what [`Job::resume`] goes on from: the job as it was after its last optimiser step.
+    pub fn save(&self) -> Result<()> {
+        state::write(&self.job.dir, &self.progress, &self.tensors())
+    }
+
+    /// Removes the state from the job's directory.
+    pub fn forget(&self) -> Result<()> {
+        state::remove(&self.job.dir)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        if let Some(allocator) = &self.allocator {
+            allocator.finish_gradients(&self.params)?;
+        }
+        let moved = self.optimizer.step(&self.params, self.progress.step + 1, self.steps)?;
+        if !moved.grad_norm.is_finite() {
+            return Err(Error::invalid(format!(
+                "the norm of the gradients is {} in step {}: a lower learning rate may help",
+                moved.grad_norm,
+                self.progress.step + 1
+            ))
+            .code("training_diverged"));
+        }
+        if let Some(allocator) = &mut self.allocator {
+            allocator.allocate(&self.params, self.progress.step, moved.clip, &mut self.progress.kept)?;
+        }
+        self.adapter = Arc::new(adapter(&self.params, self.norms.as_ref(), &self.model)?);
+        self.progress.step += 1;
+        let (step, window, spec) = (self.progress.step, &self.window, &self.job.spec);
+        let metrics = StepMetrics {
+            step,
+            train_loss: window.sums.mean_nll(),
+            train_mean_token_accuracy: window.sums.accuracy(),
+            learning_rate: moved.learning_rate,
+            grad_norm: moved.grad_norm,
+            tokens: window.tokens,
+            trained_tokens: window.sums.targets,
+            seconds: window.started.map_or(0.0, |started| started.elapsed().as_secs_f64()),
+        };
+        let every = |n: usize| step.is_multiple_of(n) || step == self.steps;
+        let checkpoint = every(spec.checkpoint_every.unwrap_or(self.order.steps_per_epoch()));
+        if !self.valid.is_empty() && spec.eval_every.map_or(checkpoint, every) {
+            self.progress.todo.push_back(Measure::Validation);
+        }
+        if checkpoint {
+            self.progress.todo.push_back(Measure::Checkpoint);
+        }
+        self.report(Report::Step(metrics));
+        self.restart()
+    }
+
+    fn validate(&mut self, scores: &Scores) -> Result<()> {
+        self.validation.add(scores);
+        self.validated = self.valid.len().min(self.validated + self.job.spec.batch_size);
+        if self.validated < self.valid.len() {
+            return Ok(());
+        }
+        let (step, sums) = (self.progress.step, std::mem::take(&mut self.validation));
+        self.validated = 0;
+        self.measured();
+        let validation = Validation { step, valid_loss: sums.mean_nll(), valid_mean_token_accuracy: sums.accuracy() };
+        if self.progress.best.is_none_or(|best| validation.valid_loss < best) {
+            (self.progress.best, self.progress.stale) = (Some(validation.valid_loss), 0);
+        } else {
+            self.progress.stale += 1;
+        }
+        if self.learnt() && self.progress.todo.is_empty() {
+            self.progress.todo.push_back(Measure::Checkpoint);
+        }
+        self.report(Report::Validation(validation));
+        Ok(())
+    }
+
+    /// The first thing to be measured is. It took none of the next step's time.
+    fn measured(&mut self) {
+        self.progress.todo.pop_front();
+        self.window.started = Some(Instant::now());
+    }
+
+    fn checkpoint(&mut self, scores: &Scores) -> Result<()> {
+        let (step, tokens) = (self.progress.step, self.probe().to_vec());
+        let dir = self.job.dir.join(format!("step-{step}"));
+        export::write(&dir, &self.job.spec, &self.params, self.progress.kept.as_deref(), &self.job.provenance)?;
+        self.measured();
+        let probe = Probe { tokens, logprobs: scores.nll.iter().map(|nll| -nll).collect() };
+        // Told before it is remembered: told twice, if the process ends in between, and not never.
+        self.report(Report::Checkpoint(Checkpoint { step, dir, probe }));
+        self.save()
+    }
+
+    /// The text that checkpoints are probed with.
+    fn probe(&self) -> &[u32] {
+        let tokens = &self.order.examples[0].tokens;
+        &tokens[..tokens.len().min(PROBE_TOKENS)]
+    }
+
+    /// All that changes from step to step, by name.
+    fn tensors(&self) -> HashMap<String, Tensor> {
+        let groups = self.params.groups.iter().zip(&self.optimizer.moments).enumerate();
+        let mut tensors: HashMap<_, _> = groups
+            .flat_map(|(i, (group, [m, v]))| {
+                [("values", &group.values), ("m", m), ("v", v)].map(|(name, t)| (format!("{name}.{i}"), t.clone()))
+            })
+            .collect();
+        tensors.extend(self.allocator.iter().flat_map(Allocator::tensors));
+        tensors
+    }
+
+    /// Goes on from the state on disk.
+    fn restore(&mut self) -> Result<()> {
+        let (progress, stored) = state::read(&self.job.dir, self.model.weights().norm.device())?;
+        let own = self.tensors();
+        for (name, tensor) in &own {
+            let stored = stored.get(name).filter(|t| t.shape() == tensor.shape() && t.dtype() == tensor.dtype());
+            let stored = stored
+                .ok_or_else(|| Error::invalid(format!("the job's state has no {name} that fits its settings")))?;
+            tensor.slice_set(&stored.to_device(tensor.device())?, 0, 0)?;
+        }
+        if stored.len() != own.len() {
+            return Err(Error::invalid("the job's state is of other settings"));
+        }
+        self.progress = progress;
+        self.adapter = Arc::new(adapter(&self.params, self.norms.as_ref(), &self.model)?);
+        Ok(())
+    }
+}
+
+/// The values as passes use them.
+fn adapter(params: &Params, norms: Option<&Norms>, model: &Llama) -> Result<Adapter> {
+    let norm = model.weights().norm.clone();
+    let dtype = if norm.device().is_cuda() { DType::BF16 } else { DType::F32 };
+    Adapter::new(params, norms, model.config(), dtype)
+}
+
+/// What can be said before anything is made.
+fn check(job: &Job, model: &Llama) -> Result<()> {
+    let (lora, optimizer) = (&job.spec.lora, &job.spec.optimizer);
+    let positive = |name: &str, value: f32| match value.is_finite() && value > 0.0 {
+        true => Ok(()),
+        false => Err(Error::invalid(format!("{name} is {value}; it must be a positive number")).param(name)),
+    };
+    positive("alpha", lora.alpha)?;
+    positive("learning_rate", optimizer.learning_rate)?;
+    if !(0.0..1.0).contains(&lora.dropout) {
+        return Err(Error::invalid(format!("dropout is {}; at least 0 and below 1", lora.dropout)).param("dropout"));
+    }
+    for (name, value) in [
+        ("n_epochs", Some(job.spec.epochs)),
+        ("max_steps", job.spec.max_steps),
+        ("checkpoint_every", job.spec.checkpoint_every),
+        ("eval_every", job.spec.eval_every),
+        ("early_stopping", job.spec.early_stopping),
+        ("r", Some(lora.r)),
+    ] {
+        if value == Some(0) {
+            return Err(Error::invalid(format!("{name} is 0; it must be at least 1")).param(name));
+        }
+    }
+    if let Some(ada) = &lora.adalora {
+        adalora::check(ada, lora)?;
+    }
+    let (vocab, positions) = (model.config().vocab_size, model.rope().positions());
+    for example in job.train.iter().chain(&job.valid) {
+        if example.trained.len() != example.tokens.len() {
+            return Err(Error::internal("an example whose mask has another length than its tokens"));
+        }
+        if example.tokens.len().min(job.spec.max_length) > positions {
+            return Err(
+                Error::invalid(format!("an example has more tokens than the model's {positions}")).param("max_length")
+            );
+        }
+        if let Some(token) = example.tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::invalid(format!("token id {token}: the model has {vocab}")));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,262 @@
+//! Files, jobs and what happened to them, in the state directory: objects as JSON in one SQLite table, contents of files
+//! and adapters of jobs beside it.
+//!
+//! SQLite, because a process that is killed at any point leaves either the old or the new state, and one file is easy to
+//! look into (`sqlite3 training.sqlite "select doc from objects"`). Every call blocks: async code goes through [`Store::run`].
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rusqlite::{Connection, OptionalExtension, params};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::ErrorKind;
+use crate::{Error, Result};
+
+/// What an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// An uploaded or resulting file.
+    File,
+    /// A fine-tuning job.
+    Job,
+    /// Of a job.
+    Event,
+    /// Of a job.
+    Checkpoint,
+    /// Figures of an optimiser step of a job.
+    Step,
+    /// Figures of a validation of a job.
+    Validation,
+}
+
+impl Kind {
+    fn word(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Job => "job",
+            Self::Event => "event",
+            Self::Checkpoint => "checkpoint",
+            Self::Step => "step",
+            Self::Validation => "validation",
+        }
+    }
+}
+
+/// Which objects of a list.
+#[derive(Debug, Clone, Default)]
+pub struct Page {
+    /// Id of the last one that was seen.
+    pub after: Option<String>,
+    /// Most to give.
+    pub limit: usize,
+    /// Oldest first.
+    pub ascending: bool,
+}
+
+/// The state of files and jobs.
+pub struct Store {
+    db: Mutex<Connection>,
+    dir: PathBuf,
+}
+
+impl Store {
+    /// Opens the state in `dir`, and makes it if it is not there. Errors: the directory cannot be used, another process
+    /// uses it.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let fail = |e: &dyn std::fmt::Display| {
+            Error::invalid(format!("the state directory {} cannot be used for training: {e}", dir.display()))
+        };
+        for part in ["files", "jobs"] {
+            std::fs::create_dir_all(dir.join(part)).map_err(|e| fail(&e))?;
+        }
+        // Absolute: adapters are found by it whatever the working directory.
+        let dir = dir.canonicalize().map_err(|e| fail(&e))?;
+        let db = Connection::open(dir.join("training.sqlite")).map_err(|e| fail(&e))?;
+        db.busy_timeout(std::time::Duration::from_secs(1)).map_err(|e| fail(&e))?;
+        // Two servers over one directory would train each other's jobs.
+        db.execute_batch(
+            "PRAGMA locking_mode = EXCLUSIVE;
+             PRAGMA journal_mode = WAL;
+             PRAGMA synchronous = NORMAL;
+             CREATE TABLE IF NOT EXISTS objects (
+                 seq INTEGER PRIMARY KEY AUTOINCREMENT,
+                 kind TEXT NOT NULL,
+                 id TEXT NOT NULL UNIQUE,
+                 parent TEXT NOT NULL,
+                 doc TEXT NOT NULL
+             );
+             CREATE INDEX IF NOT EXISTS by_parent ON objects (kind, parent, seq);",
+        )
+        .map_err(|e| match e.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DatabaseBusy) => fail(&"another server uses it"),
+            _ => fail(&e),
+        })?;
+        Ok(Self { db: Mutex::new(db), dir })
+    }
+
+    /// Runs `work` beside the async threads.
+    pub async fn run<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || work(&store)).await.map_err(|e| Error::internal(e.to_string()))?
+    }
+
+    /// Adds an object, or replaces the one of that id.
+    pub fn put<T: Serialize>(&self, kind: Kind, id: &str, parent: &str, doc: &T) -> Result<()> {
+        let doc = serde_json::to_string(doc).map_err(|e| Error::internal(e.to_string()))?;
+        // An update, not a replacement of the row: an object keeps its place in lists.
+        self.db()
+            .prepare_cached(
+                "INSERT INTO objects (kind, id, parent, doc) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (id) DO UPDATE SET doc = excluded.doc",
+            )
+            .and_then(|mut put| put.execute(params![kind.word(), id, parent, doc]))
+            .map_err(failed)?;
+        Ok(())
+    }
+
+    /// An object, if it is there.
+    pub fn find<T: DeserializeOwned>(&self, kind: Kind, id: &str) -> Result<Option<T>> {
+        let doc = self
+            .db()
+            .prepare_cached("SELECT doc FROM objects WHERE id = ?1 AND kind = ?2")
+            .and_then(|mut find| find.query_row(params![id, kind.word()], |row| row.get::<_, String>(0)).optional())
+            .map_err(failed)?;
+        doc.map(|doc: String| read(&doc)).transpose()
+    }
+
+    /// An object, or 404 on `param`.
+    pub fn get<T: DeserializeOwned>(&self, kind: Kind, id: &str, param: &str) -> Result<T> {
+        self.find(kind, id)?.ok_or_else(|| {
+            let what = if kind == Kind::Job { "fine-tuning job" } else { kind.word() };
+            Error::not_found(format!("there is no {what} {id:?}")).param(param)
+        })
+    }
+
+    /// Removes an object; false if it was not there.
+    pub fn delete(&self, kind: Kind, id: &str) -> Result<bool> {
+        let removed = self.db().execute("DELETE FROM objects WHERE id = ?1 AND kind = ?2", [id, kind.word()]);
+        removed.map(|rows| rows > 0).map_err(failed)
+    }
+
+    /// The objects of `parent` that `keep` lets through, and whether there are more. Errors: 400 for an unknown `after`.
+    pub fn page<T: DeserializeOwned>(
+        &self,
+        kind: Kind,
+        parent: &str,
+        page: &Page,
+        keep: impl Fn(&T) -> bool,
+    ) -> Result<(Vec<T>, bool)> {
+        let db = self.db();
+        let last = match &page.after {
+            None if page.ascending => 0,
+            None => i64::MAX,
+            Some(id) => db
+                .query_row("SELECT seq FROM objects WHERE id = ?1 AND kind = ?2", [id, kind.word()], |row| row.get(0))
+                .optional()
+                .map_err(failed)?
+                .ok_or_else(|| {
+                    Error::invalid(format!("`after` must be the id of a {} in this list, not {id:?}", kind.word()))
+                        .param("after")
+                        .code("invalid_value")
+                })?,
+        };
+        let (than, order) = if page.ascending { (">", "ASC") } else { ("<", "DESC") };
+        let query =
+            format!("SELECT doc FROM objects WHERE kind = ?1 AND parent = ?2 AND seq {than} ?3 ORDER BY seq {order}");
+        let mut query = db.prepare_cached(&query).map_err(failed)?;
+        let mut rows = query.query(params![kind.word(), parent, last]).map_err(failed)?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next().map_err(failed)? {
+            let object = read(row.get_ref(0).and_then(|doc| Ok(doc.as_str()?)).map_err(failed)?)?;
+            if !keep(&object) {
+                continue;
+            }
+            if found.len() == page.limit {
+                return Ok((found, true));
+            }
+            found.push(object);
+        }
+        Ok((found, false))
+    }
+
+    /// All objects of `parent`, oldest first.
+    pub fn all<T: DeserializeOwned>(&self, kind: Kind, parent: &str) -> Result<Vec<T>> {
+        let everything = Page { after: None, limit: usize::MAX, ascending: true };
+        self.page(kind, parent, &everything, |_| true).map(|(all, _)| all)
+    }
+
+    /// Where the content of a file lies.
+    pub fn file_path(&self, id: &str) -> PathBuf {
+        self.files_dir().join(id)
+    }
+
+    /// Where contents of files lie.
+    pub fn files_dir(&self) -> PathBuf {
+        self.dir.join("files")
+    }
+
+    /// Where a job's adapters and state lie.
+    pub fn job_dir(&self, id: &str) -> PathBuf {
+        self.jobs_dir().join(id)
+    }
+
+    /// Where all jobs' adapters lie.
+    pub fn jobs_dir(&self) -> PathBuf {
+        self.dir.join("jobs")
+    }
+
+    fn db(&self) -> MutexGuard<'_, Connection> {
+        // A statement is done or not, whatever happened to the thread that asked for it.
+        self.db.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn read<T: DeserializeOwned>(doc: &str) -> Result<T> {
+    serde_json::from_str(doc).map_err(|e| Error::internal(format!("an object in the state directory is damaged: {e}")))
+}
+
+fn failed(e: rusqlite::Error) -> Error {
+    Error::new(ErrorKind::Internal, format!("the state directory cannot be read or written: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn objects_survive_and_lists_are_paged() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for i in 0..5 {
+            store.put(Kind::Event, &format!("e{i}"), "job", &json!({"i": i})).unwrap();
+        }
+        store.put(Kind::Event, "other", "another job", &json!({"i": 9})).unwrap();
+        store.put(Kind::Event, "e2", "job", &json!({"i": 2, "again": true})).unwrap();
+        assert!(store.delete(Kind::Event, "e0").unwrap() && !store.delete(Kind::Event, "e0").unwrap());
+        assert!(Store::open(dir.path()).err().unwrap().message.contains("another server"));
+        drop(store);
+
+        let store = Store::open(dir.path()).unwrap();
+        let page = |after: Option<&str>, limit, ascending| {
+            let page = Page { after: after.map(str::to_owned), limit, ascending };
+            let (found, more) = store.page::<Value>(Kind::Event, "job", &page, |doc| doc["i"] != 3).unwrap();
+            (found.iter().map(|doc| doc["i"].as_u64().unwrap()).collect::<Vec<_>>(), more)
+        };
+        assert_eq!(page(None, 2, false), (vec![4, 2], true));
+        assert_eq!(page(Some("e2"), 2, false), (vec![1], false));
+        assert_eq!(page(None, 3, true), (vec![1, 2, 4], false));
+        assert_eq!(page(Some("e1"), 1, true), (vec![2], true));
+        let unknown = Page { after: Some("x".into()), limit: 1, ascending: false };
+        assert_eq!(store.page::<Value>(Kind::Event, "job", &unknown, |_| true).err().unwrap().param.unwrap(), "after");
+        assert_eq!(store.find::<Value>(Kind::Event, "e2").unwrap().unwrap()["again"], true);
+        assert!(store.find::<Value>(Kind::File, "e2").unwrap().is_none(), "an id of another kind");
+        assert_eq!(store.get::<Value>(Kind::Job, "x", "id").err().unwrap().status(), 404);
+    }
+}

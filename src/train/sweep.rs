@@ -1,0 +1,157 @@
+//! Short runs of several settings over the same examples, together: a pass of the frozen base serves some rows of each.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use super::job::{Command, Example, Job, Report, StepMetrics, Validation};
+use super::spec::Spec;
+use super::trainer::Trainer;
+use crate::adapter::peft::AdapterWeights;
+use crate::engine::Background;
+use crate::model::llama::Llama;
+use crate::{Error, Result};
+
+/// One example of this many is held out where there is no file of them.
+const HELD_OUT: usize = 10;
+
+/// What came of a run.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    /// Values that were trained.
+    pub parameters: usize,
+    pub steps: Vec<StepMetrics>,
+    pub validations: Vec<Validation>,
+    /// Why it did not come to its end.
+    pub error: Option<Error>,
+}
+
+impl Outcome {
+    /// The last held-out loss, which is that of the adapter; none for a run that failed or diverged.
+    pub fn loss(&self) -> Option<f64> {
+        let last = self.validations.last().filter(|_| self.error.is_none());
+        last.map(|v| v.valid_loss).filter(|loss| loss.is_finite())
+    }
+
+    fn take(&mut self, report: Report) {
+        match report {
+            Report::Started { parameters, .. } => self.parameters = parameters,
+            Report::Step(m) => self.steps.push(m),
+            Report::Validation(v) => self.validations.push(v),
+            Report::Failed(error) => self.error = Some(error),
+            Report::Checkpoint(_) | Report::Paused | Report::Cancelled | Report::Succeeded => {}
+        }
+    }
+}
+
+/// Takes every tenth example (the last one of fewer) out, to measure on.
+pub fn hold_out(examples: Vec<Example>) -> (Vec<Example>, Vec<Example>) {
+    let every = HELD_OUT.min(examples.len());
+    let numbered = examples.into_iter().enumerate();
+    let (valid, train): (Vec<_>, Vec<_>) = numbered.partition(|(i, _)| (i + 1).is_multiple_of(every));
+    let plain = |numbered: Vec<(usize, Example)>| numbered.into_iter().map(|(_, example)| example).collect();
+    (plain(train), plain(valid))
+}
+
+/// Runs jobs of these settings, each with the adapter it starts from, `together` at a time, and gives their outcomes in the
+/// same order. Their checkpoints go below `dir` for as long as they run. `told` hears of everything.
+///
+/// # Errors
+/// `dir` cannot be written. A run that fails says so in its outcome.
+pub fn run(
+    model: &Arc<Llama>,
+    runs: Vec<(Spec, Option<AdapterWeights>)>,
+    (train, valid): (&[Example], &[Example]),
+    together: usize,
+    dir: &Path,
+    mut told: impl FnMut(&Report),
+) -> Result<Vec<Outcome>> {
+    let (commands, inbox) = channel();
+    let mut trainer = Trainer::new(model.clone(), inbox);
+    let mut outcomes = vec![Outcome::default(); runs.len()];
+    let mut runs = runs.into_iter().enumerate().peekable();
+    while runs.peek().is_some() {
+        let (teller, reports) = channel();
+        let kept = tempfile::tempdir_in(dir)?;
+        for (i, (spec, from)) in runs.by_ref().take(together.max(1)) {
+            let (teller, dir) = (teller.clone(), kept.path().join(i.to_string()));
+            std::fs::create_dir(&dir)?;
+            let job = Job {
+                id: i.to_string(),
+                spec,
+                train: train.to_vec(),
+                valid: valid.to_vec(),
+                dir,
+                provenance: Default::default(),
+                from,
+                resume: false,
+                // The receiver lives as long as the loop that trains.
+                report: Box::new(move |report| drop(teller.send((i, report)))),
+            };
+            commands.send(Command::Start(Box::new(job))).map_err(|_| Error::internal("the trainer has ended"))?;
+        }
+        loop {
+            let worked = trainer.slice();
+            for (i, report) in reports.try_iter() {
+                told(&report);
+                outcomes[i].take(report);
+            }
+            if !worked {
+                break;
+            }
+        }
+    }
+    Ok(outcomes)
+}
+
+/// Indices of the outcomes, lowest held-out loss first, those without one last.
+pub fn ranked(outcomes: &[Outcome]) -> Vec<usize> {
+    let loss = |i: &usize| outcomes[*i].loss().unwrap_or(f64::INFINITY);
+    let mut order: Vec<usize> = (0..outcomes.len()).collect();
+    order.sort_by(|a, b| loss(a).total_cmp(&loss(b)));
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::hub::{ModelFiles, ModelFormat};
+    use crate::model::weights::Weights;
+    use crate::train::testing::spec;
+
+    fn examples(n: u32) -> Vec<Example> {
+        (0..n).map(|i| Example { tokens: (5..10 + i % 3).collect(), trained: vec![true; 5 + i as usize % 3] }).collect()
+    }
+
+    #[test]
+    fn a_tenth_is_held_out() {
+        for (n, held_out) in [(25, 2), (10, 1), (3, 1), (0, 0)] {
+            let (train, valid) = hold_out(examples(n));
+            assert_eq!((train.len(), valid.len()), (n as usize - held_out, held_out));
+        }
+    }
+
+    #[test]
+    fn the_rate_that_learns_wins_and_the_one_that_diverges_loses() {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
+        let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(base) };
+        let model = Arc::new(Llama::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap());
+        let runs = [f32::INFINITY, 1e-6, 1e-2].map(|rate| {
+            let mut spec = Spec { max_steps: Some(8), eval_every: Some(4), checkpoint_every: Some(100), ..spec() };
+            spec.optimizer.learning_rate = rate;
+            (spec, None)
+        });
+        let (train, valid) = hold_out(examples(12));
+        let dir = tempfile::tempdir().unwrap();
+        let mut steps = 0;
+        let told = |report: &Report| steps += usize::from(matches!(report, Report::Step(_)));
+        let outcomes = run(&model, runs.into(), (&train, &valid), 2, dir.path(), told).unwrap();
+        assert_eq!(ranked(&outcomes), [2, 1, 0], "{outcomes:?}");
+        assert!(outcomes[0].loss().is_none() && outcomes[2].loss() < outcomes[1].loss());
+        assert_eq!(outcomes[2].validations.iter().map(|v| v.step).collect::<Vec<_>>(), [4, 8]);
+        assert_eq!(steps, outcomes.iter().map(|o| o.steps.len()).sum::<usize>());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "checkpoints are gone");
+    }
+}
