@@ -1,0 +1,263 @@
+//! What is written down: JSON with every request, a table, and a page of plots.
+
+use std::path::Path;
+
+use bytesize::ByteSize;
+use minijinja::{Environment, context};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::load::Record;
+use super::plot::Chart;
+use super::stats::{Quantiles, Summary};
+use super::trial::Verdict;
+use crate::{Error, Result};
+
+/// Points on a timeline.
+const TIMELINE: usize = 60;
+
+/// One invocation of the generator.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// Name of the server in plots.
+    pub name: String,
+    /// Words of the command line.
+    pub command: Vec<String>,
+    /// When it began, RFC 3339.
+    pub date: String,
+    /// Version of the generator.
+    pub version: String,
+    /// Where the generator ran.
+    pub machine: Machine,
+    /// What the server says of its version.
+    pub server: Value,
+    /// In order.
+    pub runs: Vec<RunReport>,
+    /// What a trial found.
+    pub verdict: Option<Verdict>,
+}
+
+/// A computer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Machine {
+    /// Brand of the processor.
+    pub cpu: String,
+    /// Hardware threads that the process may use.
+    pub threads: usize,
+    /// Bytes.
+    pub memory: u64,
+    /// Operating system.
+    pub system: String,
+}
+
+/// One run of it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RunReport {
+    /// What sets it apart, such as `adapters 20`.
+    pub label: String,
+    /// The variable it belongs to a series of, such as `adapters`.
+    pub varies: String,
+    /// Its value there.
+    pub x: f64,
+    /// All of what was sent, in words.
+    pub traffic: String,
+    /// Names of adapters, by their numbers.
+    pub adapters: Vec<String>,
+    /// Its figures.
+    pub summary: Summary,
+    /// Every request.
+    pub records: Vec<Record>,
+}
+
+impl Machine {
+    /// This one.
+    pub fn here() -> Self {
+        let system = sysinfo::System::new_with_specifics(
+            sysinfo::RefreshKind::nothing()
+                .with_cpu(sysinfo::CpuRefreshKind::nothing())
+                .with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
+        );
+        Self {
+            cpu: system.cpus().first().map_or("unknown", |cpu| cpu.brand().trim()).to_owned(),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            memory: system.total_memory(),
+            system: sysinfo::System::long_os_version().unwrap_or_default(),
+        }
+    }
+}
+
+impl Report {
+    /// Reads one back.
+    pub fn read(file: &Path) -> Result<Self> {
+        let fail = |e: &dyn std::fmt::Display| Error::invalid(format!("{}: {e}", file.display()));
+        serde_json::from_slice(&std::fs::read(file).map_err(|e| fail(&e))?).map_err(|e| fail(&e))
+    }
+
+    /// Writes it as JSON.
+    pub fn write(&self, file: &Path) -> Result<()> {
+        let text = serde_json::to_string(self).map_err(|e| Error::internal(e.to_string()))?;
+        write(file, &text)
+    }
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    std::fs::write(file, text).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))
+}
+
+/// Names of the table's columns, in Markdown.
+pub const HEAD: &str = "| | req/s | out tok/s | TTFT p50/p90/p99 ms | between p50/p99 ms | whole p50/p99 ms | SLO | Jain | failed | lag p99 ms |\n\
+                        |---|---|---|---|---|---|---|---|---|---|";
+
+/// A run as a row of the table.
+pub fn row(label: &str, s: &Summary) -> String {
+    let failed: Vec<String> = s.failed.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let short = |ms: f64| if ms < 100.0 { format!("{ms:.1}") } else { format!("{ms:.0}") };
+    let ends = |q: &Quantiles| format!("{}/{}", short(q.p50), short(q.p99));
+    format!(
+        "| {label} | {:.2} | {:.1} | {}/{}/{} | {} | {} | {:.0}% | {:.2} | {} | {} |",
+        s.requests_per_s,
+        s.output_per_s,
+        short(s.first_ms.p50),
+        short(s.first_ms.p90),
+        short(s.first_ms.p99),
+        ends(&s.between_ms),
+        ends(&s.whole_ms),
+        s.slo_attained * 100.0,
+        s.fairness.jain_speed,
+        if failed.is_empty() { "0".to_owned() } else { failed.join(", ") },
+        short(s.lag_ms.p99),
+    )
+}
+
+/// Lines about a run that the table has no room for.
+pub fn notes(s: &Summary) -> Vec<String> {
+    let mut notes = vec![format!(
+        "{} of {} requests in {:.1} s; latency counts from when a request was due, not from when it was sent",
+        s.completed, s.requests, s.seconds
+    )];
+    if s.fairness.adapters.len() > 1 {
+        notes.push(format!(
+            "{} adapters: Jain's index {:.3} of speed and {:.3} of throughput, worst p99 TTFT {:.2} times the median adapter's",
+            s.fairness.adapters.len(),
+            s.fairness.jain_speed,
+            s.fairness.jain_throughput,
+            s.fairness.worst_p99_over_median
+        ));
+    }
+    if let Some(misses) = s.adapter_misses {
+        let disk = s.disk_reads.unwrap_or(0);
+        notes.push(format!("{misses} adapters were brought into slots, {disk} of them from disk"));
+    }
+    if let [Some(before), Some(after)] = s.resident_bytes {
+        notes.push(format!("server memory {} before, {} after", ByteSize(before), ByteSize(after)));
+    }
+    notes.extend(s.unfinished.gt(&0).then(|| format!("{} requests were broken off", s.unfinished)));
+    notes.extend(s.warning.iter().map(|warning| format!("WARNING: {warning}")));
+    notes
+}
+
+/// Charts of a variable over all reports that have a series of it: throughput, and first-token latency.
+pub fn charts(reports: &[Report]) -> Vec<Chart> {
+    let mut names: Vec<&str> = Vec::new();
+    let runs = || reports.iter().flat_map(|report| report.runs.iter().map(move |run| (report, run)));
+    for (_, run) in runs() {
+        let same = runs().filter(|(_, other)| other.varies == run.varies).map(|(_, other)| other.x.to_bits());
+        let several = same.collect::<std::collections::HashSet<_>>().len() > 1;
+        if several && !names.contains(&run.varies.as_str()) {
+            names.push(&run.varies);
+        }
+    }
+    let series = |varies: &str, of: fn(&Summary) -> f64, suffix: &str| {
+        let mut lines: Vec<(String, Vec<(f64, f64)>)> = Vec::new();
+        // A logarithmic axis has no place for none: the table has it.
+        for (report, run) in runs().filter(|(_, run)| run.varies == varies && run.x > 0.0) {
+            let name = format!("{}{suffix}", report.name);
+            let point = (run.x, of(&run.summary));
+            match lines.iter_mut().find(|line| line.0 == name) {
+                Some(line) => line.1.push(point),
+                None => lines.push((name, vec![point])),
+            }
+        }
+        lines.iter_mut().for_each(|line| line.1.sort_by(|a, b| a.0.total_cmp(&b.0)));
+        lines
+    };
+    let both = |varies: &str| {
+        let log_x = matches!(varies, "adapters" | "adapters, closed loop" | "clients");
+        let chart = |title: &str, y: &str, lines| Chart {
+            title: format!("{title} over {varies}"),
+            x: varies.to_owned(),
+            y: y.to_owned(),
+            log_x,
+            lines,
+            ..Chart::default()
+        };
+        let mut latency = series(varies, |s| s.first_ms.p50, " p50");
+        latency.extend(series(varies, |s| s.first_ms.p99, " p99"));
+        [chart("Throughput", "tokens/s", series(varies, |s| s.output_per_s, "")), chart("First token", "ms", latency)]
+    };
+    names.into_iter().flat_map(both).collect()
+}
+
+/// First-token latency of every request over the time it was due, and the rate of output.
+fn timeline(run: &RunReport) -> [Chart; 2] {
+    let of = |failed: bool| {
+        let chosen = run.records.iter().filter(move |r| r.failure.is_some() == failed);
+        chosen.map(|r| (r.due, r.first.unwrap_or(r.end) * 1e3)).collect::<Vec<_>>()
+    };
+    let width = (run.summary.seconds / TIMELINE as f64).max(1e-9);
+    let mut tokens = vec![0.0; TIMELINE];
+    for record in run.records.iter().filter(|r| r.failure.is_none()) {
+        // Evenly over the time from its first token to its last.
+        let (from, to) = (record.due + record.first.unwrap_or(record.end), record.due + record.end);
+        let bins = ((from / width) as usize).min(TIMELINE - 1)..=((to / width) as usize).min(TIMELINE - 1);
+        let share = record.output as f64 / bins.clone().count() as f64;
+        bins.for_each(|bin| tokens[bin] += share / width);
+    }
+    let rate = tokens.iter().enumerate().map(|(i, tokens)| ((i as f64 + 0.5) * width, *tokens)).collect();
+    let chart = |y: &str, dots, lines| Chart {
+        title: run.label.clone(),
+        x: "s".into(),
+        y: y.into(),
+        dots,
+        lines,
+        ..Chart::default()
+    };
+    let mut latency = vec![("first token".to_owned(), of(false))];
+    if run.summary.failures() > 0 {
+        latency.push(("failed".into(), of(true)));
+    }
+    [chart("tokens/s", false, vec![("tokens/s".into(), rate)]), chart("first token, ms", true, latency)]
+}
+
+/// Writes one page about several reports: tables, charts of all series, a timeline of each run.
+pub fn page(reports: &[Report], file: &Path) -> Result<()> {
+    let draw = |charts: &[Chart]| charts.iter().map(Chart::svg).collect::<Result<Vec<_>>>();
+    let mut views = Vec::new();
+    for report in reports {
+        let mut runs = Vec::new();
+        for run in &report.runs {
+            let cells: Vec<String> =
+                row("", &run.summary).split(" | ").skip(1).map(|c| c.trim_matches(['|', ' ']).into()).collect();
+            runs.push(context! {
+                label => &run.label, traffic => &run.traffic, cells, notes => notes(&run.summary), plots => draw(&timeline(run))?,
+            });
+        }
+        views.push(context! {
+            name => &report.name, date => &report.date, command => report.command.join(" "), runs,
+            machine => format!("{}, {} threads, {}, {}", report.machine.cpu, report.machine.threads, ByteSize(report.machine.memory), report.machine.system),
+        });
+    }
+    let head = HEAD.lines().next().unwrap_or_default().trim_matches([' ', '|']);
+    let head: Vec<&str> = head.split('|').map(str::trim).collect();
+    let environment = Environment::new();
+    let text = environment
+        .render_named_str(
+            "page.html",
+            include_str!("page.html"),
+            context! {
+                reports => views, plots => draw(&charts(reports))?, head,
+            },
+        )
+        .map_err(|e| Error::internal(format!("the page: {e:#}")))?;
+    write(file, &text)
+}

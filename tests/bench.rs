@@ -1,0 +1,447 @@
+//! The load generator: its statistics against a small server that behaves as told, and once against the real one.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use futures::{StreamExt, stream};
+use quiver::bench::client::Client;
+use quiver::bench::load::{self, Bounds, Record, Run};
+use quiver::bench::report::{self, Report};
+use quiver::bench::stats::{Quantiles, Summary, jain};
+use quiver::bench::target::{AdapterField, Observed, Target};
+use quiver::bench::traffic::{Arrivals, Lengths, Planned, Popularity, Prompts, Traffic};
+use quiver::bench::trial;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+fn traffic(arrivals: Arrivals) -> Traffic {
+    Traffic {
+        arrivals,
+        input: Lengths::Fixed(8),
+        output: Lengths::Fixed(5),
+        prompts: Prompts::Tokens(100),
+        adapters: 0,
+        popularity: Popularity::Uniform,
+        seed: 7,
+    }
+}
+
+fn plan(traffic: &Traffic, count: usize) -> Vec<Planned> {
+    traffic.plan().expect("valid traffic").take(count).collect()
+}
+
+#[test]
+fn gaps_have_the_rate_and_the_variation_that_were_asked_for() {
+    for cv in [0.0, 0.5, 1.0, 2.0, 4.0] {
+        let due: Vec<f64> =
+            plan(&traffic(Arrivals::Open { rate: 20.0, cv }), 200_000).iter().map(|p| p.due.as_secs_f64()).collect();
+        let gaps: Vec<f64> = due.windows(2).map(|w| w[1] - w[0]).collect();
+        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
+        let deviation = (gaps.iter().map(|g| (g - mean).powi(2)).sum::<f64>() / gaps.len() as f64).sqrt();
+        assert!((mean * 20.0 - 1.0).abs() < 0.03, "cv {cv}: mean {mean}");
+        assert!((deviation / mean - cv).abs() < 0.05 * cv.max(0.01), "cv {cv}: deviation {deviation}");
+        if cv == 1.0 {
+            // Memoryless: as many gaps beyond the mean as an exponential has.
+            let beyond = gaps.iter().filter(|g| **g > mean).count() as f64 / gaps.len() as f64;
+            assert!((beyond - (-1.0f64).exp()).abs() < 0.01, "{beyond}");
+        }
+    }
+    assert_eq!(
+        plan(&traffic(Arrivals::Open { rate: 3.0, cv: 2.0 }), 50),
+        plan(&traffic(Arrivals::Open { rate: 3.0, cv: 2.0 }), 50)
+    );
+}
+
+#[test]
+fn adapters_have_the_popularity_that_was_asked_for() {
+    const N: usize = 10;
+    let shares = |popularity| {
+        let traffic = Traffic { adapters: N, popularity, ..traffic(Arrivals::Closed { clients: 1 }) };
+        let mut counts = [0.0; N];
+        plan(&traffic, 100_000).iter().for_each(|p| counts[p.adapter.expect("an adapter")] += 1e-5);
+        counts
+    };
+    let close = |popularity, expected: [f64; N]| {
+        let found = shares(popularity);
+        assert!(
+            found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 0.01),
+            "{popularity:?}: {found:?} {expected:?}"
+        );
+    };
+    let normalised = |weight: fn(f64) -> f64| {
+        let weights: [f64; N] = std::array::from_fn(|i| weight(i as f64));
+        weights.map(|w| w / weights.iter().sum::<f64>())
+    };
+    close(Popularity::Uniform, [0.1; N]);
+    close(Popularity::Power(1.0), [0.1; N]);
+    close(Popularity::Zipf(1.2), normalised(|i| (i + 1.0).powf(-1.2)));
+    close(Popularity::Geometric(1.5), normalised(|i| 1.5f64.powf(-i)));
+    // What numpy.random.power(0.3) is below 0.1.
+    assert!((shares(Popularity::Power(0.3))[0] - 0.1f64.powf(0.3)).abs() < 0.01);
+    assert_eq!(shares(Popularity::One)[1..], [0.0; N - 1]);
+    let distinct =
+        Traffic { adapters: 3, popularity: Popularity::Distinct, ..traffic(Arrivals::Closed { clients: 1 }) };
+    assert_eq!(plan(&distinct, 5).iter().map(|p| p.adapter).collect::<Vec<_>>(), [0, 1, 2, 0, 1].map(Some));
+    for wrong in ["zipf", "zipf:0", "zipf:x", "uniform:1", "power:-1", "many"] {
+        assert!(wrong.parse::<Popularity>().is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn lengths_are_drawn_as_asked_for() {
+    let lengths = |text: &str| {
+        let output = text.parse().expect(text);
+        let mut drawn: Vec<usize> = plan(&Traffic { output, ..traffic(Arrivals::Closed { clients: 1 }) }, 20_000)
+            .iter()
+            .map(|p| p.output)
+            .collect();
+        drawn.sort_unstable();
+        drawn
+    };
+    assert!(lengths("17").iter().all(|n| *n == 17));
+    let uniform = lengths("8..512");
+    assert_eq!((uniform[0], uniform[19_999]), (8, 512));
+    assert!((uniform.iter().sum::<usize>() as f64 / 20_000.0 - 260.0).abs() < 5.0);
+    let skewed = lengths("lognormal:100:1:400");
+    assert!(skewed[10_000].abs_diff(100) < 5 && skewed[0] >= 1 && skewed[19_999] == 400);
+    // A standard deviation of the logarithm: 16% are beyond e times the median.
+    let beyond = skewed.iter().filter(|n| **n > 272).count();
+    assert!(beyond.abs_diff(3173) < 300, "{beyond}");
+    for wrong in ["0", "", "9..8", "0..4", "lognormal:1:2", "lognormal:1:-2:5", "x"] {
+        assert!(wrong.parse::<Lengths>().is_err(), "{wrong}");
+    }
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let turns =
+        |a: &str, b: &str| json!({"conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}]});
+    let reply = "four".repeat(9);
+    let list = json!([turns("What is a lantern?", &reply), turns("x", &reply), {"conversations": []}]);
+    std::fs::write(file.path(), list.to_string()).expect("it can be written");
+    let prompts = Prompts::share_gpt(file.path()).expect("one conversation fits");
+    let planned = plan(&Traffic { prompts, ..traffic(Arrivals::Closed { clients: 1 }) }, 1);
+    assert_eq!((&planned[0].prompt, planned[0].output), (&json!("What is a lantern?"), 9));
+    std::fs::write(file.path(), "[]").expect("it can be written");
+    assert!(Prompts::share_gpt(file.path()).is_err());
+}
+
+#[test]
+fn figures_are_what_their_definitions_say() {
+    assert_eq!(jain(&[3.0, 3.0, 3.0]), 1.0);
+    assert_eq!(jain(&[4.0, 0.0, 0.0, 0.0]), 0.25);
+    assert!((jain(&[1.0, 2.0, 3.0]) - 36.0 / 42.0).abs() < 1e-12);
+    assert_eq!(jain(&[]), 1.0);
+    let q = Quantiles::of((1..=200).rev().map(f64::from));
+    assert_eq!((q.count, q.mean, q.p50, q.p90, q.p99, q.max), (200, 100.5, 100.0, 180.0, 198.0, 200.0));
+    assert_eq!(Quantiles::of([]), Quantiles::default());
+}
+
+// --- A server that does as it is told ---
+
+/// How a fake server behaves.
+#[derive(Clone, Default)]
+struct Manner {
+    /// Between tokens.
+    gap: Duration,
+    /// From when, after the first request, and for how long nothing is answered.
+    stall: Option<(Duration, Duration)>,
+    /// The answers to requests in turn, over and over: `ok`, a status, or how to break.
+    answers: &'static [&'static str],
+}
+
+struct Fake {
+    manner: Manner,
+    start: std::sync::OnceLock<Instant>,
+    bodies: std::sync::Mutex<Vec<Value>>,
+}
+
+async fn complete(State(fake): State<Arc<Fake>>, body: String) -> Response {
+    let start = *fake.start.get_or_init(Instant::now);
+    let body: Value = serde_json::from_str(&body).expect("JSON");
+    let number = {
+        let mut bodies = fake.bodies.lock().expect("no panic");
+        bodies.push(body.clone());
+        bodies.len() - 1
+    };
+    if let Some((from, length)) = fake.manner.stall {
+        let now = start.elapsed();
+        if now >= from && now < from + length {
+            tokio::time::sleep(from + length - now).await;
+        }
+    }
+    let answers = fake.manner.answers;
+    let answer = if answers.is_empty() { "ok" } else { answers[number % answers.len()] };
+    if let Ok(status) = answer.parse::<u16>() {
+        return (StatusCode::from_u16(status).expect("a status"), [("retry-after", "1")]).into_response();
+    }
+    let tokens = body["max_tokens"].as_u64().expect("max_tokens");
+    let gap = fake.manner.gap;
+    let chunks = stream::iter(0..tokens).then(move |_| async move {
+        tokio::time::sleep(gap).await;
+        json!({"choices": [{"text": " a"}]}).to_string()
+    });
+    let usage = json!({"choices": [], "usage": {"prompt_tokens": 8, "completion_tokens": tokens}}).to_string();
+    let tail = match answer {
+        "cut" => vec![],
+        "error" => vec![json!({"error": {"message": "no"}}).to_string()],
+        _ => vec![usage, "[DONE]".to_owned()],
+    };
+    Sse::new(
+        chunks.chain(stream::iter(tail)).map(|data| Ok::<_, std::convert::Infallible>(Event::default().data(data))),
+    )
+    .into_response()
+}
+
+/// Starts a fake server on threads of its own, so that it keeps time whatever the test does.
+fn fake(manner: Manner) -> (Target, Arc<Fake>) {
+    let fake = Arc::new(Fake { manner, start: Default::default(), bodies: Default::default() });
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.set_nonblocking(true).expect("it can be");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    let router = Router::new()
+        .route("/v1/completions", post(complete))
+        .route("/health", get(|| async {}))
+        .with_state(fake.clone());
+    std::thread::spawn(move || {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
+            let listener = listener.tap_io(|connection| connection.set_nodelay(true).expect("it can be set"));
+            axum::serve(listener, router).await
+        })
+    });
+    let target = Target {
+        client: Client::new(&url, None, Duration::from_secs(20)).expect("a client"),
+        model: "fake".into(),
+        adapters: vec!["a".into(), "b".into()],
+        field: AdapterField::Model,
+        chat: false,
+        extra: json!({"temperature": 0}).as_object().expect("an object").clone(),
+        pid: None,
+    };
+    (target, fake)
+}
+
+/// Runs traffic in a runtime of one thread.
+fn measure(target: &Target, traffic: &Traffic, requests: Option<usize>, duration: Option<f64>) -> (Run, Summary) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let (_keep, stop) = watch::channel(false);
+    let bounds = Bounds { requests, duration: duration.map(Duration::from_secs_f64) };
+    let run = runtime.block_on(load::run(target, traffic, bounds, stop, "test")).expect("it runs");
+    let summary = Summary::of(&run, traffic.arrivals, 6.0);
+    (run, summary)
+}
+
+#[test]
+fn replies_are_timed_and_counted() {
+    let (target, fake) = fake(Manner { gap: Duration::from_millis(20), ..Manner::default() });
+    let traffic = Traffic { adapters: 2, popularity: Popularity::Distinct, ..traffic(Arrivals::Closed { clients: 3 }) };
+    let (run, s) = measure(&target, &traffic, Some(12), None);
+    assert_eq!((s.requests, s.completed, s.failures(), s.unfinished), (12, 12, 0, 0));
+    assert_eq!((s.first_ms.count, s.between_ms.count, s.whole_ms.count), (12, 12 * 4, 12));
+    assert!(run.records.iter().all(|r| (r.input, r.output) == (8, 5)));
+    assert!((s.output_per_s * s.seconds - 60.0).abs() < 1e-6 && (s.input_per_s * s.seconds - 96.0).abs() < 1e-6);
+    // Sleeps last at least as long as asked for; how much longer depends on the machine.
+    assert!(s.first_ms.p50 >= 20.0 && s.between_ms.p50 >= 19.0 && s.whole_ms.p50 >= 100.0, "{s:?}");
+    assert!(s.token_ms.p50 >= 19.0 && s.whole_ms.p50 < 2000.0, "{s:?}");
+    assert_eq!((s.slo_attained, s.fairness.adapters.len(), s.offered_per_s), (1.0, 2, None));
+    assert!((s.fairness.jain_throughput - 1.0).abs() < 1e-9);
+    let bodies = fake.bodies.lock().expect("no panic");
+    let with = |name: &str| bodies.iter().filter(|b| b["model"] == name).count();
+    assert_eq!((with("a"), with("b")), (6, 6));
+    assert!(bodies.iter().all(|b| b["stream"] == true && b["temperature"] == 0 && b["max_tokens"] == 5));
+    for (field, key, value) in
+        [(AdapterField::Adapter, "adapter", json!("b")), (AdapterField::Lora, "lora", json!([{"id": 1, "scale": 1.0}]))]
+    {
+        let planned = Planned { due: Duration::ZERO, prompt: json!([1]), output: 1, adapter: Some(1) };
+        let body: Value = serde_json::from_slice(&Target { field, ..target.clone() }.body(&planned)).expect("JSON");
+        assert_eq!((&body["model"], &body[key]), (&json!("fake"), &value));
+    }
+}
+
+#[test]
+fn failures_are_counted_by_kind() {
+    let (target, _) = fake(Manner { answers: &["ok", "429", "500", "cut", "error", "ok"], ..Manner::default() });
+    let (run, s) = measure(&target, &traffic(Arrivals::Closed { clients: 12 }), Some(12), None);
+    let expected = [("http 429", 2), ("http 500", 2), ("broken", 2), ("error", 2)];
+    assert_eq!(s.failed, BTreeMap::from(expected.map(|(kind, n)| (kind.to_owned(), n))));
+    assert_eq!((s.completed, s.first_ms.count), (4, 4));
+    assert!((s.slo_attained - 4.0 / 12.0).abs() < 1e-9, "what failed did not meet the objective");
+    assert!(
+        run.records.iter().filter(|r| r.failure.as_deref() == Some("http 429")).all(|r| r.retry_after == Some(1.0))
+    );
+    let gone =
+        Target { client: Client::new("http://127.0.0.1:1", None, Duration::from_secs(1)).expect("a client"), ..target };
+    let (_, s) = measure(&gone, &traffic(Arrivals::Closed { clients: 2 }), Some(2), None);
+    assert_eq!(s.failed, BTreeMap::from([("connect".to_owned(), 2)]));
+    assert!(Client::new("https://127.0.0.1", None, Duration::from_secs(1)).is_err());
+}
+
+#[test]
+fn a_stall_is_charged_for_every_request_that_was_due_in_it() {
+    let stall = Some((Duration::from_millis(500), Duration::from_millis(1500)));
+    let (target, _) = fake(Manner { stall, ..Manner::default() });
+    let (_, open) = measure(&target, &traffic(Arrivals::Open { rate: 50.0, cv: 0.0 }), None, Some(2.5));
+    // 60% of the requests were due while nothing was answered, a tenth of them in its first fifth.
+    assert!(open.requests >= 120 && open.failures() == 0, "{open:?}");
+    assert!(open.whole_ms.p90 > 1000.0 && open.whole_ms.p50 > 50.0, "{:?}", open.whole_ms);
+    // One client that waits for each reply sees the stall once, and would call the server fast.
+    let (target, _) = fake(Manner { stall, ..Manner::default() });
+    let (_, closed) = measure(&target, &traffic(Arrivals::Closed { clients: 1 }), None, Some(2.5));
+    assert!(closed.whole_ms.p90 < 500.0 && closed.whole_ms.max > 1000.0, "{:?}", closed.whole_ms);
+}
+
+#[test]
+fn a_generator_that_is_late_says_so_and_counts_it() {
+    let (target, _) = fake(Manner::default());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let traffic = traffic(Arrivals::Open { rate: 100.0, cv: 0.0 });
+    let run = runtime.block_on(async {
+        // The only thread of the generator is away for half of the time.
+        tokio::spawn(async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            std::thread::sleep(Duration::from_millis(500));
+        });
+        let (_keep, stop) = watch::channel(false);
+        let bounds = Bounds { requests: Some(100), duration: None };
+        load::run(&target, &traffic, bounds, stop, "test").await.expect("it runs")
+    });
+    let s = Summary::of(&run, traffic.arrivals, 6.0);
+    assert!(s.lag_ms.p99 > 300.0, "{:?}", s.lag_ms);
+    assert!(s.warning.as_ref().is_some_and(|w| w.contains("late")), "{:?}", s.warning);
+    assert!(run.records.iter().all(|r| r.end >= r.lag), "latency counts from when a request was due");
+}
+
+#[test]
+fn a_run_that_is_broken_off_keeps_what_it_has() {
+    let (target, _) =
+        fake(Manner { stall: Some((Duration::from_millis(300), Duration::from_secs(30))), ..Manner::default() });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let traffic = traffic(Arrivals::Open { rate: 50.0, cv: 0.0 });
+    let run = runtime.block_on(async {
+        let (sender, stop) = watch::channel(false);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(800)).await;
+            sender.send_replace(true);
+            std::future::pending::<()>().await;
+        });
+        let bounds = Bounds { requests: None, duration: Some(Duration::from_secs(60)) };
+        load::run(&target, &traffic, bounds, stop, "test").await.expect("it runs")
+    });
+    let s = Summary::of(&run, traffic.arrivals, 6.0);
+    assert!(s.interrupted && s.completed > 0 && s.unfinished > 0, "{s:?}");
+    assert_eq!(s.requests, s.completed + s.unfinished);
+}
+
+// --- Verdicts ---
+
+/// An overload of 9 seconds at 10 requests a second: every other is refused, the rest have their first token after `first(due)`.
+fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, memory: u64) -> trial::Verdict {
+    let record = |i: usize| {
+        let due = i as f64 / 10.0;
+        let refused = i.is_multiple_of(2);
+        Record {
+            due,
+            lag: 0.0,
+            first: (!refused).then_some(first(due)),
+            end: first(due),
+            gaps: Vec::new(),
+            input: 8,
+            output: 5,
+            adapter: None,
+            failure: refused.then(|| refusal.to_owned()),
+            retry_after,
+        }
+    };
+    let observed = |bytes| Observed { resident_bytes: Some(bytes), ..Observed::default() };
+    let run = Run {
+        records: (0..90).map(record).collect(),
+        unfinished: 0,
+        seconds: 9.0,
+        generator_cpus: 0.0,
+        server: [observed(1 << 30), observed(memory)],
+        interrupted: false,
+    };
+    let summary = Summary::of(&run, Arrivals::Open { rate: 10.0, cv: 1.0 }, 6.0);
+    trial::overload(&run, &summary, 5.0)
+}
+
+#[test]
+fn overload_is_judged() {
+    let verdict = overloaded(|_| 2.0, "http 429", Some(1.0), 1 << 30);
+    assert!(verdict.faults.is_empty(), "{verdict:?}");
+    for (verdict, fault) in [
+        (overloaded(|_| 2.0, "http 429", None, 1 << 30), "without Retry-After"),
+        (overloaded(|_| 2.0, "http 500", Some(1.0), 1 << 30), "failed otherwise"),
+        (overloaded(|_| 2.0, "http 500", Some(1.0), 1 << 30), "nothing was refused"),
+        (overloaded(|due| due, "http 429", Some(1.0), 1 << 30), "latency still rises"),
+        (overloaded(|_| 2.0, "http 429", Some(1.0), 2 << 30), "memory grew"),
+    ] {
+        assert!(verdict.faults.iter().any(|f| f.contains(fault)), "{fault}: {verdict:?}");
+    }
+}
+
+// --- The real one ---
+
+#[test]
+fn the_real_server_is_started_measured_soaked_and_stopped() {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+    let url = format!("http://127.0.0.1:{port}");
+    let quiver = env!("CARGO_BIN_EXE_quiver");
+    let adapters = concat!(env!("CARGO_MANIFEST_DIR"), "/adapters");
+    let start = format!("{quiver} serve --port {port} --adapters {adapters} --max-waiting 4 --max-running 2");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let bench = |args: &[&str], out: &str| {
+        let output = Command::new(quiver)
+            .args(["bench", "serve", "--url", &url, "--start", &start, "--input", "16", "--output", "8", "--out"])
+            .arg(dir.path().join(out))
+            .args(args)
+            .output()
+            .expect("it runs");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {said}");
+        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err(), "the server is still there");
+        Report::read(&dir.path().join(out)).expect("a report")
+    };
+    let page = dir.path().join("page.html");
+    let report = bench(
+        &[
+            "--concurrency",
+            "1,3",
+            "--requests",
+            "9",
+            "--adapters",
+            "3",
+            "--popularity",
+            "distinct",
+            "--page",
+            page.to_str().expect("UTF-8"),
+        ],
+        "closed.json",
+    );
+    assert_eq!((report.server["server"].as_str(), report.runs.len()), (Some("quiver"), 2));
+    for run in &report.runs {
+        let s = &run.summary;
+        assert_eq!((s.requests, s.completed, run.records.len()), (9, 9, 9), "{:?}", s.failed);
+        assert!(run.records.iter().all(|r| (r.input, r.output) == (16, 8)), "{:?}", run.records);
+        assert_eq!((run.adapters.len(), s.fairness.adapters.len()), (3, 3));
+        assert!(s.adapter_misses.is_some() && s.resident_bytes[1].is_some_and(|bytes| bytes > 50 << 20));
+    }
+    let html = std::fs::read_to_string(&page).expect("a page");
+    // Throughput and latency over clients, and a timeline of two charts for each run.
+    assert_eq!(html.matches("<svg").count(), 6);
+    assert_eq!(report::charts(&[report]).len(), 2);
+
+    let report = bench(&["--grid", "soak", "--duration", "5", "--concurrency", "3"], "soak.json");
+    let verdict = report.verdict.expect("a verdict");
+    assert!(verdict.faults.is_empty() && verdict.facts[0].contains("replies checked"), "{verdict:?}");
+}
