@@ -1,0 +1,150 @@
+//! A merged model as a Hugging Face directory: config.json, the tokenizer, and bf16 tensors in one file.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::fs;
+use std::path::Path;
+
+use candle_core::DType;
+use half::bf16;
+use safetensors::tensor::{Dtype, View, serialize_to_file};
+use serde_json::{Value, json};
+
+use super::{Entry, Merged};
+use crate::hub::{ModelFiles, ModelFormat};
+use crate::model::RopeScaling;
+use crate::server::prompt::TextCodec;
+use crate::{Error, Result};
+
+/// What a directory may have besides weights and config.json.
+const COPIED: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+];
+
+/// Writes `merged`, whose base came from `files`, to a new directory.
+pub fn write(files: &ModelFiles, merged: &Merged, dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    let mut config = match &files.format {
+        ModelFormat::HuggingFace(source) => {
+            for file in COPIED.iter().filter(|file| source.join(file).is_file()) {
+                fs::copy(source.join(file), dir.join(file))?;
+            }
+            serde_json::from_slice(&fs::read(source.join("config.json"))?)
+                .map_err(|e| Error::invalid(format!("config.json: {e}")))?
+        }
+        _ => {
+            let codec = TextCodec::load(files)?;
+            write_tokenizer(&codec, dir)?;
+            config(merged, &codec)?
+        }
+    };
+    if let Some(config) = config.as_object_mut() {
+        config.remove("quantization_config");
+        config.insert("tie_word_embeddings".into(), merged.tied().into());
+        // The older name and the newer one.
+        config.insert("torch_dtype".into(), "bfloat16".into());
+        config.insert("dtype".into(), "bfloat16".into());
+    }
+    fs::write(dir.join("config.json"), format!("{config:#}\n"))?;
+
+    let failure = RefCell::new(None);
+    let tensors = merged.entries()?.into_iter();
+    let tensors = tensors.map(|entry| (entry.name.clone(), Rounded { entry, failure: &failure }));
+    let about = [("format".to_owned(), "pt".to_owned())].into();
+    serialize_to_file(tensors, Some(about), &dir.join("model.safetensors"))
+        .map_err(|e| Error::internal(format!("model.safetensors: {e}")))?;
+    failure.into_inner().map_or(Ok(()), Err)
+}
+
+/// A tensor that is made when it is written, so that one at a time is in memory.
+struct Rounded<'a> {
+    entry: Entry<'a>,
+    /// The writer has no way to hear of an error.
+    failure: &'a RefCell<Option<Error>>,
+}
+
+impl View for Rounded<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::BF16
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.entry.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = self.entry.values().and_then(|v| Ok(v.to_dtype(DType::BF16)?.flatten_all()?.to_vec1::<bf16>()?));
+        Cow::Owned(match values {
+            Ok(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Err(error) => {
+                self.failure.replace(Some(error));
+                vec![0; self.data_len()]
+            }
+        })
+    }
+
+    fn data_len(&self) -> usize {
+        2 * self.entry.shape.iter().product::<usize>()
+    }
+}
+
+/// config.json of a base that had none.
+fn config(merged: &Merged, codec: &TextCodec) -> Result<Value> {
+    let c = &merged.weights.config;
+    let (class, kind) = match (c.qkv_bias, c.qk_norm) {
+        (true, _) => ("Qwen2ForCausalLM", "qwen2"),
+        (_, true) => ("Qwen3ForCausalLM", "qwen3"),
+        _ => ("LlamaForCausalLM", "llama"),
+    };
+    let rope_scaling = match &c.rope_scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {
+            return Err(Error::invalid(
+                "the base has a RoPE factor for each frequency, which config.json cannot say: merge to GGUF",
+            ));
+        }
+    };
+    Ok(json!({
+        "architectures": [class],
+        "model_type": kind,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": rope_scaling,
+        "bos_token_id": codec.bos_token_id(),
+        "eos_token_id": codec.eos_token_ids(),
+    }))
+}
+
+/// The files of a tokenizer that was rebuilt from GGUF metadata.
+fn write_tokenizer(codec: &TextCodec, dir: &Path) -> Result<()> {
+    let (tokenizer, template) = codec.sources()?;
+    fs::write(dir.join("tokenizer.json"), tokenizer)?;
+    if let Some(template) = template {
+        fs::write(dir.join("chat_template.jinja"), template)?;
+    }
+    let name = |id: Option<u32>| id.map(|id| codec.token_string(id));
+    let settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name(codec.bos_token_id()),
+        "eos_token": name(codec.eos_token_ids().first().copied()),
+    });
+    fs::write(dir.join("tokenizer_config.json"), format!("{settings:#}\n"))?;
+    Ok(())
+}
