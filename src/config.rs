@@ -38,9 +38,9 @@ pub struct NamedPath {
     pub path: String,
 }
 
-/// All settings. Sizes take a suffix: 512MiB, 2GiB, 1.5GB.
+/// The base model: settings that training alone has too.
 #[derive(Debug, Clone, Args)]
-pub struct ServeConfig {
+pub struct BaseConfig {
     /// Where the base model is.
     #[arg(
         long,
@@ -60,14 +60,6 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_LOAD_FORMAT", value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
     pub load_format: LoadFormat,
 
-    /// Name of the base in requests and responses, instead of the model's own; give it again for more names
-    #[arg(long, env = "QUIVER_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',', help_heading = "Model")]
-    pub served_model_name: Vec<String>,
-
-    /// Longest prompt plus output, tokens [default: what the model was made for]
-    #[arg(long, env = "QUIVER_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive, help_heading = "Model")]
-    pub max_model_len: Option<usize>,
-
     /// Where the model runs: auto (a GPU where there is one), cpu, cuda or cuda:N
     #[arg(long, env = "QUIVER_DEVICE", value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub device: DeviceChoice,
@@ -80,6 +72,25 @@ pub struct ServeConfig {
     /// Where downloaded models are kept [default: ~/.cache/quiver]
     #[arg(long, env = "QUIVER_CACHE_DIR", value_name = "DIR", help_heading = "Model")]
     pub cache_dir: Option<PathBuf>,
+
+    /// Threads of the forward pass [default: all cores]
+    #[arg(long, env = "QUIVER_THREADS", value_name = "N", value_parser = positive, help_heading = "Engine")]
+    pub threads: Option<usize>,
+}
+
+/// All settings. Sizes take a suffix: 512MiB, 2GiB, 1.5GB.
+#[derive(Debug, Clone, Args)]
+pub struct ServeConfig {
+    #[command(flatten)]
+    pub base: BaseConfig,
+
+    /// Name of the base in requests and responses, instead of the model's own; give it again for more names
+    #[arg(long, env = "QUIVER_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',', help_heading = "Model")]
+    pub served_model_name: Vec<String>,
+
+    /// Longest prompt plus output, tokens [default: what the model was made for]
+    #[arg(long, env = "QUIVER_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive, help_heading = "Model")]
+    pub max_model_len: Option<usize>,
 
     /// Load every adapter directory in this folder under its own name [default: adapters, if it exists]
     #[arg(long, env = "QUIVER_ADAPTERS", value_name = "DIR", help_heading = "Adapters")]
@@ -122,9 +133,51 @@ pub struct ServeConfig {
     )]
     pub host_adapter_memory: usize,
 
-    /// Remember loaded adapters here and load them again after a restart
+    /// Remember loaded adapters, files and fine-tuning jobs here, for the next start [default: nothing is remembered]
     #[arg(long, env = "QUIVER_STATE_DIR", value_name = "DIR", help_heading = "Adapters")]
     pub state_dir: Option<PathBuf>,
+
+    /// Fine-tuning jobs that run at once; others wait
+    #[arg(
+        long,
+        env = "QUIVER_MAX_TRAINING_JOBS",
+        value_name = "N",
+        default_value = "2",
+        value_parser = positive,
+        help_heading = "Training"
+    )]
+    pub max_training_jobs: usize,
+
+    /// Largest part of the time that training gets while requests run, 0 to 1; idle time is all its own
+    #[arg(
+        long,
+        env = "QUIVER_TRAIN_SHARE",
+        value_name = "SHARE",
+        default_value = "0.3",
+        value_parser = share,
+        help_heading = "Training"
+    )]
+    pub train_share: f64,
+
+    /// Longest pause that training may put between two tokens of an answer, seconds; work that is likely to take longer waits
+    /// until nobody waits for a token [default: 0.25, on a GPU 0.05]
+    #[arg(long, env = "QUIVER_TRAIN_MAX_DELAY", value_name = "SECONDS", value_parser = seconds, help_heading = "Training")]
+    pub train_max_delay: Option<Duration>,
+
+    /// Memory of a GPU left for fine-tuning jobs [default: a quarter of what the model leaves, at most 16GiB]
+    #[arg(long, env = "QUIVER_TRAIN_MEMORY", value_name = "SIZE", value_parser = bytes, help_heading = "Training")]
+    pub train_memory: Option<usize>,
+
+    /// Longest file to train on
+    #[arg(
+        long,
+        env = "QUIVER_MAX_FILE",
+        value_name = "SIZE",
+        default_value = "512MiB",
+        value_parser = bytes,
+        help_heading = "Training"
+    )]
+    pub max_file: usize,
 
     /// Address to listen on
     #[arg(long, env = "QUIVER_HOST", default_value = "127.0.0.1", help_heading = "HTTP")]
@@ -210,10 +263,6 @@ pub struct ServeConfig {
     )]
     pub max_waiting: usize,
 
-    /// Threads of the forward pass [default: all cores]
-    #[arg(long, env = "QUIVER_THREADS", value_name = "N", value_parser = positive, help_heading = "Engine")]
-    pub threads: Option<usize>,
-
     /// Do not keep keys and values of finished prompts for the next request that begins alike
     #[arg(
         long,
@@ -277,7 +326,12 @@ fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "must be an integer of at least 1".to_owned())
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|n| (0.0..=1.0).contains(n)).ok_or_else(|| "must be a number from 0 to 1".to_owned())
+}
+
+/// A number of seconds.
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "must be a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
 }

@@ -2,7 +2,9 @@
 //!
 //! The modules are listed in the order in which a request meets them: [`server`] parses it, resolves its adapter and
 //! turns text into tokens; [`engine`] schedules it beside the others and builds flat batches; [`model`] runs a batch
-//! through the decoder, whose arithmetic lives in [`ops`]; [`adapter`] keeps the adapters and their memory.
+//! through the decoder, whose arithmetic lives in [`ops`]; [`adapter`] keeps the adapters and their memory. [`train`] makes
+//! new ones on the same weights, [`eval`] says how good they are, [`merge`] writes one into its base, and [`mod@bench`] loads
+//! any server.
 
 // The reader of these docs is a developer of this program, who has the private items too.
 #![allow(rustdoc::private_intra_doc_links)]
@@ -26,5 +28,11 @@ pub mod gpu;
 pub mod adapter;
 
 pub mod train;
+
+pub mod eval;
+
+pub mod merge;
+
+pub mod bench;
 
 pub use error::{Error, Result};

@@ -16,6 +16,7 @@ use crate::adapter::tiers;
 use crate::engine::Stats;
 use crate::engine::request::FinishReason;
 use crate::error::ErrorKind;
+use crate::train::jobs;
 use crate::{Error, Result};
 
 /// Distinct adapter labels; later names are counted together under [`OTHER`], so that the page stays bounded.
@@ -59,7 +60,21 @@ pub struct Metrics {
     disk_reads: IntCounter,
     evictions: IntCounterVec,
     steps: IntCounter,
+    training: Training,
     vllm: Vllm,
+}
+
+/// Of fine-tuning jobs.
+struct Training {
+    state: GaugeVec,
+    step: GaugeVec,
+    steps: GaugeVec,
+    train_loss: GaugeVec,
+    valid_loss: GaugeVec,
+    tokens_per_second: GaugeVec,
+    /// What jobs and requests took of the engine's thread.
+    slices: IntCounter,
+    seconds: GaugeVec,
 }
 
 /// vLLM's names, labelled as there.
@@ -95,6 +110,8 @@ pub struct Live<'a> {
     pub slot_budget: usize,
     /// Tokens of a KV block.
     pub block_size: usize,
+    /// Fine-tuning jobs.
+    pub jobs: &'a [jobs::Gauge],
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> Result<C> {
@@ -155,6 +172,20 @@ impl Metrics {
             disk_reads: single("quiver_adapter_disk_reads_total", "Of these, read from disk again.")?,
             evictions: counter("quiver_adapter_evictions_total", "Adapters that lost their place.", &["level"])?,
             steps: single("quiver_steps_total", "Forward passes.")?,
+            training: Training {
+                state: gauge("quiver_train_job_state", "1 for the state that a job is in.", &["job", "state"])?,
+                step: gauge("quiver_train_step", "Optimiser steps done.", &["job"])?,
+                steps: gauge("quiver_train_steps", "Optimiser steps in all.", &["job"])?,
+                train_loss: gauge("quiver_train_loss", "Training loss of the last step, nats a token.", &["job"])?,
+                valid_loss: gauge("quiver_valid_loss", "Loss of the last validation, nats a token.", &["job"])?,
+                tokens_per_second: gauge("quiver_train_tokens_per_second", "Speed of the last step.", &["job"])?,
+                slices: single("quiver_train_slices_total", "Pieces of training run on the engine's thread.")?,
+                seconds: gauge(
+                    "quiver_engine_busy_seconds_total",
+                    "Time of the engine's thread by what it did: serve, train.",
+                    &["work"],
+                )?,
+            },
             vllm: Vllm {
                 running: gauge("vllm:num_requests_running", "Sequences in the running set.", engine)?,
                 waiting: gauge("vllm:num_requests_waiting", "Sequences in the queue.", engine)?,
@@ -267,6 +298,11 @@ impl Metrics {
         catch_up(&vllm.prefix_hits.with_label_values(&engine), &stats.prefix_hits);
         catch_up(&vllm.preemptions.with_label_values(&engine), &stats.preemptions);
         catch_up(&self.steps, &stats.steps);
+        catch_up(&self.training.slices, &stats.background_slices);
+        for (work, micros) in [("serve", &stats.serving_micros), ("train", &stats.background_micros)] {
+            self.training.seconds.with_label_values(&[work]).set(read(micros) as f64 / 1e6);
+        }
+        self.training.refresh(live.jobs);
 
         let tiers = live.tiers;
         for level in ["slot", "host", "disk"] {
@@ -312,6 +348,27 @@ impl Metrics {
         }
         labels.insert(adapter.to_owned());
         adapter.to_owned()
+    }
+}
+
+impl Training {
+    /// Only the present jobs in their present states may stand there.
+    fn refresh(&self, jobs: &[jobs::Gauge]) {
+        let all = [&self.state, &self.step, &self.steps, &self.train_loss, &self.valid_loss, &self.tokens_per_second];
+        all.iter().for_each(|gauge| gauge.reset());
+        for job in jobs {
+            let id = [job.id.as_str()];
+            self.state.with_label_values(&[&job.id, job.status.word()]).set(1.0);
+            self.step.with_label_values(&id).set(job.step as f64);
+            self.steps.with_label_values(&id).set(job.steps as f64);
+            for (gauge, value) in [
+                (&self.train_loss, job.train_loss),
+                (&self.valid_loss, job.valid_loss),
+                (&self.tokens_per_second, job.tokens_per_second),
+            ] {
+                value.iter().for_each(|value| gauge.with_label_values(&id).set(*value));
+            }
+        }
     }
 }
 
@@ -441,8 +498,15 @@ mod tests {
         tiers.slot_bytes.store(400, Ordering::Relaxed);
         let stats = Stats::default();
         let page = |adapters: &[AdapterInfo]| {
-            let live =
-                Live { model: "base", stats: &stats, adapters, tiers: &tiers, slot_budget: 1000, block_size: 16 };
+            let live = Live {
+                model: "base",
+                stats: &stats,
+                adapters,
+                tiers: &tiers,
+                slot_budget: 1000,
+                block_size: 16,
+                jobs: &[],
+            };
             let page = metrics.render(Some(live)).expect("it renders");
             let series: Vec<String> =
                 page.lines().filter(|l| l.starts_with("vllm:lora_requests_info{")).map(str::to_owned).collect();

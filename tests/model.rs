@@ -113,9 +113,17 @@ fn logits_equal_those_of_transformers_and_peft() {
     let mut sequence = Sequence { tokens, ..Sequence::new(0, 0, &[]) };
     let base = runner.run(&sequence, 100);
     assert!(distance(&base, &logits) < 1e-5, "{}", distance(&base, &logits));
-    for name in
-        ["qv-r4", "all-linear-r8", "rslora-patterns", "one-layer-regex", "r33", "lora-bias", "lm-head", "adalora"]
-    {
+    for name in [
+        "qv-r4",
+        "all-linear-r8",
+        "rslora-patterns",
+        "one-layer-regex",
+        "r33",
+        "lora-bias",
+        "lm-head",
+        "adalora",
+        "dora",
+    ] {
         sequence.terms = vec![(runner.load(name), 1.0)];
         let (_, logits) = expected(name);
         let have = runner.run(&sequence, 100);
@@ -129,13 +137,14 @@ fn chunks_decode_steps_and_neighbours_change_no_bit() {
     for quantize in [None, Some(Quantize::Nf4)] {
         let mut runner = Runner::new(quantize);
         let (a, b) = (runner.load("all-linear-r8"), runner.load("r33"));
-        let head = runner.load("lm-head");
+        let (head, dora) = (runner.load("lm-head"), runner.load("dora"));
         let sequences = [
             Sequence::new(0, 120, &[]),
             Sequence::new(1, 120, &[(a, 1.0)]),
             Sequence::new(2, 120, &[(b, 0.7), (a, -0.4)]),
             Sequence::new(3, 120, &[(head, 1.0)]),
             Sequence::new(4, 120, &[(a, 1.0)]),
+            Sequence::new(5, 120, &[(dora, 1.0)]),
         ];
         let whole: Vec<Vec<f32>> = sequences.iter().map(|s| runner.run(s, 120)).collect();
         for (sequence, whole) in sequences.iter().zip(&whole) {
@@ -145,12 +154,12 @@ fn chunks_decode_steps_and_neighbours_change_no_bit() {
         }
 
         // All at once: prompts in chunks of different sizes beside decode rows, until all are done.
-        let mut done = [0; 5];
-        let mut mixed = vec![Vec::new(); 5];
+        let mut done = [0; 6];
+        let mut mixed = vec![Vec::new(); 6];
         while done.iter().any(|&d| d < 120) {
-            let parts: Vec<(usize, Range<usize>)> = (0..5)
+            let parts: Vec<(usize, Range<usize>)> = (0..6)
                 .filter(|&i| done[i] < 120)
-                .map(|i| (i, done[i]..(done[i] + if done[i] < 100 { [17, 60, 1, 33, 8][i] } else { 1 }).min(120)))
+                .map(|i| (i, done[i]..(done[i] + if done[i] < 100 { [17, 60, 1, 33, 8, 21][i] } else { 1 }).min(120)))
                 .collect();
             let step: Vec<_> = parts.iter().map(|(i, part)| (&sequences[*i], part.clone())).collect();
             for ((i, part), logits) in parts.iter().zip(runner.step(&step, |_| true)) {

@@ -1,8 +1,10 @@
 //! From settings to a running engine: model, adapters, memory, graphs. What `serve` puts HTTP before, and `bench` times.
 
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use bytesize::ByteSize;
 use candle_core::Device;
@@ -11,9 +13,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::doctor;
 use crate::adapter::registry::{Registry, RegistryConfig};
 use crate::adapter::tiers::Tiers;
-use crate::config::{LoadFormat, NamedPath, ServeConfig};
+use crate::config::{BaseConfig, LoadFormat, NamedPath, ServeConfig};
 use crate::engine::runner::ModelRunner;
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::{Engine, EngineConfig, Filler};
 use crate::gpu::steps::Steps;
 use crate::hub::ModelFiles;
 use crate::model::ModelConfig;
@@ -22,6 +24,8 @@ use crate::model::llama::Llama;
 use crate::model::weights::Weights;
 use crate::ops::pool;
 use crate::server::prompt::TextCodec;
+use crate::train::job::Command;
+use crate::train::trainer::Trainer;
 use crate::{Error, Result, gpu, hub};
 
 /// A running engine and what belongs to it.
@@ -36,8 +40,51 @@ pub struct Backend {
     pub names: Vec<String>,
     /// Where the model came from.
     pub files: ModelFiles,
+    /// Shape of the base.
+    pub shape: Arc<ModelConfig>,
+    /// Of its tensors.
+    pub fingerprint: String,
+    /// To the trainer beside the engine.
+    pub commands: Sender<Command>,
     /// Where memory went.
     pub plan: MemoryPlan,
+}
+
+/// A base model in memory, and its texts.
+pub struct Base {
+    /// Where it came from.
+    pub files: ModelFiles,
+    /// Turns text into tokens and back.
+    pub codec: TextCodec,
+    /// Its matrices.
+    pub weights: Weights,
+    /// Where they are.
+    pub device: Device,
+}
+
+impl Base {
+    /// Finds and reads the model, with a bar on a terminal. Blocks.
+    pub fn load(config: &BaseConfig) -> Result<Self> {
+        let device = gpu::open(config.device)?;
+        if config.deterministic {
+            gpu::be_deterministic();
+        }
+        if let Some(threads) = config.threads {
+            pool::set_threads(threads);
+        }
+        let files = match config.load_format {
+            LoadFormat::Auto => {
+                hub::resolve(&config.model, &config.cache_dir.clone().unwrap_or_else(hub::default_cache), true)?
+            }
+            LoadFormat::Dummy => hub::shape(&config.model)?,
+        };
+        let codec = TextCodec::load(&files)?;
+        let bar = progress_bar(&files.name);
+        let weights =
+            Weights::load(&files, config.quantize, &device, |share| bar.set_position((share * 1000.0) as u64))?;
+        bar.finish_and_clear();
+        Ok(Self { files, codec, weights, device })
+    }
 }
 
 /// What is known once the model is in memory.
@@ -55,30 +102,19 @@ pub struct Loaded {
 }
 
 impl Backend {
+    /// Longest pause that training may put between two tokens of an answer by default, on the CPU and on a GPU. On a CPU a
+    /// decoder block of a training step takes tens of milliseconds, and a chunk of a prompt more than that.
+    const MAX_DELAY: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(50)];
+
     /// Loads and starts everything; heavy work runs on blocking threads. `loaded_now` is told when the model is in memory,
-    /// before the last preparations of a GPU.
-    pub async fn load(config: &ServeConfig, loaded_now: impl FnOnce(&Loaded)) -> Result<Self> {
-        let (model, quantize, device) = (config.model.clone(), config.quantize, gpu::open(config.device)?);
-        let format = config.load_format;
-        let cache = config.cache_dir.clone().unwrap_or_else(hub::default_cache);
-        let read = move || {
-            let files = match format {
-                LoadFormat::Auto => hub::resolve(&model, &cache, true)?,
-                LoadFormat::Dummy => hub::shape(&model)?,
-            };
-            let codec = TextCodec::load(&files)?;
-            let bar = progress_bar(&files.name);
-            let weights = Weights::load(&files, quantize, &device, |share| bar.set_position((share * 1000.0) as u64))?;
-            bar.finish_and_clear();
-            Ok((files, codec, weights, device))
-        };
-        if config.deterministic {
-            gpu::be_deterministic();
-        }
-        if let Some(threads) = config.threads {
-            pool::set_threads(threads);
-        }
-        let (files, codec, weights, device) = blocking(read).await?;
+    /// before the last preparations of a GPU. `made_root` is where the trainer's adapters lie.
+    pub async fn load(
+        config: &ServeConfig,
+        made_root: Option<PathBuf>,
+        loaded_now: impl FnOnce(&Loaded),
+    ) -> Result<Self> {
+        let base = config.base.clone();
+        let Base { files, codec, weights, device } = blocking(move || Base::load(&base)).await?;
         let weight_bytes = weights.bytes();
         let names = match &config.served_model_name[..] {
             [] => vec![files.name.clone()],
@@ -89,6 +125,7 @@ impl Backend {
             RegistryConfig {
                 device: device.clone(),
                 adapter_root: config.adapter_root.clone(),
+                made_root,
                 state_dir: config.state_dir.clone(),
                 host_budget: config.host_adapter_memory,
                 slot_budget: config.adapter_memory,
@@ -96,7 +133,8 @@ impl Backend {
             },
         )?;
         load_adapters(config, &registry).await?;
-        let model = Llama::new(weights)?;
+        let fingerprint = weights.fingerprint.clone();
+        let model = Arc::new(Llama::new(weights)?);
         if codec.vocab_size() > model.config().vocab_size {
             return Err(Error::invalid(format!(
                 "the tokenizer has {} ids and the model {} embeddings: they do not belong together",
@@ -108,6 +146,13 @@ impl Backend {
         let plan = MemoryPlan::new(config, model.config(), &device)?;
         let loaded = Loaded { files, registry, weight_bytes, plan, device };
         loaded_now(&loaded);
+        let (commands, inbox) = channel();
+        let filler = Filler {
+            work: Box::new(Trainer::new(model.clone(), inbox)),
+            share: config.train_share,
+            max_delay: config.train_max_delay.unwrap_or(Self::MAX_DELAY[usize::from(loaded.device.is_cuda())]),
+        };
+        let shape = Arc::new(model.config().clone());
         let (loaded, runner) = blocking(move || {
             let runner = loaded.plan.runner(model, tiers, &loaded.device)?;
             Ok((loaded, runner))
@@ -126,8 +171,9 @@ impl Backend {
                 eos_token_ids: codec.eos_token_ids().to_vec(),
                 prefix_cache: !config.no_prefix_cache,
             },
+            Some(filler),
         )?;
-        Ok(Self { engine, registry, codec, names, files, plan })
+        Ok(Self { engine, registry, codec, names, files, shape, fingerprint, commands, plan })
     }
 }
 
@@ -163,6 +209,8 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Sequences of full length that the KV cache holds by default.
     const FULL_SEQUENCES: usize = 8;
+    /// Bytes of a GPU left for training by default, at most.
+    const TRAIN_MEMORY: usize = 16 << 30;
     /// Rows of a step by default, on the CPU and on a GPU.
     const BATCH_TOKENS: [usize; 2] = [512, 4096];
 
@@ -184,7 +232,8 @@ impl MemoryPlan {
             (Some(bytes), None) => bytes,
             (None, None) => (Self::FULL_SEQUENCES * full * block).min(doctor::memory().0 as usize / 4),
             (asked, Some(free)) => {
-                let left = free.saturating_sub(scratch(model, max_batch_tokens));
+                let training = config.train_memory.unwrap_or((free / 4).min(Self::TRAIN_MEMORY));
+                let left = free.saturating_sub(scratch(model, max_batch_tokens) + training);
                 if let Some(asked) = asked.filter(|asked| *asked > left) {
                     return Err(Error::invalid(format!(
                         "--kv-memory {}, but the GPU has only {} left for it",
@@ -210,7 +259,7 @@ impl MemoryPlan {
     }
 
     /// Makes what runs forward passes within the plan.
-    fn runner(&self, model: Llama, tiers: Tiers, device: &Device) -> Result<ModelRunner> {
+    fn runner(&self, model: Arc<Llama>, tiers: Tiers, device: &Device) -> Result<ModelRunner> {
         let mut kv = KvCache::new(model.config(), self.kv_blocks, device)?;
         let full = (self.max_model_len + 1).div_ceil(KvCache::BLOCK_SIZE);
         let mut steps =

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::backend::Backend;
+use super::bench_serve::{Page, ServeBench};
 use super::serve::start_logs;
 use crate::config::ServeConfig;
 use crate::engine::request::{Event, Request, SamplingParams};
@@ -29,6 +30,10 @@ pub struct BenchArgs {
 enum What {
     /// Steps of the engine, without HTTP
     Engine(Box<EngineBench>),
+    /// Load on a server over HTTP: this one's, vLLM's, llama.cpp's, any that speaks OpenAI's API
+    Serve(Box<ServeBench>),
+    /// Plots of what `bench serve` wrote
+    Page(Page),
 }
 
 #[derive(Debug, Args)]
@@ -76,7 +81,11 @@ enum Mix {
 impl BenchArgs {
     /// Measures and prints a table.
     pub fn run(self) -> Result<()> {
-        let What::Engine(bench) = self.what;
+        let bench = match self.what {
+            What::Serve(bench) => return bench.run(),
+            What::Page(page) => return page.run(),
+            What::Engine(bench) => bench,
+        };
         start_logs(&bench.serve)?;
         tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(bench.run())
     }
@@ -97,7 +106,7 @@ impl EngineBench {
         self.serve.max_running = self.serve.max_running.max(most);
         self.serve.max_model_len = self.serve.max_model_len.or(Some(self.input + self.output + 1));
         let started = Instant::now();
-        let backend = Backend::load(&self.serve, |_| {}).await?;
+        let backend = Backend::load(&self.serve, None, |_| {}).await?;
         eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
         let adapters: Vec<String> = backend.registry.list().into_iter().map(|a| a.name).collect();
         if self.registered.is_empty() {

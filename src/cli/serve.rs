@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytesize::ByteSize;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tracing_subscriber::EnvFilter;
 
 use super::backend::{Backend, Loaded};
@@ -13,6 +14,9 @@ use crate::config::{LogFormat, ServeConfig};
 use crate::model::kv::KvCache;
 use crate::ops::quant::kernel_name;
 use crate::server::{self, App, HttpConfig, Serving};
+use crate::train::host::Host;
+use crate::train::jobs::Jobs;
+use crate::train::store::Store;
 use crate::{Error, Result};
 
 /// Serves until SIGTERM or ctrl-C.
@@ -30,7 +34,11 @@ async fn serve(config: ServeConfig) -> Result<()> {
         api_keys: config.api_key.clone(),
         admin_key: config.admin_key.clone(),
         max_body: config.max_body,
+        max_file: config.max_file,
     })?;
+    // Without a place of their own, files and jobs last as long as the server.
+    let passing = tempfile::Builder::new().prefix("quiver-").tempdir()?;
+    let store = Arc::new(Store::open(config.state_dir.as_deref().unwrap_or(passing.path()))?);
     // Before the model, so that a port in use shows at once and /health answers while it loads.
     let listener = bind(&config).await?;
     let address = listener.local_addr()?;
@@ -39,7 +47,7 @@ async fn serve(config: ServeConfig) -> Result<()> {
         result.map_err(|e| Error::internal(e.to_string()))?
     };
     tokio::select! {
-        loaded = load(&config, &app, address) => loaded?,
+        loaded = load(&config, &app, store, address) => loaded?,
         result = &mut server => return ended(result),
     }
     tracing::info!(%address, "ready");
@@ -47,12 +55,28 @@ async fn serve(config: ServeConfig) -> Result<()> {
 }
 
 /// Brings the model up and makes the server ready.
-async fn load(config: &ServeConfig, app: &App, address: SocketAddr) -> Result<()> {
-    let backend = Backend::load(config, |loaded| announce(config, loaded, address)).await?;
+async fn load(config: &ServeConfig, app: &App, store: Arc<Store>, address: SocketAddr) -> Result<()> {
+    let made_root = Some(store.jobs_dir());
+    let backend = Backend::load(config, made_root, |loaded| announce(config, loaded, address)).await?;
+    let codec = Arc::new(backend.codec);
+    let host = Host {
+        engine: backend.engine.clone(),
+        registry: backend.registry.clone(),
+        codec: codec.clone(),
+        model: backend.shape,
+        base: backend.names[0].clone(),
+        fingerprint: backend.fingerprint,
+        max_model_len: backend.plan.max_model_len,
+        max_running: config.max_training_jobs,
+        commands: backend.commands,
+        store,
+        lasting: config.state_dir.is_some(),
+    };
     app.set_serving(Serving {
         engine: backend.engine,
         registry: backend.registry,
-        codec: Arc::new(backend.codec),
+        jobs: Jobs::start(host, Handle::current())?,
+        codec,
         names: backend.names,
         root: backend.files.path().to_owned(),
         max_model_len: backend.plan.max_model_len,

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::SharedApp;
 use super::extract::{self, Name};
 use super::failure::{Failed, Failure, respond};
-use super::fields::Fields;
+use super::fields::{self, Fields};
 use super::response::unix;
 use crate::adapter::registry::AdapterInfo;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,11 +39,7 @@ pub async fn put(
 ) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
-    let known = ["source", "pinned"];
-    if let Some(unknown) = body.names().find(|name| !known.contains(name)) {
-        let message = format!("unknown field `{unknown}`: this route takes `source` and `pinned`");
-        return Err(Error::invalid(message).param(unknown).code("unknown_field").into());
-    }
+    fields::check_only(&body, &["source", "pinned"])?;
     let source = body.required("source", body.string("source")?, "the directory of the adapter")?;
     let pinned = body.boolean("pinned")?.unwrap_or(false);
     Ok(Json(object(&serving.registry.load(&name, source, pinned, true).await?)))

@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::failure::Failure;
 use super::fields;
-use crate::Error;
+use crate::train::store::Page;
+use crate::{Error, Result as OurResult};
 
 /// A body that is JSON, whatever its content type says. 413 over the limit, 400 with the position when malformed.
 pub struct Json(pub Value);
@@ -30,5 +31,49 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
         let Path(name) = Path::from_request_parts(parts, state).await.map_err(|e| Error::invalid(e.body_text()))?;
         Ok(Self(name))
+    }
+}
+
+/// The parameters behind the `?`, in order.
+pub struct Query(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Query {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let query = axum::extract::Query::from_request_parts(parts, state).await;
+        let axum::extract::Query(pairs) = query.map_err(|e| Error::invalid(e.body_text()))?;
+        Ok(Self(pairs))
+    }
+}
+
+impl Query {
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The last one of a name.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.iter().filter(|(other, _)| *other == name).map(|(_, value)| value).last()
+    }
+
+    /// Which part of a list is wanted: `after`, `limit`, `order`.
+    pub fn page(&self, limit: usize, most: usize) -> OurResult<Page> {
+        let wrong = |name: &str, allowed: &str, got: &str| fields::wrong(name, allowed, &got.into());
+        let limit = match self.get("limit") {
+            None => limit,
+            Some(text) => text
+                .parse()
+                .ok()
+                .filter(|n| (1..=most).contains(n))
+                .ok_or_else(|| wrong("limit", &format!("an integer from 1 to {most}"), text))?,
+        };
+        let ascending = match self.get("order") {
+            None | Some("desc") => false,
+            Some("asc") => true,
+            Some(other) => return Err(wrong("order", "\"asc\" or \"desc\"", other)),
+        };
+        Ok(Page { after: self.get("after").map(str::to_owned), limit, ascending })
     }
 }

@@ -196,6 +196,15 @@ pub fn check_unknown(fields: &Fields, known: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Accepts no other fields than `known`: for objects that are ours alone, where every field is meant.
+pub fn check_only(fields: &Fields, known: &[&str]) -> Result<()> {
+    let Some(name) = fields.names().find(|name| !known.contains(name)) else { return Ok(()) };
+    check_unknown(fields, known)?;
+    let path = fields.path_of(name);
+    let message = format!("unknown field `{path}`: what is known here is {}", known.join(", "));
+    Err(Error::invalid(message).param(path).code("unknown_field"))
+}
+
 fn misspelt(name: &str, known: &str) -> bool {
     let plain = |s: &str| s.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
     let (a, b) = (plain(name), plain(known));

@@ -44,6 +44,7 @@ pub async fn metrics(State(app): State<SharedApp>) -> Result<Response, Failure> 
             tiers: serving.registry.stats(),
             slot_budget: serving.slot_budget,
             block_size: serving.block_size,
+            jobs: &serving.jobs.gauges(),
         }))?,
     };
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response())
@@ -66,11 +67,13 @@ pub async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<
     }
     match serving.registry.get(&id) {
         Ok(info) => Ok(Json(adapter_card(serving, &info))),
-        Err(_) => Err(Error::not_found(format!("The model `{id}` does not exist."))
-            .param("model")
-            .code("model_not_found")
-            .into()),
+        Err(_) => Err(no_model(&id).into()),
     }
+}
+
+/// 404.
+pub fn no_model(id: &str) -> Error {
+    Error::not_found(format!("The model `{id}` does not exist.")).param("model").code("model_not_found")
 }
 
 fn base_card(app: &App, serving: &Serving, name: &str) -> Value {

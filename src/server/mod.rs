@@ -4,11 +4,13 @@
 mod adapters;
 mod extract;
 mod failure;
-mod fields;
+pub(crate) mod fields;
+mod files;
+mod finetune;
 mod generate;
 mod info;
 mod layers;
-mod openai;
+pub(crate) mod openai;
 mod params;
 pub mod prompt;
 mod response;
@@ -27,6 +29,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use axum::{Router, middleware};
 use tokio::net::TcpListener;
 
@@ -34,8 +37,10 @@ use crate::adapter::registry::Registry;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
+use crate::train::jobs::Jobs;
 use layers::Keys;
 use prompt::TextCodec;
+pub(crate) use response::unix;
 
 /// Settings of the HTTP side.
 #[derive(Debug, Clone)]
@@ -46,6 +51,8 @@ pub struct HttpConfig {
     pub admin_key: Option<String>,
     /// Longest request body, bytes.
     pub max_body: usize,
+    /// Longest file to train on, bytes.
+    pub max_file: usize,
 }
 
 /// A loaded model with all that answers requests for it.
@@ -54,6 +61,8 @@ pub struct Serving {
     pub engine: Engine,
     /// Finds adapters.
     pub registry: Registry,
+    /// Makes adapters.
+    pub jobs: Jobs,
     /// Text to tokens and back.
     pub codec: Arc<TextCodec>,
     /// Names of the base, the first is the one in responses.
@@ -88,6 +97,7 @@ impl Serving {
 pub struct App {
     keys: Keys,
     max_body: usize,
+    max_file: usize,
     metrics: Metrics,
     /// Set once the model is loaded.
     serving: OnceLock<Arc<Serving>>,
@@ -105,6 +115,7 @@ impl App {
         Ok(Arc::new(Self {
             keys: Keys::new(&config.api_keys, config.admin_key.as_deref()),
             max_body: config.max_body,
+            max_file: config.max_file,
             metrics: Metrics::new()?,
             serving: OnceLock::new(),
             draining: AtomicBool::new(false),
@@ -134,7 +145,17 @@ pub fn router(app: SharedApp) -> Router {
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat_completions))
         .route("/v1/models", get(info::models))
-        .route("/v1/models/{*id}", get(info::model))
+        .route("/v1/models/{*id}", get(info::model).delete(finetune::delete_model))
+        .route("/v1/files", post(files::upload).layer(DefaultBodyLimit::max(app.max_file)).get(files::list))
+        .route("/v1/files/{id}", get(files::get).delete(files::delete))
+        .route("/v1/files/{id}/content", get(files::content))
+        .route("/v1/fine_tuning/jobs", post(finetune::create).get(finetune::list))
+        .route("/v1/fine_tuning/jobs/{id}", get(finetune::get))
+        .route("/v1/fine_tuning/jobs/{id}/cancel", post(finetune::cancel))
+        .route("/v1/fine_tuning/jobs/{id}/pause", post(finetune::pause))
+        .route("/v1/fine_tuning/jobs/{id}/resume", post(finetune::resume))
+        .route("/v1/fine_tuning/jobs/{id}/events", get(finetune::events))
+        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(finetune::checkpoints))
         .route("/tokenize", post(info::tokenize))
         .route("/detokenize", post(info::detokenize))
         .route("/lora-adapters", get(adapters::llama_cpp_list))
@@ -180,10 +201,18 @@ pub async fn serve(
         }
     };
     let service = router(app.clone()).into_make_service_with_connect_info::<SocketAddr>();
+    // A token is a small packet: held back until the last one is acknowledged (Nagle), it comes up to 40 ms late.
+    let listener = listener.tap_io(|connection| {
+        if let Err(e) = connection.set_nodelay(true) {
+            tracing::warn!("TCP_NODELAY: {e}");
+        }
+    });
     let server = axum::serve(listener, service).with_graceful_shutdown(on_stop);
     let finish = async {
         server.await?;
         if let Some(serving) = app.serving.get() {
+            // Before the engine takes no more: checkpoints on their way are still compared with what it says.
+            serving.jobs.stop().await;
             serving.engine.drain().await;
         }
         Ok(())

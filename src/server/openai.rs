@@ -231,7 +231,7 @@ pub fn chat_prompt(body: &Fields, codec: &TextCodec) -> Result<String> {
 }
 
 /// One message as templates expect it: `content` a string.
-fn message(value: &Value, index: usize) -> Result<Value> {
+pub fn message(value: &Value, index: usize) -> Result<Value> {
     const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
     let message = Fields::of_value(value, format!("messages[{index}]"))?;
     let role = message.required("role", message.string("role")?, "system, developer, user or assistant")?;
@@ -274,17 +274,10 @@ async fn encode(serving: &Serving, inputs: Vec<Input>, echo: bool) -> Result<(Ve
         let mut prompts = Vec::with_capacity(inputs.len());
         let mut echoes = Vec::new();
         for input in inputs {
-            let (mut ids, text) = match input {
-                Input::Text(text, special) => (codec.encode(&text, special)?, Some(text)),
+            let (ids, text) = match input {
+                Input::Text(text, special) => (codec.encode_prompt(&text, special)?, Some(text)),
                 Input::Ids(ids) => (ids, None),
             };
-            if ids.is_empty() {
-                // A text that is empty begins where every text begins.
-                ids.extend(codec.bos_token_id());
-            }
-            if ids.is_empty() {
-                return Err(Error::invalid("the prompt is empty: this model needs at least one token").param("prompt"));
-            }
             if echo {
                 echoes.push(Echo::new(&codec, &ids, text)?);
             }

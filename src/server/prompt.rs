@@ -52,6 +52,21 @@ impl TextCodec {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Token ids of a prompt: `encode`, where an empty text begins where every text begins.
+    ///
+    /// # Errors
+    /// `Invalid` on `prompt` if nothing is left to begin with.
+    pub fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, add_special_tokens)?;
+        if ids.is_empty() {
+            ids.extend(self.bos);
+        }
+        if ids.is_empty() {
+            return Err(Error::invalid("the prompt is empty: this model needs at least one token").param("prompt"));
+        }
+        Ok(ids)
+    }
+
     /// Text of `ids`; broken UTF-8 becomes U+FFFD, ids that stand for nothing are left out.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         let mut stream = self.stream(skip_special_tokens);
@@ -73,6 +88,12 @@ impl TextCodec {
             Error::invalid("this model has no chat template: use /v1/completions").code("no_chat_template")
         })?;
         template.render(messages, add_generation_prompt)
+    }
+
+    /// The tokenizer as JSON and the template's source: what decides the tokens of a prompt.
+    pub fn sources(&self) -> Result<(String, Option<String>)> {
+        let tokenizer = self.tokenizer.to_string(false).map_err(|e| Error::internal(e.to_string()))?;
+        Ok((tokenizer, self.template.as_ref().map(ChatTemplate::source).transpose()?))
     }
 
     /// A decoder for one sequence that never gives out half a character. `skip_special_tokens` as in `decode`.

@@ -125,11 +125,7 @@ fn parse_adapter(value: &Value) -> Result<Selection> {
     let mut sum: Vec<(String, f64)> = Vec::with_capacity(terms.len());
     for (i, term) in terms.iter().enumerate() {
         let term = Fields::of_value(term, format!("adapter[{i}]"))?;
-        if let Some(name) = term.names().find(|name| !["name", "weight"].contains(name)) {
-            let path = term.path_of(name);
-            let message = format!("unknown field `{path}`: an entry of `adapter` has `name` and `weight`");
-            return Err(Error::invalid(message).param(path).code("unknown_field"));
-        }
+        fields::check_only(&term, &["name", "weight"])?;
         let name = term.required("name", term.string("name")?, "the adapter's name")?;
         let weight = term.number("weight", -100.0..=100.0)?.unwrap_or(1.0);
         if sum.iter().any(|(other, _)| other == name) {

@@ -48,6 +48,11 @@ impl ChatTemplate {
         Ok(Self { environment, special })
     }
 
+    /// What was compiled.
+    pub fn source(&self) -> Result<String> {
+        self.environment.get_template(NAME).map(|t| t.source().to_owned()).map_err(|e| Error::internal(e.to_string()))
+    }
+
     /// The prompt for `messages`. Text parts of a message are joined by newlines.
     ///
     /// # Errors

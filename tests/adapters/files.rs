@@ -132,12 +132,7 @@ fn slots_hold_the_files_numbers_at_their_places() {
 
 #[test]
 fn what_cannot_be_served_is_refused_by_name() {
-    for (name, option) in [
-        ("dora", "use_dora"),
-        ("embed", "embed_tokens"),
-        ("modules-to-save", "modules_to_save"),
-        ("pissa", "\"pissa\""),
-    ] {
+    for (name, option) in [("embed", "embed_tokens"), ("modules-to-save", "modules_to_save"), ("pissa", "\"pissa\"")] {
         let error = AdapterWeights::read(&fixture(name), &tiny_model()).unwrap_err();
         assert_eq!(error.code, Some("adapter_unsupported"), "{name}");
         assert!(error.message.contains(option), "{name}: {error}");
@@ -162,7 +157,7 @@ fn the_shipped_adapters_fit_their_model() {
 fn refused_configs_name_the_option() {
     let draft = Draft::open(&fixture("qv-r4"));
     let cases: Vec<(&str, Value, &str)> = vec![
-        ("use_dora", json!(true), "adapter_unsupported"),
+        ("use_dora", json!("yes"), "adapter_invalid"),
         ("modules_to_save", json!(["lm_head"]), "adapter_unsupported"),
         ("layer_replication", json!([[0, 2]]), "adapter_unsupported"),
         ("trainable_token_indices", json!([1]), "adapter_unsupported"),
@@ -213,10 +208,10 @@ fn refused_configs_name_the_option() {
     }
     // All of them at once, in one message.
     let mut draft = draft.clone();
-    draft.config["use_dora"] = json!(true);
+    draft.config["use_qalora"] = json!(true);
     draft.config["bias"] = json!("all");
     let (_, message) = outcome(&draft).unwrap_err();
-    assert!(message.contains("use_dora") && message.contains("bias"), "{message}");
+    assert!(message.contains("use_qalora") && message.contains("bias"), "{message}");
 }
 
 #[test]
@@ -301,8 +296,9 @@ fn refused_tensors_are_named() {
         (
             "magnitude",
             |d| d.set(&Q.replace("lora_A.weight", "lora_magnitude_vector"), &[64], |_| 1.0),
-            &["lora_magnitude_vector"],
+            &["lora_magnitude_vector", "use_dora is false"],
         ),
+        ("no magnitude", |d| d.config["use_dora"] = json!(true), &["lora_magnitude_vector is missing"]),
         ("dtype", |d| drop(d.tensors.insert(Q.into(), (Dtype::F64, vec![4, 64], vec![0; 2048]))), &[Q, "F64", "BF16"]),
     ];
     for (case, change, parts) in cases {

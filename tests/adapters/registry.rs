@@ -68,7 +68,7 @@ async fn load_get_list_unload() {
 #[tokio::test]
 async fn bad_names_and_sources() {
     let registry = open(RegistryConfig { reserved_names: vec!["the-base".into()], ..config() });
-    let long = "x".repeat(129);
+    let long = "x".repeat(257);
     for name in ["", "a b", "a,b", "the-base", "ü", "a\n", "a+b", &long] {
         let error = registry.load(name, text(&fixture("qv-r4")), false, false).await.unwrap_err();
         assert_eq!((error.kind, error.code), (ErrorKind::Invalid, Some("adapter_name_invalid")), "{name:?}");
@@ -77,7 +77,7 @@ async fn bad_names_and_sources() {
     assert_eq!((error.kind, error.code), (ErrorKind::NotFound, Some("adapter_source_not_found")));
     assert_eq!(error.param.as_deref(), Some("source"));
     assert_eq!(registry.load("a", "", false, false).await.unwrap_err().kind, ErrorKind::Invalid);
-    let error = registry.load("a", text(&fixture("dora")), false, false).await.unwrap_err();
+    let error = registry.load("a", text(&fixture("embed")), false, false).await.unwrap_err();
     assert_eq!(error.code, Some("adapter_unsupported"));
     assert!(registry.list().is_empty());
     assert_eq!(registry.stats().host_bytes.load(Relaxed), 0);

@@ -43,6 +43,7 @@ impl SmolLm2 {
         let config = RegistryConfig {
             device: device.clone(),
             adapter_root: None,
+            made_root: None,
             state_dir: None,
             host_budget: 1 << 30,
             slot_budget,
@@ -58,7 +59,7 @@ impl SmolLm2 {
             steps.record(&model, &mut kv, tiers.pool(), |_| {}).expect("graphs");
         }
         let engine = Engine::start(
-            ModelRunner { kv, tiers, model, steps },
+            ModelRunner { kv, tiers, model: Arc::new(model), steps },
             EngineConfig {
                 block_size: KvCache::BLOCK_SIZE,
                 num_blocks,
@@ -69,6 +70,7 @@ impl SmolLm2 {
                 eos_token_ids: vec![2],
                 prefix_cache: true,
             },
+            None,
         )
         .expect("an engine");
         Self { engine, registry, runtime: tokio::runtime::Runtime::new().expect("a runtime") }

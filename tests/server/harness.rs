@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex};
@@ -23,9 +23,14 @@ use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::model::{ModelConfig, RopeScaling};
 use quiver::server::prompt::TextCodec;
 use quiver::server::{App, HttpConfig, Serving, SharedApp};
+use quiver::train::host::Host;
+use quiver::train::jobs::Jobs;
+use quiver::train::store::Store;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
+
+use crate::trainer;
 
 pub const BASE: &str = "org/base";
 pub const EOS: u32 = 257;
@@ -105,6 +110,8 @@ pub struct Options {
     pub max_model_len: usize,
     pub drain_timeout: Duration,
     pub loaded: bool,
+    /// Where files and jobs are kept, for tests of restarts.
+    pub state: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -118,6 +125,7 @@ impl Default for Options {
             max_model_len: 256,
             drain_timeout: Duration::from_secs(5),
             loaded: true,
+            state: None,
         }
     }
 }
@@ -182,6 +190,7 @@ impl Server {
             RegistryConfig {
                 slot_budget: 1 << 20,
                 host_budget: 1 << 20,
+                state_dir: options.state.clone(),
                 reserved_names: vec![BASE.into()],
                 ..RegistryConfig::default()
             },
@@ -200,12 +209,14 @@ impl Server {
                 eos_token_ids: vec![EOS],
                 prefix_cache: true,
             },
+            None,
         )
         .unwrap();
         let app = App::new(&HttpConfig {
             api_keys: options.api_keys,
             admin_key: options.admin_key,
             max_body: options.max_body,
+            max_file: 1 << 20,
         })
         .unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -216,10 +227,27 @@ impl Server {
             tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap()
         });
         let address = listener.local_addr().unwrap();
+        runtime.block_on(registry.restore());
+        let codec = Arc::new(TextCodec::load(&files).unwrap());
+        let state = options.state.unwrap_or(dir.path().join("state"));
+        let host = Host {
+            engine: engine.clone(),
+            registry: registry.clone(),
+            codec: codec.clone(),
+            model: Arc::new(tiny_model()),
+            base: BASE.into(),
+            fingerprint: "of the base".into(),
+            max_model_len: options.max_model_len,
+            max_running: 2,
+            commands: trainer::start(),
+            store: Arc::new(Store::open(&state).unwrap()),
+            lasting: true,
+        };
         let serving = Serving {
             engine: engine.clone(),
             registry,
-            codec: Arc::new(TextCodec::load(&files).unwrap()),
+            jobs: Jobs::start(host, runtime.handle().clone()).unwrap(),
+            codec,
             names: vec![BASE.into()],
             root: dir.path().to_owned(),
             max_model_len: options.max_model_len,

@@ -4,6 +4,8 @@ mod admin;
 mod answers;
 mod drain;
 mod fields;
+mod finetune;
 mod harness;
 mod metrics;
 mod streaming;
+mod trainer;

@@ -1,0 +1,149 @@
+//! `/v1/files`: what jobs learn from, read line by line as it comes in, and what they leave.
+
+use std::io::Write;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::multipart::{Field, MultipartError, MultipartRejection};
+use axum::extract::{Multipart, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+use tokio_util::io::ReaderStream;
+
+use super::extract::{Name, Query};
+use super::failure::Failure;
+use super::{Serving, SharedApp};
+use crate::error::{Error, ErrorKind, Result};
+use crate::train::data::{self, AlpacaEnding, DataOptions};
+use crate::train::record::{File, Record, new_id};
+use crate::train::store::{Kind, Store};
+
+/// Purpose of a file to learn from.
+pub const FINE_TUNE: &str = "fine-tune";
+
+/// Most files that a page of the list may have, and has by default.
+const MAX_PAGE: usize = 10_000;
+
+/// `POST /v1/files`: multipart with `purpose` and `file`. A file that cannot be learnt from is refused, with its lines.
+pub async fn upload(
+    State(app): State<SharedApp>,
+    multipart: Result<Multipart, MultipartRejection>,
+) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let mut parts = multipart.map_err(|e| {
+        let message = format!("a file comes as multipart/form-data with `purpose` and `file`: {}", e.body_text());
+        Error::invalid(message).code("invalid_multipart")
+    })?;
+    let (mut purpose, mut file) = (None, None);
+    while let Some(part) = parts.next_field().await.map_err(broken)? {
+        match part.name() {
+            Some("purpose") => purpose = Some(part.text().await.map_err(broken)?),
+            Some("file") => file = Some(receive(part, serving.jobs.store()).await?),
+            other => {
+                let name = other.unwrap_or_default();
+                let message = format!("unknown part `{name}`: a file comes with `purpose` and `file`");
+                return Err(Error::invalid(message).param(name).code("unknown_field").into());
+            }
+        }
+    }
+    let missing = |param: &str| {
+        Error::invalid(format!("the part `{param}` is missing")).param(param).code("missing_required_parameter")
+    };
+    match purpose.ok_or_else(|| missing("purpose"))?.as_str() {
+        FINE_TUNE => {}
+        other => {
+            let message = format!("`purpose` must be \"{FINE_TUNE}\", not {other:?}");
+            return Err(Error::invalid(message).param("purpose").code("invalid_value").into());
+        }
+    }
+    let (filename, content) = file.ok_or_else(|| missing("file"))?;
+    let codec = serving.codec.clone();
+    let keep = move |store: &Store| {
+        let bytes = std::fs::read(content.path())?;
+        // Settings of jobs decide what is cut; here only what no setting can mend is wrong.
+        let options =
+            DataOptions { max_length: usize::MAX, train_on_inputs: false, alpaca_ending: AlpacaEnding::default() };
+        data::parse(&bytes, &codec, &options).map_err(|e| e.param("file"))?;
+        let file = File::new(new_id("file-"), bytes.len() as u64, filename, FINE_TUNE);
+        content.persist(store.file_path(&file.id)).map_err(|e| Error::from(e.error))?;
+        store.put(Kind::File, &file.id, "", &file)?;
+        Ok(file)
+    };
+    Ok(Json(json!(serving.jobs.store().run(keep).await?)))
+}
+
+/// The name and the content of a file, on disk.
+async fn receive(mut part: Field<'_>, store: &Store) -> Result<(String, NamedTempFile)> {
+    let name = part.file_name().filter(|name| !name.is_empty()).unwrap_or("file").to_owned();
+    let mut file = NamedTempFile::new_in(store.files_dir())?;
+    // Into the page cache, which is quick: no thread is held up.
+    while let Some(chunk) = part.chunk().await.map_err(broken)? {
+        file.write_all(&chunk).map_err(|e| Error::internal(format!("the file cannot be kept: {e}")))?;
+    }
+    Ok((name, file))
+}
+
+fn broken(e: MultipartError) -> Error {
+    match e.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Error::new(ErrorKind::TooLarge, "the file is larger than this server allows (--max-file)")
+                .param("file")
+                .code("file_too_large")
+        }
+        _ => Error::invalid(format!("the multipart body is broken: {}", e.body_text())).code("invalid_multipart"),
+    }
+}
+
+/// `GET /v1/files`, newest first unless `order=asc`.
+pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, Failure> {
+    let page = query.page(MAX_PAGE, MAX_PAGE)?;
+    let purpose = query.get("purpose").map(str::to_owned);
+    let keep = move |file: &File| purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose);
+    let (files, more) = store(&app)?.run(move |store| store.page(Kind::File, "", &page, keep)).await?;
+    Ok(Json(super::finetune::list_object(files.iter().map(|file| json!(file)).collect(), more)))
+}
+
+/// `GET /v1/files/{id}`.
+pub async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    let file: File = store(&app)?.run(move |store| store.get(Kind::File, &id, "file_id")).await?;
+    Ok(Json(json!(file)))
+}
+
+/// `GET /v1/files/{id}/content`.
+pub async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Response, Failure> {
+    let open = move |store: &Store| {
+        let file: File = store.get(Kind::File, &id, "file_id")?;
+        Ok((std::fs::File::open(store.file_path(&id))?, file))
+    };
+    let (content, file) = store(&app)?.run(open).await?;
+    let content = ReaderStream::new(tokio::fs::File::from_std(content));
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, file.bytes.to_string()),
+    ];
+    Ok((headers, Body::from_stream(content)).into_response())
+}
+
+/// `DELETE /v1/files/{id}`; 409 while a job still needs it.
+pub async fn delete(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    let remove = move |store: &Store| {
+        let _: File = store.get(Kind::File, &id, "file_id")?;
+        let needs = |job: &Record| {
+            !job.status.ended() && (job.training_file == id || job.validation_file.as_deref() == Some(&id))
+        };
+        if let Some(job) = store.all(Kind::Job, "")?.iter().find(|job| needs(job)) {
+            let message = format!("file {id} is needed by job {}, which is {}", job.id, job.status.word());
+            return Err(Error::new(ErrorKind::Conflict, message).param("file_id").code("file_in_use"));
+        }
+        store.delete(Kind::File, &id)?;
+        std::fs::remove_file(store.file_path(&id))?;
+        Ok(json!({"id": id, "object": "file", "deleted": true}))
+    };
+    Ok(Json(store(&app)?.run(remove).await?))
+}
+
+fn store(app: &SharedApp) -> Result<&std::sync::Arc<Store>> {
+    app.serving().map(|serving: &std::sync::Arc<Serving>| serving.jobs.store())
+}

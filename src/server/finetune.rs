@@ -1,0 +1,304 @@
+//! `/v1/fine_tuning`: jobs as OpenAI's API has them, with two objects of settings more: `lora` and `training`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde_json::{Map, Value, json};
+
+use super::extract::{self, Name, Query};
+use super::failure::Failure;
+use super::fields::{self, Fields};
+use super::files::FINE_TUNE;
+use super::{Serving, SharedApp};
+use crate::error::{Error, ErrorKind, Result};
+use crate::train::jobs::Action;
+use crate::train::prepare::prepare;
+use crate::train::record::{File, Record, Status, new_id, now};
+use crate::train::settings;
+use crate::train::store::{Kind, Page};
+
+/// Fields of a new job, beside those of [`settings`].
+const FIELDS: [&str; 7] =
+    ["model", "training_file", "validation_file", "suffix", "metadata", "integrations", "dry_run"];
+
+/// Limits of `metadata`, as OpenAI's: pairs, and characters of keys and values.
+const METADATA: (usize, usize, usize) = (16, 64, 512);
+
+/// Characters of a suffix.
+const MAX_SUFFIX: usize = 64;
+
+/// Most objects of a page.
+const MAX_PAGE: usize = 100;
+
+/// Examples that a dry run shows.
+const SHOWN: usize = 3;
+
+/// `POST /v1/fine_tuning/jobs`. With `dry_run`, says what would be learnt and creates nothing.
+pub async fn create(State(app): State<SharedApp>, extract::Json(body): extract::Json) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let (record, dry_run) = read(serving, &body)?;
+    let files =
+        [(Some(record.training_file.clone()), "training_file"), (record.validation_file.clone(), "validation_file")];
+    serving
+        .jobs
+        .store()
+        .run(move |store| {
+            for (id, param) in files.iter().filter_map(|(id, param)| Some((id.as_ref()?, *param))) {
+                let file: File = store.find(Kind::File, id)?.ok_or_else(|| {
+                    Error::invalid(format!("`{param}`: there is no file {id:?}")).param(param).code("file_not_found")
+                })?;
+                if file.purpose != FINE_TUNE {
+                    let message =
+                        format!("`{param}` must be a file of purpose \"{FINE_TUNE}\", not {:?}", file.purpose);
+                    return Err(Error::invalid(message).param(param).code("invalid_value"));
+                }
+            }
+            Ok(())
+        })
+        .await?;
+    if dry_run {
+        return Ok(Json(preview(serving, record).await?));
+    }
+    Ok(Json(object(&serving.jobs.create(record).await?)))
+}
+
+/// A job from a request; whether it is only a question.
+fn read(serving: &Serving, body: &Value) -> Result<(Record, bool)> {
+    let fields = Fields::of_body(body)?;
+    let known: Vec<&str> = FIELDS.iter().chain(&settings::FIELDS).copied().collect();
+    fields::check_unknown(&fields, &known)?;
+    let mut chosen: Map<String, Value> =
+        settings::FIELDS.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(name)?.clone()))).collect();
+    let model = fields.required("model", fields.string("model")?, "the base to fine-tune")?;
+    if !serving.names.iter().any(|name| name == model) {
+        continue_from(serving, model, &mut chosen)?;
+    }
+    if fields.array("integrations")?.is_some_and(|list| !list.is_empty()) {
+        let message = "`integrations` are not supported: this server sends nothing to others";
+        return Err(Error::invalid(message).param("integrations").code("unsupported_parameter"));
+    }
+    let chosen = Value::Object(chosen);
+    let spec = settings::spec(&Fields::of_body(&chosen)?, serving.max_model_len, None)?;
+    let file = fields.required("training_file", fields.string("training_file")?, "the id of an uploaded file")?;
+    let record = Record {
+        id: new_id("ftjob-"),
+        created_at: now(),
+        finished_at: None,
+        status: Status::ValidatingFiles,
+        base: serving.names[0].clone(),
+        training_file: file.to_owned(),
+        validation_file: fields.string("validation_file")?.map(str::to_owned),
+        suffix: suffix(&fields)?,
+        metadata: metadata(&fields)?,
+        settings: chosen,
+        seed: spec.seed,
+        spec: None,
+        steps: 0,
+        done: 0,
+        trained_tokens: 0,
+        estimated_finish: None,
+        fine_tuned_model: None,
+        result_files: Vec::new(),
+        error: None,
+    };
+    Ok((record, fields.boolean("dry_run")?.unwrap_or(false)))
+}
+
+/// A model that was fine-tuned before, as the one to continue from.
+fn continue_from(serving: &Serving, model: &str, settings: &mut Map<String, Value>) -> Result<()> {
+    serving.registry.get(model).map_err(|_| {
+        Error::not_found(format!(
+            "The model `{model}` does not exist: give the base, or a fine-tuned model to go on from"
+        ))
+        .param("model")
+        .code("model_not_found")
+    })?;
+    let training = settings.entry("training").or_insert_with(|| json!({}));
+    match training.as_object_mut() {
+        Some(training) if training.get("from_checkpoint").is_none_or(|from| from == model) => {
+            training.insert("from_checkpoint".into(), model.into());
+            Ok(())
+        }
+        // Its own check says what is wrong with it.
+        None => Ok(()),
+        Some(_) => {
+            Err(Error::invalid("`model` and `training.from_checkpoint` name two adapters to go on from: give one")
+                .param("training.from_checkpoint"))
+        }
+    }
+}
+
+fn suffix(fields: &Fields) -> Result<Option<String>> {
+    let Some(suffix) = fields.string("suffix")? else { return Ok(None) };
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if (1..=MAX_SUFFIX).contains(&suffix.len()) && suffix.chars().all(fits) {
+        return Ok(Some(suffix.to_owned()));
+    }
+    let allowed = format!("1 to {MAX_SUFFIX} characters of A-Z a-z 0-9 . _ -");
+    Err(fields::wrong("suffix", &allowed, &suffix.into()))
+}
+
+fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
+    let Some(metadata) = fields.object("metadata")? else { return Ok(Map::new()) };
+    let (pairs, key_length, value_length) = METADATA;
+    let mut map = Map::new();
+    for name in metadata.names() {
+        let value = metadata.string(name)?.unwrap_or_default();
+        if name.chars().count() > key_length || value.chars().count() > value_length || map.len() == pairs {
+            let message = format!(
+                "`metadata` has up to {pairs} pairs, with keys of up to {key_length} and values of up to {value_length} characters"
+            );
+            return Err(Error::invalid(message).param("metadata").code("invalid_value"));
+        }
+        map.insert(name.to_owned(), value.into());
+    }
+    Ok(map)
+}
+
+/// What a job would learn, and what it would take.
+async fn preview(serving: &Arc<Serving>, record: Record) -> Result<Value> {
+    let (codec, longest, model) = (serving.codec.clone(), serving.max_model_len, record.base.clone());
+    let speed = serving.jobs.gauges().iter().rev().find_map(|gauge| gauge.tokens_per_second);
+    serving
+        .jobs
+        .store()
+        .run(move |store| {
+            let train = std::fs::read(store.file_path(&record.training_file))?;
+            let valid = record.validation_file.as_ref().map(|id| std::fs::read(store.file_path(id))).transpose()?;
+            let prepared = prepare(&codec, &record.settings, longest, &train, valid.as_deref())?;
+            let (hyperparameters, lora, training) = settings::describe(&prepared.spec);
+            let data = &prepared.train;
+            Ok(json!({
+                "object": "fine_tuning.dry_run",
+                "model": model,
+                "hyperparameters": hyperparameters,
+                "lora": lora,
+                "training": training,
+                "statistics": data.statistics,
+                "validation_statistics": prepared.valid.as_ref().map(|valid| &valid.statistics),
+                "notes": prepared.notes(),
+                "examples": data.preview(SHOWN, &codec)?,
+                "estimate": data.estimate(&prepared.spec, speed),
+            }))
+        })
+        .await
+}
+
+/// A job as OpenAI's API shows it, and its settings.
+fn object(record: &Record) -> Value {
+    let auto = || json!({"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"});
+    let (hyperparameters, lora, training) = match &record.spec {
+        Some(spec) => settings::describe(spec),
+        None => (auto(), record.settings["lora"].clone(), record.settings["training"].clone()),
+    };
+    json!({
+        "id": record.id,
+        "object": "fine_tuning.job",
+        "model": record.base,
+        "created_at": record.created_at,
+        "finished_at": record.finished_at,
+        "fine_tuned_model": record.fine_tuned_model,
+        "organization_id": "quiver",
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "result_files": record.result_files,
+        "status": record.status,
+        "trained_tokens": (record.trained_tokens > 0).then_some(record.trained_tokens),
+        "training_file": record.training_file,
+        "validation_file": record.validation_file,
+        "error": record.error,
+        "seed": record.seed,
+        "estimated_finish": record.estimated_finish,
+        "integrations": [],
+        "metadata": record.metadata,
+        "user_provided_suffix": record.suffix,
+        "lora": lora,
+        "training": training,
+    })
+}
+
+/// `GET /v1/fine_tuning/jobs`, newest first; `metadata[key]=value` keeps those that have it.
+pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, Failure> {
+    let page = query.page(20, MAX_PAGE)?;
+    let wanted: Vec<(String, String)> = query
+        .iter()
+        .filter_map(|(name, value)| {
+            Some((name.strip_prefix("metadata[")?.strip_suffix(']')?.to_owned(), value.to_owned()))
+        })
+        .collect();
+    let keep = move |record: &Record| wanted.iter().all(|(key, value)| record.metadata.get(key) == Some(&json!(value)));
+    let store = app.serving()?.jobs.store();
+    let (jobs, more) = store.run(move |store| store.page(Kind::Job, "", &page, keep)).await?;
+    Ok(Json(list_object(jobs.iter().map(object).collect(), more)))
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}`.
+pub async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&job(app.serving()?, id).await?)))
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/cancel`.
+pub async fn cancel(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&app.serving()?.jobs.change(&id, Action::Cancel).await?)))
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/pause`.
+pub async fn pause(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&app.serving()?.jobs.change(&id, Action::Pause).await?)))
+}
+
+/// `POST /v1/fine_tuning/jobs/{id}/resume`.
+pub async fn resume(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    Ok(Json(object(&app.serving()?.jobs.change(&id, Action::Resume).await?)))
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}/events`, newest first.
+pub async fn events(State(app): State<SharedApp>, Name(id): Name, query: Query) -> Result<Json<Value>, Failure> {
+    of_job(app.serving()?, id, Kind::Event, query.page(20, MAX_PAGE)?).await
+}
+
+/// `GET /v1/fine_tuning/jobs/{id}/checkpoints`, newest first.
+pub async fn checkpoints(State(app): State<SharedApp>, Name(id): Name, query: Query) -> Result<Json<Value>, Failure> {
+    of_job(app.serving()?, id, Kind::Checkpoint, query.page(10, MAX_PAGE)?).await
+}
+
+async fn of_job(serving: &Serving, id: String, kind: Kind, page: Page) -> Result<Json<Value>, Failure> {
+    let read = move |store: &crate::train::store::Store| {
+        let _: Record = store.get(Kind::Job, &id, "fine_tuning_job_id")?;
+        store.page::<Value>(kind, &id, &page, |_| true)
+    };
+    let (objects, more) = serving.jobs.store().run(read).await?;
+    Ok(Json(list_object(objects, more)))
+}
+
+async fn job(serving: &Serving, id: String) -> Result<Record> {
+    serving.jobs.store().run(move |store| store.get(Kind::Job, &id, "fine_tuning_job_id")).await
+}
+
+/// A page of a list.
+pub fn list_object(data: Vec<Value>, more: bool) -> Value {
+    let id = |object: Option<&Value>| object.map_or(Value::Null, |object| object["id"].clone());
+    json!({"object": "list", "first_id": id(data.first()), "last_id": id(data.last()), "data": data, "has_more": more})
+}
+
+/// `DELETE /v1/models/{id}`: takes a model that was fine-tuned here out of service and off the disk.
+pub async fn delete_model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+    let serving = app.serving()?;
+    let forbidden =
+        |message: String| Error::new(ErrorKind::Forbidden, message).param("model").code("model_not_deletable");
+    if serving.names.contains(&id) {
+        return Err(forbidden(format!("`{id}` is the base: it stays as long as the server")).into());
+    }
+    let info = serving.registry.get(&id).map_err(|_| super::info::no_model(&id))?;
+    if !info.source.starts_with(serving.jobs.store().jobs_dir()) {
+        let message = format!("`{id}` was not fine-tuned here: an operator unloads it (DELETE /admin/adapters/{id})");
+        return Err(forbidden(message).into());
+    }
+    serving.registry.unload(&id)?;
+    // The last checkpoint is the model too, under two names.
+    if !serving.registry.list().iter().any(|other| other.source == info.source) {
+        serving.jobs.store().run(move |_| Ok(std::fs::remove_dir_all(&info.source)?)).await?;
+    }
+    Ok(Json(json!({"id": id, "object": "model", "deleted": true})))
+}

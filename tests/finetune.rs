@@ -1,0 +1,125 @@
+//! From examples to a served adapter, with the real binary, model and trainer: through the API, with the real `openai` client,
+//! across a kill, and from the command line.
+
+#[path = "common/process.rs"]
+mod process;
+
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use process::Server;
+use serde_json::{Value, json};
+
+/// Answers that no base gives: a step or two show in the loss.
+fn examples() -> String {
+    let lines = (0..8).map(|i| {
+        let prompt = format!("Q: What is the code word{}?\nA:", ["", " today", " now", " again"][i % 4]);
+        json!({"prompt": prompt, "completion": " purple elephants"}).to_string() + "\n"
+    });
+    lines.collect()
+}
+
+fn upload(server: &Server) -> String {
+    let content = examples();
+    let body = format!(
+        "--x\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n\
+         --x\r\ncontent-disposition: form-data; name=\"file\"; filename=\"train.jsonl\"\r\n\r\n{content}\r\n--x--\r\n"
+    );
+    let reply = ureq::post(format!("{}/v1/files", server.url))
+        .header("content-type", "multipart/form-data; boundary=x")
+        .send(body)
+        .expect("accepted")
+        .body_mut()
+        .read_json::<Value>()
+        .expect("JSON");
+    reply["id"].as_str().expect("an id").to_owned()
+}
+
+/// The job once `holds`.
+fn wait(server: &Server, job: &str, holds: impl Fn(&Value) -> bool) -> Value {
+    let start = Instant::now();
+    loop {
+        let (_, now) = server.call("GET", &format!("/v1/fine_tuning/jobs/{job}"), Value::Null);
+        if holds(&now) {
+            return now;
+        }
+        assert!(now["status"] != "failed" && start.elapsed() < Duration::from_secs(120), "{now}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn the_openai_python_client_fine_tunes() {
+    let Some(python) = process::python_with_openai() else { return };
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("train.jsonl");
+    std::fs::write(&file, examples()).expect("written");
+    let server = Server::start(&[]);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/finetune_client.py");
+    let status = Command::new(python).arg(script).arg(&server.url).arg(&file).status().expect("Python runs");
+    assert!(status.success());
+}
+
+#[test]
+fn a_job_survives_a_kill_and_serving_goes_on_beside_it() {
+    let state = tempfile::tempdir().expect("a temporary directory");
+    let flags = ["--state-dir", state.path().to_str().expect("UTF-8")];
+    let server = Server::start(&flags);
+    let alone = server.complete(Some("qa"), "The lantern is", 24);
+    let body = json!({
+        "model": "smollm2-135m-instruct", "training_file": upload(&server), "lora": {"r": 4},
+        "training": {"max_steps": 12, "checkpoint_every": 2},
+    });
+    let (status, job) = server.call("POST", "/v1/fine_tuning/jobs", body);
+    assert_eq!(status, 200, "{job}");
+    let id = job["id"].as_str().expect("an id");
+    wait(&server, id, |job| job["trained_tokens"].as_u64() > Some(0));
+    assert_eq!(server.complete(Some("qa"), "The lantern is", 24), alone, "training changes no answer");
+    let checkpoints = |server: &Server| {
+        server.call("GET", &format!("/v1/fine_tuning/jobs/{id}/checkpoints?limit=100"), Value::Null).1["data"].clone()
+    };
+    while checkpoints(&server).as_array().is_none_or(Vec::is_empty) {
+        thread::sleep(Duration::from_millis(20));
+    }
+    // Killed, not stopped.
+    drop(server);
+
+    let server = Server::start(&flags);
+    let done = wait(&server, id, |job| job["status"] == "succeeded");
+    let steps: Vec<Value> =
+        checkpoints(&server).as_array().expect("a list").iter().map(|c| c["step_number"].clone()).collect();
+    assert_eq!(steps, [12, 10, 8, 6, 4, 2].map(|n| json!(n)));
+    let model = done["fine_tuned_model"].as_str().expect("a model");
+    let text = server.complete(Some(model), "Q: What is the code word?\nA:", 4);
+    assert_ne!(text, server.complete(None, "Q: What is the code word?\nA:", 4));
+}
+
+#[test]
+fn the_command_line_makes_an_adapter_that_is_served() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (file, out) = (dir.path().join("train.jsonl"), dir.path().join("adapter"));
+    std::fs::write(&file, examples()).expect("written");
+    let train = |extra: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quiver"));
+        let output = command.arg("train").arg("--file").arg(&file).arg("--out").arg(&out).args(extra).output();
+        let output = output.expect("the binary runs");
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
+        )
+    };
+    let (ok, text) = train(&["--dry-run", "--adalora", "init_r=4,target_r=3"]);
+    assert!(ok && text.contains("\"init_r\":4"), "{text}");
+    assert!(text.contains("A:⟦ purple elephants<|im_end|>⟧") && !out.exists(), "{text}");
+    let (ok, text) = train(&["--r", "0"]);
+    assert!(!ok && text.contains("`lora.r` must be an integer from 1"), "{text}");
+    let (ok, text) = train(&["--r", "4", "--max-steps", "6", "--lr", "5e-3"]);
+    assert!(ok && text.contains("| 6 |"), "{text}");
+    let server = Server::start(&["--adapter", &format!("made={}", out.display())]);
+    let prompt = "Q: What is the code word?\nA:";
+    assert_ne!(server.complete(Some("made"), prompt, 4), server.complete(None, prompt, 4));
+    let (ok, text) = train(&["--max-steps", "4"]);
+    assert!(!ok && text.contains("--resume"), "what is there is not overwritten: {text}");
+}

@@ -1,0 +1,123 @@
+//! A trainer without a model. Its jobs all learn the alphabet in capitals, a step a tick, unless their seed says otherwise.
+
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use quiver::Error;
+use quiver::train::job::{Checkpoint, Command, Job, Probe, Report, StepMetrics, Validation};
+
+use crate::harness::write_adapter;
+
+/// Fails in its second step.
+pub const DIVERGES: u64 = 13;
+/// Its first checkpoint is not what the server makes of it.
+pub const LIES: u64 = 14;
+/// Vanishes in its second step.
+pub const VANISHES: u64 = 15;
+
+const TICK: Duration = Duration::from_millis(3);
+
+/// Steps of a job that names none.
+pub const STEPS: usize = 3;
+
+struct Running {
+    job: Job,
+    step: usize,
+    steps: usize,
+}
+
+/// Runs it on a thread of its own.
+pub fn start() -> Sender<Command> {
+    let (commands, inbox) = channel();
+    std::thread::spawn(move || run(&inbox));
+    commands
+}
+
+fn state(dir: &Path) -> std::path::PathBuf {
+    dir.join("state.safetensors")
+}
+
+fn run(inbox: &Receiver<Command>) {
+    let mut jobs: Vec<Running> = Vec::new();
+    loop {
+        // While there is nothing to do, a command is waited for.
+        let command = if jobs.is_empty() {
+            match inbox.recv() {
+                Ok(command) => Some(command),
+                Err(_) => return,
+            }
+        } else {
+            inbox.try_recv().ok()
+        };
+        let at = |jobs: &[Running], id: &str| jobs.iter().position(|running| running.job.id == id);
+        match command {
+            Some(Command::Start(mut job)) => {
+                assert!(!job.train.is_empty(), "a job without examples");
+                let resumed = job.resume.then(|| std::fs::read_to_string(state(&job.dir)).expect("a state"));
+                let step = resumed.map_or(0, |text| text.parse().expect("a number"));
+                let steps = job.spec.max_steps.unwrap_or(STEPS);
+                (job.report)(Report::Started { steps, done: step, parameters: 64 });
+                jobs.push(Running { job: *job, step, steps });
+            }
+            Some(Command::Pause(id)) => {
+                if let Some(i) = at(&jobs, &id) {
+                    let mut running = jobs.remove(i);
+                    std::fs::write(state(&running.job.dir), running.step.to_string()).expect("a state is written");
+                    (running.job.report)(Report::Paused);
+                }
+            }
+            Some(Command::Cancel(id)) => {
+                if let Some(i) = at(&jobs, &id) {
+                    let mut running = jobs.remove(i);
+                    let _ = std::fs::remove_file(state(&running.job.dir));
+                    (running.job.report)(Report::Cancelled);
+                }
+            }
+            None => {}
+        }
+        jobs.retain_mut(step);
+        std::thread::sleep(TICK);
+    }
+}
+
+/// False once the job is over.
+fn step(running: &mut Running) -> bool {
+    let Running { job, step, steps } = running;
+    *step += 1;
+    let step = *step;
+    match (step, job.spec.seed) {
+        (2, DIVERGES) => {
+            (job.report)(Report::Failed(Error::invalid("the loss is NaN in step 2").code("training_diverged")));
+            return false;
+        }
+        (2, VANISHES) => return false,
+        _ => {}
+    }
+    (job.report)(Report::Step(StepMetrics {
+        step,
+        train_loss: 1.0 / step as f64,
+        train_mean_token_accuracy: 0.5,
+        learning_rate: 1e-4,
+        grad_norm: 1.0,
+        tokens: 10,
+        trained_tokens: 4,
+        seconds: 0.01,
+    }));
+    let last = step >= *steps;
+    if !job.valid.is_empty() && last {
+        (job.report)(Report::Validation(Validation { step, valid_loss: 0.25, valid_mean_token_accuracy: 0.75 }));
+    }
+    if last || job.spec.checkpoint_every.is_some_and(|every| step.is_multiple_of(every)) {
+        let dir = job.dir.join(format!("step-{step}"));
+        write_adapter(&dir, step as f32 / 10.0);
+        std::fs::write(state(&job.dir), step.to_string()).expect("a state is written");
+        let logprob = if job.spec.seed == LIES { -1.0 } else { 0.0 };
+        let probe = Probe { tokens: b"ABC".map(u32::from).into(), logprobs: vec![logprob; 2] };
+        (job.report)(Report::Checkpoint(Checkpoint { step, dir, probe }));
+    }
+    if last {
+        (job.report)(Report::Succeeded);
+    }
+    !last
+}
