@@ -29,7 +29,7 @@ fn expected() -> BTreeMap<String, BTreeMap<String, Expected>> {
 
 #[test]
 fn log_probabilities_and_greedy_text_match_float32() {
-    let server = SmolLm2::start(1 << 30);
+    let server = SmolLm2::start(&candle_core::Device::Cpu, 1 << 30);
     for name in ["qa", "writing", "code"] {
         server.load(name, &Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name));
     }
@@ -80,7 +80,7 @@ fn agrees_with_candle_transformers_own_quantised_llama() {
     let mut file = std::fs::File::open(smollm2::files().path()).expect("the model file");
     let content = Content::read(&mut file).expect("a GGUF header");
     let mut reference = ModelWeights::from_gguf(content, &mut file, &Device::Cpu).expect("candle loads it");
-    let server = SmolLm2::start(1 << 30);
+    let server = SmolLm2::start(&candle_core::Device::Cpu, 1 << 30);
     let params = SamplingParams { temperature: 0.0, max_tokens: 1, logprobs: Some(20), ..Default::default() };
     let (mut sum, mut count) = (0f64, 0);
     // One prompt: candle's product is scalar for this format.

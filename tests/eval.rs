@@ -14,7 +14,7 @@ const TASKS: [&str; 3] = ["code", "qa", "writing"];
 
 /// The default model with the project's adapters, and its text.
 fn start() -> (SmolLm2, TextCodec) {
-    let model = SmolLm2::start(256 << 20);
+    let model = SmolLm2::start(&candle_core::Device::Cpu, 256 << 20);
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters");
     TASKS.iter().for_each(|task| model.load(task, &root.join(task)));
     (model, TextCodec::load(&files()).expect("the model has a tokenizer"))

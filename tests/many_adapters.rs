@@ -40,7 +40,7 @@ fn write_tenant(dir: &Path, tenant: usize) {
 fn a_thousand_adapters_serve_from_room_for_fifty() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let slot_bytes = 2 * RANK * HIDDEN * size_of::<f32>();
-    let server = SmolLm2::start(50 * slot_bytes);
+    let server = SmolLm2::start(&candle_core::Device::Cpu, 50 * slot_bytes);
     for tenant in 0..TENANTS {
         let source = dir.path().join(tenant.to_string());
         write_tenant(&source, tenant);

@@ -32,13 +32,8 @@ pub struct SmolLm2 {
 }
 
 impl SmolLm2 {
-    /// Loads the model on the CPU, with `slot_budget` bytes of adapter slots and no adapter.
-    pub fn start(slot_budget: usize) -> Self {
-        Self::start_on(&Device::Cpu, slot_budget)
-    }
-
-    /// The same on any device.
-    pub fn start_on(device: &Device, slot_budget: usize) -> Self {
+    /// Loads the model on a device, with `slot_budget` bytes of adapter slots and no adapter.
+    pub fn start(device: &Device, slot_budget: usize) -> Self {
         let weights = Weights::load(&files(), None, device, |_| {}).expect("the model loads");
         let config = RegistryConfig {
             device: device.clone(),

@@ -14,7 +14,7 @@ use smollm2::SmolLm2;
 fn no_company_and_no_cut_of_the_prompt_changes_a_bit() {
     gpu::be_deterministic();
     let device = gpu::open(DeviceChoice::Cuda(0)).expect("this test needs a GPU");
-    let server = SmolLm2::start_on(&device, 1 << 30);
+    let server = SmolLm2::start(&device, 1 << 30);
     for name in ["qa", "writing", "code"] {
         server.load(name, &Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name));
     }

@@ -49,8 +49,8 @@ fn log_probabilities_match_the_cpus() {
         logprobs: Some(0),
         ..Default::default()
     };
-    let cpu = run(&with_adapters(SmolLm2::start(1 << 30)), &params);
-    let gpu = run(&with_adapters(SmolLm2::start_on(&device(), 1 << 30)), &params);
+    let cpu = run(&with_adapters(SmolLm2::start(&candle_core::Device::Cpu, 1 << 30)), &params);
+    let gpu = run(&with_adapters(SmolLm2::start(&device(), 1 << 30)), &params);
     let (mut sum, mut count, mut worst, mut equal) = (0f64, 0, 0f32, 0);
     for (cpu, gpu) in cpu.iter().zip(&gpu) {
         // Of the output, as far as both took the same way.
@@ -78,7 +78,7 @@ fn log_probabilities_match_the_cpus() {
 fn a_mixed_batch_of_decode_rows_is_one_by_one_bit_for_bit() {
     let params =
         SamplingParams { temperature: 0.0, max_tokens: 40, ignore_eos: true, logprobs: Some(3), ..Default::default() };
-    let server = with_adapters(SmolLm2::start_on(&device(), 1 << 30));
+    let server = with_adapters(SmolLm2::start(&device(), 1 << 30));
     let together = run(&server, &params);
     for ((adapter, ids), together) in prompts().iter().zip(&together) {
         let adapters: &[(&str, f32)] = if adapter == "base" { &[] } else { &[(adapter, 1.0)] };
