@@ -117,7 +117,7 @@ impl FromStr for Popularity {
 
 impl Popularity {
     /// Shares of `n` adapters, not normalised; none where order and not chance decides.
-    fn weights(self, n: usize) -> Option<Vec<f64>> {
+    pub fn weights(self, n: usize) -> Option<Vec<f64>> {
         let weight = |i: usize| match self {
             Self::Zipf(alpha) => Some((i as f64 + 1.0).powf(-alpha)),
             Self::Power(alpha) => Some(((i + 1) as f64 / n as f64).powf(alpha) - (i as f64 / n as f64).powf(alpha)),

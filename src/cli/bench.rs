@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand, ValueEnum};
-use rand::{RngExt, SeedableRng};
+use rand::SeedableRng;
+use rand::distr::Distribution;
+use rand::distr::weighted::WeightedIndex;
 use rand_pcg::Pcg64;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
@@ -15,6 +17,7 @@ use tokio::sync::mpsc::unbounded_channel;
 use super::backend::Backend;
 use super::bench_serve::{Page, ServeBench};
 use super::serve::start_logs;
+use crate::bench::traffic::Popularity;
 use crate::config::ServeConfig;
 use crate::engine::request::{Event, Request, SamplingParams};
 use crate::{Error, Result};
@@ -228,13 +231,10 @@ impl<'a> Draws<'a> {
                 (self.turn - 1) % count
             }
             Mix::Zipf => {
-                let all: f64 = (1..=count).map(|rank| 1.0 / rank as f64).sum();
-                let mut at = self.random.random::<f64>() * all;
-                let drawn = (1..=count).find(|&rank| {
-                    at -= 1.0 / rank as f64;
-                    at <= 0.0
-                });
-                drawn.unwrap_or(count) - 1
+                let weights = Popularity::Zipf(1.0).weights(count).unwrap_or_default();
+                WeightedIndex::new(weights)
+                    .expect("one adapter at least, all weights positive")
+                    .sample(&mut self.random)
             }
         })
     }

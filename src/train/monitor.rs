@@ -1,7 +1,7 @@
 //! What a job leaves to be looked at: a TensorBoard file while it runs; its figures as CSV and a plot of its losses at the end.
 //!
 //! The TensorBoard file is written here: an event is a dozen bytes of protobuf in a checksummed frame, and the crates that
-//! write them have had no release for years and bring an image library or a second protobuf.
+//! write them bring an image library or a second protobuf.
 
 use std::fs::File;
 use std::io::Write;
