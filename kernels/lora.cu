@@ -1,12 +1,13 @@
 // LoRA on a step's rows, for whatever mix of adapters and ranks it has: h = weight · scale · x·Aᵀ (shrink), then
 // y += Σ h·Bᵀ + weight · scale · bias (expand). One launch of each does all modules of a site (q, k, v; o; gate, up; down;
-// head). No launch depends on adapters: blocks take items from the step's worklist and ranks from the slot table.
+// head). Steps with DoRA's adapters have a third, y *= gains (gain). No launch depends on adapters: blocks take items from the step's worklist and ranks from the slot table.
 //
 // work: 32-bit words at a 16-byte address, written by src/ops/lora/cuda.rs: two List headers, one of the segments taken 8
 //   rows at a time and one of those taken 64 (shrink) and 32 (expand) at a time; the address of the h workspace (words 32
 //   and 33); then what the headers point to.
 // table: Entry [slot][entries]; this launch reads entry `entry` of each slot. Blocks of weights at Entry::base: A bf16
-//   [Σ rank, k], the modules stacked; per module B bf16 [n, rank]; per module with a bias, f32 [n], up to 16 bytes each.
+//   [Σ rank, k], the modules stacked; per module B bf16 [n, rank]; per module with a bias, f32 [n], up to 16 bytes each;
+//   if Entry::gains, 16 times that many bytes from the base, f32 [n0 + n1 + n2], 1 for columns of other modules.
 //   Ranks are multiples of 8, padded by zero rows of A and columns of B; 0 for a module that is not there.
 // x: bf16 [rows, k], k a multiple of 8. y: bf16 or f32 [rows, n0 + n1 + n2], the modules' outputs side by side.
 // h: f32, at Term::hidden [row of the segment][Term::stride], the modules' ranks stacked; if List::apart, one such plane,
@@ -53,7 +54,7 @@ struct alignas(16) Entry {
     uint16_t ranks[3];
     uint16_t biases;  // Bit i: module i has one.
     float scales[3];
-    uint32_t unused;
+    uint32_t gains;  // Where they are, in 16 bytes; 0: none.
 };
 
 static_assert(sizeof(List) == 64 && sizeof(Term) == 32 && sizeof(Chunk) == 16 && sizeof(Entry) == 32, "as in Rust");
@@ -434,3 +435,54 @@ EXPAND(lora_expand_small, 1, bf16, 5)
 EXPAND(lora_expand_large, 4, bf16, 3)
 EXPAND(lora_expand_small_f32, 1, float, 4)
 EXPAND(lora_expand_large_f32, 4, float, 2)
+
+__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ void store(bf16* p, float v) { *p = __float2bfloat16_rn(v); }
+__device__ __forceinline__ void store(float* p, float v) { *p = v; }
+
+// y *= gains of the rows' adapters, each of which has its rows to itself, after expanding. An item is a chunk of either
+// list and 512 columns.
+template <typename Y>
+__device__ __forceinline__ void gain(const uint32_t* work, const Entry* table, Y* y, int entries, int entry, int n) {
+    constexpr int COLUMNS = 512, ROWS = 8;
+    pdl_release();
+    pdl_wait();
+    const uint32_t few = load_list(work, 0).chunks, many = load_list(work, 1).chunks;
+    const uint32_t groups = (n + COLUMNS - 1) / COLUMNS;
+    uint32_t from, to;
+    own_items((few + many) * groups, from, to);
+    for (uint32_t item = from; item < to; item++) {
+        const uint32_t i = item / groups;
+        const List list = load_list(work, i >= few);
+        const Chunk chunk = load_record<Chunk>(work + list.chunk_at + (i < few ? i : i - few) * (sizeof(Chunk) / 4));
+        const Term term = load_record<Term>(work + list.term_at + chunk.term * (sizeof(Term) / 4));
+        const Entry weights = load_record<Entry>(table + size_t(term.slot) * entries + entry);
+        if (!weights.gains) continue;
+        const float* const gains = reinterpret_cast<const float*>(weights.base + uint64_t(16) * weights.gains);
+        const int first = item % groups * COLUMNS, last = min(first + COLUMNS, n);
+        for (int column = first + threadIdx.x; column < last; column += blockDim.x) {
+            const float factor = gains[column];
+            Y* const out = y + size_t(chunk.row) * n + column;
+            for (int row = 0; row < chunk.rows; row += ROWS) {
+                // All loads of some rows before their stores, which may lie anywhere to the compiler.
+                Y v[ROWS];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    if (row + r < chunk.rows) v[r] = out[size_t(row + r) * n];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    if (row + r < chunk.rows) store(out + size_t(row + r) * n, to_float(v[r]) * factor);
+            }
+        }
+    }
+}
+
+#define GAIN(name, Y)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(128)                                                          \
+        name(const uint32_t* work, const Entry* table, Y* y, int entries, int entry, int n) {                  \
+        gain<Y>(work, table, y, entries, entry, n);                                                            \
+    }
+
+GAIN(lora_gain, bf16)
+GAIN(lora_gain_f32, float)

@@ -13,6 +13,7 @@ use super::{Module, Site};
 use crate::error::ErrorKind;
 use crate::gpu::slots::{self, DeviceSlots, Image, SLOTS, Staging};
 use crate::model::ModelConfig;
+use crate::model::weights::Weights;
 use crate::ops::lora::{LoraPair, Magnitude};
 use crate::{Error, Result};
 
@@ -73,10 +74,6 @@ fn transpose(b: &[f32], rank: usize) -> Vec<f32> {
 
 /// The bytes that an adapter takes in a slot on this device. Errors: it cannot be there.
 pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device) -> Result<usize> {
-    if !device.is_cpu() && weights.has_magnitudes() {
-        return Err(Error::invalid("this adapter cannot be served: use_dora, which only the CPU serves")
-            .code("adapter_unsupported"));
-    }
     Ok(slots::image_bytes(device, weights, model)?.unwrap_or_else(|| weights.slot_bytes()))
 }
 
@@ -194,6 +191,15 @@ impl SlotPool {
         match &mut self.gpu {
             Some(gpu) => gpu.slots.arrived(slot),
             None => Ok(true),
+        }
+    }
+
+    /// Prepares what a slot on a GPU, which has arrived, needs of the base before a step names it: DoRA's gains. Later calls
+    /// do nothing. Errors: no memory.
+    pub fn prepare(&mut self, slot: u32, base: &Weights) -> Result<()> {
+        match &mut self.gpu {
+            Some(gpu) => gpu.slots.prepare_gains(slot, base),
+            None => Ok(()),
         }
     }
 

@@ -228,6 +228,11 @@ impl Tiers {
         &self.pool
     }
 
+    /// The same, for a step that may have to prepare what it reads.
+    pub fn pool_mut(&mut self) -> &mut SlotPool {
+        &mut self.pool
+    }
+
     /// Asks for a generation in a slot; see [`Residency`]. Never blocks. Each `Ready` counts one use, ended by
     /// [`Tiers::release`].
     pub fn acquire(&mut self, lease: &Lease) -> Residency {

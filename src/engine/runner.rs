@@ -44,7 +44,7 @@ impl Runner for ModelRunner {
 
     fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
         match &mut self.steps {
-            Some(steps) => steps.run(batch, &self.model, &mut self.kv, self.tiers.pool()),
+            Some(steps) => steps.run(batch, &self.model, &mut self.kv, self.tiers.pool_mut()),
             None => self.model.forward(batch, &mut self.kv, self.tiers.pool()),
         }
     }

@@ -1,5 +1,5 @@
-//! Decode steps as CUDA graphs: recorded once for each bucket of rows, with and without adapters, and replayed with whatever
-//! the step's metadata say.
+//! Decode steps as CUDA graphs: recorded once for each bucket of rows, without adapters, with them, and with DoRA's gains, and
+//! replayed with whatever the step's metadata say.
 
 use std::collections::HashMap;
 

@@ -1,8 +1,10 @@
 //! An adapter as it lies in a GPU's memory: 16-bit values, one block of them for each site that it changes.
 //!
-//! A block holds A `[Σ rank, k]` with the site's modules stacked, B `[n, rank]` of each, and the biases as f32. Ranks are
-//! rounded up to a multiple of 8 by zeros, which add nothing and keep every row at a 16-byte address; beyond that each
-//! module keeps its own. What `kernels/lora.cu` reads of it beside the values is the entry of each site.
+//! A block holds A `[Σ rank, k]` with the site's modules stacked, B `[n, rank]` of each, the biases as f32, and under DoRA
+//! the gains of all outputs of the site `[Σ n]` f32. Ranks are rounded up to a multiple of 8 by zeros, which add nothing and
+//! keep every row at a 16-byte address; beyond that each module keeps its own. What `kernels/lora.cu` reads of it beside the
+//! values is the entry of each site. The host knows no gains: it writes magnitudes, and 1 for modules without them (see
+//! `gains.rs`).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,7 +19,7 @@ use crate::model::ModelConfig;
 use crate::{Error, Result};
 
 /// 16-bit values of an entry of the slot table: the block's address, the ranks of its modules and which have a bias (one
-/// value each), the scales (f32), padding.
+/// value each), the scales (f32), where the block's gains start, in 16 bytes (u32; 0: it has none).
 pub const ENTRY: usize = 16;
 
 /// Ranks are multiples of this.
@@ -45,15 +47,21 @@ pub struct Layout {
 
 /// The weights of one site.
 #[derive(Debug)]
-struct Block {
+pub struct Block {
     /// First value.
-    at: usize,
-    k: usize,
-    n: [usize; 3],
+    pub at: usize,
+    /// Input features.
+    pub k: usize,
+    /// Output features of each module; 0 for those that the site does not have.
+    pub n: [usize; 3],
     /// Rounded up; 0 for a module that is not there.
-    ranks: [usize; 3],
+    pub ranks: [usize; 3],
+    /// Which modules have a bias.
     biases: [bool; 3],
-    scales: [f32; 3],
+    /// Factors of the deltas.
+    pub scales: [f32; 3],
+    /// Which modules have DoRA's magnitudes.
+    pub magnitudes: [bool; 3],
 }
 
 /// Entries of a slot.
@@ -78,13 +86,15 @@ impl Layout {
                 let (_, k) = m.module.shape(model);
                 let mut n = [0; 3];
                 n.iter_mut().zip(m.module.site().modules()).for_each(|(n, module)| *n = module.shape(model).0);
-                Block { at: 0, k, n, ranks: [0; 3], biases: [false; 3], scales: [0.0; 3] }
+                let (biases, magnitudes) = ([false; 3], [false; 3]);
+                Block { at: 0, k, n, ranks: [0; 3], biases, scales: [0.0; 3], magnitudes }
             });
             let rank = m.rank.next_multiple_of(RANK_STEP);
             if rank > usize::from(u16::MAX) {
                 return Err(Error::invalid(format!("a rank of {} is not served on a GPU", m.rank)));
             }
             (block.ranks[i], block.biases[i], block.scales[i]) = (rank, m.bias.is_some(), m.scale);
+            block.magnitudes[i] = m.magnitude.is_some();
         }
         let (mut end, mut ranks) = (0usize, [0; 5]);
         for (entry, block) in &mut blocks {
@@ -115,6 +125,7 @@ impl Layout {
             for share in blocks.chunks_mut(self.blocks.len().div_ceil(WRITERS).max(1)) {
                 scope.spawn(|| {
                     for (block, modules, image) in share {
+                        image[block.gain(0)..].as_chunks_mut().0.fill(halves(1f32.to_bits()));
                         modules.iter().for_each(|(i, m)| block.write(*i, m, image));
                     }
                 });
@@ -132,8 +143,20 @@ impl Layout {
             (0..3).for_each(|i| entry[4 + i] = block.ranks[i] as u16);
             entry[7] = (0..3).map(|i| u16::from(block.biases[i]) << i).sum();
             (0..3).for_each(|i| entry[8 + 2 * i..10 + 2 * i].copy_from_slice(&halves(block.scales[i].to_bits())));
+            let gains = if block.gained() { 2 * block.gain(0) / 16 } else { 0 };
+            entry[14..].copy_from_slice(&halves(gains as u32));
         }
         row
+    }
+
+    /// The block of an entry.
+    pub fn block(&self, entry: usize) -> Option<&Block> {
+        self.blocks.get(&entry)
+    }
+
+    /// Entries whose blocks have gains.
+    pub fn gained(&self) -> impl Iterator<Item = usize> {
+        self.blocks.iter().filter(|(_, block)| block.gained()).map(|(entry, _)| *entry)
     }
 }
 
@@ -156,14 +179,20 @@ impl Block {
                 padding.fill(0);
             }
         }
-        if let Some(bias) = &m.bias {
-            let to = image[self.bias(i)..].as_chunks_mut::<2>().0;
-            to.iter_mut().zip(bias.to_f32()).for_each(|(to, v)| *to = halves(v.to_bits()));
+        for (at, values) in [(self.bias(i), &m.bias), (self.gain(i), &m.magnitude)] {
+            let Some(values) = values else { continue };
+            let to = image[at..].as_chunks_mut::<2>().0;
+            to.iter_mut().zip(values.to_f32()).for_each(|(to, v)| *to = halves(v.to_bits()));
         }
     }
 
+    /// Whether it has gains.
+    fn gained(&self) -> bool {
+        self.magnitudes.contains(&true)
+    }
+
     /// Ranks of all modules.
-    fn rank(&self) -> usize {
+    pub fn rank(&self) -> usize {
         self.ranks.iter().sum()
     }
 
@@ -173,17 +202,22 @@ impl Block {
     }
 
     /// Where B of module `i` starts; of the fourth, where all B end.
-    fn b(&self, i: usize) -> usize {
+    pub fn b(&self, i: usize) -> usize {
         self.k * self.rank() + (0..i).map(|j| self.n[j] * self.ranks[j]).sum::<usize>()
     }
 
-    /// Where the bias of module `i` starts; of the fourth, where the block ends. Each takes a multiple of 16 bytes.
+    /// Where the bias of module `i` starts; of the fourth, where all biases end. Each takes a multiple of 16 bytes.
     fn bias(&self, i: usize) -> usize {
         self.b(3) + (0..i).filter(|j| self.biases[*j]).map(|j| 2 * self.n[j].next_multiple_of(4)).sum::<usize>()
     }
 
+    /// Where the gains of module `i` start, those of all modules following one another; of the fourth, where the block ends.
+    pub fn gain(&self, i: usize) -> usize {
+        self.bias(3) + if self.gained() { 2 * self.n[..i].iter().sum::<usize>() } else { 0 }
+    }
+
     fn len(&self) -> usize {
-        self.bias(3)
+        self.gain(3)
     }
 }
 
@@ -249,17 +283,21 @@ mod tests {
         }
     }
 
-    /// Everything is found again by the entries and the formulas of `kernels/lora.cu`, over memory that was not zero.
+    /// Everything, magnitudes in the place of gains, is found again by the entries and the formulas of `kernels/lora.cu`, over memory that was not zero.
     #[test]
     fn kernels_find_every_value() {
         let model = model();
+        let scaled = |m: ModuleWeights| {
+            let n = m.module.shape(&model).0;
+            ModuleWeights { magnitude: Some(Values::F32((0..n).map(|i| i as f32 + 0.5).collect())), ..m }
+        };
         let weights = AdapterWeights {
             modules: vec![
                 module(0, Module::Q, 5, true),
                 module(0, Module::V, 16, true),
-                module(0, Module::Down, 1, false),
+                scaled(module(0, Module::Down, 1, false)),
                 module(1, Module::K, 8, false),
-                module(1, Module::Gate, 3, false),
+                scaled(module(1, Module::Gate, 3, false)),
                 module(1, Module::Up, 9, true),
                 module(2, Module::LmHead, 2, true),
             ],
@@ -267,6 +305,7 @@ mod tests {
         let layout = Layout::new(&weights, &model).unwrap();
         assert_eq!(layout.ranks, [24, 0, 24, 8, 8]);
         assert_eq!(layout.bytes % STEP, 0);
+        assert_eq!(layout.gained().collect::<Vec<_>>(), [3, 6]);
         let mut image = vec![0x7fff; layout.bytes / 2];
         layout.write(&weights, &model, &mut image);
         let base = 0x7f12_3456_7800u64;
@@ -286,10 +325,19 @@ mod tests {
             let k = site.modules()[0].shape(&model).1;
             let rank: usize = ranks.iter().sum();
             let n: Vec<usize> = site.modules().iter().map(|m| m.shape(&model).0).collect();
-            let (mut a, mut b) = (0, rank * k);
+            let float = |i: usize| f32::from_bits(u32::from(block[i]) | u32::from(block[i + 1]) << 16);
+            let gains = 8 * (usize::from(entry[14]) | usize::from(entry[15]) << 16);
+            let found = layout.block(e).unwrap();
+            assert_eq!(gains, if [3, 6].contains(&e) { found.gain(0) } else { 0 });
+            let (mut a, mut b, mut first) = (0, rank * k, 0);
             let mut bias = b + n.iter().zip(&ranks).map(|(n, r)| n * r).sum::<usize>();
             for (i, module) in site.modules().iter().enumerate() {
                 let found = weights.modules.iter().find(|m| m.module == *module && entry_of(m, &model) == e);
+                let magnitude = found.and_then(|m| m.magnitude.as_ref()).map(Values::to_f32);
+                for j in (0..n[i]).filter(|_| gains > 0) {
+                    assert_eq!(float(gains + 2 * (first + j)), magnitude.as_ref().map_or(1.0, |m| m[j]));
+                }
+                first += n[i];
                 let Some(m) = found else {
                     assert_eq!((ranks[i], entry[7] >> i & 1), (0, 0));
                     continue;
@@ -310,8 +358,7 @@ mod tests {
                 assert_eq!(entry[7] >> i & 1 == 1, m.bias.is_some());
                 if let Some(want) = &m.bias {
                     for (j, want) in want.to_f32().iter().enumerate() {
-                        let bits = u32::from(block[bias + 2 * j]) | u32::from(block[bias + 2 * j + 1]) << 16;
-                        assert_eq!(bits, want.to_bits());
+                        assert_eq!(float(bias + 2 * j).to_bits(), want.to_bits());
                     }
                     bias += n[i].div_ceil(4) * 8;
                 }

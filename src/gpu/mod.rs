@@ -7,6 +7,8 @@ mod arena;
 #[cfg(feature = "cuda")]
 pub mod blas;
 #[cfg(feature = "cuda")]
+mod gains;
+#[cfg(feature = "cuda")]
 pub mod graph;
 // Plain code: its tests run everywhere.
 #[cfg(any(feature = "cuda", test))]

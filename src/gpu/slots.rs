@@ -15,10 +15,12 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::{CudaDevice, Device};
 
 use super::address;
+use super::gains::Gains;
 use super::image::{self, Layout};
 use crate::adapter::Site;
 use crate::adapter::peft::AdapterWeights;
 use crate::model::ModelConfig;
+use crate::model::weights::Weights;
 use crate::{Error, Result};
 
 /// Rows of the table: what a batch may name. 17 MB for an 8B model, and more adapters than fit any GPU at rank 16.
@@ -56,6 +58,8 @@ pub struct DeviceSlots {
     uploads: HashMap<u32, Upload>,
     /// Ranks of the slots that are ready, by site; see [`Layout::ranks`].
     ranks: HashMap<u32, [usize; 5]>,
+    /// What DoRA's adapters have beside the rest.
+    gains: Gains,
     sites: [SiteShape; 5],
     /// What shrinking leaves for expanding: the last is the current one. Its address is part of a step's worklists, so it
     /// may be another from step to step; smaller ones stay, because a worklist that was made before may still name them.
@@ -66,6 +70,8 @@ pub struct DeviceSlots {
 /// A copy on its way.
 struct Upload {
     done: CudaEvent,
+    /// Where it goes in the arena, in values.
+    start: usize,
     /// Holds what is being copied.
     image: Image,
 }
@@ -107,6 +113,7 @@ impl DeviceSlots {
             model: model.clone(),
             uploads: HashMap::new(),
             ranks: HashMap::new(),
+            gains: Gains::default(),
             sites,
             hidden: Mutex::default(),
             processors: processors as usize,
@@ -131,11 +138,11 @@ impl DeviceSlots {
         self.copies.join(&self.device.cuda_stream()).map_err(failed("an upload"))?;
         let mut to = self.arena.slice_mut(start..start + values);
         self.copies.memcpy_htod(&buffer[..values], &mut to).map_err(failed("an upload"))?;
-        let start = slot as usize * row.len();
-        let mut to = self.table.slice_mut(start..start + row.len());
+        let row_at = slot as usize * row.len();
+        let mut to = self.table.slice_mut(row_at..row_at + row.len());
         self.copies.memcpy_htod(&buffer[values..], &mut to).map_err(failed("an upload"))?;
         let done = self.copies.record_event(None).map_err(failed("an upload"))?;
-        self.uploads.insert(slot, Upload { done, image });
+        self.uploads.insert(slot, Upload { done, start, image });
         Ok(())
     }
 
@@ -146,7 +153,9 @@ impl DeviceSlots {
                 return Ok(false);
             }
             self.ranks.insert(slot, upload.image.layout.ranks);
-            self.uploads.remove(&slot);
+            if let Some(Upload { start, image, .. }) = self.uploads.remove(&slot) {
+                self.gains.arrived(slot, start, image.layout);
+            }
         }
         Ok(self.ranks.contains_key(&slot))
     }
@@ -154,6 +163,7 @@ impl DeviceSlots {
     /// Forgets a slot. Its row of the table stays until the next owner's, since no batch names it.
     pub fn remove(&mut self, slot: u32) {
         self.ranks.remove(&slot);
+        self.gains.remove(slot);
         if self.uploads.remove(&slot).is_some() {
             // A copy that failed may still be under way; its memory must not go to others yet.
             let _ = self.copies.synchronize();
@@ -163,6 +173,18 @@ impl DeviceSlots {
     /// Ranks of a slot that is ready, all modules of a site together, by site.
     pub fn ranks(&self, slot: u32) -> Option<&[usize; 5]> {
         self.ranks.get(&slot)
+    }
+
+    /// Makes DoRA's gains of a slot's magnitudes, over the base that they scale, unless that was done or it has none. It
+    /// takes about as long as a decode step, and for the first adapter of a base once over all its weights. Errors: no
+    /// memory.
+    pub fn prepare_gains(&mut self, slot: u32, base: &Weights) -> Result<()> {
+        self.gains.prepare(slot, &mut self.arena, &self.device, base)
+    }
+
+    /// Whether the rows of a slot that is ready have gains. Errors: they were not prepared.
+    pub fn gained(&self, slot: u32) -> Result<bool> {
+        self.gains.of(slot)
     }
 
     /// The slot table, and how many entries a slot has in it.

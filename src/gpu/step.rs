@@ -33,6 +33,8 @@ pub struct Step {
     pub decode: Worklist,
     /// Sequences with more rows, in tiles of queries: see `ops::attention`.
     pub prefill: Worklist,
+    /// Whether rows may have DoRA's gains.
+    pub gains: bool,
     /// Rows with adapters: see `ops::lora`.
     pub lora: Worklist,
     /// The same once only the rows whose logits are wanted are left, numbered among those.
@@ -67,6 +69,8 @@ pub struct Bucket {
     pub rows: usize,
     /// Whether rows may have adapters.
     pub adapters: bool,
+    /// Whether rows' adapters may have DoRA's gains.
+    pub gains: bool,
 }
 
 /// How large steps may be.
@@ -127,8 +131,10 @@ impl StepBuffers {
     pub fn upload(&mut self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<Step> {
         let fixed = bucket.is_some();
         let adapters_too = bucket.is_none_or(|b| b.adapters);
+        let gained = lora::gained(&batch.segments, slots)?;
+        let gains = bucket.map_or(gained, |b| b.gains);
         let rows = bucket.map_or(batch.tokens.len(), |b| b.rows);
-        if rows < batch.tokens.len() || !adapters_too && !batch.segments.is_empty() {
+        if rows < batch.tokens.len() || !adapters_too && !batch.segments.is_empty() || gained && !gains {
             return Err(Error::internal(format!(
                 "{} rows, {} of them with adapters, in {bucket:?}",
                 batch.tokens.len(),
@@ -196,6 +202,7 @@ impl StepBuffers {
             decode: work(4, lens[0]),
             // A fixed step has decode rows only.
             prefill: if fixed { none(work(5, 0)) } else { work(5, lens[1]) },
+            gains,
             lora: if adapters_too { work(6, lens[2]) } else { none(work(6, 0)) },
             lora_logits: if adapters_too { work(7, lens[3]) } else { none(work(7, 0)) },
             block_tables: at(8),

@@ -12,6 +12,7 @@ use crate::engine::batch::Batch;
 use crate::model::ModelConfig;
 use crate::model::kv::KvCache;
 use crate::model::llama::Llama;
+use crate::ops::lora;
 
 /// The device's side of the runner.
 pub struct Steps {
@@ -45,7 +46,8 @@ impl Steps {
         })
     }
 
-    /// Records a graph for every bucket that will be replayed, so that no request waits for it. `done` gets the share done, in [0, 1].
+    /// Records a graph for every bucket that will be replayed, so that no request waits for it; those with DoRA's gains, which few
+    /// servers need, come with the first step in each. `done` gets the share done, in [0, 1].
     pub fn record(&mut self, model: &Llama, kv: &mut KvCache, slots: &SlotPool, done: impl Fn(f32)) -> Result<()> {
         if deterministic() {
             return Ok(());
@@ -54,7 +56,7 @@ impl Steps {
         let all: Vec<usize> = ROWS.into_iter().filter(|&rows| rows <= self.most_rows).rev().collect();
         for (i, &rows) in all.iter().enumerate() {
             for adapters in [true, false] {
-                let bucket = Bucket { rows, adapters };
+                let bucket = Bucket { rows, adapters, gains: false };
                 let step = self.decode.upload(&Batch::default(), slots, Some(bucket))?;
                 let batch = Batch { step: Some(step), ..Batch::default() };
                 model.forward(&batch, kv, slots)?;
@@ -66,17 +68,26 @@ impl Steps {
     }
 
     /// Logits `[logit rows, vocab]` of a batch, on the device; good until the next call.
-    pub fn run(&mut self, batch: &Batch, model: &Llama, kv: &mut KvCache, slots: &SlotPool) -> Result<Tensor> {
+    pub fn run(&mut self, batch: &Batch, model: &Llama, kv: &mut KvCache, slots: &mut SlotPool) -> Result<Tensor> {
         model.check(batch)?;
+        for (slot, _) in batch.segments.iter().flat_map(|segment| &segment.terms) {
+            slots.prepare(*slot, model.weights())?;
+        }
         let rows = batch.tokens.len();
         let decode = batch.spans.len() == rows && batch.logit_rows.len() == rows && rows > 0;
         if decode && rows <= self.most_rows && !deterministic() {
             let fitting = ROWS.into_iter().find(|&bucket| bucket >= rows).unwrap_or(self.most_rows);
-            let bucket = Bucket { rows: fitting, adapters: !batch.segments.is_empty() };
+            let gains = lora::gained(&batch.segments, slots)?;
+            let bucket = Bucket { rows: fitting, adapters: !batch.segments.is_empty(), gains };
             let step = self.decode.upload(batch, slots, Some(bucket))?;
             let logits = match self.graphs.replay(bucket)? {
                 Some(logits) => logits,
-                None => model.forward(&Batch { step: Some(step), ..batch.clone() }, kv, slots)?,
+                None => {
+                    let batch = Batch { step: Some(step), ..batch.clone() };
+                    let logits = model.forward(&batch, kv, slots)?;
+                    self.graphs.record(bucket, || model.forward(&batch, kv, slots))?;
+                    logits
+                }
             };
             return Ok(logits.narrow(0, 0, rows)?);
         }

@@ -47,7 +47,7 @@ pub mod steps {
         }
 
         /// Never called.
-        pub fn run(&mut self, _: &Batch, _: &Llama, _: &mut KvCache, _: &SlotPool) -> Result<Tensor> {
+        pub fn run(&mut self, _: &Batch, _: &Llama, _: &mut KvCache, _: &mut SlotPool) -> Result<Tensor> {
             match *self {}
         }
     }
@@ -64,6 +64,7 @@ pub mod slots {
     use crate::Result;
     use crate::adapter::peft::AdapterWeights;
     use crate::model::ModelConfig;
+    use crate::model::weights::Weights;
 
     /// Never made.
     pub enum DeviceSlots {}
@@ -107,6 +108,11 @@ pub mod slots {
 
         /// Never called.
         pub fn arrived(&mut self, _: u32) -> Result<bool> {
+            match *self {}
+        }
+
+        /// Never called.
+        pub fn prepare_gains(&mut self, _: u32, _: &Weights) -> Result<()> {
             match *self {}
         }
 

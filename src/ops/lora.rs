@@ -19,8 +19,8 @@ use crate::gpu::step::Step;
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
-pub use cuda::{work, work_words};
-pub use gain::Magnitude;
+pub use cuda::{gained, work, work_words};
+pub use gain::{Magnitude, changed_norms, row_squares};
 
 /// The adapters of a step's rows.
 #[derive(Clone, Copy)]

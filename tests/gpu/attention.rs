@@ -107,7 +107,7 @@ impl Gpu {
             qkv.extend_from_slice(sequence.rows(positions.clone()));
             batch.push(&vec![0; positions.len()], positions.start, &sequence.table, BLOCK, &[]);
         }
-        let bucket = rows.map(|rows| Bucket { rows, adapters: false });
+        let bucket = rows.map(|rows| Bucket { rows, adapters: false, gains: false });
         batch.step = Some(self.buffers.upload(&batch, &SlotPool::default(), bucket).unwrap());
         qkv.resize(batch.rows() * self.heads.qkv_width(), bf16::NAN);
         let qkv = Tensor::from_vec(qkv, (batch.rows(), self.heads.qkv_width()), &device()).unwrap();
@@ -172,7 +172,7 @@ fn append_equals_the_cpu() {
         let device = device();
         let capacity = Capacity { rows: filled, spans: 4, table: 4 };
         let mut buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
-        for bucket in [None, Some(Bucket { rows: filled, adapters: false })] {
+        for bucket in [None, Some(Bucket { rows: filled, adapters: false, gains: false })] {
             batch.step = Some(buffers.upload(&batch, &SlotPool::default(), bucket).unwrap());
             let shape = (blocks, heads.block_len(&device));
             let old = bf16::from_f32(7.0);

@@ -14,7 +14,7 @@ use quiver::engine::Residency;
 use quiver::engine::batch::{Batch, Segment};
 use quiver::gpu::step::{Bucket, Capacity, StepBuffers};
 use quiver::model::{ModelConfig, RopeScaling};
-use quiver::ops::lora::{Adapters, add_delta};
+use quiver::ops::lora::{Adapters, add_delta, gained};
 
 use crate::common::{device, random, relative_error};
 
@@ -24,7 +24,7 @@ const BF16: f64 = 1.0 / 256.0;
 const F32: f64 = 5e-5;
 
 /// One decoder block of these widths.
-fn model(hidden: usize, intermediate: usize, heads: (usize, usize, usize), vocab: usize) -> ModelConfig {
+pub fn model(hidden: usize, intermediate: usize, heads: (usize, usize, usize), vocab: usize) -> ModelConfig {
     ModelConfig {
         hidden_size: hidden,
         intermediate_size: intermediate,
@@ -48,7 +48,7 @@ fn tiny() -> ModelConfig {
 }
 
 /// An adapter whose delta is about as large as `y`, with a rank of its own for each module that it has.
-fn adapter(model: &ModelConfig, seed: u64, modules: &[(Module, usize, bool)]) -> AdapterWeights {
+pub fn adapter(model: &ModelConfig, seed: u64, modules: &[(Module, usize, bool)]) -> AdapterWeights {
     let module = |(i, &(module, rank, bias)): (usize, &(Module, usize, bool))| {
         let (n, k) = module.shape(model);
         let seed = 1000 * seed + 10 * i as u64;
@@ -87,20 +87,20 @@ fn adapters(model: &ModelConfig) -> Vec<AdapterWeights> {
 }
 
 /// A step's inputs: `x [rows, k]`, `y [rows, n]`.
-struct Rows {
-    rows: usize,
-    x: Vec<bf16>,
-    y: Vec<bf16>,
+pub struct Rows {
+    pub rows: usize,
+    pub x: Vec<bf16>,
+    pub y: Vec<bf16>,
 }
 
 impl Rows {
-    fn new(model: &ModelConfig, site: Site, rows: usize) -> Self {
+    pub fn new(model: &ModelConfig, site: Site, rows: usize) -> Self {
         let (n, k) = shape(model, site);
         Self { rows, x: random(7, rows * k), y: random(8, rows * n) }
     }
 
     /// Some of the rows, as a step of their own.
-    fn some(&self, rows: impl Iterator<Item = usize>) -> Self {
+    pub fn some(&self, rows: impl Iterator<Item = usize>) -> Self {
         let (n, k) = (self.y.len() / self.rows, self.x.len() / self.rows);
         let mut some = Self { rows: 0, x: vec![], y: vec![] };
         for row in rows {
@@ -113,14 +113,14 @@ impl Rows {
 }
 
 /// Output and input features of a site.
-fn shape(model: &ModelConfig, site: Site) -> (usize, usize) {
+pub fn shape(model: &ModelConfig, site: Site) -> (usize, usize) {
     let modules = site.modules();
     (modules.iter().map(|m| m.shape(model).0).sum(), modules[0].shape(model).1)
 }
 
 /// `y` with the deltas of layer 0 or the head; `bucket` makes it a fixed step, whose further rows are NaN. The result has
 /// bf16 or f32 values, all widened.
-fn run(
+pub fn run(
     model: &ModelConfig,
     pool: &SlotPool,
     site: Site,
@@ -147,7 +147,8 @@ fn run(
     };
     let capacity = Capacity { rows: all, spans: segments.len().max(1), table: 1 };
     let mut buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
-    let step = buffers.upload(&batch, pool, bucket.map(|rows| Bucket { rows, adapters: true })).unwrap();
+    let gains = gained(segments, pool).unwrap();
+    let step = buffers.upload(&batch, pool, bucket.map(|rows| Bucket { rows, adapters: true, gains })).unwrap();
     let adapters = Adapters { segments, slots: pool, step: Some(&step), logits: false };
     add_delta(&y, &x, &adapters, if site == Site::Head { model.num_layers } else { 0 }, site).unwrap();
     let y: Vec<f32> = y.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
@@ -156,7 +157,7 @@ fn run(
 }
 
 /// One row in f64.
-fn reference(
+pub fn reference(
     model: &ModelConfig,
     site: Site,
     x: &[bf16],
@@ -184,7 +185,7 @@ fn reference(
 }
 
 /// A pool that holds the adapters, slot `i` the `i`th.
-fn pool(model: &ModelConfig, adapters: &[AdapterWeights]) -> SlotPool {
+pub fn pool(model: &ModelConfig, adapters: &[AdapterWeights]) -> SlotPool {
     let mut pool = SlotPool::on(&device(), model, 512 << 20).unwrap();
     for (i, adapter) in adapters.iter().enumerate() {
         assert_eq!(pool.load(adapter, model).unwrap(), i as u32);
@@ -193,7 +194,7 @@ fn pool(model: &ModelConfig, adapters: &[AdapterWeights]) -> SlotPool {
 }
 
 /// Segments of the given lengths and terms, back to back; no terms: rows of the base model.
-fn segments(parts: &[(usize, &[(u32, f32)])]) -> (usize, Vec<Segment>) {
+pub fn segments(parts: &[(usize, &[(u32, f32)])]) -> (usize, Vec<Segment>) {
     let (mut row, mut segments) = (0, Vec::new());
     for (rows, terms) in parts {
         if !terms.is_empty() {

@@ -2,6 +2,7 @@
 
 mod attention;
 mod common;
+mod dora;
 mod heads;
 mod lora;
 mod model;

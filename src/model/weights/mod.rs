@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use self::checkpoint::Checkpoint;
 use self::dummy::Dummy;
 use super::{ModelConfig, RopeScaling};
+use crate::adapter::Site;
 use crate::hub::{ModelFiles, ModelFormat, hex};
 use crate::ops::quant::nf4::Nf4;
 use crate::ops::quant::{QMatrix, Source};
@@ -148,6 +149,17 @@ pub fn shape(files: &ModelFiles) -> Result<ModelConfig> {
 }
 
 impl Weights {
+    /// The matrix that adapters change at a site; the head belongs to no layer.
+    pub fn matrix(&self, layer: usize, site: Site) -> &Arc<QMatrix> {
+        match site {
+            Site::Qkv => &self.layers[layer].qkv,
+            Site::O => &self.layers[layer].o,
+            Site::GateUp => &self.layers[layer].gate_up,
+            Site::Down => &self.layers[layer].down,
+            Site::Head => &self.head,
+        }
+    }
+
     /// Resident bytes of all matrices.
     pub fn bytes(&self) -> usize {
         let head = if Arc::ptr_eq(&self.head, &self.embedding) { 0 } else { self.head.bytes() };

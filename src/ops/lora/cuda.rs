@@ -24,6 +24,9 @@ const SMALL_STEP: usize = 256;
 /// Terms that a segment may have; requests have at most as many.
 const TERMS: usize = 8;
 
+/// Columns of an item of the kernel of gains.
+const GAIN_COLUMNS: usize = 512;
+
 /// Words of the two lists' headers and the address behind them.
 const HEADER: usize = 36;
 /// Words of a list's header, a term, a chunk.
@@ -165,6 +168,21 @@ pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
     Ok(words)
 }
 
+/// Whether any rows have DoRA's gains. Errors: they share their rows, have another weight than 1, or were not prepared.
+pub fn gained(segments: &[Segment], slots: &SlotPool) -> Result<bool> {
+    let mut any = false;
+    for segment in segments {
+        for &(slot, weight) in &segment.terms {
+            let gained = gpu(slots)?.gained(slot)?;
+            if gained && (segment.terms.len() > 1 || weight != 1.0) {
+                return Err(Error::internal("DoRA adapters have no weights and share no rows"));
+            }
+            any |= gained;
+        }
+    }
+    Ok(any)
+}
+
 /// As [`super::add_delta`], `x` bf16, `y` bf16 or f32. In a fixed step the launches depend on shapes alone.
 pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site: Site) -> Result<()> {
     let ((rows, n), (x_rows, k)) = (y.dims2()?, x.dims2()?);
@@ -211,6 +229,13 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
         let grid = grid(pieces, pieces.most(rows, pieces.expand_rows) * n.div_ceil(4 * 64));
         // SAFETY: as above, and `y` has the shape of the site; nothing else uses it meanwhile.
         unsafe { launch(device, name, grid, &args.concat())? };
+    }
+    if step.gains {
+        let name = if y.dtype() == DType::F32 { "lora_gain_f32" } else { "lora_gain" };
+        let args: [Arg; 6] = [work.words.into(), table.into(), to.into(), entry[0], entry[1], n.into()];
+        let grid = Grid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * slots.processors()), 128);
+        // SAFETY: as above.
+        unsafe { launch(device, name, grid, &args)? };
     }
     Ok(())
 }

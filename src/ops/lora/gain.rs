@@ -1,4 +1,7 @@
 //! DoRA (Liu et al., 2024) as a gain of each output row: `y = m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x)`.
+//!
+//! Norms need no dense weights but once a base: `‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b`, where `W·Aᵀ` is the base
+//! product of rank rows. The CPU's slots take them as they stand instead, once an adapter.
 
 use std::sync::OnceLock;
 
@@ -9,7 +12,22 @@ use crate::ops::quant::{self, QMatrix};
 use crate::{Error, Result};
 
 /// Rows of the base that are dense at a time.
-const ROWS: usize = 512;
+const ROWS: usize = 1024;
+
+/// Squared norms of a matrix's rows, `[1, n]` f32.
+pub fn row_squares(weight: &QMatrix) -> Result<Tensor> {
+    let ids: Vec<u32> = (0..weight.n() as u32).collect();
+    let squares = ids.chunks(ROWS).map(|ids| Ok(quant::gather_rows(weight, ids, None)?.sqr()?.sum(1)?));
+    Ok(Tensor::cat(&squares.collect::<Result<Vec<_>>>()?, 0)?.reshape((1, weight.n()))?)
+}
+
+/// Norms of the rows of `W + scale·B·A`, `[1, n]` f32, from the squared norms of those of W, `[1, n]`, `A [rank, k]`,
+/// `B [n, rank]`, and `crossed = A·Wᵀ [rank, n]`, all f32.
+pub fn changed_norms(squares: &Tensor, a: &Tensor, b: &Tensor, crossed: &Tensor, scale: f32) -> Result<Tensor> {
+    let scale = f64::from(scale);
+    let inner = ((crossed.t()? * (2.0 * scale))? + (b.matmul(&a.matmul(&a.t()?)?)? * (scale * scale))?)?;
+    Ok((squares + (inner * b)?.sum_keepdim(1)?.t()?)?.sqrt()?)
+}
 
 /// Magnitudes of a pair's output rows, and the gains that they become once the base is at hand.
 #[derive(Debug, Clone, PartialEq)]
