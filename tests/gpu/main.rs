@@ -4,6 +4,7 @@ mod attention;
 mod common;
 mod dora;
 mod heads;
+mod jobs;
 mod lora;
 mod model;
 mod quant;
