@@ -1,12 +1,11 @@
 //! The manifest in the state directory: which adapters to bring back after a restart.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// One adapter as it was when the manifest was written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -61,17 +60,11 @@ impl Manifest {
         (entries, damaged)
     }
 
-    /// Writes all entries to a temporary file and renames it over the old one.
+    /// Replaces it with one of all entries.
     pub fn write(&self, entries: &[Entry]) -> Result<()> {
-        let temporary = self.path.with_extension("json.tmp");
         let text = format!("{:#}\n", json!({"version": 1, "adapters": entries}));
-        let write = || {
-            let mut file = std::fs::File::create(&temporary)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &self.path)
-        };
-        write().map_err(|e| Error::internal(format!("{} cannot be written: {e}", self.path.display())))
+        files::replace(&self.path, |made| std::fs::write(made, text))
+            .map_err(|e| Error::internal(format!("{} cannot be written: {e}", self.path.display())))
     }
 
     fn set_aside(&self, why: &str) -> String {

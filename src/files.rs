@@ -1,0 +1,61 @@
+//! Files and directories that appear whole or not at all.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+
+/// Makes `path` of the file or directory that `write` leaves at the path it is given, on the same disk. Whoever looks finds
+/// what was there before or all of the new one, after a kill or a power cut too; between one directory and the next there
+/// may be none. Where `write` fails, nothing has changed. Errors: those of `write`; the disk is full or may not be written.
+pub fn replace<E: From<io::Error>>(path: &Path, write: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Goes with whatever is in it, on every way out.
+    let work = tempfile::Builder::new().prefix(".new-").tempdir_in(parent)?;
+    let made = work.path().join("made");
+    write(&made)?;
+    sync(&made)?;
+    if made.is_dir() && path.is_dir() {
+        fs::remove_dir_all(path)?;
+    }
+    Ok(fs::rename(&made, path)?)
+}
+
+/// Brings a file, or all files of a directory, to the disk.
+fn sync(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return fs::read_dir(path)?.try_for_each(|entry| sync(&entry?.path()));
+    }
+    File::options().write(true).open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_leaves_the_old_one_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
+        let written = |what: &'static str| move |made: &Path| fs::write(made, what);
+        let filled = |what: &'static str| {
+            move |made: &Path| {
+                fs::create_dir(made)?;
+                fs::write(made.join(what), what)
+            }
+        };
+        for what in ["old", "new"] {
+            replace(&file, written(what)).unwrap();
+            replace(&folder, filled(what)).unwrap();
+        }
+        let full = |made: &Path| {
+            written("half")(made)?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        };
+        assert_eq!(replace(&file, full).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert!(replace(&folder, written("a file where a folder is")).is_err());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "new");
+        let names = |dir: &Path| fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+        assert_eq!(names(&folder), ["new"]);
+        assert_eq!(names(dir.path()).len(), 2, "{:?}", names(dir.path()));
+    }
+}
