@@ -148,7 +148,7 @@ impl Backend {
         loaded_now(&loaded);
         let (commands, inbox) = channel();
         let filler = Filler {
-            work: Box::new(Trainer::new(model.clone(), inbox)),
+            work: Box::new(Trainer::new(model.clone(), inbox)?),
             share: config.train_share,
             max_delay: config.train_max_delay.unwrap_or(Self::MAX_DELAY[usize::from(loaded.device.is_cuda())]),
         };

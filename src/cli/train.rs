@@ -247,15 +247,17 @@ impl TrainArgs {
             spec: prepared.spec,
             from,
             resume: state::exists(&dir),
-            dir,
+            dir: dir.clone(),
             // The receiver lives as long as the loop that trains.
             report: monitor::watched(&self.out, move |report| drop(told.send(report))),
         };
         let (commands, inbox) = channel();
-        let trainer = Trainer::new(Arc::new(Llama::new(weights)?), inbox);
+        let trainer = Trainer::new(Arc::new(Llama::new(weights)?), inbox)?;
         let _interrupts = on_interrupt(move |command| drop(commands.send(command)), Command::Start(Box::new(job)))?;
         let run = follow(trainer, &reports)?;
-        self.finish(&run)
+        self.finish(&run)?;
+        // Not before all is in its place: without its state it would begin anew after a kill.
+        state::remove(&dir)
     }
 
     /// Puts the last checkpoint where it was asked for.
@@ -360,7 +362,7 @@ fn follow(mut trainer: Trainer, reports: &Receiver<Report>) -> Result<Run> {
     let bar = step_bar();
     let say = |line: String| bar.suspend(|| println!("{line}"));
     loop {
-        let worked = trainer.slice();
+        let worked = trainer.slice() || trainer.settle();
         for report in reports.try_iter() {
             match report {
                 Report::Started { steps, done, parameters } => {
@@ -377,7 +379,7 @@ fn follow(mut trainer: Trainer, reports: &Receiver<Report>) -> Result<Run> {
                     say(format!("step {}: held-out loss {:.4}", v.step, v.valid_loss));
                     run.validations.push(v);
                 }
-                Report::Checkpoint(checkpoint) => last = Some(checkpoint.dir),
+                Report::Checkpoint(checkpoint) | Report::Resumed(checkpoint) => last = Some(checkpoint.dir),
                 Report::Succeeded => run.adapter = last.take(),
                 Report::Failed(error) => return Err(error),
                 Report::Paused | Report::Cancelled => {}

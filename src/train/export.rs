@@ -1,50 +1,58 @@
 //! An adapter as PEFT 0.21 writes it: `adapter_config.json` with all of LoraConfig's keys, and `adapter_model.safetensors`.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::params::Params;
 use super::spec::{Init, Spec};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
-/// Writes the adapter into `dir`, which appears whole or not at all; one that is there is replaced. `kept` says which of
-/// AdaLoRA's ranks are left. AdaLoRA becomes plain LoRA with the same effect: A takes E and the scale, each module has a
-/// rank of its own. Errors: the disk is full or may not be written.
-pub fn write(
-    dir: &Path,
-    spec: &Spec,
-    params: &Params,
-    kept: Option<&[Vec<bool>]>,
-    provenance: &Map<String, Value>,
-) -> Result<()> {
-    let (tensors, ranks) = tensors(params, kept)?;
-    let config = config(spec, &ranks, provenance);
-    let failed =
-        |e: &dyn std::fmt::Display| Error::internal(format!("the adapter cannot be written to {}: {e}", dir.display()));
-    let parent = dir.parent().ok_or_else(|| failed(&"it is a root"))?;
-    fs::create_dir_all(parent).map_err(|e| failed(&e))?;
-    let temporary = tempfile::Builder::new().prefix(".adapter-").tempdir_in(parent).map_err(|e| failed(&e))?;
-    let text = serde_json::to_string_pretty(&config).map_err(|e| failed(&e))?;
-    fs::write(temporary.path().join("adapter_config.json"), text).map_err(|e| failed(&e))?;
-    let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-    // Not by `serialize_to_file`, whose files only their owner may read.
-    let bytes = safetensors::serialize(&tensors, metadata).map_err(|e| failed(&e))?;
-    fs::write(temporary.path().join("adapter_model.safetensors"), bytes).map_err(|e| failed(&e))?;
-    // Made by an earlier run that was cut off before its state was written.
-    if dir.exists() {
-        fs::remove_dir_all(dir).map_err(|e| failed(&e))?;
+/// An adapter as it was at one time, on the CPU.
+pub struct Export {
+    /// `adapter_config.json`, keys sorted as PEFT sorts them.
+    config: BTreeMap<String, Value>,
+    /// f32, under PEFT's names.
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Export {
+    /// Copies the values. `kept` says which of AdaLoRA's ranks are left. AdaLoRA becomes plain LoRA with the same effect: A
+    /// takes E and the scale, each module has a rank of its own. Errors: no memory.
+    pub fn new(
+        spec: &Spec,
+        params: &Params,
+        kept: Option<&[Vec<bool>]>,
+        provenance: &Map<String, Value>,
+    ) -> Result<Self> {
+        let (tensors, ranks) = tensors(params, kept)?;
+        Ok(Self { config: config(spec, &ranks, provenance), tensors })
     }
-    fs::rename(temporary.path(), dir).map_err(|e| failed(&e))
+
+    /// Writes `dir`, which appears whole or not at all; one that is there is replaced. Errors: the disk is full or may not be
+    /// written.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let write = |made: &Path| {
+            fs::create_dir(made)?;
+            let text = serde_json::to_string_pretty(&self.config).map_err(io::Error::other)?;
+            fs::write(made.join("adapter_config.json"), text)?;
+            let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
+            // Not by `serialize_to_file`, whose files only their owner may read.
+            let bytes = safetensors::serialize(&self.tensors, metadata).map_err(io::Error::other)?;
+            fs::write(made.join("adapter_model.safetensors"), bytes)
+        };
+        files::replace(dir, write)
+            .map_err(|e| Error::internal(format!("the adapter cannot be written to {}: {e}", dir.display())))
+    }
 }
 
 /// Ranks of modules, by path.
 type Ranks = BTreeMap<String, usize>;
 
-/// Tensors under PEFT's names, on the CPU, and AdaLoRA's ranks.
+/// Copies of the tensors under PEFT's names, on the CPU, and AdaLoRA's ranks.
 fn tensors(params: &Params, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<String, Tensor>, Ranks)> {
     let (mut tensors, mut ranks) = (BTreeMap::new(), Ranks::new());
     let rank = params.rank;
@@ -69,14 +77,15 @@ fn tensors(params: &Params, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<Stri
                 (a, b) = (a.index_select(&ids, 0)?, b.index_select(&ids, 1)?);
             }
             let name = |what: &str| format!("base_model.model.{path}.{what}");
-            tensors.insert(name("lora_A.weight"), a.contiguous()?);
-            tensors.insert(name("lora_B.weight"), b.contiguous()?);
+            // Copied even where it lies as it is: the next step changes the values in place.
+            tensors.insert(name("lora_A.weight"), a.force_contiguous()?);
+            tensors.insert(name("lora_B.weight"), b.force_contiguous()?);
             if let Some(place) = &part.magnitude {
-                tensors.insert(name("lora_magnitude_vector"), host(params.value(place)?)?.flatten_all()?);
+                let magnitude = host(params.value(place)?)?.force_contiguous()?;
+                tensors.insert(name("lora_magnitude_vector"), magnitude.flatten_all()?);
             }
         }
     }
-    debug_assert!(tensors.values().all(|t| t.dtype() == DType::F32));
     Ok((tensors, ranks))
 }
 

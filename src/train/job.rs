@@ -35,7 +35,7 @@ pub struct Job {
     pub from: Option<AdapterWeights>,
     /// Whether it goes on from the state in `dir`.
     pub resume: bool,
-    /// Told what happens, on the engine's thread: it must not block.
+    /// Told what happens, in order, on the thread that writes jobs' files.
     pub report: Box<dyn FnMut(Report) + Send>,
 }
 
@@ -45,7 +45,7 @@ pub enum Command {
     Start(Box<Job>),
     /// Write the job's state and leave it.
     Pause(String),
-    /// Leave the job and remove its state.
+    /// Leave the job for good, and remove its state.
     Cancel(String),
 }
 
@@ -67,11 +67,13 @@ pub enum Report {
     Validation(Validation),
     /// An adapter is on disk.
     Checkpoint(Checkpoint),
+    /// After [`Report::Started`]: it goes on from a state with this last checkpoint, of which nobody may have heard.
+    Resumed(Checkpoint),
     /// It stopped, and can resume.
     Paused,
     /// It stopped for good.
     Cancelled,
-    /// It has ended; its last checkpoint is its result.
+    /// It has ended; its last checkpoint is its result. Its state stays until whoever hears this has no more need of it.
     Succeeded,
     /// It cannot go on.
     Failed(Error),
@@ -119,7 +121,7 @@ pub struct Checkpoint {
 }
 
 /// Log-probabilities of one text under an adapter.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
     pub tokens: Vec<u32>,
     /// Of each token after the first, given those before it.

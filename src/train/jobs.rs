@@ -193,17 +193,6 @@ impl Manager {
         Ok(())
     }
 
-    /// Publishes the checkpoint that a job goes on from, if the last process ended before it could.
-    fn adopt(&self, record: &Record) -> Result<()> {
-        let model = record.model_id(Some(record.done));
-        let dir = self.store().job_dir(&record.id).join(format!("step-{}", record.done));
-        if dir.is_dir() && self.host.registry.get(&model).is_err() {
-            self.publisher.again(&model, &dir)?;
-            self.add_checkpoint(record, record.done)?;
-        }
-        Ok(())
-    }
-
     fn handle(&mut self, message: Message) -> Result<()> {
         match message {
             Message::Create(record, reply) => {
@@ -393,13 +382,12 @@ impl Manager {
                 // Steps that an interruption undid are done, and counted, again.
                 let kept = self.store().all::<StepMetrics>(Kind::Step, id)?.into_iter().filter(|m| m.step <= done);
                 let tokens = kept.map(|m| m.tokens as u64).sum();
-                let record = self.update(id, |record| {
+                self.update(id, |record| {
                     (record.steps, record.done, record.trained_tokens) = (steps, done, tokens);
                     if record.status == Status::Queued {
                         record.status = Status::Running;
                     }
                 })?;
-                self.adopt(&record)?;
                 let from = if done > 0 { format!(", from step {done} on") } else { String::new() };
                 let message = format!("Fine-tuning job started: {steps} steps, {parameters} parameters{from}");
                 self.note(id, "info", &message, None)
@@ -407,6 +395,13 @@ impl Manager {
             Report::Step(metrics) => self.step(&record, metrics),
             Report::Validation(validation) => self.measured(&record, validation),
             Report::Checkpoint(checkpoint) => self.checkpoint(&record, &checkpoint),
+            Report::Resumed(checkpoint) => {
+                let known = self.store().find::<Value>(Kind::Checkpoint, &record.checkpoint_id(checkpoint.step))?;
+                let served = self.host.registry.get(&record.model_id(Some(checkpoint.step))).is_ok();
+                // The last process ended before it was served, and nobody has deleted it since.
+                let missed = checkpoint.dir.is_dir() && !(known.is_some() && served);
+                if missed { self.checkpoint(&record, &checkpoint) } else { Ok(()) }
+            }
             // At a stop, it stays one that runs.
             Report::Paused | Report::Cancelled => Ok(()),
             Report::Succeeded => self.succeeded(&record),
@@ -470,7 +465,7 @@ impl Manager {
         let trained = self.store().find::<StepMetrics>(Kind::Step, &format!("{id}/step/{step}"))?;
         let valid = self.store().find::<Validation>(Kind::Validation, &format!("{id}/validation/{step}"))?;
         let object = record::checkpoint(record, step, trained.as_ref(), valid.as_ref());
-        self.store().put(Kind::Checkpoint, object["id"].as_str().unwrap_or_default(), id, &object)
+        self.store().put(Kind::Checkpoint, &record.checkpoint_id(step), id, &object)
     }
 
     fn succeeded(&mut self, record: &Record) -> Result<()> {
@@ -494,7 +489,9 @@ impl Manager {
             record.fine_tuned_model = Some(model);
             record.result_files = result_files;
         })?;
-        self.note(id, "info", "The job has successfully completed", None)
+        self.note(id, "info", "The job has successfully completed", None)?;
+        // Not before the job has ended: without its state it would begin anew after a kill.
+        super::state::remove(&self.store().job_dir(id))
     }
 
     fn fail(&mut self, id: &str, error: Error) -> Result<()> {

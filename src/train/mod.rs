@@ -3,7 +3,7 @@
 //! A [`job::Job`] says what to learn from which examples. The [`trainer::Trainer`] runs on the engine's thread, where the
 //! device is: it puts rows of every job that runs into a [`pass::Pass`], goes through it a decoder [`block`] at a time, and
 //! each [`running`] job moves its [`params`] by the gradients. [`state`] makes a job survive a restart, [`export`] makes its
-//! values an adapter.
+//! values an adapter; both are written by the [`outbox`]'s thread.
 
 pub mod adalora;
 pub mod adapter;
@@ -18,6 +18,7 @@ pub mod jobs;
 pub mod monitor;
 pub mod optim;
 pub mod order;
+pub mod outbox;
 pub mod params;
 pub mod pass;
 pub mod prepare;

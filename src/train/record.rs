@@ -93,6 +93,11 @@ impl Record {
         step.map_or(model.clone(), |step| format!("{model}:ckpt-step-{step}"))
     }
 
+    /// Id of the checkpoint after `step` steps.
+    pub fn checkpoint_id(&self, step: usize) -> String {
+        format!("ftckpt_{}_{step}", self.short_id())
+    }
+
     /// Enough of its id to tell jobs apart.
     pub fn short_id(&self) -> &str {
         let random = self.id.trim_start_matches("ftjob-");
@@ -164,7 +169,7 @@ pub fn checkpoint(record: &Record, step: usize, trained: Option<&StepMetrics>, v
     let valid_loss = valid.map(|v| v.valid_loss);
     let valid_accuracy = valid.map(|v| v.valid_mean_token_accuracy);
     json!({
-        "id": format!("ftckpt_{}_{step}", record.short_id()),
+        "id": record.checkpoint_id(step),
         "object": "fine_tuning.job.checkpoint",
         "created_at": now(),
         "fine_tuning_job_id": record.id,

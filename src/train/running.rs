@@ -1,21 +1,24 @@
 //! A job between its start and its end: what it puts into passes, and what it does with what comes out.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
+use super::adalora;
 use super::adalora::Allocator;
 use super::adapter::Adapter;
 use super::dora::Norms;
+use super::export::Export;
 use super::job::{Checkpoint, Example, Job, Probe, Report, StepMetrics, Validation};
 use super::optim::Optimizer;
 use super::order::{self, Order};
+use super::outbox::Line;
 use super::params::Params;
 use super::pass::{Batch, Part, Scores};
 use super::state::{self, Measure, Progress};
-use super::{adalora, export};
 use crate::model::llama::Llama;
 use crate::{Error, Result};
 
@@ -25,6 +28,8 @@ const PROBE_TOKENS: usize = 64;
 /// A job that runs.
 pub struct Running {
     job: Job,
+    /// Takes what is written and told.
+    line: Line,
     model: Arc<Llama>,
     order: Order,
     valid: Vec<Example>,
@@ -82,9 +87,9 @@ impl Sums {
 }
 
 impl Running {
-    /// Makes a job ready to run, or to go on. Errors: settings or examples that cannot be trained with, a state
-    /// that cannot be read, no memory.
-    pub fn new(mut job: Job, model: Arc<Llama>) -> Result<Self> {
+    /// Makes a job ready to run, or to go on. It tells `line`, first that it runs. Errors: settings or examples that cannot be
+    /// trained with, a state that cannot be read, no memory.
+    pub fn new(mut job: Job, line: &Line, model: Arc<Llama>) -> Result<Self> {
         let (spec, config) = (&job.spec, model.config());
         check(&job, &model)?;
         let device = model.weights().norm.device();
@@ -105,6 +110,7 @@ impl Running {
         let mut running = Self {
             adapter: Arc::new(adapter(&params, norms.as_ref(), &model)?),
             job,
+            line: line.clone(),
             model,
             order,
             valid,
@@ -122,6 +128,11 @@ impl Running {
             running.restore()?;
         }
         running.restart()?;
+        let (steps, done, parameters) = (running.steps, running.progress.step, running.params.count());
+        running.line.tell(Report::Started { steps, done, parameters });
+        if let Some((step, probe)) = running.progress.checkpoint.clone() {
+            running.line.tell(Report::Resumed(Checkpoint { step, dir: running.checkpoint_dir(step), probe }));
+        }
         Ok(running)
     }
 
@@ -129,16 +140,14 @@ impl Running {
         &self.job.id
     }
 
-    /// Tells from now on what happens, first that it runs.
-    pub fn begin(&mut self, report: Box<dyn FnMut(Report) + Send>) {
-        self.job.report = report;
-        let (steps, done, parameters) = (self.steps, self.progress.step, self.params.count());
-        self.report(Report::Started { steps, done, parameters });
+    /// Where it writes and reports.
+    pub fn line(&self) -> &Line {
+        &self.line
     }
 
-    /// Tells whoever started the job.
-    pub fn report(&mut self, report: Report) {
-        (self.job.report)(report);
+    /// Whether its next pass must wait until what is written is: one copy of the values beside them is enough.
+    pub fn waits(&self) -> bool {
+        self.progress.todo.front() == Some(&Measure::Checkpoint) && self.line.writes()
     }
 
     /// Whether its next pass is without gradients.
@@ -219,14 +228,25 @@ impl Running {
         Ok(())
     }
 
-    /// Writes what [`Job::resume`] goes on from: the job as it was after its last optimiser step.
+    /// Has what [`Job::resume`] goes on from written: the job as it was after its last optimiser step.
     pub fn save(&self) -> Result<()> {
-        state::write(&self.job.dir, &self.progress, &self.tensors())
+        let save = self.snapshot()?;
+        self.line.write(|_| save());
+        Ok(())
     }
 
-    /// Removes the state from the job's directory.
-    pub fn forget(&self) -> Result<()> {
-        state::remove(&self.job.dir)
+    /// Has the state removed from the job's directory.
+    pub fn forget(&self) {
+        let dir = self.job.dir.clone();
+        self.line.write(move |_| state::remove(&dir));
+    }
+
+    /// Copies the state, for a later time at which it is written.
+    fn snapshot(&self) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
+        let (dir, progress) = (self.job.dir.clone(), self.progress.clone());
+        let copy = |t: &Tensor| if t.device().is_cpu() { t.copy() } else { t.to_device(&Device::Cpu) };
+        let tensors = self.tensors().into_iter().map(|(name, t)| Ok((name, copy(&t)?))).collect::<Result<_>>()?;
+        Ok(move || state::write(&dir, &progress, &tensors))
     }
 
     fn step(&mut self) -> Result<()> {
@@ -266,7 +286,7 @@ impl Running {
         if checkpoint {
             self.progress.todo.push_back(Measure::Checkpoint);
         }
-        self.report(Report::Step(metrics));
+        self.line.tell(Report::Step(metrics));
         self.restart()
     }
 
@@ -280,16 +300,17 @@ impl Running {
         self.validated = 0;
         self.measured();
         let validation = Validation { step, valid_loss: sums.mean_nll(), valid_mean_token_accuracy: sums.accuracy() };
-        if self.progress.best.is_none_or(|best| validation.valid_loss < best) {
-            (self.progress.best, self.progress.stale) = (Some(validation.valid_loss), 0);
+        if validation.valid_loss < self.progress.best_bits.map_or(f64::INFINITY, f64::from_bits) {
+            (self.progress.best_bits, self.progress.stale) = (Some(validation.valid_loss.to_bits()), 0);
         } else {
             self.progress.stale += 1;
         }
         if self.learnt() && self.progress.todo.is_empty() {
             self.progress.todo.push_back(Measure::Checkpoint);
         }
-        self.report(Report::Validation(validation));
-        Ok(())
+        self.line.tell(Report::Validation(validation));
+        // The run that goes on after a kill is not to decide again.
+        if self.learnt() { self.save() } else { Ok(()) }
     }
 
     /// The first thing to be measured is. It took none of the next step's time.
@@ -300,13 +321,28 @@ impl Running {
 
     fn checkpoint(&mut self, scores: &Scores) -> Result<()> {
         let (step, tokens) = (self.progress.step, self.probe().to_vec());
-        let dir = self.job.dir.join(format!("step-{step}"));
-        export::write(&dir, &self.job.spec, &self.params, self.progress.kept.as_deref(), &self.job.provenance)?;
-        self.measured();
         let probe = Probe { tokens, logprobs: scores.nll.iter().map(|nll| -nll).collect() };
-        // Told before it is remembered: told twice, if the process ends in between, and not never.
-        self.report(Report::Checkpoint(Checkpoint { step, dir, probe }));
-        self.save()
+        if probe.logprobs.iter().any(|logprob| !logprob.is_finite()) {
+            let message = format!("the adapter of step {step} gives no finite log-probabilities");
+            return Err(Error::invalid(message + ": a lower learning rate may help").code("training_diverged"));
+        }
+        let dir = self.checkpoint_dir(step);
+        let export = Export::new(&self.job.spec, &self.params, self.progress.kept.as_deref(), &self.job.provenance)?;
+        self.measured();
+        self.progress.checkpoint = Some((step, probe.clone()));
+        let save = self.snapshot()?;
+        self.line.write(move |tell| {
+            export.write(&dir)?;
+            // Remembered before it is told: where the process ends in between, the run that goes on tells it.
+            save()?;
+            tell(Report::Checkpoint(Checkpoint { step, dir, probe }));
+            Ok(())
+        });
+        Ok(())
+    }
+
+    fn checkpoint_dir(&self, step: usize) -> PathBuf {
+        self.job.dir.join(format!("step-{step}"))
     }
 
     /// The text that checkpoints are probed with.

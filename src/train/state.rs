@@ -1,14 +1,15 @@
 //! A job's state on disk: all that an uninterrupted run would have in memory between two steps, in one file.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use super::job::Probe;
+use crate::{Error, Result, files};
 
 /// The file's name in a job's directory.
 const FILE: &str = "state.safetensors";
@@ -32,10 +33,12 @@ pub struct Progress {
     pub step: usize,
     /// To be measured before the next step.
     pub todo: VecDeque<Measure>,
-    /// Lowest validation loss so far.
-    pub best: Option<f64>,
+    /// Bits of the lowest validation loss so far (f64), which as a decimal may come back off by one.
+    pub best_bits: Option<u64>,
     /// Validations since.
     pub stale: usize,
+    /// Step and probe of the last checkpoint: whoever was to hear of it may not have.
+    pub checkpoint: Option<(usize, Probe)>,
     /// AdaLoRA: whether each rank is kept, site by site, once ranks were chosen.
     pub kept: Option<Vec<Vec<bool>>>,
 }
@@ -49,20 +52,15 @@ pub fn exists(dir: &Path) -> bool {
     path(dir).is_file()
 }
 
-/// Writes the state; whoever reads has the old one or the new one. Errors: the disk is full or may not be written.
+/// Writes the state, of tensors on the CPU; whoever reads has the old one or the new one. Errors: the disk is full or may not
+/// be written.
 pub fn write(dir: &Path, progress: &Progress, tensors: &HashMap<String, Tensor>) -> Result<()> {
     let text = serde_json::to_string(progress).map_err(|e| Error::internal(format!("a job's progress: {e}")))?;
     let metadata = HashMap::from([(PROGRESS.to_owned(), text)]);
-    let on_host: Vec<(&String, Tensor)> =
-        tensors.iter().map(|(name, t)| Ok((name, t.to_device(&Device::Cpu)?))).collect::<Result<_>>()?;
-    let failed = |e: &dyn std::fmt::Display| {
-        Error::internal(format!("the job's state cannot be written to {}: {e}", dir.display()))
-    };
-    let file = tempfile::NamedTempFile::new_in(dir).map_err(|e| failed(&e))?;
-    safetensors::serialize_to_file(on_host, Some(metadata), file.path()).map_err(|e| failed(&e))?;
-    file.as_file().sync_all().map_err(|e| failed(&e))?;
-    file.persist(path(dir)).map_err(|e| failed(&e))?;
-    Ok(())
+    let serialize =
+        |made: &Path| safetensors::serialize_to_file(tensors, Some(metadata), made).map_err(io::Error::other);
+    files::replace(&path(dir), serialize)
+        .map_err(|e| Error::internal(format!("the job's state cannot be written to {}: {e}", dir.display())))
 }
 
 /// Reads it back. Errors: it is not there or not whole.

@@ -39,7 +39,7 @@ impl Outcome {
             Report::Step(m) => self.steps.push(m),
             Report::Validation(v) => self.validations.push(v),
             Report::Failed(error) => self.error = Some(error),
-            Report::Checkpoint(_) | Report::Paused | Report::Cancelled | Report::Succeeded => {}
+            Report::Checkpoint(_) | Report::Resumed(_) | Report::Paused | Report::Cancelled | Report::Succeeded => {}
         }
     }
 }
@@ -67,7 +67,7 @@ pub fn run(
     mut told: impl FnMut(&Report),
 ) -> Result<Vec<Outcome>> {
     let (commands, inbox) = channel();
-    let mut trainer = Trainer::new(model.clone(), inbox);
+    let mut trainer = Trainer::new(model.clone(), inbox)?;
     let mut outcomes = vec![Outcome::default(); runs.len()];
     let mut runs = runs.into_iter().enumerate().peekable();
     while runs.peek().is_some() {
@@ -91,7 +91,7 @@ pub fn run(
             commands.send(Command::Start(Box::new(job))).map_err(|_| Error::internal("the trainer has ended"))?;
         }
         loop {
-            let worked = trainer.slice();
+            let worked = trainer.slice() || trainer.settle();
             for (i, report) in reports.try_iter() {
                 told(&report);
                 outcomes[i].take(report);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use super::job::{Command, Job, Report};
+use super::outbox::Outbox;
 use super::pass::{Pass, Scores};
 use super::running::Running;
 use crate::engine::Background;
@@ -21,6 +22,7 @@ const KEPT_BYTES: usize = 1 << 30;
 pub struct Trainer {
     model: Arc<Llama>,
     commands: Receiver<Command>,
+    outbox: Outbox,
     /// In the order in which they are asked for rows.
     jobs: Vec<Running>,
     /// Jobs to stop once no pass has their rows, and how.
@@ -58,33 +60,41 @@ impl Background for Trainer {
 }
 
 impl Trainer {
-    /// A trainer without jobs, which takes commands whenever it gets a slice.
-    pub fn new(model: Arc<Llama>, commands: Receiver<Command>) -> Self {
+    /// A trainer without jobs, which takes commands whenever it gets a slice. Errors: there can be no thread for files.
+    pub fn new(model: Arc<Llama>, commands: Receiver<Command>) -> Result<Self> {
         let (jobs, leaving, results) = Default::default();
-        Self { model, commands, jobs, leaving, under_way: None, results, alone: 0 }
+        let outbox = Outbox::start()?;
+        Ok(Self { model, commands, outbox, jobs, leaving, under_way: None, results, alone: 0 })
+    }
+
+    /// Waits until files are written and reports are told. True where jobs are left, which go on now. For those who have
+    /// nothing else to do when a slice had none.
+    pub fn settle(&self) -> bool {
+        self.outbox.flush();
+        !self.jobs.is_empty()
     }
 
     fn start(&mut self, mut job: Job) {
-        let mut report = std::mem::replace(&mut job.report, Box::new(|_| ()));
+        let line = self.outbox.line(std::mem::replace(&mut job.report, Box::new(|_| ())));
         let taken = self.jobs.iter().any(|running| running.id() == job.id);
         let model = self.model.clone();
         let started = guarded(|| match taken {
             true => Err(Error::invalid(format!("a job {} runs already", job.id))),
-            false => Running::new(job, model),
+            false => Running::new(job, &line, model),
         });
         match started {
-            Ok(mut running) => {
-                running.begin(report);
+            Ok(running) => {
                 self.jobs.push(running);
                 // One that goes on may have had no more to do than to say so.
                 self.end(self.jobs.len() - 1);
             }
-            Err(error) => report(Report::Failed(error)),
+            Err(error) => line.tell(Report::Failed(error)),
         }
     }
 
     /// Does one piece of work, if there is any.
     fn turn(&mut self) -> bool {
+        self.jobs.retain(|job| !job.line().failed());
         if let Some((id, scores)) = self.results.pop() {
             if let Some(i) = self.jobs.iter().position(|job| job.id() == id) {
                 self.take_result(i, scores);
@@ -121,18 +131,13 @@ impl Trainer {
         if !self.jobs[i].ended() {
             return;
         }
-        let mut running = self.jobs.remove(i);
-        // A state that stays is only a waste of disk.
-        if let Err(error) = running.forget() {
-            tracing::warn!(%error, job = running.id(), "ended");
-        }
-        running.report(Report::Succeeded);
+        self.jobs.remove(i).line().tell(Report::Succeeded);
     }
 
     fn fail(&mut self, i: usize, error: Error) {
-        let mut running = self.jobs.remove(i);
+        let running = self.jobs.remove(i);
         tracing::warn!(%error, job = running.id(), "failed");
-        running.report(Report::Failed(error));
+        running.line().tell(Report::Failed(error));
     }
 
     /// A pass of one job fails the job. One of several is no job's fault yet: each does its passes since the last optimiser
@@ -162,23 +167,26 @@ impl Trainer {
     fn let_go(&mut self) {
         for (id, leave) in std::mem::take(&mut self.leaving) {
             let Some(i) = self.jobs.iter().position(|job| job.id() == id) else { continue };
-            let done = match leave {
-                Leave::Pause => self.jobs[i].save(),
-                Leave::Cancel => self.jobs[i].forget(),
+            let (done, report) = match leave {
+                Leave::Pause => (self.jobs[i].save(), Report::Paused),
+                Leave::Cancel => {
+                    self.jobs[i].forget();
+                    (Ok(()), Report::Cancelled)
+                }
             };
-            match (done, leave) {
-                (Ok(()), Leave::Pause) => self.jobs.remove(i).report(Report::Paused),
-                (Ok(()), Leave::Cancel) => self.jobs.remove(i).report(Report::Cancelled),
-                (Err(error), _) => self.fail(i, error),
+            match done {
+                Ok(()) => self.jobs.remove(i).line().tell(report),
+                Err(error) => self.fail(i, error),
             }
         }
     }
 
-    /// Begins a pass; false without jobs. Measuring goes before learning.
+    /// Begins a pass; false without jobs that can go on. Measuring goes before learning.
     fn begin(&mut self) -> bool {
-        let measuring = self.jobs.iter().any(Running::measures);
+        let ready: Vec<&Running> = self.jobs.iter().filter(|job| !job.waits()).collect();
+        let measuring = ready.iter().any(|job| job.measures());
         let (mut parts, mut ids, mut rows) = (Vec::new(), Vec::new(), 0);
-        for running in self.jobs.iter().filter(|job| job.measures() == measuring) {
+        for running in ready.into_iter().filter(|job| job.measures() == measuring) {
             let part = running.part();
             let more = part.batch.tokens.len();
             if !parts.is_empty() && (rows + more > MAX_ROWS || self.alone > 0) {
@@ -226,7 +234,7 @@ mod tests {
         let weights = Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (losses, (_commands, receiver)) = (Arc::new(Mutex::new(Vec::new())), channel());
-        let mut trainer = Trainer::new(Arc::new(Llama::new(weights).unwrap()), receiver);
+        let mut trainer = Trainer::new(Arc::new(Llama::new(weights).unwrap()), receiver).unwrap();
         for id in ["a", "b"] {
             let (own, losses) = (dir.path().join(id), losses.clone());
             std::fs::create_dir(&own).unwrap();
@@ -248,7 +256,7 @@ mod tests {
                 report: Box::new(report),
             });
         }
-        while trainer.turn() {
+        while trainer.turn() || trainer.settle() {
             fail(&mut trainer);
         }
         let mut losses = std::mem::take(&mut *losses.lock().unwrap());

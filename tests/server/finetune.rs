@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, BASE, Options, Server, eventually};
+use crate::harness::{Answer, BASE, Options, Server, eventually, write_adapter};
 use crate::trainer::{DIVERGES, LIES, STEPS, VANISHES};
 
 const LINES: &str =
@@ -346,10 +346,53 @@ fn a_restart_goes_on_with_every_job() {
     assert_eq!(server.complete(json!({"prompt": "..", "max_tokens": 3, "model": model})), "ABC");
     let ended = server.wait(&running, "succeeded");
     assert_eq!(ended["trained_tokens"], 400, "no step is lost or counted twice");
+    let csv = server.get(&format!("/v1/files/{}/content", text(&ended["result_files"][0]))).text;
+    let steps: Vec<usize> = csv.lines().skip(1).map(|row| row.split(',').next().unwrap().parse().unwrap()).collect();
+    assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "those before the restart too");
+    assert!(!state.path().join("jobs").join(&running).join("state.safetensors").exists());
     let messages = server.messages(&running);
     assert!(messages.iter().any(|m| m.contains("restarted")) && messages.iter().any(|m| m.contains("from step")));
     assert_eq!(server.at(&paused)["status"], "paused");
     assert_eq!(server.act(&paused, "cancel").status, 200);
+}
+
+#[test]
+fn a_checkpoint_that_nobody_heard_of_is_compared_before_it_is_served() {
+    let state = tempfile::tempdir().unwrap();
+    let start = || Server::with(Options { state: Some(state.path().to_owned()), ..Options::default() });
+    let server = start();
+    let [honest, lying] = [1, LIES].map(|seed| {
+        let training = json!({"max_steps": 100_000, "checkpoint_every": 99_999});
+        let id = text(&server.job(json!({"seed": seed, "training": training}))["id"]);
+        server.wait(&id, "running");
+        server.act(&id, "pause");
+        id
+    });
+    drop(server);
+    // As a process leaves them that is killed when it has written a checkpoint.
+    for id in [&honest, &lying] {
+        let dir = state.path().join("jobs").join(id);
+        write_adapter(&dir.join("step-7"), 0.7);
+        std::fs::write(dir.join("state.safetensors"), "7").unwrap();
+    }
+
+    let server = start();
+    let model = |id: &str| format!("ft:{BASE}:quiver::{}:ckpt-step-7", &id[6..14]);
+    assert_eq!(server.act(&lying, "resume").status, 200);
+    assert_eq!(server.wait(&lying, "failed")["error"]["code"], "train_serve_mismatch");
+    assert_eq!(server.post("/v1/completions", json!({"model": model(&lying), "prompt": "x"})).status, 404);
+    // Told at every start, and served and listed once.
+    for _ in 0..2 {
+        assert_eq!(server.act(&honest, "resume").status, 200);
+        server.wait(&honest, "running");
+        eventually("a step", || server.messages(&honest)[0].starts_with("Step"));
+        assert_eq!(server.act(&honest, "pause").status, 200);
+    }
+    assert_eq!(server.complete(json!({"model": model(&honest), "prompt": "..", "max_tokens": 3})), "ABC");
+    let checkpoints = server.get(&format!("/v1/fine_tuning/jobs/{honest}/checkpoints")).json();
+    assert_eq!(checkpoints["data"].as_array().unwrap().len(), 1, "{checkpoints}");
+    let made = server.messages(&honest).iter().filter(|m| m.contains("differ by 0.0000 nats")).count();
+    assert_eq!(made, 1);
 }
 
 #[test]

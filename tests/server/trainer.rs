@@ -11,7 +11,7 @@ use crate::harness::write_adapter;
 
 /// Fails in its second step.
 pub const DIVERGES: u64 = 13;
-/// Its first checkpoint is not what the server makes of it.
+/// Its checkpoints are not what the server makes of it.
 pub const LIES: u64 = 14;
 /// Vanishes in its second step.
 pub const VANISHES: u64 = 15;
@@ -58,6 +58,10 @@ fn run(inbox: &Receiver<Command>) {
                 let step = resumed.map_or(0, |text| text.parse().expect("a number"));
                 let steps = job.spec.max_steps.unwrap_or(STEPS);
                 (job.report)(Report::Started { steps, done: step, parameters: 64 });
+                let last = checkpoint(&job, step);
+                if last.dir.is_dir() {
+                    (job.report)(Report::Resumed(last));
+                }
                 jobs.push(Running { job: *job, step, steps });
             }
             Some(Command::Pause(id)) => {
@@ -79,6 +83,12 @@ fn run(inbox: &Receiver<Command>) {
         jobs.retain_mut(step);
         std::thread::sleep(TICK);
     }
+}
+
+fn checkpoint(job: &Job, step: usize) -> Checkpoint {
+    let logprob = if job.spec.seed == LIES { -1.0 } else { 0.0 };
+    let probe = Probe { tokens: b"ABC".map(u32::from).into(), logprobs: vec![logprob; 2] };
+    Checkpoint { step, dir: job.dir.join(format!("step-{step}")), probe }
 }
 
 /// False once the job is over.
@@ -109,12 +119,10 @@ fn step(running: &mut Running) -> bool {
         (job.report)(Report::Validation(Validation { step, valid_loss: 0.25, valid_mean_token_accuracy: 0.75 }));
     }
     if last || job.spec.checkpoint_every.is_some_and(|every| step.is_multiple_of(every)) {
-        let dir = job.dir.join(format!("step-{step}"));
-        write_adapter(&dir, step as f32 / 10.0);
+        let checkpoint = checkpoint(job, step);
+        write_adapter(&checkpoint.dir, step as f32 / 10.0);
         std::fs::write(state(&job.dir), step.to_string()).expect("a state is written");
-        let logprob = if job.spec.seed == LIES { -1.0 } else { 0.0 };
-        let probe = Probe { tokens: b"ABC".map(u32::from).into(), logprobs: vec![logprob; 2] };
-        (job.report)(Report::Checkpoint(Checkpoint { step, dir, probe }));
+        (job.report)(Report::Checkpoint(checkpoint));
     }
     if last {
         (job.report)(Report::Succeeded);

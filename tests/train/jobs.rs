@@ -1,8 +1,9 @@
 //! The life of jobs: alone, together, paused and gone on with, and what they write.
 
 use std::path::Path;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use quiver::Error;
@@ -33,7 +34,7 @@ impl Harness {
     fn new() -> Self {
         let (commands, receiver) = channel();
         let model = model("peft-tiny/base");
-        let trainer = Trainer::new(model.clone(), receiver);
+        let trainer = Trainer::new(model.clone(), receiver).unwrap();
         Self { model, trainer, commands, dir: TempDir::new().unwrap(), reports: Arc::default() }
     }
 
@@ -59,9 +60,15 @@ impl Harness {
         self.commands.send(Command::Start(Box::new(job))).unwrap();
     }
 
-    /// Runs until there is nothing to do, or `until` says so.
+    /// Runs until there is nothing to do, or `until` says so, which sees what every slice has told and written.
     fn run(&mut self, mut until: impl FnMut(&Self) -> bool) {
-        while self.trainer.slice() && !until(self) {}
+        while self.trainer.slice() | self.trainer.settle() && !until(self) {}
+    }
+
+    /// Another trainer, as after a kill.
+    fn restart(&mut self) {
+        let (commands, receiver) = channel();
+        (self.commands, self.trainer) = (commands, Trainer::new(self.model.clone(), receiver).unwrap());
     }
 
     fn finish(&mut self) {
@@ -136,13 +143,13 @@ fn learns_reports_and_writes() {
     assert_eq!((steps[0].tokens + steps[1].tokens, steps[0].trained_tokens + steps[1].trained_tokens), (all, all - 36));
     assert!(steps[15].train_loss < steps[0].train_loss - 0.3, "{steps:?}");
     assert!(steps[15].train_mean_token_accuracy > 0.2, "{steps:?}");
-    // One an epoch, each with its own directory; the state is gone.
+    // One an epoch, each with its own directory; the state stays for whoever hears of the end.
     let checkpoints = harness.checkpoints("a");
     assert_eq!(checkpoints.iter().map(|c| c.step).collect::<Vec<_>>(), (1..=8).map(|i| 2 * i).collect::<Vec<_>>());
     let mut names: Vec<_> =
         std::fs::read_dir(harness.dir.path().join("a")).unwrap().map(|e| e.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names.len(), 8, "{names:?}");
+    assert!(names.len() == 9 && names[0] == "state.safetensors", "{names:?}");
     assert_eq!(checkpoints[7].dir.file_name().unwrap(), "step-16");
     let config = std::fs::read_to_string(checkpoints[7].dir.join("adapter_config.json")).unwrap();
     assert!(config.contains(r#""base_model_name_or_path": "tiny""#), "{config}");
@@ -316,6 +323,10 @@ fn a_job_that_goes_on_with_nothing_left_to_do_ends() {
     harness.finish();
     harness.result("a");
     assert_eq!((harness.steps("a").len(), harness.checkpoints("a").len()), (2, 1));
+    // Whoever was to hear of the checkpoint may not have.
+    let (made, reports) = (&harness.checkpoints("a")[0], harness.reports("a"));
+    let Report::Resumed(again) = &reports[reports.len() - 2] else { panic!("{reports:?}") };
+    assert_eq!((again.step, &again.dir, &again.probe), (2, &made.dir, &made.probe));
 }
 
 #[test]
@@ -357,6 +368,9 @@ fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
     nowhere.dir = harness.dir.path().join("nothing/there/at/all");
     std::fs::write(harness.dir.path().join("nothing/there"), "a file").unwrap();
     harness.start(nowhere);
+    let stateless = harness.job("stateless", spec());
+    std::fs::create_dir(stateless.dir.join("state.safetensors")).unwrap();
+    harness.start(stateless);
     harness.start(harness.job("good", spec()));
     harness.start(harness.job("good", spec()));
     harness.finish();
@@ -364,11 +378,52 @@ fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
     assert!(error.code == Some("training_diverged") && error.message.contains("a lower learning rate"), "{error}");
     assert!(harness.error("nothing").message.contains("no example has a token to train on"));
     assert!(harness.error("stranger").message.contains("token id 97"));
-    assert!(harness.error("nowhere").message.contains("cannot be written"));
+    assert!(harness.error("nowhere").message.contains("adapter cannot be written"));
+    assert!(harness.error("stateless").message.contains("state cannot be written"));
     let reports = harness.reports("good");
     let ends = reports.iter().filter(|r| matches!(r, Report::Succeeded)).count();
     assert!(ends == 1 && reports.iter().any(|r| matches!(r, Report::Failed(e) if e.message.contains("already"))));
     assert!(!harness.trainer.slice());
+}
+
+#[test]
+fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
+    let spec = Spec { checkpoint_every: Some(2), ..dropout() };
+    let mut plain = Harness::new();
+    plain.start(plain.job("a", spec.clone()));
+    plain.finish();
+
+    let mut harness = Harness::new();
+    let (release, released) = channel::<()>();
+    let Job { mut report, .. } = harness.job("a", spec.clone());
+    let hangs = move |told: Report| {
+        if matches!(told, Report::Checkpoint(_)) {
+            // Until the test lets go; a slice that waits for it ends the test.
+            assert_eq!(released.recv_timeout(Duration::from_secs(20)), Err(RecvTimeoutError::Disconnected));
+        }
+        report(told);
+    };
+    harness.start(Job { report: Box::new(hangs), ..harness.job("a", spec) });
+    while harness.trainer.slice() {}
+    assert!(harness.steps("a").len() <= 2, "what comes after is told after");
+    drop(release);
+    assert!(harness.trainer.settle(), "the job is not over");
+    assert_eq!(harness.steps("a").len(), 4, "it goes on as far as the next checkpoint");
+    harness.finish();
+
+    let order = |harness: &Harness| {
+        let word = |report: Report| match report {
+            Report::Step(m) => format!("step {}", m.step),
+            Report::Checkpoint(checkpoint) => format!("checkpoint {}", checkpoint.step),
+            other => format!("{other:?}"),
+        };
+        harness.reports("a").into_iter().map(word).collect::<Vec<_>>()
+    };
+    assert_eq!(order(&harness), order(&plain));
+    assert_eq!(harness.checkpoints("a").len(), 6);
+    for (a, b) in harness.checkpoints("a").iter().zip(plain.checkpoints("a")) {
+        assert!(a.probe == b.probe && files_equal(&a.dir, &b.dir), "step {}", a.step);
+    }
 }
 
 #[test]
@@ -387,16 +442,49 @@ fn a_cancelled_job_leaves_at_once_and_its_state_goes() {
     assert_eq!(harness.checkpoints("a").len(), 2);
 }
 
-#[test]
-fn stops_early_when_validation_gets_no_better() {
-    let mut harness = Harness::new();
+/// A job that stops early.
+fn overfits(harness: &Harness, checkpoint_every: Option<usize>) -> Job {
     let optimizer = Optimizer { learning_rate: 0.3, max_grad_norm: 100.0, warmup_steps: 0, ..spec().optimizer };
-    let mut job =
-        harness.job("a", Spec { epochs: 30, eval_every: Some(2), early_stopping: Some(2), optimizer, ..spec() });
+    let spec = Spec { epochs: 30, eval_every: Some(2), early_stopping: Some(2), optimizer, checkpoint_every, ..spec() };
+    let mut job = harness.job("a", spec);
     // What is learnt is of no use for these.
     job.valid = examples(3);
     job.valid.iter_mut().for_each(|e| e.tokens.reverse());
-    harness.start(job);
+    job
+}
+
+#[test]
+fn a_kill_after_the_validation_that_ends_a_job_does_not_undo_the_decision() {
+    let mut whole = Harness::new();
+    whole.start(overfits(&whole, Some(1000)));
+    whole.finish();
+    let (validations, made) = (whole.validations("a"), whole.checkpoints("a"));
+    assert!(validations.len() >= 3 && made.len() == 1, "{validations:?}");
+
+    let mut harness = Harness::new();
+    harness.start(overfits(&harness, Some(1000)));
+    harness.run(|h| h.validations("a").len() == validations.len());
+    // Killed after the validation, then after the checkpoint.
+    for checkpoints in [1, 0] {
+        let told = harness.reports("a").len();
+        harness.restart();
+        harness.start(Job { resume: true, ..overfits(&harness, Some(1000)) });
+        harness.finish();
+        let after = &harness.reports("a")[told..];
+        assert!(matches!(after[0], Report::Started { done, .. } if done == made[0].step), "{after:?}");
+        let again = |r: &&Report| matches!(r, Report::Step(_) | Report::Validation(_));
+        assert_eq!(after.iter().filter(again).count(), 0, "{after:?}");
+        let new = after.iter().filter(|r| matches!(r, Report::Checkpoint(_))).count();
+        assert_eq!(new, checkpoints, "{after:?}");
+        assert!(files_equal(&harness.checkpoints("a")[0].dir, &made[0].dir));
+        harness.result("a");
+    }
+}
+
+#[test]
+fn stops_early_when_validation_gets_no_better() {
+    let mut harness = Harness::new();
+    harness.start(overfits(&harness, Some(6)));
     harness.finish();
     let validations = harness.validations("a");
     assert!(validations.len() >= 3 && validations.len() < 30, "{validations:?}");
