@@ -5,7 +5,7 @@
 mod process;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,37 @@ fn a_job_survives_a_kill_and_serving_goes_on_beside_it() {
     let model = done["fine_tuned_model"].as_str().expect("a model");
     let text = server.complete(Some(model), "Q: What is the code word?\nA:", 4);
     assert_ne!(text, server.complete(None, "Q: What is the code word?\nA:", 4));
+}
+
+#[test]
+fn a_run_of_the_command_line_that_was_killed_goes_on_with_its_figures() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (file, out) = (dir.path().join("train.jsonl"), dir.path().join("adapter"));
+    std::fs::write(&file, examples()).expect("written");
+    let command = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quiver"));
+        command.arg("train").arg("--file").arg(&file).arg("--validation-file").arg(&file).arg("--out").arg(&out);
+        command.args(["--r", "4", "--max-steps", "12", "--checkpoint-every", "3", "--eval-every", "1"]);
+        command
+    };
+    let mut killed = command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the binary runs");
+    let start = Instant::now();
+    while !out.join("checkpoints/step-3").exists() {
+        assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint");
+        thread::sleep(Duration::from_millis(5));
+    }
+    killed.kill().and_then(|()| killed.wait()).expect("killed");
+    assert!(!out.join("training_metrics.csv").exists(), "it was killed before its end");
+
+    let output = command().arg("--resume").output().expect("the binary runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("12 steps") && !text.contains(", 0 done"), "{text}");
+    let csv = std::fs::read_to_string(out.join("training_metrics.csv")).expect("figures");
+    let rows: Vec<Vec<&str>> = csv.lines().skip(1).map(|row| row.split(',').collect()).collect();
+    assert_eq!(rows.iter().map(|row| row[0].parse().unwrap()).collect::<Vec<usize>>(), (1..=12).collect::<Vec<_>>());
+    assert!(rows.iter().all(|row| row[3].parse::<f64>().is_ok()), "a held-out loss each: {csv}");
+    assert!(text.contains("| 1 |") && text.contains("| 12 |"), "{text}");
+    assert!(!out.join("checkpoints/state.safetensors").exists(), "nothing is left to go on with");
 }
 
 #[test]

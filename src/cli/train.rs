@@ -18,11 +18,12 @@ use crate::model::ModelConfig;
 use crate::model::llama::Llama;
 use crate::server::prompt::TextCodec;
 use crate::train::data::AlpacaEnding;
-use crate::train::job::{Command, Job, Report, StepMetrics, Validation};
+use crate::train::job::{Command, Job, Report, StepMetrics};
+use crate::train::monitor::{self, History};
 use crate::train::prepare::{Prepared, prepare, provenance};
 use crate::train::spec::{Init, OptimizerKind, Schedule, Spec};
 use crate::train::trainer::Trainer;
-use crate::train::{monitor, settings, state};
+use crate::train::{settings, state};
 use crate::{Error, Result};
 
 /// Examples that a dry run shows.
@@ -254,7 +255,7 @@ impl TrainArgs {
         let (commands, inbox) = channel();
         let trainer = Trainer::new(Arc::new(Llama::new(weights)?), inbox)?;
         let _interrupts = on_interrupt(move |command| drop(commands.send(command)), Command::Start(Box::new(job)))?;
-        let run = follow(trainer, &reports)?;
+        let run = follow(trainer, &reports, History::new(&dir))?;
         self.finish(&run)?;
         // Not before all is in its place: without its state it would begin anew after a kill.
         state::remove(&dir)
@@ -270,7 +271,7 @@ impl TrainArgs {
             let entry = entry?;
             std::fs::copy(entry.path(), self.out.join(entry.file_name()))?;
         }
-        monitor::write(&self.out, &run.steps, &run.validations)?;
+        monitor::write(&self.out, &run.history.steps, &run.history.validations)?;
         run.print();
         println!("\nadapter   {}", self.out.display());
         println!("serve it  quiver serve --adapter NAME={}", self.out.display());
@@ -336,12 +337,13 @@ fn on_interrupt(send: impl Fn(Command) + Send + 'static, first: Command) -> Resu
 }
 
 /// What came of a job.
-#[derive(Default)]
 struct Run {
     /// Time without what went before an interruption.
     took: Duration,
-    steps: Vec<StepMetrics>,
-    validations: Vec<Validation>,
+    /// Steps that went before.
+    done: usize,
+    /// All figures, those before an interruption too.
+    history: History,
     /// The last checkpoint, once all is done.
     adapter: Option<PathBuf>,
 }
@@ -357,15 +359,18 @@ pub fn step_bar() -> ProgressBar {
 }
 
 /// Runs the trainer to the job's end, with a bar.
-fn follow(mut trainer: Trainer, reports: &Receiver<Report>) -> Result<Run> {
-    let (began, mut run, mut last) = (Instant::now(), Run::default(), None);
+fn follow(mut trainer: Trainer, reports: &Receiver<Report>, history: History) -> Result<Run> {
+    let (began, mut last) = (Instant::now(), None);
+    let mut run = Run { took: Duration::ZERO, done: 0, history, adapter: None };
     let bar = step_bar();
     let say = |line: String| bar.suspend(|| println!("{line}"));
     loop {
         let worked = trainer.slice() || trainer.settle();
         for report in reports.try_iter() {
+            run.history.take(&report)?;
             match report {
                 Report::Started { steps, done, parameters } => {
+                    run.done = done;
                     bar.set_length(steps as u64);
                     bar.set_position(done as u64);
                     say(format!("training  {parameters} values, {steps} steps, {done} done"));
@@ -373,12 +378,8 @@ fn follow(mut trainer: Trainer, reports: &Receiver<Report>) -> Result<Run> {
                 Report::Step(m) => {
                     bar.set_position(m.step as u64);
                     bar.set_message(format!("loss {:.3}, {:.0} tok/s", m.train_loss, m.tokens as f64 / m.seconds));
-                    run.steps.push(m);
                 }
-                Report::Validation(v) => {
-                    say(format!("step {}: held-out loss {:.4}", v.step, v.valid_loss));
-                    run.validations.push(v);
-                }
+                Report::Validation(v) => say(format!("step {}: held-out loss {:.4}", v.step, v.valid_loss)),
                 Report::Checkpoint(checkpoint) | Report::Resumed(checkpoint) => last = Some(checkpoint.dir),
                 Report::Succeeded => run.adapter = last.take(),
                 Report::Failed(error) => return Err(error),
@@ -397,11 +398,12 @@ impl Run {
     /// A table of losses.
     fn print(&self) {
         println!("\n| step | train loss | token accuracy | held-out loss | learning rate |\n|---|---|---|---|---|");
-        let rows = self.steps.chunks(self.steps.len().div_ceil(ROWS).max(1));
+        let History { steps, validations, .. } = &self.history;
+        let rows = steps.chunks(steps.len().div_ceil(ROWS).max(1));
         for row in rows {
             let mean = |of: fn(&StepMetrics) -> f64| row.iter().map(of).sum::<f64>() / row.len() as f64;
             let last = &row[row.len() - 1];
-            let valid = self.validations.iter().rev().find(|v| row[0].step <= v.step && v.step <= last.step);
+            let valid = validations.iter().rev().find(|v| row[0].step <= v.step && v.step <= last.step);
             println!(
                 "| {} | {:.4} | {:.3} | {} | {:.2e} |",
                 last.step,
@@ -411,7 +413,7 @@ impl Run {
                 last.learning_rate
             );
         }
-        let tokens: usize = self.steps.iter().map(|m| m.tokens).sum();
+        let tokens: usize = steps.iter().filter(|m| m.step > self.done).map(|m| m.tokens).sum();
         let seconds = self.took.as_secs_f64();
         println!("\n{tokens} tokens in {seconds:.1} s: {:.0} tok/s", tokens as f64 / seconds);
     }

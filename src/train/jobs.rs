@@ -379,9 +379,7 @@ impl Manager {
         }
         match report {
             Report::Started { steps, done, parameters } => {
-                // Steps that an interruption undid are done, and counted, again.
-                let kept = self.store().all::<StepMetrics>(Kind::Step, id)?.into_iter().filter(|m| m.step <= done);
-                let tokens = kept.map(|m| m.tokens as u64).sum();
+                let tokens = self.undo(id, done)?;
                 self.update(id, |record| {
                     (record.steps, record.done, record.trained_tokens) = (steps, done, tokens);
                     if record.status == Status::Queued {
@@ -458,6 +456,22 @@ impl Manager {
             checkpoint.step
         );
         self.note(&record.id, "info", &message, None)
+    }
+
+    /// Forgets the figures of steps after `done`: they are done, and counted, again. The tokens of those before.
+    fn undo(&self, id: &str, done: usize) -> Result<u64> {
+        let mut tokens = 0;
+        for m in self.store().all::<StepMetrics>(Kind::Step, id)? {
+            if m.step <= done {
+                tokens += m.tokens as u64;
+            } else {
+                self.store().delete(Kind::Step, &format!("{id}/step/{}", m.step))?;
+            }
+        }
+        for v in self.store().all::<Validation>(Kind::Validation, id)?.into_iter().filter(|v| v.step > done) {
+            self.store().delete(Kind::Validation, &format!("{id}/validation/{}", v.step))?;
+        }
+        Ok(tokens)
     }
 
     fn add_checkpoint(&self, record: &Record, step: usize) -> Result<()> {

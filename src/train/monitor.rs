@@ -1,16 +1,19 @@
-//! What a job leaves to be looked at: a TensorBoard file while it runs; its figures as CSV and a plot of its losses at the end.
+//! What a job leaves to be looked at: a TensorBoard file while it runs; its figures as CSV and a plot of its losses at the end,
+//! over all of its runs.
 //!
 //! The TensorBoard file is written here: an event is a dozen bytes of protobuf in a checksummed frame, and the crates that
 //! write them bring an image library or a second protobuf.
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use super::job::{Report, StepMetrics, Validation};
-use crate::Result;
 use crate::bench::plot::Chart;
+use crate::{Error, Result, files};
 
 /// A job's figures in a directory.
 pub const CSV: &str = "training_metrics.csv";
@@ -18,6 +21,81 @@ pub const CSV: &str = "training_metrics.csv";
 pub const PLOT: &str = "loss.svg";
 /// TensorBoard reads whatever has `tfevents` in its name. One file a job: a run that goes on appends to it.
 const EVENTS: &str = "events.out.tfevents.quiver";
+
+/// A job's figures where no store has them: a line each.
+const HISTORY: &str = "metrics.jsonl";
+
+/// A job's figures, in a file too, so that a run that goes on has those of the runs before.
+pub struct History {
+    path: PathBuf,
+    /// Of all steps, in order.
+    pub steps: Vec<StepMetrics>,
+    /// Of all validations, in order.
+    pub validations: Vec<Validation>,
+}
+
+/// A line of the file.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Row {
+    Step(StepMetrics),
+    Validation(Validation),
+}
+
+impl Row {
+    fn line(self) -> Result<String> {
+        serde_json::to_string(&self).map(|line| line + "\n").map_err(|e| Error::internal(e.to_string()))
+    }
+}
+
+impl History {
+    /// The history of the job whose directory is `dir`, empty until a run starts.
+    pub fn new(dir: &Path) -> Self {
+        Self { path: dir.join(HISTORY), steps: Vec::new(), validations: Vec::new() }
+    }
+
+    /// Adds what is reported. A start brings back the figures up to the step from which it goes on. Errors: the file cannot be
+    /// read or written.
+    pub fn take(&mut self, report: &Report) -> Result<()> {
+        let row = match *report {
+            Report::Started { done, .. } => return self.go_on(done),
+            Report::Step(step) => Row::Step(step),
+            Report::Validation(validation) => Row::Validation(validation),
+            _ => return Ok(()),
+        };
+        self.add(row);
+        Ok(append(&self.path, row.line()?.as_bytes())?)
+    }
+
+    fn add(&mut self, row: Row) {
+        match row {
+            Row::Step(step) => self.steps.push(step),
+            Row::Validation(validation) => {
+                // One that a kill undid is done again at the same step.
+                self.validations.retain(|v| v.step != validation.step);
+                self.validations.push(validation);
+            }
+        }
+    }
+
+    fn go_on(&mut self, done: usize) -> Result<()> {
+        let text = match fs::read_to_string(&self.path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
+            text => text?,
+        };
+        // The last line of a run that was killed may be cut off.
+        let rows = text.lines().filter_map(|line| serde_json::from_str::<Row>(line).ok());
+        let mut kept = String::new();
+        for row in rows {
+            let (Row::Step(StepMetrics { step, .. }) | Row::Validation(Validation { step, .. })) = row;
+            if step <= done {
+                self.add(row);
+                kept += &row.line()?;
+            }
+        }
+        Ok(files::replace(&self.path, |made| fs::write(made, kept))?)
+    }
+}
 
 /// `report`, which goes to a TensorBoard file in `dir` too. A file that cannot be written is no reason to stop training.
 pub fn watched(dir: &Path, mut report: impl FnMut(Report) + Send + 'static) -> Box<dyn FnMut(Report) + Send> {
@@ -35,13 +113,13 @@ pub fn watched(dir: &Path, mut report: impl FnMut(Report) + Send + 'static) -> B
 
 /// Writes [`CSV`] and [`PLOT`] into `dir`.
 pub fn write(dir: &Path, steps: &[StepMetrics], validations: &[Validation]) -> Result<()> {
-    std::fs::write(dir.join(CSV), csv(steps, validations))?;
+    fs::write(dir.join(CSV), csv(steps, validations))?;
     let train = steps.iter().map(|m| (m.step as f64, m.train_loss)).collect();
     let mut lines = vec![("training".to_owned(), train)];
     if !validations.is_empty() {
         lines.push(("held out".to_owned(), curve(validations)));
     }
-    std::fs::write(dir.join(PLOT), losses("Loss", lines).svg()?)?;
+    fs::write(dir.join(PLOT), losses("Loss", lines).svg()?)?;
     Ok(())
 }
 
@@ -157,9 +235,9 @@ fn crc32c(bytes: &[u8]) -> u32 {
     })
 }
 
-/// In one write, so that a reader finds whole frames.
-fn append(path: &Path, frames: &[u8]) -> std::io::Result<()> {
-    File::options().create(true).append(true).open(path)?.write_all(frames)
+/// In one write, so that a reader finds whole frames and lines.
+fn append(path: &Path, what: &[u8]) -> std::io::Result<()> {
+    File::options().create(true).append(true).open(path)?.write_all(what)
 }
 
 #[cfg(test)]
@@ -188,14 +266,9 @@ mod tests {
         fields
     }
 
-    #[test]
-    fn events_are_what_tensorboard_reads() {
-        assert_eq!(crc32c(b"123456789"), 0xe306_9283, "the check value of CRC-32C");
-        let dir = tempfile::tempdir().unwrap();
-        let mut told = watched(dir.path(), |_| ());
-        told(Report::Started { steps: 300, done: 298, parameters: 1 });
-        told(Report::Step(StepMetrics {
-            step: 299,
+    fn step(step: usize) -> Report {
+        Report::Step(StepMetrics {
+            step,
             train_loss: 1.5,
             train_mean_token_accuracy: 0.25,
             learning_rate: 0.5,
@@ -203,11 +276,39 @@ mod tests {
             tokens: 128,
             trained_tokens: 100,
             seconds: 2.0,
-        }));
+        })
+    }
+
+    #[test]
+    fn a_run_that_goes_on_has_the_figures_up_to_where_it_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let valid = |step| Report::Validation(Validation { step, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 });
+        let run = |done, told: &[Report]| {
+            let mut history = History::new(dir.path());
+            history.take(&Report::Started { steps: 9, done, parameters: 1 }).unwrap();
+            told.iter().for_each(|report| history.take(report).unwrap());
+            let validations: Vec<usize> = history.validations.iter().map(|v| v.step).collect();
+            (history.steps.iter().map(|m| m.step).collect::<Vec<_>>(), validations)
+        };
+        let first = [step(1), step(2), valid(2), step(3), valid(3)];
+        assert_eq!(run(0, &first), (vec![1, 2, 3], vec![2, 3]));
+        append(&dir.path().join(HISTORY), b"{\"step\":{\"step\":1,\"train").unwrap();
+        assert_eq!(run(2, &[valid(2), step(3)]), (vec![1, 2, 3], vec![2]));
+        assert_eq!(run(3, &[]), (vec![1, 2, 3], vec![2]));
+        assert_eq!(run(0, &[step(1)]), (vec![1], vec![]), "a job that begins anew");
+    }
+
+    #[test]
+    fn events_are_what_tensorboard_reads() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283, "the check value of CRC-32C");
+        let dir = tempfile::tempdir().unwrap();
+        let mut told = watched(dir.path(), |_| ());
+        told(Report::Started { steps: 300, done: 298, parameters: 1 });
+        told(step(299));
         told(Report::Validation(Validation { step: 299, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 }));
         told(Report::Succeeded);
 
-        let file = std::fs::read(dir.path().join(EVENTS)).unwrap();
+        let file = fs::read(dir.path().join(EVENTS)).unwrap();
         let (mut left, mut read) = (&file[..], Vec::new());
         while !left.is_empty() {
             let length = u64::from_le_bytes(left[..8].try_into().unwrap()) as usize;
