@@ -1,7 +1,7 @@
 //! A merged model, read back by the loader, against the logits that PEFT gives with the adapter beside the base.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{self, Value};
@@ -15,6 +15,9 @@ use quiver::merge::{self, Format};
 use quiver::model::kv::KvCache;
 use quiver::model::llama::Llama;
 use quiver::model::weights::Weights;
+use quiver::server::prompt::TextCodec;
+use serde_json::{Value as Json, json};
+use tempfile::TempDir;
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny").join(name)
@@ -149,10 +152,138 @@ fn a_merged_gguf_file_is_as_good_as_its_format_and_keeps_its_row_order_and_token
     merge(&base, "dora", Format::Safetensors, &out).unwrap();
     assert!(distance(&directory(out.clone()), "dora") < 0.01);
     let tokenizer = |files: &ModelFiles| {
-        let codec = quiver::server::prompt::TextCodec::load(files).unwrap();
+        let codec = TextCodec::load(files).unwrap();
         (codec.encode("a!!b", true).unwrap(), codec.bos_token_id(), codec.eos_token_ids().to_vec())
     };
     assert_eq!(tokenizer(&directory(out)), tokenizer(&base));
+}
+
+/// A fixture's model as a directory with a tokenizer: its vocabulary is repeated, so that every id has its row.
+fn with_tokenizer(source: &str, rope: Option<Json>) -> TempDir {
+    let (fixtures, dir) = (PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), TempDir::new().unwrap());
+    let config = fs::read(fixtures.join(source).join("config.json")).unwrap();
+    let mut config: Json = serde_json::from_slice(&config).unwrap();
+    let mut weights = tensors(&fixtures.join(source).join("model.safetensors"));
+    for (name, tensor) in &mut weights {
+        if name.contains("embed_tokens") || name.contains("lm_head") {
+            *tensor = Tensor::cat(&[&*tensor; 10], 0).unwrap();
+            config["vocab_size"] = tensor.dims()[0].into();
+        }
+    }
+    if let Some(rope) = rope {
+        config["rope_parameters"] = rope;
+    }
+    candle_core::safetensors::save(&weights, dir.path().join("model.safetensors")).unwrap();
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        fs::copy(fixtures.join("tokenizer/hf").join(name), dir.path().join(name)).unwrap();
+    }
+    dir
+}
+
+fn logits(files: &ModelFiles) -> Vec<f32> {
+    let llama = Llama::new(load(files)).unwrap();
+    let ids: Vec<u32> = (0..48).map(|i| i * 7 % 61).collect();
+    let mut batch = Batch::default();
+    batch.push(&ids, 0, &[0, 1, 2, 3, 4, 5, 6, 7], KvCache::BLOCK_SIZE, &[]);
+    batch.logit_rows = (0..ids.len() as u32).collect();
+    let mut kv = KvCache::new(llama.config(), 8, &Device::Cpu).unwrap();
+    llama.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
+    let llama3 = json!({"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0, "original_max_position_embeddings": 32});
+    let linear = json!({"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0});
+    for (source, rope, adapter) in [
+        ("peft-tiny/base", None, Some("peft-tiny/all-linear-r8")),
+        ("peft-tiny/base", Some(llama3), Some("peft-tiny/dora")),
+        ("peft-tiny/base", Some(linear), None),
+        ("architectures/mistral", None, None),
+        ("architectures/qwen2", None, Some("architectures/qwen2-lora")),
+        ("architectures/qwen3", None, None),
+    ] {
+        let dir = with_tokenizer(source, rope);
+        let base = directory(dir.path().to_path_buf());
+        let weights = load(&base);
+        let adapter = adapter.map(|adapter| fixture("..").join(adapter));
+        let read = |dir: PathBuf| AdapterWeights::read(&dir, &weights.config).unwrap().0;
+        let adapter = adapter.map(read).unwrap_or_default();
+        let merged = |format, name: &str| {
+            let out = dir.path().join(name);
+            merge::write(&base, &weights, &adapter, format, &out).unwrap();
+            out
+        };
+        let want = logits(&directory(merged(Format::Safetensors, "merged")));
+        let length = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>().sqrt();
+        for (format, allowed) in [(Format::GgufF16, 0.01), (Format::GgufQ8_0, 0.03)] {
+            let files = gguf(merged(format, &format!("{format:?}.gguf")));
+            let have = logits(&files);
+            assert_eq!(have.len(), want.len());
+            let off = length(&mut have.iter().zip(&want).map(|(a, b)| a - b)) / length(&mut want.iter().copied());
+            println!("{source} {format:?}: {off:.5}");
+            assert!(off < allowed, "{source} {format:?}: {off}");
+            let (shape, given) = (load(&files).config, &weights.config);
+            assert_eq!(shape.max_position_embeddings, given.max_position_embeddings);
+            assert_eq!((shape.qkv_bias, shape.qk_norm), (given.qkv_bias, given.qk_norm));
+        }
+    }
+}
+
+#[test]
+fn a_gguf_file_of_a_hugging_face_base_has_its_tokenizer() {
+    let dir = with_tokenizer("peft-tiny/base", None);
+    let (base, out) = (directory(dir.path().to_path_buf()), dir.path().join("merged.gguf"));
+    merge::write(&base, &load(&base), &AdapterWeights::default(), Format::GgufF16, &out).unwrap();
+    let metadata = gguf_file::Content::read(&mut File::open(&out).unwrap()).unwrap().metadata;
+    let text = |key: &str| metadata[key].to_string().unwrap().as_str();
+    assert_eq!((text("tokenizer.ggml.model"), text("tokenizer.ggml.pre")), ("gpt2", "llama-bpe"));
+    let (tokens, types) = (&metadata["tokenizer.ggml.tokens"], &metadata["tokenizer.ggml.token_type"]);
+    let (tokens, types) = (tokens.to_vec().unwrap(), types.to_vec().unwrap());
+    let at = |id: usize| (tokens[id].to_string().unwrap().as_str(), types[id].to_i32().unwrap());
+    assert_eq!((tokens.len(), at(600), at(900)), (970, ("<|begin|>", 3), ("[PAD900]", 5)));
+    assert_eq!(at(0).1, 1);
+
+    let codec = |files: &ModelFiles| TextCodec::load(files).unwrap();
+    let (own, written) = (codec(&base), codec(&gguf(out)));
+    let goldens = fixture("..").join("tokenizer/ids.json");
+    let goldens: Json = serde_json::from_slice(&fs::read(goldens).unwrap()).unwrap();
+    for row in goldens["llama3"].as_array().unwrap() {
+        let text = row["text"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(row["ids"].clone()).unwrap();
+        assert_eq!(written.encode(text, true).unwrap(), ids, "{text:?}");
+        assert_eq!(written.decode(&ids, true).unwrap(), own.decode(&ids, true).unwrap(), "{text:?}");
+    }
+    assert_eq!((written.bos_token_id(), written.eos_token_ids()), (own.bos_token_id(), own.eos_token_ids()));
+    let chat = |codec: &TextCodec| codec.apply_chat_template(&[json!({"role": "user", "content": "Hi"})], true);
+    assert_eq!(chat(&written).unwrap(), chat(&own).unwrap());
+}
+
+#[test]
+fn a_tokenizer_that_gguf_cannot_say_is_refused_by_name() {
+    for (path, value, why) in [
+        ("/model/byte_fallback", json!(true), "SentencePiece"),
+        ("/model/end_of_word_suffix", json!("</w>"), "suffix"),
+        ("/pre_tokenizer/pretokenizers/0/pattern/Regex", json!("[a-z]+|\\s+"), "cuts words as none of llama-bpe"),
+        ("/added_tokens/1/lstrip", json!(true), "<|im_start|>"),
+        ("/post_processor/single/0/SpecialToken/id", json!("<|im_end|>"), "other ids"),
+    ] {
+        let dir = with_tokenizer("peft-tiny/base", None);
+        let file = dir.path().join("tokenizer.json");
+        let mut form: Json = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        *form.pointer_mut(path).unwrap() = value;
+        if why == "other ids" {
+            let special = &mut form["post_processor"]["special_tokens"];
+            *special =
+                json!({"<|im_end|>": {"id": "<|im_end|>", "ids": [602, 602], "tokens": ["<|im_end|>", "<|im_end|>"]}});
+        }
+        fs::write(&file, form.to_string()).unwrap();
+        let (base, out) = (directory(dir.path().to_path_buf()), dir.path().join("merged.gguf"));
+        let error = merge::write(&base, &load(&base), &AdapterWeights::default(), Format::GgufF16, &out).unwrap_err();
+        assert!(error.message.contains(why) && error.message.contains("convert_hf_to_gguf"), "{error}");
+        assert!(!out.exists());
+    }
 }
 
 #[test]
@@ -162,7 +293,7 @@ fn what_cannot_be_merged_is_refused() {
     let out = dir.path().join("merged");
     let refused = |adapter: &str, format, out: &Path| merge(&base, adapter, format, out).unwrap_err().to_string();
     assert!(refused("lora-bias", Format::Safetensors, &out).contains("lora_bias"));
-    assert!(refused("qv-r4", Format::GgufF16, &out).contains("convert_hf_to_gguf"));
+    assert!(refused("qv-r4", Format::GgufF16, &out).contains("tokenizer.json"));
     assert!(!out.exists());
     assert!(refused("qv-r4", Format::Safetensors, dir.path()).contains("is there already"));
 }

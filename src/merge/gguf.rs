@@ -1,64 +1,172 @@
-//! A merged model as a GGUF file, by candle's writer: the base's own metadata, and its tensors in another form. The writer
-//! takes all tensors at once, so that the merged model is in memory in the form that is written.
+//! A merged model as a GGUF file: the metadata of the base, or metadata as llama.cpp's converter makes it of a Hugging Face
+//! directory, and the tensors. Each is made when it is written, so that one at a time is in memory.
+//!
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, version 3. candle's writer wants all tensors at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
-use super::{Format, Merged};
+use super::{Entry, Format, Merged, Origin};
+use crate::hub::{ModelFiles, ModelFormat};
+use crate::model::llama::inverse_frequencies;
 use crate::model::weights::gguf::{self, Metadata};
+use crate::model::{ModelConfig, RopeScaling};
+use crate::server::tokenizer;
 use crate::{Error, Result};
 
-/// Writes `merged`, whose base is the GGUF file `source`, to `out`.
-pub fn write(source: &Path, merged: &Merged, format: Format, out: &Path) -> Result<()> {
-    let (content, mut file) = gguf::header(source)?;
+/// Tensors begin at multiples of it, where metadata says nothing else.
+const ALIGNMENT: usize = 32;
+/// RoPE's factor for each frequency.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// A tensor of the file.
+struct Planned<'a> {
+    /// Its name in GGUF.
+    label: String,
+    entry: Entry<'a>,
+    /// Heads whose rows go into llama.cpp's order.
+    heads: Option<usize>,
+    dtype: GgmlDType,
+}
+
+/// Writes `merged`, whose base came from `base`, to `out`.
+pub fn write(base: &ModelFiles, merged: &Merged, format: Format, out: &Path) -> Result<()> {
+    let config = &merged.weights.config;
+    let (mut metadata, others) = match &base.format {
+        ModelFormat::Gguf(source) => of_gguf(source, merged)?,
+        ModelFormat::HuggingFace(dir) => of_directory(&base.name, dir, config)?,
+        ModelFormat::Shape(_) => return Err(Error::internal("made-up weights have no metadata")),
+    };
+    let llama = Metadata(&metadata).text("general.architecture")? == Some("llama");
     // As llama.cpp numbers them.
     let (matrix, table, file_type) = match format {
         Format::GgufQ8_0 => (GgmlDType::Q8_0, GgmlDType::Q8_0, 7),
         Format::GgufQ4_1 => (GgmlDType::Q4_1, GgmlDType::Q8_0, 3),
         Format::Safetensors | Format::GgufF16 => (GgmlDType::F16, GgmlDType::F16, 1),
     };
-    let llama = Metadata(&content).text("general.architecture")? == Some("llama");
-    let config = &merged.weights.config;
-    let mut tensors = BTreeMap::new();
+    metadata.insert("general.file_type".into(), Value::U32(file_type));
+    // What is written has the alignment that holds when none is given.
+    metadata.remove("general.alignment");
+
+    let mut tensors = Vec::new();
     for entry in merged.entries()? {
         let label = gguf::gguf_name(&entry.name)
             .ok_or_else(|| Error::internal(format!("GGUF has no name for {}", entry.name)))?;
-        let mut values = entry.values()?;
-        if llama && entry.name.ends_with("q_proj.weight") {
-            values = interleave_halves(&values, config.num_heads)?;
-        } else if llama && entry.name.ends_with("k_proj.weight") {
-            values = interleave_halves(&values, config.num_kv_heads)?;
-        }
-        let dtype = match entry.shape.len() {
-            1 => GgmlDType::F32,
+        let heads = match &entry.name {
+            name if llama && name.ends_with("q_proj.weight") => Some(config.num_heads),
+            name if llama && name.ends_with("k_proj.weight") => Some(config.num_kv_heads),
+            _ => None,
+        };
+        let dtype = match &entry.shape[..] {
+            [_] => GgmlDType::F32,
             _ if ["token_embd.weight", "output.weight"].contains(&&*label) => table,
             _ => matrix,
         };
-        tensors.insert(label, QTensor::quantize(&values, dtype)?);
+        // Rows of no whole number of blocks stay in 16 bits, as llama.cpp leaves them.
+        let fits = entry.shape.last().is_some_and(|k| k.is_multiple_of(dtype.block_size()));
+        tensors.push(Planned { label, entry, heads, dtype: if fits { dtype } else { GgmlDType::F16 } });
     }
-    // What the decoder reads as settings: RoPE's factors.
-    for label in content.tensor_infos.keys() {
-        if !tensors.contains_key(label) {
-            tensors.insert(label.clone(), content.tensor(&mut file, label, &Device::Cpu)?);
-        }
+    for (label, values) in others {
+        let entry = Entry { name: label.clone(), shape: values.dims().to_vec(), origin: Origin::Vector(values) };
+        tensors.push(Planned { label, entry, heads: None, dtype: GgmlDType::F32 });
     }
-    let file_type = Value::U32(file_type);
-    let mut metadata: BTreeMap<&str, &Value> = content.metadata.iter().map(|(key, v)| (key.as_str(), v)).collect();
-    metadata.insert("general.file_type", &file_type);
-    // The writer's alignment is the one that holds when none is given.
-    metadata.remove("general.alignment");
-    let metadata: Vec<_> = metadata.into_iter().collect();
-    let tensors: Vec<_> = tensors.iter().map(|(label, tensor)| (label.as_str(), tensor)).collect();
+
     let mut out = BufWriter::new(File::create(out)?);
-    gguf_file::write(&mut out, &metadata, &tensors)?;
+    out.write_all(&header(&metadata.into_iter().collect(), &tensors)?)?;
+    for tensor in &tensors {
+        let bytes = tensor.make()?;
+        if bytes.data()?.len() != tensor.bytes() {
+            return Err(Error::internal(format!("{} has another size than planned", tensor.label)));
+        }
+        out.write_all(&bytes.data()?)?;
+        out.write_all(&[0; ALIGNMENT][..padding(tensor.bytes())])?;
+    }
     out.flush()?;
     Ok(())
+}
+
+/// Metadata and tensors beside the merged ones.
+type Others = (HashMap<String, Value>, Vec<(String, Tensor)>);
+
+/// Of a base that is a GGUF file: its own.
+fn of_gguf(source: &Path, merged: &Merged) -> Result<Others> {
+    let (content, mut file) = gguf::header(source)?;
+    let merged: Vec<_> = merged.entries()?.iter().filter_map(|entry| gguf::gguf_name(&entry.name)).collect();
+    let mut others = Vec::new();
+    for label in content.tensor_infos.keys().filter(|label| !merged.contains(label)) {
+        others.push((label.clone(), content.tensor(&mut file, label, &Device::Cpu)?.dequantize(&Device::Cpu)?));
+    }
+    Ok((content.metadata, others))
+}
+
+/// Of a Hugging Face directory: as llama.cpp's converter makes them.
+fn of_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<Others> {
+    let mut metadata = tokenizer::to_gguf(dir, config.vocab_size)?;
+    let architecture = match (config.qkv_bias, config.qk_norm) {
+        (true, _) => "qwen2",
+        (_, true) => "qwen3",
+        _ => "llama",
+    };
+    let text = |text: &str| Value::String(text.into());
+    metadata.extend([
+        ("general.architecture".into(), text(architecture)),
+        ("general.name".into(), text(name)),
+        ("general.type".into(), text("model")),
+        ("general.quantization_version".into(), Value::U32(2)),
+    ]);
+    let mut set = |key: &str, value: Value| drop(metadata.insert(format!("{architecture}.{key}"), value));
+    for (key, value) in [
+        ("attention.head_count", config.num_heads),
+        ("attention.head_count_kv", config.num_kv_heads),
+        ("attention.key_length", config.head_dim),
+        ("attention.value_length", config.head_dim),
+        ("block_count", config.num_layers),
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("rope.dimension_count", config.head_dim),
+        ("vocab_size", config.vocab_size),
+    ] {
+        // The loader refuses what is larger.
+        set(key, Value::U32(value as u32));
+    }
+    set("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps));
+    set("rope.freq_base", Value::F32(config.rope_theta));
+    let factors = match &config.rope_scaling {
+        RopeScaling::None => None,
+        RopeScaling::Linear { factor } => {
+            set("rope.scaling.type", text("linear"));
+            set("rope.scaling.factor", Value::F32(*factor));
+            None
+        }
+        RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {
+            let plain = inverse_frequencies(&ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() });
+            let factors = plain.iter().zip(inverse_frequencies(config)).map(|(plain, scaled)| plain / scaled);
+            Some((ROPE_FACTORS.into(), Tensor::from_iter(factors, &Device::Cpu)?))
+        }
+    };
+    Ok((metadata, factors.into_iter().collect()))
+}
+
+impl Planned<'_> {
+    /// Bytes in the file.
+    fn bytes(&self) -> usize {
+        self.entry.shape.iter().product::<usize>() / self.dtype.block_size() * self.dtype.type_size()
+    }
+
+    fn make(&self) -> Result<QTensor> {
+        let mut values = self.entry.values()?;
+        if let Some(heads) = self.heads {
+            values = interleave_halves(&values, heads)?;
+        }
+        Ok(QTensor::quantize(&values, self.dtype)?)
+    }
 }
 
 /// The rows of q or k as llama.cpp rotates them: first of one half of a head, first of the other, second of one half, and so
@@ -66,4 +174,90 @@ pub fn write(source: &Path, merged: &Merged, format: Format, out: &Path) -> Resu
 fn interleave_halves(rows: &Tensor, heads: usize) -> Result<Tensor> {
     let (n, k) = rows.dims2()?;
     Ok(rows.reshape((heads, 2, n / heads / 2, k))?.transpose(1, 2)?.contiguous()?.reshape((n, k))?)
+}
+
+/// Everything before the tensors.
+fn header(metadata: &BTreeMap<String, Value>, tensors: &[Planned]) -> Result<Vec<u8>> {
+    let mut out = b"GGUF".to_vec();
+    out.extend(3u32.to_le_bytes());
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        put_text(&mut out, key);
+        out.extend(kind(value).to_le_bytes());
+        put(&mut out, value);
+    }
+    let mut offset = 0;
+    for tensor in tensors {
+        put_text(&mut out, &tensor.label);
+        out.extend((tensor.entry.shape.len() as u32).to_le_bytes());
+        // Fastest first.
+        for &n in tensor.entry.shape.iter().rev() {
+            out.extend((n as u64).to_le_bytes());
+        }
+        let dtype: u32 = match tensor.dtype {
+            GgmlDType::F32 => 0,
+            GgmlDType::F16 => 1,
+            GgmlDType::Q4_1 => 3,
+            GgmlDType::Q8_0 => 8,
+            other => return Err(Error::internal(format!("no merged model is written as {other:?}"))),
+        };
+        out.extend(dtype.to_le_bytes());
+        out.extend((offset as u64).to_le_bytes());
+        offset += tensor.bytes() + padding(tensor.bytes());
+    }
+    out.resize(out.len() + padding(out.len()), 0);
+    Ok(out)
+}
+
+/// Bytes from `length` to where the next tensor may begin.
+fn padding(length: usize) -> usize {
+    length.next_multiple_of(ALIGNMENT) - length
+}
+
+/// GGUF's number for the type of a value.
+fn kind(value: &Value) -> u32 {
+    match value {
+        Value::U8(_) => 0,
+        Value::I8(_) => 1,
+        Value::U16(_) => 2,
+        Value::I16(_) => 3,
+        Value::U32(_) => 4,
+        Value::I32(_) => 5,
+        Value::F32(_) => 6,
+        Value::Bool(_) => 7,
+        Value::String(_) => 8,
+        Value::Array(_) => 9,
+        Value::U64(_) => 10,
+        Value::I64(_) => 11,
+        Value::F64(_) => 12,
+    }
+}
+
+fn put(out: &mut Vec<u8>, value: &Value) {
+    match value {
+        Value::U8(v) => out.push(*v),
+        Value::I8(v) => out.extend(v.to_le_bytes()),
+        Value::U16(v) => out.extend(v.to_le_bytes()),
+        Value::I16(v) => out.extend(v.to_le_bytes()),
+        Value::U32(v) => out.extend(v.to_le_bytes()),
+        Value::I32(v) => out.extend(v.to_le_bytes()),
+        Value::U64(v) => out.extend(v.to_le_bytes()),
+        Value::I64(v) => out.extend(v.to_le_bytes()),
+        Value::F32(v) => out.extend(v.to_le_bytes()),
+        Value::F64(v) => out.extend(v.to_le_bytes()),
+        Value::Bool(v) => out.push((*v).into()),
+        Value::String(text) => put_text(out, text),
+        Value::Array(items) => {
+            // Of one type, and of any where there are none.
+            out.extend(items.first().map_or(kind(&Value::U32(0)), kind).to_le_bytes());
+            out.extend((items.len() as u64).to_le_bytes());
+            items.iter().for_each(|item| put(out, item));
+        }
+    }
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
 }

@@ -18,7 +18,7 @@ use crate::adapter::{Module, Site};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::model::weights::{LayerWeights, Weights};
 use crate::ops::quant::{self, QMatrix};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// What a merged model is written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -37,38 +37,21 @@ pub enum Format {
     GgufQ4_1,
 }
 
-/// Writes the base `weights`, which came from `files`, with the adapter merged into it.
+/// Writes the base `weights`, which came from `base`, with the adapter merged into it.
 ///
 /// # Errors
-/// `Invalid`: `out` is there already, an adapter with LoRA biases, a base of made-up weights, GGUF of a base that is none, or
-/// a RoPE scaling that config.json cannot say. What was written of a model that failed stays in `out` with `.part` appended.
-pub fn write(
-    files: &ModelFiles,
-    weights: &Weights,
-    adapter: &AdapterWeights,
-    format: Format,
-    out: &Path,
-) -> Result<()> {
+/// `Invalid`: `out` is there already, an adapter with LoRA biases, a base of made-up weights, a RoPE scaling
+/// that config.json cannot say, or a tokenizer that GGUF cannot. Then `out` is not there.
+pub fn write(base: &ModelFiles, weights: &Weights, adapter: &AdapterWeights, format: Format, out: &Path) -> Result<()> {
     if out.exists() {
         return Err(Error::invalid(format!("--out {} is there already", out.display())));
     }
-    let mut part = out.as_os_str().to_owned();
-    part.push(".part");
-    let part = Path::new(&part);
     let merged = Merged::new(weights, adapter)?;
-    match (&files.format, format) {
-        (ModelFormat::Shape(_), _) => return Err(Error::invalid("made-up weights are not merged with anything")),
-        (_, Format::Safetensors) => safetensors::write(files, &merged, part)?,
-        (ModelFormat::Gguf(source), format) => gguf::write(source, &merged, format, part)?,
-        (ModelFormat::HuggingFace(_), _) => {
-            return Err(Error::invalid(
-                "GGUF is written of GGUF bases, whose tokenizer it takes over: merge to safetensors and convert that with \
-                 llama.cpp's convert_hf_to_gguf.py",
-            ));
-        }
-    }
-    std::fs::rename(part, out)?;
-    Ok(())
+    files::replace(out, |made| match (&base.format, format) {
+        (ModelFormat::Shape(_), _) => Err(Error::invalid("made-up weights are not merged with anything")),
+        (_, Format::Safetensors) => safetensors::write(base, &merged, made),
+        (_, format) => gguf::write(base, &merged, format, made),
+    })
 }
 
 /// A base and what changes it.

@@ -123,7 +123,7 @@ impl Llama {
 }
 
 /// Inverse frequencies of the rotary embedding `[head_dim / 2]`, as transformers' `modeling_rope_utils` computes them.
-fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
+pub fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     let dim = config.head_dim;
     let plain = (0..dim / 2).map(|i| 1.0 / config.rope_theta.powf((2 * i) as f32 / dim as f32));
     match &config.rope_scaling {

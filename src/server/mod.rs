@@ -18,7 +18,7 @@ mod select;
 mod stop;
 mod stream;
 mod template;
-mod tokenizer;
+pub(crate) mod tokenizer;
 
 use std::future::Future;
 use std::net::SocketAddr;

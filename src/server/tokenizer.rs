@@ -4,8 +4,11 @@
 //! pre-tokenizer and post-processor are those of the tokenizer.json of the models that carry the name. A name that is
 //! not known here is refused: a tokenizer that is almost right gives answers that are almost right.
 
+mod to_gguf;
+
 use std::path::Path;
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
@@ -14,6 +17,8 @@ use crate::model::weights::gguf::{self, Metadata};
 use crate::server::prompt::byte_of;
 use crate::server::template::SpecialTokens;
 use crate::{Error, Result};
+
+pub use to_gguf::to_gguf;
 
 /// A tokenizer and what else a model says about its text.
 pub struct Loaded {
@@ -36,18 +41,20 @@ const QWEN2_SPLIT: &str =
 
 const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// llama.cpp's `token_type` values that are not ordinary text.
+/// llama.cpp's `token_type` values.
 mod token_type {
+    pub const NORMAL: usize = 1;
     pub const UNKNOWN: usize = 2;
     pub const CONTROL: usize = 3;
     pub const USER_DEFINED: usize = 4;
+    pub const UNUSED: usize = 5;
 }
 
 /// From a GGUF file's metadata.
 pub fn from_gguf(path: &Path) -> Result<Loaded> {
     let (content, _) = gguf::header(path)?;
     let of_file = |e: Error| Error { message: format!("{}: {}", path.display(), e.message), ..e };
-    build(&Metadata(&content)).map_err(of_file)
+    build(&Metadata(&content.metadata)).map_err(of_file)
 }
 
 fn build(meta: &Metadata) -> Result<Loaded> {
@@ -101,17 +108,13 @@ fn build(meta: &Metadata) -> Result<Loaded> {
             model = model.unk_token(tokens[unknown as usize].to_string());
         }
     }
-    let mut tokenizer = Tokenizer::new(model.build().map_err(|e| Error::invalid(format!("tokenizer.ggml: {e}")))?);
-    tokenizer
-        .with_normalizer(part::<NormalizerWrapper>("normalizer", parts.normalizer)?)
-        .map_err(|e| Error::internal(e.to_string()))?
-        .with_pre_tokenizer(part::<PreTokenizerWrapper>("pre-tokenizer", parts.pre_tokenizer)?)
-        .with_decoder(part::<DecoderWrapper>("decoder", parts.decoder)?);
+    let model = model.build().map_err(|e| Error::invalid(format!("tokenizer.ggml: {e}")))?;
+    let mut tokenizer = assemble(model, &parts)?;
 
     let add_bos = meta.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(parts.adds_bos);
     let add_eos = meta.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
     let around = (bos.filter(|_| add_bos), eos.filter(|_| add_eos));
-    tokenizer.with_post_processor(part::<PostProcessorWrapper>("post-processor", around_text(around, &tokens))?);
+    tokenizer.with_post_processor(part::<PostProcessorWrapper>("post-processor", &around_text(around, &tokens))?);
 
     // Only these are matched whole in text; without them `<|im_end|>` would be cut into pieces.
     let of_type = |wanted: &[usize]| -> Vec<String> {
@@ -135,6 +138,17 @@ fn build(meta: &Metadata) -> Result<Loaded> {
         special: special.into_iter().filter_map(|(key, id)| Some((key.to_string(), name(id)?))).collect(),
         template: meta.text("tokenizer.chat_template")?.map(str::to_string),
     })
+}
+
+/// A tokenizer without special tokens.
+fn assemble(model: BPE, parts: &Parts) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::new(model);
+    tokenizer
+        .with_normalizer(part::<NormalizerWrapper>("normalizer", &parts.normalizer)?)
+        .map_err(|e| Error::internal(e.to_string()))?
+        .with_pre_tokenizer(part::<PreTokenizerWrapper>("pre-tokenizer", &parts.pre_tokenizer)?)
+        .with_decoder(part::<DecoderWrapper>("decoder", &parts.decoder)?);
+    Ok(tokenizer)
 }
 
 /// What a GGUF file only has a name for.
@@ -222,8 +236,8 @@ fn around_text((bos, eos): (Option<u32>, Option<u32>), tokens: &[&str]) -> Value
 }
 
 /// A component of the `tokenizers` crate from its form in tokenizer.json.
-fn part<T: serde::de::DeserializeOwned>(what: &str, form: Value) -> Result<Option<T>> {
-    serde_json::from_value(form).map_err(|e| Error::internal(format!("{what}: {e}")))
+fn part<T: serde::de::DeserializeOwned>(what: &str, form: &Value) -> Result<Option<T>> {
+    Option::deserialize(form).map_err(|e| Error::internal(format!("{what}: {e}")))
 }
 
 /// SentencePiece keeps a score a piece instead of merges: every way to cut a piece in two known ones is a merge, better
@@ -306,11 +320,7 @@ pub fn for_shape(config: &Path) -> Result<Loaded> {
     // In byte-level spelling, Ġ is a space.
     let vocab: Vocab = bytes.chain((256..size).map(|id| (format!("Ġ{id}"), id))).collect();
     let model = BPE::builder().vocab_and_merges(vocab, Merges::new()).build();
-    let mut tokenizer = Tokenizer::new(model.map_err(|e| bad(&e.to_string()))?);
-    let parts = byte_level("default")?;
-    tokenizer
-        .with_pre_tokenizer(part::<PreTokenizerWrapper>("pre-tokenizer", parts.pre_tokenizer)?)
-        .with_decoder(part::<DecoderWrapper>("decoder", parts.decoder)?);
+    let tokenizer = assemble(model.map_err(|e| bad(&e.to_string()))?, &byte_level("default")?)?;
     let bos = ids_of(&form["bos_token_id"]).first().copied();
     Ok(Loaded { tokenizer, bos, eos: ids_of(&form["eos_token_id"]), special: SpecialTokens::new(), template: None })
 }

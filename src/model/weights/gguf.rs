@@ -3,6 +3,7 @@
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. candle parses the header; it is well tested
 //! against hostile lengths, and the blocks themselves go to our own packing untouched.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
@@ -71,7 +72,7 @@ pub fn open(path: &Path) -> Result<Opened> {
 }
 
 fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
-    let meta = Metadata(content);
+    let meta = Metadata(&content.metadata);
     let architecture = match meta.text("general.architecture")? {
         Some(known @ ("llama" | "qwen2" | "qwen3")) => known,
         other => {
@@ -265,7 +266,7 @@ pub fn integer(value: &Value) -> Option<usize> {
 }
 
 /// Typed look-ups: a key that is absent is `None`, one of another type is an error that names it.
-pub struct Metadata<'a>(pub &'a Content);
+pub struct Metadata<'a>(pub &'a HashMap<String, Value>);
 
 impl<'a> Metadata<'a> {
     /// An integer of any width.
@@ -303,7 +304,7 @@ impl<'a> Metadata<'a> {
     }
 
     fn get<T>(&self, key: &str, kind: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
-        match self.0.metadata.get(key) {
+        match self.0.get(key) {
             None => Ok(None),
             Some(value) => match read(value) {
                 Some(value) => Ok(Some(value)),
