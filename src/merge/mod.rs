@@ -159,7 +159,8 @@ impl Entry<'_> {
     /// Its values after the merge, f32 on the CPU.
     fn values(&self) -> Result<Tensor> {
         let (matrix, first, change) = match &self.origin {
-            Origin::Vector(values) => return Ok(values.to_device(&Device::Cpu)?),
+            // Copied: candle quantises all of the memory that a view looks into, such as the biases of q beside those of k.
+            Origin::Vector(values) => return Ok(values.to_device(&Device::Cpu)?.force_contiguous()?),
             Origin::Rows { matrix, first, change } => (matrix, *first, *change),
         };
         let (n, k) = (self.shape[0], self.shape[1]);

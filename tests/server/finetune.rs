@@ -349,7 +349,8 @@ fn a_restart_goes_on_with_every_job() {
     let csv = server.get(&format!("/v1/files/{}/content", text(&ended["result_files"][0]))).text;
     let steps: Vec<usize> = csv.lines().skip(1).map(|row| row.split(',').next().unwrap().parse().unwrap()).collect();
     assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "those before the restart too");
-    assert!(!state.path().join("jobs").join(&running).join("state.safetensors").exists());
+    let left = state.path().join("jobs").join(&running).join("state.safetensors");
+    eventually("nothing is left to go on with", || !left.exists());
     let messages = server.messages(&running);
     assert!(messages.iter().any(|m| m.contains("restarted")) && messages.iter().any(|m| m.contains("from step")));
     assert_eq!(server.at(&paused)["status"], "paused");
