@@ -65,7 +65,7 @@ TITLES = {
 
 
 def full(reports):
-    """Whether the trials ran as long as FULL=1 has them."""
+    """Whether the soak ran as long as LENGTH=full has it."""
     soak = reports.get("soak")
     return bool(soak) and soak["command"][soak["command"].index("--duration") + 1] == "1800"
 
@@ -74,6 +74,8 @@ def summary(folder):
     reports = {name: load(folder, name) for name in TITLES}
     reports = {name: report for name, report in reports.items() if report}
     compare = load(folder, "compare")
+    if not reports:
+        sys.exit(f"{folder} has no report of `quiver bench serve`")
     some = next(iter(reports.values()))
     machine = some["machine"]
     where = f"{machine['threads']} threads of {machine['cpu']}, {machine['memory'] / 2**30:.0f} GiB, {machine['system']}"
@@ -87,9 +89,10 @@ def summary(folder):
     with open(os.path.join(folder, "summary.md"), "w") as f:
         f.write("\n".join(short))
 
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    describe = ["git", "-C", ROOT, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     out = [f"# quiver on {where}\n", f"Model: SmolLM2-135M-Instruct, Q4_1, 98 MB. Commit {commit or 'unknown'}. Begun {some['date']}.\n",
-           f"```\n{'FULL=1 ' if full(reports) else ''}benches/run_cpu.sh\n```\n",
+           f"```\n{'LENGTH=full ' if full(reports) else ''}benches/run_cpu.sh\n```\n",
            "TTFT: from when a request was due, not from when it was sent, to the first text. SLO: share of all requests whose first text "
            "came within 6 s. Jain: index of the speed that requests of each adapter saw. Misses: adapters brought into a slot. Lag: how "
            "late the generator sent. `*.json` hold every request, `page.html` plots.\n"]
@@ -100,7 +103,9 @@ def summary(folder):
     engine = os.path.join(folder, "engine.md")
     if os.path.exists(engine):
         with open(engine) as f:
-            out += ["## The engine without HTTP, 128 tokens in, 64 out\n", f.read()]
+            out += ["## The engine without HTTP, 128 tokens in, 64 out\n", f.read(),
+                    "MB a step: the base's matrices, each adapter of the batch once, keys and values. Bandwidth: of memory, read by all threads; "
+                    "the processor's cache holds a part of so small a model.\n"]
     for name, report in reports.items():
         out.append(f"## {TITLES[name]}\n")
         if report["runs"]:
