@@ -345,7 +345,8 @@ fn a_run_that_is_broken_off_keeps_what_it_has() {
 // --- Verdicts ---
 
 /// An overload of 9 seconds at 10 requests a second: every other is refused, the rest have their first token after `first(due)`.
-fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, memory: u64) -> trial::Verdict {
+/// `memory` in MiB.
+fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, memory: [u64; 9]) -> trial::Verdict {
     let record = |i: usize| {
         let due = i as f64 / 10.0;
         let refused = i.is_multiple_of(2);
@@ -359,16 +360,17 @@ fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, me
             output: 5,
             adapter: None,
             failure: refused.then(|| refusal.to_owned()),
+            resent: 0,
             retry_after,
         }
     };
-    let observed = |bytes| Observed { resident_bytes: Some(bytes), ..Observed::default() };
     let run = Run {
         records: (0..90).map(record).collect(),
         unfinished: 0,
         seconds: 9.0,
         generator_cpus: 0.0,
-        server: [observed(1 << 30), observed(memory)],
+        server: [Observed::default(); 2],
+        memory: memory.map(|mib| mib << 20).to_vec(),
         interrupted: false,
     };
     let summary = Summary::of(&run, Arrivals::Open { rate: 10.0, cv: 1.0 }, 6.0);
@@ -377,14 +379,20 @@ fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, me
 
 #[test]
 fn overload_is_judged() {
-    let verdict = overloaded(|_| 2.0, "http 429", Some(1.0), 1 << 30);
+    // A cache that fills, and then requests that come and go.
+    let full = [200, 400, 900, 1000, 1010, 990, 1000, 1020, 1000];
+    let verdict = overloaded(|_| 2.0, "http 429", Some(1.0), full);
     assert!(verdict.faults.is_empty(), "{verdict:?}");
+    assert!(verdict.facts.iter().any(|f| f.contains("MiB: 200 ") && f.ends_with(" 1000")), "{verdict:?}");
     for (verdict, fault) in [
-        (overloaded(|_| 2.0, "http 429", None, 1 << 30), "without Retry-After"),
-        (overloaded(|_| 2.0, "http 500", Some(1.0), 1 << 30), "failed otherwise"),
-        (overloaded(|_| 2.0, "http 500", Some(1.0), 1 << 30), "nothing was refused"),
-        (overloaded(|due| due, "http 429", Some(1.0), 1 << 30), "latency still rises"),
-        (overloaded(|_| 2.0, "http 429", Some(1.0), 2 << 30), "memory grew"),
+        (overloaded(|_| 2.0, "http 429", None, full), "without Retry-After"),
+        (overloaded(|_| 2.0, "http 500", Some(1.0), full), "failed otherwise"),
+        (overloaded(|_| 2.0, "http 500", Some(1.0), full), "nothing was refused"),
+        (overloaded(|due| due, "http 429", Some(1.0), full), "latency still rises"),
+        (
+            overloaded(|_| 2.0, "http 429", Some(1.0), [200, 400, 900, 1000, 1010, 1050, 1080, 1100, 1150]),
+            "memory grew from 1050 MiB to 1150",
+        ),
     ] {
         assert!(verdict.faults.iter().any(|f| f.contains(fault)), "{fault}: {verdict:?}");
     }
@@ -444,4 +452,47 @@ fn the_real_server_is_started_measured_soaked_and_stopped() {
     let report = bench(&["--grid", "soak", "--duration", "5", "--concurrency", "3"], "soak.json");
     let verdict = report.verdict.expect("a verdict");
     assert!(verdict.faults.is_empty() && verdict.facts[0].contains("replies checked"), "{verdict:?}");
+}
+
+#[test]
+fn the_engine_is_measured_by_mix_rank_and_batch() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let out = dir.path().join("engine.json");
+    let bench = |rank: &str| {
+        Command::new(env!("CARGO_BIN_EXE_quiver"))
+            .args([
+                "bench", "engine", "--device", "cpu", "--input", "4", "--output", "2", "--repeat", "1", "--batch",
+                "1,2",
+            ])
+            .args(["--adapters", concat!(env!("CARGO_MANIFEST_DIR"), "/adapters"), "--mix", "none,distinct"])
+            .args(["--registered", "2", "--rank", rank, "--out"])
+            .arg(&out)
+            .output()
+            .expect("it runs")
+    };
+    let output = bench("8");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&out).expect("rows")).expect("JSON");
+    let keys =
+        |row: &Value| (row["adapters"].clone(), row["rank"].clone(), row["registered"].clone(), row["batch"].clone());
+    let expected = [
+        ("none", Value::Null, 0, 1),
+        ("none", Value::Null, 0, 2),
+        ("distinct", json!(8), 2, 1),
+        ("distinct", json!(8), 2, 2),
+    ];
+    assert_eq!(
+        rows.iter().map(keys).collect::<Vec<_>>(),
+        expected.map(|(mix, rank, registered, batch)| (json!(mix), rank, json!(registered), json!(batch)))
+    );
+    assert!(rows.iter().all(|row| row["bandwidth"].as_f64() > Some(0.0)), "{rows:?}");
+    let bytes = |i: usize| rows[i]["step_bytes"][0].as_f64().expect("bytes");
+    // Each of the shipped adapters takes as much; with two sequences both are read.
+    let one = bytes(2) - bytes(0);
+    assert!(one > 4e6 && (bytes(3) - bytes(1) - 2.0 * one).abs() < 1.0, "{rows:?}");
+    // A second sequence adds its keys and values alone: 30 layers of 2 x 192 numbers a token, 5.5 tokens on average.
+    let kept = bytes(1) - bytes(0);
+    assert!((kept - 30.0 * 384.0 * 4.0 * 5.5).abs() < 1.0, "{kept}");
+    let refused = bench("9");
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("of rank 9"), "{refused:?}");
 }

@@ -48,7 +48,10 @@ pub struct Reply {
     pub generation: Option<String>,
     /// After how many seconds to come again, as the refusal said.
     pub retry_after: Option<f64>,
-    /// What went wrong, as a word to count by: `http 429`, `connect`, `timeout`, `broken`, `error`, `empty`.
+    /// How often it was sent again because the connection ended before any response.
+    pub resent: usize,
+    /// What went wrong, as a word to count by: `http 429`, `connect`, `timeout`, `broken`, `error`, `empty`, or `mixed`
+    /// where the content of its adapter changed on the way.
     pub failure: Option<String>,
 }
 
@@ -142,8 +145,9 @@ impl Client {
 
     /// The head of the response. llama.cpp closes a connection after each stream without saying so: a request that meets the end of one
     /// it was to reuse goes again, on another.
-    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, String> {
-        for _ in 0..TRIES {
+    async fn send(&self, request: Request<Full<Bytes>>, resent: &mut usize) -> Result<Response<Incoming>, String> {
+        for i in 0..TRIES {
+            *resent = i;
             match self.http.request(request.clone()).await {
                 Ok(response) => return Ok(response),
                 Err(e) if e.is_connect() => return Err("connect".into()),
@@ -154,7 +158,7 @@ impl Client {
     }
 
     async fn read(&self, request: Request<Full<Bytes>>, reply: &mut Reply) -> Result<(), String> {
-        let response = self.send(request).await?;
+        let response = self.send(request, &mut reply.resent).await?;
         if response.status() != StatusCode::OK {
             let seconds =
                 response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
@@ -180,7 +184,11 @@ impl Client {
                     return Err("error".into());
                 }
                 usage = chunk.usage.or(usage);
-                reply.generation = chunk.adapter_generation.as_ref().and_then(Value::as_str).map(str::to_owned);
+                let generation = chunk.adapter_generation.as_ref().and_then(Value::as_str).map(str::to_owned);
+                if reply.generation.is_some() && generation.is_some() && reply.generation != generation {
+                    return Err("mixed".into());
+                }
+                reply.generation = generation.or(reply.generation.take());
                 for choice in chunk.choices {
                     let text = choice.text.or(choice.delta.and_then(|delta| delta.content)).unwrap_or_default();
                     if text.is_empty() {

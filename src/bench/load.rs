@@ -45,6 +45,8 @@ pub struct Record {
     pub adapter: Option<usize>,
     /// What went wrong.
     pub failure: Option<String>,
+    /// How often it was sent again, on another connection.
+    pub resent: usize,
     /// After how many seconds to come again, as the refusal said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after: Option<f64>,
@@ -62,6 +64,8 @@ pub struct Run {
     pub generator_cpus: f64,
     /// The server before and after.
     pub server: [Observed; 2],
+    /// Its memory meanwhile, bytes, a sample a second; empty where it does not say.
+    pub memory: Vec<u64>,
     /// Someone pressed ctrl-C.
     pub interrupted: bool,
 }
@@ -109,7 +113,7 @@ impl Shared {
         let due_at = self.start + due;
         let since = |at: Instant| at.saturating_duration_since(due_at).as_secs_f64();
         let lag = since(Instant::now());
-        let Reply { first, gaps, prompt_tokens, tokens, retry_after, failure, .. } =
+        let Reply { first, gaps, prompt_tokens, tokens, retry_after, failure, resent, .. } =
             self.target.client.stream(self.target.path(), body).await;
         let end = since(Instant::now());
         self.progress.done.fetch_add(1, Relaxed);
@@ -118,7 +122,7 @@ impl Shared {
         let (due, input, output) = (due.as_secs_f64(), prompt_tokens, tokens);
         let pause =
             failure.as_ref().map(|_| Duration::try_from_secs_f64(retry_after.unwrap_or(1.0)).unwrap_or_default());
-        let record = Record { due, lag, first, end, gaps, input, output, adapter, failure, retry_after };
+        let record = Record { due, lag, first, end, gaps, input, output, adapter, failure, resent, retry_after };
         // Nothing panics while it holds this lock, nor the others below.
         self.records.lock().unwrap_or_else(PoisonError::into_inner).push(record);
         pause
@@ -137,6 +141,7 @@ pub async fn run(target: &Target, traffic: &Traffic, bounds: Bounds, mut stop: S
         progress: Progress::default(),
     });
     let bar = tokio::spawn(show(shared.clone(), bounds, label.to_owned()));
+    let memory = target.watch_memory();
     let mut tasks = JoinSet::new();
     let work = async {
         match traffic.arrivals {
@@ -156,7 +161,8 @@ pub async fn run(target: &Target, traffic: &Traffic, bounds: Bounds, mut stop: S
     let unfinished = shared.progress.sent.load(Relaxed) - records.len();
     let generator_cpus = (cpu_seconds() - cpu) / seconds;
     let server = [before, target.observe().await];
-    Ok(Run { records, unfinished, seconds, generator_cpus, server, interrupted })
+    let memory = memory.samples();
+    Ok(Run { records, unfinished, seconds, generator_cpus, server, memory, interrupted })
 }
 
 /// Sends each request when it is due.
@@ -192,7 +198,8 @@ fn closed(shared: &Arc<Shared>, plan: Plan, bounds: Bounds, clients: usize, task
                 let body = shared.target.body(&planned);
                 // A client that was refused and asks again at once would be an attack, not load.
                 if let Some(pause) = shared.send(due, planned.adapter, body).await {
-                    tokio::time::sleep(pause).await;
+                    let left = bounds.duration.map(|duration| duration.saturating_sub(shared.start.elapsed()));
+                    tokio::time::sleep(left.map_or(pause, |left| pause.min(left))).await;
                 }
             }
         });

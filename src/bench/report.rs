@@ -9,9 +9,12 @@ use serde_json::Value;
 
 use super::load::Record;
 use super::plot::Chart;
-use super::stats::{Quantiles, Summary};
+use super::stats::{AdapterStats, Quantiles, Summary};
 use super::trial::Verdict;
 use crate::{Error, Result};
+
+/// Adapters whose figures a page shows of each run, those with the worst first-token latency first. JSON has all.
+const ADAPTERS_SHOWN: usize = 20;
 
 /// Points on a timeline.
 const TIMELINE: usize = 60;
@@ -151,6 +154,11 @@ pub fn notes(s: &Summary) -> Vec<String> {
     if let [Some(before), Some(after)] = s.resident_bytes {
         notes.push(format!("server memory {} before, {} after", ByteSize(before), ByteSize(after)));
     }
+    notes.extend(
+        s.resent
+            .gt(&0)
+            .then(|| format!("{} times a request was sent again: its connection ended before any response", s.resent)),
+    );
     notes.extend(s.unfinished.gt(&0).then(|| format!("{} requests were broken off", s.unfinished)));
     notes.extend(s.warning.iter().map(|warning| format!("WARNING: {warning}")));
     notes
@@ -229,6 +237,18 @@ fn timeline(run: &RunReport) -> [Chart; 2] {
     [chart("tokens/s", false, vec![("tokens/s".into(), rate)]), chart("first token, ms", true, latency)]
 }
 
+/// Rows of the adapters that waited longest: name, requests, tokens a second, first-token p50 and p99 in milliseconds.
+fn slowest(run: &RunReport) -> Vec<[String; 5]> {
+    let mut adapters: Vec<&AdapterStats> = run.summary.fairness.adapters.iter().collect();
+    adapters.sort_by(|a, b| b.first_ms.p99.total_cmp(&a.first_ms.p99));
+    let row = |a: &&AdapterStats| {
+        let name = a.adapter.map_or("none", |i| run.adapters[i].as_str()).to_owned();
+        let (p50, p99) = (format!("{:.0}", a.first_ms.p50), format!("{:.0}", a.first_ms.p99));
+        [name, a.requests.to_string(), format!("{:.1}", a.tokens_per_s), p50, p99]
+    };
+    adapters.iter().take(ADAPTERS_SHOWN).map(row).collect()
+}
+
 /// Writes one page about several reports: tables, charts of all series, a timeline of each run.
 pub fn page(reports: &[Report], file: &Path) -> Result<()> {
     let draw = |charts: &[Chart]| charts.iter().map(Chart::svg).collect::<Result<Vec<_>>>();
@@ -240,6 +260,7 @@ pub fn page(reports: &[Report], file: &Path) -> Result<()> {
                 row("", &run.summary).split(" | ").skip(1).map(|c| c.trim_matches(['|', ' ']).into()).collect();
             runs.push(context! {
                 label => &run.label, traffic => &run.traffic, cells, notes => notes(&run.summary), plots => draw(&timeline(run))?,
+                adapters => slowest(run),
             });
         }
         views.push(context! {

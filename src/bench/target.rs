@@ -1,6 +1,7 @@
 //! The server under load: its process, its models, its form of a request, what it says of itself.
 
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -9,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sysinfo::{Pid, ProcessesToUpdate, Signal, System};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 
 use super::client::Client;
 use super::traffic::Planned;
@@ -137,12 +139,30 @@ impl Target {
         };
         let running = sum("vllm:num_requests_running");
         Observed {
-            resident_bytes: self.pid.and_then(memory).or_else(|| sum("process_resident_memory_bytes")),
+            resident_bytes: self.pid.and_then(resident).or_else(|| sum("process_resident_memory_bytes")),
             adapter_misses: sum("quiver_adapter_slot_loads_total"),
             disk_reads: sum("quiver_adapter_disk_reads_total"),
             unfinished: running.map(|running| running + sum("vllm:num_requests_waiting").unwrap_or(0)),
             adapters: sum("quiver_adapters"),
         }
+    }
+
+    /// Samples the server's memory every second until the watch is dropped.
+    pub fn watch_memory(&self) -> MemoryWatch {
+        let (target, samples) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
+        let kept = samples.clone();
+        let task = tokio::spawn(async move {
+            let mut tick = tokio::time::interval(Duration::from_secs(1));
+            loop {
+                tick.tick().await;
+                let bytes = match target.pid {
+                    Some(pid) => resident(pid),
+                    None => target.observe().await.resident_bytes,
+                };
+                kept.lock().unwrap_or_else(PoisonError::into_inner).extend(bytes);
+            }
+        });
+        MemoryWatch { samples, task }
     }
 
     /// What the server calls itself.
@@ -162,8 +182,29 @@ fn number(pattern: &str, i: usize) -> String {
     format!("{before}{i:0width$}{after}")
 }
 
+/// A server's memory over time.
+pub struct MemoryWatch {
+    /// Bytes, one a second.
+    samples: Arc<Mutex<Vec<u64>>>,
+    /// Takes them.
+    task: JoinHandle<()>,
+}
+
+impl MemoryWatch {
+    /// Bytes so far, one a second; none where the server does not say.
+    pub fn samples(&self) -> Vec<u64> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for MemoryWatch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 /// Resident bytes of a process.
-fn memory(pid: u32) -> Option<u64> {
+fn resident(pid: u32) -> Option<u64> {
     let pid = Pid::from_u32(pid);
     let mut system = System::new();
     system.refresh_processes(ProcessesToUpdate::Some(&[pid]), false);

@@ -14,14 +14,17 @@ use tokio::task::JoinSet;
 use super::client::{Client, Reply};
 use super::load::{Record, Run, Stop};
 use super::stats::{Quantiles, Summary};
-use super::target::Target;
+use super::target::{Observed, Target};
 use crate::{Error, Result};
 
 /// Faults after which a soak gives up.
 const MOST_FAULTS: usize = 20;
 
-/// Memory may grow by a tenth and this, bytes, before it counts as a leak.
+/// Memory may grow by a twentieth and this, bytes, before it counts as a leak.
 const GROWTH: u64 = 32 << 20;
+
+/// Samples of memory that a verdict shows.
+const SHOWN: usize = 20;
 
 /// What came of it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -39,13 +42,31 @@ impl Verdict {
         }
     }
 
-    fn memory(&mut self, before: Option<u64>, after: Option<u64>) {
-        let [Some(before), Some(after)] = [before, after] else {
-            return self.facts.push("memory: the server does not say".into());
+    /// Judges memory over a run, bytes. Its first third is for caches to fill; what is most in the last third must not be much more
+    /// than what is most in the middle one.
+    fn memory(&mut self, samples: &[u64]) {
+        let Some([middle, end]) = peaks(samples) else {
+            return self.facts.push("memory: the server does not say, or the run was too short".into());
         };
-        self.facts.push(format!("memory: {} MiB before, {} MiB after", before >> 20, after >> 20));
-        self.check(after <= before + before / 10 + GROWTH, "memory grew by more than a tenth and 32 MiB (so does a KV cache that still fills up: give the server a small one)");
+        let shown = (0..SHOWN).map(|i| (samples[i * (samples.len() - 1) / (SHOWN - 1)] >> 20).to_string());
+        let shown: Vec<String> = shown.collect();
+        self.facts.push(format!("memory over time, MiB: {}", shown.join(" ")));
+        self.check(
+            end <= middle + middle / 20 + GROWTH,
+            format!(
+                "memory grew from {} MiB to {} MiB after the first third (so does a KV cache that still fills: give the server a \
+                 small one)",
+                middle >> 20,
+                end >> 20
+            ),
+        );
     }
+}
+
+/// The most of the second and of the last third.
+fn peaks(samples: &[u64]) -> Option<[u64; 2]> {
+    let third = samples.len() / 3;
+    Some([*samples[third..2 * third].iter().max()?, *samples[2 * third..].iter().max()?])
 }
 
 /// Judges a run at a rate beyond `sustained` requests a second.
@@ -78,7 +99,7 @@ pub fn overload(run: &Run, summary: &Summary, sustained: f64) -> Verdict {
         .facts
         .push(format!("{:.2} requests a second answered, {sustained:.2} without overload", summary.requests_per_s));
     verdict.check(summary.requests_per_s >= 0.8 * sustained, "less than 0.8 of the sustainable rate was answered");
-    verdict.memory(summary.resident_bytes[0], summary.resident_bytes[1]);
+    verdict.memory(&run.memory);
     verdict
 }
 
@@ -212,20 +233,14 @@ impl Soak {
         }
         let churn = shared.clone();
         tasks.spawn(async move { churn.churn(start + duration).await });
-        let memory = shared.clone();
-        let samples = tokio::spawn(async move { memory.sample(start).await });
+        let memory = shared.soak.target.watch_memory();
         let all = async { while tasks.join_next().await.is_some() {} };
-        let interrupted = tokio::select! {
-            () = all => false,
-            _ = stop.wait_for(|stopped| *stopped) => true,
-        };
-        tasks.shutdown().await;
-        // It ends by itself at the end of the duration, and with it here.
-        if interrupted {
-            samples.abort();
+        tokio::select! {
+            () = all => {}
+            _ = stop.wait_for(|stopped| *stopped) => {}
         }
-        let samples = samples.await.unwrap_or_default();
-        shared.end(&before, &samples, start.elapsed()).await
+        tasks.shutdown().await;
+        shared.end(&before, &memory.samples(), start.elapsed()).await
     }
 }
 
@@ -287,6 +302,9 @@ impl Shared {
         if let Some(failure) = reply.failure {
             return self.fault(format!("{name}: {failure}"));
         }
+        if reply.resent > 0 {
+            return self.fault(format!("{name}: a connection ended before any response"));
+        }
         if reply.generation.as_ref() != generation {
             return self.fault(format!("{name} answered with {:?} for {generation:?}", reply.generation));
         }
@@ -335,20 +353,14 @@ impl Shared {
         slot.changing = false;
     }
 
-    /// Memory twenty times over the duration, MiB.
-    async fn sample(&self, start: Instant) -> Vec<u64> {
-        let mut samples = Vec::new();
-        for i in 1..=20 {
-            tokio::time::sleep_until((start + self.soak.duration * i / 20).into()).await;
-            samples.extend(self.soak.target.observe().await.resident_bytes);
-        }
-        samples
-    }
-
     /// Takes the names away again and looks at what is left.
-    async fn end(&self, before: &super::target::Observed, samples: &[u64], took: Duration) -> Result<Verdict> {
+    async fn end(&self, before: &Observed, memory: &[u64], took: Duration) -> Result<Verdict> {
         for i in 0..NAMES {
-            if lock(&self.slots)[i].generation.is_some() {
+            let Slot { generation, changing, .. } = lock(&self.slots)[i].clone();
+            if changing {
+                // Its call was broken off: it may be there or not.
+                _ = self.soak.admin(Method::DELETE, &format!("/soak-{i}"), None).await;
+            } else if generation.is_some() {
                 self.change(i, None).await;
             }
         }
@@ -367,12 +379,7 @@ impl Shared {
             format!("{:?} adapters before, {:?} after", before.adapters, after.adapters),
         );
         verdict.check(after.unfinished.unwrap_or(0) == 0, format!("{:?} sequences are left", after.unfinished));
-        if !samples.is_empty() {
-            let mib: Vec<String> = samples.iter().map(|bytes| (bytes >> 20).to_string()).collect();
-            verdict.facts.push(format!("memory over time, MiB: {}", mib.join(" ")));
-        }
-        // The first fifth fills caches.
-        verdict.memory(samples.get(3).copied().or(before.resident_bytes), samples.last().copied());
+        verdict.memory(memory);
         Ok(verdict)
     }
 }

@@ -48,6 +48,10 @@ pub struct Backend {
     pub commands: Sender<Command>,
     /// Where memory went.
     pub plan: MemoryPlan,
+    /// Bytes of the base that a step reads.
+    pub step_bytes: usize,
+    /// Where it runs.
+    pub device: Device,
 }
 
 /// A base model in memory, and its texts.
@@ -115,7 +119,7 @@ impl Backend {
     ) -> Result<Self> {
         let base = config.base.clone();
         let Base { files, codec, weights, device } = blocking(move || Base::load(&base)).await?;
-        let weight_bytes = weights.bytes();
+        let (weight_bytes, step_bytes) = (weights.bytes(), weights.step_bytes());
         let names = match &config.served_model_name[..] {
             [] => vec![files.name.clone()],
             names => names.to_vec(),
@@ -158,7 +162,7 @@ impl Backend {
             Ok((loaded, runner))
         })
         .await?;
-        let Loaded { files, registry, plan, .. } = loaded;
+        let Loaded { files, registry, plan, device, .. } = loaded;
         let engine = Engine::start(
             runner,
             EngineConfig {
@@ -173,7 +177,7 @@ impl Backend {
             },
             Some(filler),
         )?;
-        Ok(Self { engine, registry, codec, names, files, shape, fingerprint, commands, plan })
+        Ok(Self { engine, registry, codec, names, files, shape, fingerprint, commands, plan, step_bytes, device })
     }
 }
 

@@ -2,7 +2,12 @@
 //!
 //! A batch of equal requests runs twice, for one token and for more; the difference is the time of the steps between. Both
 //! are repeated and the median taken. The prefix cache is off, and prompts are random, so that every prompt is computed.
+//!
+//! A step moves the base's matrices once, each adapter of the batch once, and the keys and values of every sequence. Those bytes over
+//! the time of the step, over the bandwidth of memory as measured at the start, say how far a step is from the least that it can take; a
+//! small model stays in the processor's cache in part, and may come to more than all of it.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -17,9 +22,12 @@ use tokio::sync::mpsc::unbounded_channel;
 use super::backend::Backend;
 use super::bench_serve::{Page, ServeBench};
 use super::serve::start_logs;
+use crate::adapter::registry::AdapterInfo;
+use crate::bench::bandwidth;
 use crate::bench::traffic::Popularity;
 use crate::config::ServeConfig;
 use crate::engine::request::{Event, Request, SamplingParams};
+use crate::model::kv::KvCache;
 use crate::{Error, Result};
 
 /// What to measure.
@@ -47,6 +55,9 @@ struct EngineBench {
     /// Which adapters the sequences have, of those loaded; give several, separated by commas
     #[arg(long, value_enum, value_delimiter = ',', default_value = "none")]
     mix: Vec<Mix>,
+    /// Only adapters of this rank take part; give several, separated by commas [default: all adapters, whatever their rank]
+    #[arg(long, value_name = "RANK", value_delimiter = ',')]
+    rank: Vec<usize>,
     /// How many of the adapters take part, for growth over their number; give several, separated by commas [default: all]
     #[arg(long, value_name = "N", value_delimiter = ',')]
     registered: Vec<usize>,
@@ -98,8 +109,10 @@ impl BenchArgs {
 struct Sample {
     /// Until every sequence has its first token.
     prompt: Duration,
-    /// Of a step.
+    /// Of a step, milliseconds.
     step: f64,
+    /// That a step moves on average.
+    bytes: f64,
 }
 
 impl EngineBench {
@@ -111,43 +124,41 @@ impl EngineBench {
         let started = Instant::now();
         let backend = Backend::load(&self.serve, None, |_| {}).await?;
         eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
-        let adapters: Vec<String> = backend.registry.list().into_iter().map(|a| a.name).collect();
-        if self.registered.is_empty() {
-            self.registered.push(adapters.len());
-        }
-        let least = usize::from(self.mix.iter().any(|mix| *mix != Mix::None));
-        if let Some(n) = self.registered.iter().find(|n| !(least..=adapters.len()).contains(*n)) {
-            return Err(Error::invalid(format!(
-                "{n} adapters to take part, of {} loaded (--adapters DIR): --mix needs at least {least}",
-                adapters.len()
-            )));
-        }
+        let cases = self.cases(&backend.registry.list())?;
+        let bandwidth = bandwidth::measure(&backend.device)?;
+        eprintln!("memory: {:.1} GB/s", bandwidth / 1e9);
         println!(
-            "| batch | adapters | of | ms a step | tok/s | prompt ms | prompt tok/s |\n|---|---|---|---|---|---|---|"
+            "| batch | adapters | rank | of | ms a step | tok/s | MB a step | of bandwidth | prompt ms | prompt tok/s |\n\
+             |---|---|---|---|---|---|---|---|---|---|"
         );
         let mut rows: Vec<Value> = Vec::new();
-        let cases = self.mix.iter().flat_map(|mix| self.registered.iter().map(move |n| (*mix, *n)));
-        for (mix, registered, batch) in cases.flat_map(|(mix, n)| self.batch.iter().map(move |b| (mix, n, *b))) {
-            let adapters = &adapters[..registered];
-            let mut draws = Draws { mix, adapters, random: Pcg64::seed_from_u64(0), turn: 0 };
+        for Case { mix, rank, adapters, batch } in &cases {
+            let mut draws = Draws { mix: *mix, adapters, random: Pcg64::seed_from_u64(0), turn: 0 };
             // Once unmeasured: adapters come into their slots.
-            self.measure(&backend, batch, &mut draws).await?;
+            self.measure(&backend, *batch, &mut draws).await?;
             let mut samples = Vec::new();
             for _ in 0..self.repeat.max(1) {
-                samples.push(self.measure(&backend, batch, &mut draws).await?);
+                samples.push(self.measure(&backend, *batch, &mut draws).await?);
             }
             let step = median(samples.iter().map(|s| s.step).collect());
             let prompt = median(samples.iter().map(|s| s.prompt.as_secs_f64()).collect());
+            let bytes = median(samples.iter().map(|s| s.bytes).collect());
             let mix = mix.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
             println!(
-                "| {batch} | {mix} | {registered} | {step:.3} | {:.0} | {:.2} | {:.0} |",
-                batch as f64 / step * 1e3,
+                "| {batch} | {mix} | {} | {} | {step:.3} | {:.0} | {:.1} | {:.0}% | {:.2} | {:.0} |",
+                rank.map_or(String::new(), |rank| rank.to_string()),
+                adapters.len(),
+                *batch as f64 / step * 1e3,
+                bytes / 1e6,
+                bytes / step * 1e3 / bandwidth * 100.0,
                 prompt * 1e3,
                 (batch * self.input) as f64 / prompt
             );
             rows.push(json!({
-                "batch": batch, "adapters": mix, "registered": registered, "input": self.input, "output": self.output,
+                "batch": batch, "adapters": mix, "rank": rank, "registered": adapters.len(), "input": self.input,
+                "output": self.output, "bandwidth": bandwidth,
                 "step_ms": samples.iter().map(|s| s.step).collect::<Vec<_>>(),
+                "step_bytes": samples.iter().map(|s| s.bytes).collect::<Vec<_>>(),
                 "prompt_s": samples.iter().map(|s| s.prompt.as_secs_f64()).collect::<Vec<_>>(),
             }));
         }
@@ -157,27 +168,65 @@ impl EngineBench {
         Ok(())
     }
 
+    /// Every mix with every rank, number of adapters and batch; without adapters there is only the batch. Errors: fewer adapters
+    /// than asked for.
+    fn cases(&self, loaded: &[AdapterInfo]) -> Result<Vec<Case>> {
+        let ranks = if self.rank.is_empty() { vec![None] } else { self.rank.iter().copied().map(Some).collect() };
+        let mut cases = Vec::new();
+        for &mix in &self.mix {
+            let mut groups = Vec::new();
+            if mix == Mix::None {
+                groups.push((None, Vec::new()));
+            }
+            for &rank in ranks.iter().filter(|_| mix != Mix::None) {
+                let fits = |a: &&AdapterInfo| rank.is_none_or(|rank| a.rank == rank);
+                let adapters: Vec<AdapterInfo> = loaded.iter().filter(fits).cloned().collect();
+                let counts = if self.registered.is_empty() { vec![adapters.len()] } else { self.registered.clone() };
+                for count in counts {
+                    if count == 0 || count > adapters.len() {
+                        let of_rank = rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
+                        return Err(Error::invalid(format!(
+                            "--mix needs at least 1 adapter{of_rank}: {count} to take part, of {} loaded (--adapters DIR)",
+                            adapters.len(),
+                        )));
+                    }
+                    groups.push((rank, adapters[..count].to_vec()));
+                }
+            }
+            for (rank, adapters) in groups {
+                let case = |&batch: &usize| Case { mix, rank, adapters: adapters.clone(), batch };
+                cases.extend(self.batch.iter().map(case));
+            }
+        }
+        Ok(cases)
+    }
+
     /// Time to the first tokens, and of a step.
     async fn measure(&self, backend: &Backend, batch: usize, draws: &mut Draws<'_>) -> Result<Sample> {
-        let mut names = draws.names(batch);
-        let prompt = self.time(backend, &names, 1).await?;
+        let mut adapters = draws.adapters(batch);
+        let prompt = self.time(backend, &adapters, 1).await?;
         if draws.mix == Mix::Turns {
-            names = draws.names(batch);
+            adapters = draws.adapters(batch);
         }
-        let all = self.time(backend, &names, self.output + 1).await?;
+        let all = self.time(backend, &adapters, self.output + 1).await?;
         let step = all.saturating_sub(prompt).as_secs_f64() * 1e3 / self.output as f64;
-        Ok(Sample { prompt, step })
+        let distinct: HashMap<&str, usize> = adapters.iter().flatten().map(|a| (a.name.as_str(), a.bytes)).collect();
+        let token = backend.plan.kv_bytes as f64 / (backend.plan.kv_blocks * KvCache::BLOCK_SIZE) as f64;
+        // The first of the steps sees one token more than the prompt, the last one all of them.
+        let kept = batch as f64 * (self.input as f64 + (self.output as f64 + 1.0) / 2.0) * token;
+        let bytes = (backend.step_bytes + distinct.values().sum::<usize>()) as f64 + kept;
+        Ok(Sample { prompt, step, bytes })
     }
 
     /// Time until all of a batch have their tokens.
-    async fn time(&self, backend: &Backend, names: &[Option<&str>], tokens: usize) -> Result<Duration> {
+    async fn time(&self, backend: &Backend, adapters: &[Option<&AdapterInfo>], tokens: usize) -> Result<Duration> {
         let vocab = backend.codec.vocab_size().min(30_000) as u32;
         let mut replies = Vec::new();
         let mut requests = Vec::new();
-        for name in names {
+        for adapter in adapters {
             let (events, receiver) = unbounded_channel();
-            let adapters = match name {
-                Some(name) => vec![(backend.registry.lease(name)?, 1.0)],
+            let adapters = match adapter {
+                Some(adapter) => vec![(backend.registry.lease(&adapter.name)?, 1.0)],
                 None => Vec::new(),
             };
             let params =
@@ -204,19 +253,33 @@ impl EngineBench {
     }
 }
 
+/// What one row of the table measures.
+struct Case {
+    /// Which adapters the sequences have.
+    mix: Mix,
+    /// Of the adapters; none is any.
+    rank: Option<usize>,
+    /// That take part.
+    adapters: Vec<AdapterInfo>,
+    /// Sequences at once.
+    batch: usize,
+}
+
 /// Gives sequences their adapters.
 struct Draws<'a> {
+    /// How.
     mix: Mix,
-    /// Names to draw from.
-    adapters: &'a [String],
+    /// To draw from.
+    adapters: &'a [AdapterInfo],
+    /// Of a fixed seed: every run draws alike.
     random: Pcg64,
     /// Adapters given in turn so far.
     turn: usize,
 }
 
 impl<'a> Draws<'a> {
-    fn names(&mut self, batch: usize) -> Vec<Option<&'a str>> {
-        (0..batch).map(|i| self.index(i).map(|index| self.adapters[index].as_str())).collect()
+    fn adapters(&mut self, batch: usize) -> Vec<Option<&'a AdapterInfo>> {
+        (0..batch).map(|i| self.index(i).map(|index| &self.adapters[index])).collect()
     }
 
     /// Which adapter sequence `i` of a batch has.

@@ -243,7 +243,9 @@ impl ServeBench {
         if self.warmup > 0 {
             let traffic = Traffic { arrivals: Arrivals::Closed { clients: 2 }, seed: !self.seed, ..base.clone() };
             let bounds = Bounds { requests: Some(self.warmup), duration: None };
-            load::run(&target, &traffic, bounds, stop.clone(), "warm-up").await?;
+            if load::run(&target, &traffic, bounds, stop.clone(), "warm-up").await?.interrupted {
+                return self.finish(report);
+            }
         }
         println!("{}", report::HEAD);
         let mut sustained = self.sustained.unwrap_or(0.0);
@@ -253,7 +255,11 @@ impl ServeBench {
                 Bounds { requests: None, duration: Some(Duration::from_secs_f64((seconds * self.scale).max(least))) };
             let traffic = Traffic { arrivals: Arrivals::Closed { clients }, ..base.clone() };
             let point = Point { varies: "", x: 0.0, label: "sustained".into(), traffic, bounds };
-            sustained = self.point(&target, point, &mut report, &stop, None).await?.requests_per_s;
+            let summary = self.point(&target, point, &mut report, &stop, None).await?;
+            if summary.interrupted {
+                return self.finish(report);
+            }
+            sustained = summary.requests_per_s;
         }
         let judged = (self.grid == Some(Grid::Overload)).then_some(sustained);
         for point in self.points(&base, sustained) {
@@ -279,7 +285,8 @@ impl ServeBench {
         let run = load::run(target, &traffic, bounds, stop.clone(), &label).await?;
         let summary = Summary::of(&run, traffic.arrivals, self.slo_ttft);
         println!("{}", report::row(&label, &summary));
-        if let Some(sustained) = sustained {
+        // What was broken off has no end to judge.
+        if let Some(sustained) = sustained.filter(|_| !summary.interrupted) {
             report.verdict = Some(trial::overload(&run, &summary, sustained));
         }
         report.runs.push(RunReport {
@@ -319,6 +326,9 @@ impl ServeBench {
         }
         if !(self.cv.is_finite() && self.cv >= 0.0 && self.scale.is_finite() && self.scale > 0.0) {
             return wrong("--cv must be a number of at least 0, --scale one above 0");
+        }
+        if self.duration.is_some() && matches!(self.grid, Some(Grid::SLora | Grid::Punica | Grid::Growth)) {
+            return wrong("--duration is for overload and soak; --scale shortens the runs of the other grids");
         }
         let prompts = match (&self.conversations, self.prompts) {
             (Some(file), _) => Prompts::share_gpt(file)?,

@@ -162,9 +162,14 @@ impl Weights {
 
     /// Resident bytes of all matrices.
     pub fn bytes(&self) -> usize {
-        let head = if Arc::ptr_eq(&self.head, &self.embedding) { 0 } else { self.head.bytes() };
+        let tied = Arc::ptr_eq(&self.head, &self.embedding);
+        self.step_bytes() + if tied { 0 } else { self.embedding.bytes() }
+    }
+
+    /// Bytes of the matrices that a forward pass reads whole: all but an embedding that is not the head too.
+    pub fn step_bytes(&self) -> usize {
         let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        self.embedding.bytes() + head + layers.map(|m| m.bytes()).sum::<usize>()
+        self.head.bytes() + layers.map(|m| m.bytes()).sum::<usize>()
     }
 
     /// Loads a model onto a device; `progress` gets the share done, in [0, 1]. To a shape alone it makes up weights, the
