@@ -22,11 +22,12 @@
 // Scales multiply sums of products, in f32, so that weights are never rounded (codebook values are, to bf16, in
 // `gemm_*`: after multiplying all by the factor that makes the errors smallest).
 //
-// gemm_F_M_T: y [m, n] = x [m, k] . W^T for m <= M, k a multiple of 8 (M `near`: for 8 m k bytes or so that fit beside the rings). The chunks along k are cut into `slices` (1, 2 or 4, by the
-// matrix's shape); a slice is summed in order, and slices by a tree, (s0 + s1) + (s2 + s3) ..., so that a row of y has the same
+// gemm_F_M_T: y [m, n] = x [m, k] . W^T, k a multiple of 8: in `quant_small.cu` for m <= M, 8 or 16 (`near`: for m k values that fit
+// beside the rings), in `quant_wide.cu` for any m, M at a time. The chunks along k are cut into `slices` (1, 2, 4 or 8, by the
+// matrix's shape); a slice is summed in order, and slices by a tree, ((s0 + s1) + (s2 + s3)) + ..., so that a row of y has the same
 // bits for every m and every other row. Where there are mins, `sums` is x summed over each group: float [groups][64 tokens].
 // Once a product's inputs are there, the next kernel may start: `lora_shrink_*` relies on that and runs beside it.
-// Columns of the products past m are computed from the last token and not stored.
+// Columns of the products past m are computed from the last token or from zeros, and not stored.
 
 #pragma once
 
@@ -156,9 +157,32 @@ template <typename T> __device__ __forceinline__ void store(T *y, float v);
 template <> __device__ __forceinline__ void store<bf16>(bf16 *y, float v) { *y = __float2bfloat16_rn(v); }
 template <> __device__ __forceinline__ void store<float>(float *y, float v) { *y = v; }
 
+// Eight neighbours, or as many as are there.
+template <typename T> __device__ __forceinline__ void store8(T *y, float4 a, float4 b, int there) {
+    if (there >= 8 && (size_t)y % 16 == 0) {
+        if constexpr (sizeof(T) == 4) {
+            ((float4 *)y)[0] = a, ((float4 *)y)[1] = b;
+        } else {
+            const __align__(16) bf162 v[4] = {__floats2bfloat162_rn(a.x, a.y), __floats2bfloat162_rn(a.z, a.w), __floats2bfloat162_rn(b.x, b.y),
+                                __floats2bfloat162_rn(b.z, b.w)};
+            *(uint4 *)y = *(const uint4 *)v;
+        }
+        return;
+    }
+    const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < there) store<T>(y + i, v[i]);
+}
+
 // The tree over slices.
 __device__ __forceinline__ float tree(const float (&s)[4], int slices) {
     return slices == 1 ? s[0] : slices == 2 ? s[0] + s[1] : (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+__device__ __forceinline__ float tree(const float (&s)[8], int slices) {
+    const float low[4] = {s[0], s[1], s[2], s[3]}, high[4] = {s[4], s[5], s[6], s[7]};
+    return slices <= 4 ? tree(low, slices) : tree(low, 4) + tree(high, 4);
 }
 
 // A warp's chunks on their way from memory: a ring in shared memory that only this warp uses. On Hopper one lane asks the copy
@@ -197,12 +221,12 @@ template <int F, int DEPTH> struct Ring {
         const unsigned char *at = from + (size_t)chunk * Traits<F>::BYTES;
         const uint32_t to = (uint32_t)__cvta_generic_to_shared(shared + stage * BYTES);
 #if __CUDA_ARCH__ >= 900
-        if (size > 0 && lane == 0) {
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barriers + 8 * stage), "r"(bytes) : "memory");
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(at),
-                         "r"(bytes), "r"(barriers + 8 * stage)
-                         : "memory");
-        }
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %4, 0;\n"
+            "@p mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
+            "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3]; }" ::"r"(to), "l"(at),
+            "r"(bytes), "r"(barriers + 8 * stage), "r"(int(size > 0 && lane == 0))
+            : "memory");
         __syncwarp();
 #else
         if (size > 0)

@@ -127,9 +127,9 @@ __device__ __forceinline__ void gemm_small(Weights w, const bf16 *x, T *y, int m
         const int column = (blockIdx.x * per + own) * 16 + row;
         if (t >= m || column >= w.n) continue;
         const int l = row % 8 * 4 + t % 8 / 2, e = row / 8 * 2 + t % 2;
-        float s[4];
+        float s[8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[i] = i < slices ? sums[own * slices + i][t / 8][l][e] : 0.f;
+        for (int i = 0; i < 8; i++) s[i] = i < slices ? sums[own * slices + i][t / 8][l][e] : 0.f;
         store<T>(y + (size_t)t * ldy + column, tree(s, slices));
     }
 }

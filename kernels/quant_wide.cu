@@ -1,284 +1,397 @@
-// Products for 17 to 64 rows, on Hopper with its warpgroup instructions: gemm_F_32_T and gemm_F_64_T of `quant.cuh`.
+// Products for some rows and more on Hopper, with its warpgroup instructions: gemm_F_M_T of `quant.cuh`, M 16w, 32w and 64w, for
+// narrow matrices 16n, 32n and 64n. Elsewhere these kernels are empty, and not launched.
 
 #include "quant.cuh"
 
-#if __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
 // d [64 x N] (=, or += if `add`) a [64 x 16] b [16 x N]: a in registers as mma.m16n8k16 wants it, one block of 16 rows a warp.
+__device__ __forceinline__ void wgmma(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
 __device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "{%16,%17,%18,%19}, %20, p, 1, 1, 0; }\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32,%33,%34,%35}, %36, p, 1, 1, 0; }\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
+          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-// Waits for all products; the compiler must not read `d` before.
+
+// Waits until all products have ended; the compiler must not read `d` before.
 template <int N> __device__ __forceinline__ void wgmma_wait(float (&d)[N]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;");
 #pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]));
 }
-#endif
 
-// m <= 32 H with H 1 or 2: 16 warps, a strip each; activations in shared memory, where all warps' products read them. ROWS is 256.
-// Grid: (ceil(n / ROWS), slices), on Hopper in clusters of (1, slices): the blocks of a row group add their sums through each other's
-// shared memory. Elsewhere sums meet in `partial` [row group][slice][32 H][ROWS], where the block that comes last adds them;
-// `arrived` [row groups] is zero before and after.
-template <int F, int H, typename T>
-__device__ __forceinline__ void gemm_wide(Weights w, const bf16 *x, T *y, int m, int ldy, int slices,
-                                          const float *group_sums, float *partial, int *arrived) {
-    constexpr int TOKENS = 32 * H, G = Traits<F>::groups, P = 4 / G, CHUNK = Traits<F>::CHUNK;
-    constexpr int WARPS = 16, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
-    constexpr int TILE = TOKENS * 128, BUFFER = CHUNK * TILE;  // bytes
-    constexpr int SUMS = CHUNK * G * TOKENS;
-    constexpr int TABLE = F == LUT ? 32768 : Traits<F>::min ? 2 * SUMS * 4 : 0;
-    extern __shared__ __align__(1024) unsigned char shared[];
-    unsigned char *buffers = shared;                    // [2][BUFFER]
-    uint32_t *table = (uint32_t *)(shared + 2 * BUFFER);  // LUT
-    float *gsums = (float *)(shared + 2 * BUFFER);        // mins: [2][CHUNK G][TOKENS]
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, q = lane % 4;
-    const int tiles = (w.k + 63) / 64, chunks = (tiles + CHUNK - 1) / CHUNK, strips = (w.n + 15) / 16;
-    const int strip = blockIdx.x * WARPS + warp, slice = blockIdx.y;
-    const int first = slice * chunks / slices, count = min((slice + 1) * chunks / slices * CHUNK, tiles) - first * CHUNK;
-    // Rows past the end are computed from the first strip's weights, and not stored.
-    using Tiles = Ring<F, F == DENSE ? 2 : 3>;
-    Tiles ring(w, shared + 2 * BUFFER + TABLE + warp * Tiles::SHARED, strip < strips ? strip : 0, first, count, lane);
-    fill_table<F>(table, w);
-    pdl_wait();
-    pdl_release();
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
 
-    // A thread carries 16 inputs of one or more tokens to where products read them: rows of 128 bytes, 16-byte pieces swizzled by
-    // the row. A warp has 8 tokens of one tile at a time.
-    constexpr int STRIDE = 8 * WARPS / CHUNK, EACH = (TOKENS + STRIDE - 1) / STRIDE;
-    const int part = lane % 4, unit = warp % CHUNK, token0 = warp / CHUNK * 8 + lane / 4;
-    const int from = 64 * (first * CHUNK + unit) + 16 * part;
-    uint4 held[EACH][2];
-    float held_sum[Traits<F>::min ? (SUMS + THREADS - 1) / THREADS : 1];
-    auto fetch = [&](int step) {
-        const int at = from + 64 * step;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int token = token0 + STRIDE * i;
-            held[i][0] = held[i][1] = make_uint4(0, 0, 0, 0);
-            if (token >= m || step + unit >= count) continue;
-            const uint4 *p = (const uint4 *)(x + (size_t)token * w.k + at);
-            if (at < w.k) held[i][0] = p[0];
-            if (at + 8 < w.k) held[i][1] = p[1];
-        }
-        if constexpr (Traits<F>::min) {
-#pragma unroll
-            for (int i = 0; i < (SUMS + THREADS - 1) / THREADS; i++) {
-                const int group = (threadIdx.x + THREADS * i) / TOKENS;
-                if (threadIdx.x + THREADS * i < SUMS && step + group / G < count)
-                    held_sum[i] = group_sums[((size_t)(first * CHUNK + step) * G + group) * 64 + threadIdx.x % TOKENS];
-            }
-        }
-    };
-    auto put = [&](int buffer) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int token = token0 + STRIDE * i;
-            if (token >= TOKENS) continue;
-            unsigned char *row = buffers + buffer * BUFFER + unit * TILE + token * 128;
-            const int swizzle = token % 8;
-            const uint4 a = held[i][0], b = held[i][1];
-            if constexpr (Traits<F>::bits8) {
-                *(uint4 *)(row + ((2 * part) ^ swizzle) * 16) = make_uint4(a.x, a.z, b.x, b.z);
-                *(uint4 *)(row + ((2 * part + 1) ^ swizzle) * 16) = make_uint4(a.y, a.w, b.y, b.w);
-            } else {
-                const int g = part / 2, at = part % 2 * 8;
-                *(uint2 *)(row + ((4 * g) ^ swizzle) * 16 + at) = make_uint2(a.x, b.x);
-                *(uint2 *)(row + ((4 * g + 1) ^ swizzle) * 16 + at) = make_uint2(a.y, b.y);
-                *(uint2 *)(row + ((4 * g + 2) ^ swizzle) * 16 + at) = make_uint2(a.z, b.z);
-                *(uint2 *)(row + ((4 * g + 3) ^ swizzle) * 16 + at) = make_uint2(a.w, b.w);
-            }
-        }
-        if constexpr (Traits<F>::min) {
-#pragma unroll
-            for (int i = 0; i < (SUMS + THREADS - 1) / THREADS; i++)
-                if (threadIdx.x + THREADS * i < SUMS) gsums[buffer * SUMS + threadIdx.x + THREADS * i] = held_sum[i];
-        }
-#if __CUDA_ARCH__ >= 900
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-    };
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, bool one) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 _, [%0]; }" ::"r"(barrier), "r"((int)one) : "memory");
+}
 
-    float acc[16 * H] = {};
-    float part_sums[16 * H];
-    int stage = 0, round = 0;
-    // Starts the products of group g of the tile at `rows` into `part_sums` (dense: `acc`).
-    auto multiply = [&](const uint32_t(&a)[P][4], const unsigned char *rows, int g) {
-#if __CUDA_ARCH__ >= 900
-        const uint64_t desc = (uint64_t)(((uint32_t)__cvta_generic_to_shared(rows) & 0x3ffff) >> 4) | (uint64_t)1 << 16 |
-                              (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+        "@!p bra again; }\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// A team's activations on their way: a ring of stages, and their sums over groups where there are mins, as `arrange` leaves them.
+// One warp brings them; all say when they have used a stage.
+template <int F, int TOKENS, int TEAMS> struct Stages {
+    static constexpr int CHUNK = Traits<F>::CHUNK, G = Traits<F>::groups, WARPS = 16 / TEAMS;
+    static constexpr int COUNT = 3;
+    static constexpr int FIT = 256 / TOKENS / TEAMS, TILES = CHUNK < FIT ? CHUNK : FIT;  // a stage; divides a chunk
+    static constexpr int TILE = TOKENS * 128, BYTES = TILES * TILE;
+    static constexpr int TILE_SUMS = Traits<F>::min ? G * TOKENS * 4 : 0, SUMS = TILES * TILE_SUMS;  // bytes
+    static constexpr int SHARED = COUNT * (BYTES + SUMS);
+
+    unsigned char *shared;
+    uint32_t full, empty;  // barriers of the first stage; 8 bytes further those of the next
+    const unsigned char *x, *x_sums;
+    int count;  // tiles
+
+    __device__ __forceinline__ const unsigned char *sums(int stage) const { return shared + COUNT * BYTES + stage * SUMS; }
+
+    // Before anyone waits: by one thread.
+    __device__ __forceinline__ void init() const {
 #pragma unroll
-        for (int p = 0; p < P; p++) wgmma(F == DENSE ? acc : part_sums, a[p], desc + (g * P + p) * 2, F == DENSE || p);
+        for (int i = 0; i < COUNT; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
+    }
+
+    // Brings a step's tiles once their stage is empty. By one warp.
+    __device__ __forceinline__ void bring(int step, int lane) const {
+        const int stage = step % COUNT, tiles = min(TILES, count - step * TILES);
+        const uint32_t barrier = full + 8 * stage;
+        if (tiles <= 0) return;
+        if (step >= COUNT) barrier_wait(empty + 8 * stage, (step / COUNT - 1) & 1);
+        if (lane == 0) {
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(tiles * (TILE + TILE_SUMS)) : "memory");
+            copy_bulk(shared + stage * BYTES, x + (size_t)step * BYTES, tiles * TILE, barrier);
+            if constexpr (Traits<F>::min)
+                copy_bulk(shared + COUNT * BYTES + stage * SUMS, x_sums + (size_t)step * SUMS, tiles * TILE_SUMS, barrier);
+        }
+        __syncwarp();
+    }
+};
+
+// A warp's products of its strip with `stages.count` tiles. A unit is the products of one group of a tile; while they are under way,
+// the unit after the next is decoded.
+template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
+    using S = Stages<F, TOKENS, TEAMS>;
+    static constexpr int G = Traits<F>::groups, P = 4 / G, CHUNK = Traits<F>::CHUNK, UNITS = CHUNK * G;
+    static constexpr int STAGE_UNITS = S::TILES * G, STEPS = CHUNK / S::TILES;
+
+    const Weights &w;
+    const S &stages;
+    const uint32_t *table;
+    Ring<F, DEPTH> &ring;
+    const int lane;
+    const bool brings;
+    const unsigned char *data;
+    TileData<F> t;
+    uint32_t a[2][P][4];
+    float2 s[2][2];
+    float part[TOKENS / 2];
+    float acc[TOKENS / 2];
+    int slot, round;  // of the weights' ring
+    // Of the activations of a chunk's steps: the stage, the parity of its turn, and wgmma's descriptor.
+    int stage[STEPS], turn[STEPS];
+    uint64_t rows[STEPS];
+
+    __device__ __forceinline__ void take(int chunk) {
+        data = ring.take(chunk, slot, round);
+        if (++slot == DEPTH) slot = 0, round++;
+    }
+
+    __device__ __forceinline__ void locate(int chunk) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const int step = chunk * STEPS + i;
+            stage[i] = step % S::COUNT, turn[i] = step / S::COUNT & 1;
+            const uint32_t at = (uint32_t)__cvta_generic_to_shared(stages.shared) + stage[i] * S::BYTES;
+            rows[i] = (uint64_t)(at >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+        }
+    }
+
+    // Decodes unit `u` of a chunk of `tiles`.
+    __device__ __forceinline__ void prepare(int u, int tiles) {
+        const int g = u % G, d = u % 2;
+        if (g == 0) load_tile<F>(t, data, tiles, u / G, lane);
+#pragma unroll
+        for (int p = 0; p < P; p++) decode<F>(a[d][p], t, g * P + p, table, w.zero);
+        if constexpr (F != DENSE) s[d][0] = scale_of<F>(t, w, g, 0), s[d][1] = scale_of<F>(t, w, g, 1);
+        if constexpr (F == LUT) s[d][0].x *= w.factor, s[d][1].x *= w.factor;
+    }
+
+    // Starts its products, once the activations are there.
+    __device__ __forceinline__ void start(int u) {
+        const int i = u / G, g = u % G, step = u / STAGE_UNITS;
+        if (u % STAGE_UNITS == 0) barrier_wait(stages.full + 8 * stage[step], turn[step]);
+        const uint64_t desc = rows[step] + (uint64_t)(i % S::TILES * S::TILE / 16);
+        asm volatile("wgmma.fence.sync.aligned;");
+#pragma unroll
+        for (int p = 0; p < P; p++) wgmma(F == DENSE ? acc : part, a[u % 2][p], desc + (g * P + p) * 2, F == DENSE || p);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#else
-        // In the same order of sums.
-#pragma unroll
-        for (int i = 0; i < 4 * H; i++) {
-            const int token = 8 * i + lane / 4;
-            float(&to)[4] = *(float(*)[4])((F == DENSE ? acc : part_sums) + 4 * i);
-            if constexpr (F != DENSE) to[0] = to[1] = to[2] = to[3] = 0.f;
-#pragma unroll
-            for (int p = 0; p < P; p++) {
-                const unsigned char *row = rows + token * 128 + 4 * q;
-                const int piece = 2 * (g * P + p);
-                mma_m16n8k16(to, a[p][0], a[p][1], a[p][2], a[p][3], *(const uint32_t *)(row + (piece ^ token % 8) * 16),
-                             *(const uint32_t *)(row + ((piece + 1) ^ token % 8) * 16));
-            }
-        }
-#endif
-    };
-    // Waits for them and adds them, scaled.
-    auto finish = [&](const float2(&s)[2], const float *xsums) {
-#if __CUDA_ARCH__ >= 900
-        if constexpr (F == DENSE) wgmma_wait(acc);
-        else wgmma_wait(part_sums);
-#endif
+    }
+
+    // Waits for them, and adds them, scaled.
+    __device__ __forceinline__ void finish(int chunk, int u) {
+        const int i = u / G, g = u % G, d = u % 2, step = u / STAGE_UNITS;
+        wgmma_wait(F == DENSE ? acc : part);
         if constexpr (F != DENSE) {
+            const float *sums = (const float *)stages.sums(stage[step]) + (i % S::TILES * G + g) * TOKENS + 2 * (lane % 4);
 #pragma unroll
-            for (int i = 0; i < 4 * H; i++) {
+            for (int n = 0; n < TOKENS / 8; n++) {
                 float2 xs;
-                if constexpr (Traits<F>::min) xs = *(const float2 *)(xsums + 8 * i + 2 * q);
+                if constexpr (Traits<F>::min) xs = *(const float2 *)(sums + 8 * n);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    acc[4 * i + e] = fmaf(s[e / 2].x, part_sums[4 * i + e], acc[4 * i + e]);
-                    if constexpr (Traits<F>::min) acc[4 * i + e] = fmaf(s[e / 2].y, e % 2 ? xs.y : xs.x, acc[4 * i + e]);
+                    float &to = acc[4 * n + e];
+                    to = fmaf(s[d][e / 2].x, part[4 * n + e], to);
+                    if constexpr (Traits<F>::min) to = fmaf(s[d][e / 2].y, e % 2 ? xs.y : xs.x, to);
                 }
             }
         }
-    };
-    // A chunk: while a group's products are under way, the next group is decoded. In the middle, activations for the next chunk
-    // go where nobody reads since the last barrier.
-    auto run = [&](auto full, int chunk, int size, const unsigned char *data) {
-        constexpr bool FULL = decltype(full)::value;
-        // A whole tile of codebook values ahead does not fit into the registers.
-        constexpr bool AHEAD = !(F == LUT && H == 2);
-        const int buffer = chunk % 2;
-        uint32_t a[2][P][4];
-        float2 s[2][2];
-        TileData<F> t;
-        auto prepare = [&](int i) {
-            if (i % G == 0) load_tile<F>(t, data, FULL ? CHUNK : size, i / G, lane);
-#pragma unroll
-            for (int p = 0; p < P; p++) decode<F>(a[i % 2][p], t, i % G * P + p, table, w.zero);
-            if constexpr (F != DENSE) s[i % 2][0] = scale_of<F>(t, w, i % G, 0), s[i % 2][1] = scale_of<F>(t, w, i % G, 1);
-            if constexpr (F == LUT) s[i % 2][0].x *= w.factor, s[i % 2][1].x *= w.factor;
-        };
-        if (AHEAD) prepare(0);
-#pragma unroll
-        for (int i = 0; i < CHUNK * G; i++) {
-            if (FULL || i < size * G) {
-                if (!AHEAD) prepare(i);
-                multiply(a[i % 2], buffers + buffer * BUFFER + i / G * TILE, i % G);
-                if (AHEAD && (FULL ? i + 1 < CHUNK * G : i + 1 < size * G)) prepare(i + 1);
-                finish(s[i % 2], gsums + buffer * SUMS + i * TOKENS);
-            }
-            if (i == CHUNK * G / 2 - 1 && (chunk + 1) * CHUNK < count) {
-                put(buffer ^ 1);
-                fetch((chunk + 2) * CHUNK);
-            }
+        if ((u + 1) % STAGE_UNITS == 0) {
+            __syncwarp();
+            barrier_arrive(stages.empty + 8 * stage[step], lane == 0);
+            // Into the stage before this one, so that the others may be late by a stage.
+            if (brings) stages.bring(chunk * STEPS + step + S::COUNT - 1, lane);
         }
-    };
-    fetch(0);
-    put(0);
-    fetch(CHUNK);
-    for (int chunk = 0; chunk * CHUNK < count; chunk++) {
-        __syncthreads();
-        const unsigned char *data = ring.take(chunk, stage, round);
-        if (++stage == Tiles::STAGES) stage = 0, round++;
-        const int size = ring.size(chunk);
-        if (size == CHUNK) run(Constant<true>(), chunk, size, data);
-        else run(Constant<false>(), chunk, size, data);
     }
 
-    auto each = [&](auto f) {
+    __device__ __forceinline__ void run() {
+        const int whole = stages.count / CHUNK, rest = stages.count % CHUNK;
+        if (whole) take(0), prepare(0, CHUNK), prepare(1, CHUNK);
+        for (int chunk = 0; chunk < whole; chunk++) {
+            locate(chunk);
+            start(0);
 #pragma unroll
-        for (int i = 0; i < 4 * H; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) f(8 * i + 2 * q + e % 2, warp * 16 + lane / 4 + e / 2 * 8, acc[4 * i + e]);
-    };
-    if (slices == 1) {
-        each([&](int t, int row, float v) {
-            const int column = blockIdx.x * ROWS + row;
-            if (t < m && column < w.n) store<T>(y + (size_t)t * ldy + column, v);
-        });
-        return;
-    }
-#if __CUDA_ARCH__ >= 900
-    // [TOKENS][ROWS], in place of the activations and rings, that nobody needs any more; swizzled against bank conflicts.
-    float *mine = (float *)shared;
-    __syncthreads();
-    each([&](int t, int row, float v) { mine[t * ROWS + (row ^ t % 8 / 2 * 8)] = v; });
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    const uint32_t sums = (uint32_t)__cvta_generic_to_shared(mine);
-    for (int i = threadIdx.x + THREADS * blockIdx.y; i < ROWS / 2 * m; i += THREADS * slices) {
-        const int t = i / (ROWS / 2), row = i % (ROWS / 2) * 2, column = blockIdx.x * ROWS + row;
-        if (column >= w.n) continue;
-        float s0[4], s1[4];
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            s0[p] = s1[p] = 0.f;
-            if (p < slices) {
-                uint32_t there;
-                const uint32_t at = sums + (t * ROWS + (row ^ t % 8 / 2 * 8)) * 4;
-                asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(p));
-                asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(s0[p]), "=f"(s1[p]) : "r"(there));
+            for (int u = 0; u < UNITS; u++) {
+                finish(chunk, u);
+                if (u + 1 < UNITS) start(u + 1);
+                if (u + 2 < UNITS) {
+                    prepare(u + 2, CHUNK);
+                } else if (chunk + 1 < whole) {
+                    if (u + 2 == UNITS) take(chunk + 1);
+                    prepare(u + 2 - UNITS, CHUNK);
+                }
             }
         }
-        T *to = y + (size_t)t * ldy + column;
-        store<T>(to, tree(s0, slices));
-        if (column + 1 < w.n) store<T>(to + 1, tree(s1, slices));
-    }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    constexpr size_t SIZE = (size_t)TOKENS * ROWS;
-    float *all = partial + blockIdx.x * slices * SIZE;
-    each([&](int t, int row, float v) {
-        if (t < m) __stcg(all + blockIdx.y * SIZE + t * ROWS + row, v);
-    });
-    __shared__ int last_block;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last_block = atomicAdd(arrived + blockIdx.x, 1) == slices - 1;
-        if (last_block) arrived[blockIdx.x] = 0;
-    }
-    __syncthreads();
-    if (!last_block) return;
-    __threadfence();
-    for (int i = threadIdx.x; i < ROWS * m; i += THREADS) {
-        const int t = i / ROWS, row = i % ROWS, column = blockIdx.x * ROWS + row;
-        if (column >= w.n) continue;
-        float s[4];
+        // A part of a chunk, without haste.
+        if (rest) take(whole), locate(whole);
 #pragma unroll
-        for (int p = 0; p < 4; p++) s[p] = p < slices ? __ldcg(all + p * SIZE + i) : 0.f;
-        store<T>(y + (size_t)t * ldy + column, tree(s, slices));
+        for (int u = 0; u < UNITS - G; u++)
+            if (u / G < rest) prepare(u, rest), start(u), finish(whole, u);
+    }
+};
+
+#endif
+
+// 16 warps in TEAMS teams, a slice of k each; a warp has a strip. ROWS is 256 / TEAMS. Grid: (n / ROWS rounded up, slices / TEAMS,
+// m / TOKENS rounded up). The sums of blocks of the same rows meet in `partial` [z][x][y][TOKENS ROWS], where the block that comes
+// last adds them; `arrived` [z][x] is zero before and after. x and sums: what `arrange` leaves.
+template <int F, int TOKENS, int TEAMS, typename T>
+__device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *y, int m, int ldy, int slices,
+                                          const unsigned char *group_sums, float *partial, int *arrived) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using S = Stages<F, TOKENS, TEAMS>;
+    constexpr int DEPTH = F == DENSE || F == LUT || F == SM8 ? 2 : 3, CHUNK = Traits<F>::CHUNK, WARPS = S::WARPS;
+    constexpr int ROWS = 16 * WARPS, TABLE = F == LUT ? 32768 : 0;
+    using Weighing = Ring<F, DEPTH>;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ uint64_t barriers[TEAMS][2 * S::COUNT];
+    // The same for a whole warp, as the compiler is to know.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int team = warp / WARPS, own = warp % WARPS;
+    const int tiles = (w.k + 63) / 64, chunks = (tiles + CHUNK - 1) / CHUNK, strips = (w.n + 15) / 16;
+    const int slice = blockIdx.y * TEAMS + team, first = slice * chunks / slices;
+    const int count = min((slice + 1) * chunks / slices * CHUNK, tiles) - first * CHUNK;
+    x += ((size_t)blockIdx.z * tiles + first * CHUNK) * S::TILE;
+    group_sums += ((size_t)blockIdx.z * tiles + first * CHUNK) * S::TILE_SUMS;
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(barriers[team]);
+    const S stages = {shared + team * S::SHARED, at, at + 8 * S::COUNT, x, group_sums, count};
+    if (own == 0 && lane == 0) stages.init();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    // Rows past the end are computed from the first strip's weights, and not stored.
+    const int strip = blockIdx.x * WARPS + own;
+    unsigned char *rings = shared + TEAMS * S::SHARED + TABLE;
+    Weighing ring(w, rings + warp * Weighing::SHARED, strip < strips ? strip : 0, first, count, lane);
+    uint32_t *table = (uint32_t *)(shared + TEAMS * S::SHARED);
+    fill_table<F>(table, w);
+    __syncthreads();
+    pdl_wait();
+    pdl_release();
+    Multiplier<F, TOKENS, TEAMS, DEPTH> multiplier = {w, stages, table, ring, lane, own == 0};
+    if (own == 0)
+        for (int step = 0; step < S::COUNT - 1; step++) stages.bring(step, lane);
+    multiplier.run();
+    float(&acc)[TOKENS / 2] = multiplier.acc;
+
+    // Nobody needs the activations any more.
+    float4 *mine = (float4 *)shared;
+    __syncthreads();
+    if constexpr (TEAMS == 2) {
+        if (team == 1)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 8; i++) mine[(i * WARPS + own) * 32 + lane] = *(float4 *)&acc[4 * i];
+        __syncthreads();
+        if (team == 0)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 8; i++) {
+                const float4 v = mine[(i * WARPS + own) * 32 + lane];
+                acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+            }
+        __syncthreads();
+    }
+    if (gridDim.y > 1) {
+        constexpr size_t SIZE = ROWS * TOKENS / 4;
+        const size_t group = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
+        float4 *all = (float4 *)partial + group * gridDim.y * SIZE + own * 32 + lane;
+        __shared__ int last;
+        if (team == 0)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 8; i++) __stcg(all + blockIdx.y * SIZE + i * WARPS * 32, *(float4 *)&acc[4 * i]);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last = atomicAdd(arrived + group, 1) == gridDim.y - 1;
+            if (last) arrived[group] = 0;
+        }
+        __syncthreads();
+        if (!last) return;
+        __threadfence();
+        if (team == 0) {
+#pragma unroll
+            for (int i = 0; i < TOKENS / 8; i++) {
+                float4 v[4];
+#pragma unroll
+                for (int p = 0; p < 4; p++)
+                    if (p < gridDim.y) v[p] = __ldcg(all + p * SIZE + i * WARPS * 32);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float s[4] = {((float *)&v[0])[e], ((float *)&v[1])[e], ((float *)&v[2])[e], ((float *)&v[3])[e]};
+                    acc[4 * i + e] = tree(s, gridDim.y);
+                }
+            }
+        }
+    }
+    // By way of [TOKENS][ROWS], swizzled against bank conflicts, to rows of eight columns a thread.
+    float *sums = (float *)shared;
+    if (team == 0)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) {
+            const int t = i / 4 * 8 + lane % 4 * 2 + i % 2, row = 16 * own + lane / 4 + i % 4 / 2 * 8;
+            sums[t * ROWS + (row ^ t % 8 / 2 * 8)] = acc[i];
+        }
+    __syncthreads();
+    const int token0 = blockIdx.z * TOKENS, live = min(m - token0, TOKENS);
+    for (int i = threadIdx.x; i < ROWS / 8 * live; i += 512) {
+        const int t = i / (ROWS / 8), row = i % (ROWS / 8) * 8, column = blockIdx.x * ROWS + row;
+        if (column >= w.n) continue;
+        const float4 *v = (const float4 *)(sums + t * ROWS + (row ^ t % 8 / 2 * 8));
+        store8<T>(y + (size_t)(token0 + t) * ldy + column, v[0], v[1], w.n - column);
     }
 #endif
 }
 
-#define GEMM(F, f, T, type, M)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(512, 1) gemm_##f##_##M##_##type(                                     \
-        WEIGHTS_ARGS, const bf16 *x, T *y, int m, int ldy, int slices, const float *sums, float *partial, int *arrived) { \
-        gemm_wide<F, M / 32, T>(WEIGHTS, x, y, m, ldy, slices, sums, partial, arrived);                               \
+#define GEMM(F, f, T, type, M, name, TEAMS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                                              \
+        gemm_##f##_##name##_##type(WEIGHTS_ARGS, const unsigned char *x, T *y, int m, int ldy, int slices,            \
+                                   const unsigned char *sums, float *partial, int *arrived) {                         \
+        gemm_wide<F, M, TEAMS, T>(WEIGHTS, x, y, m, ldy, slices, sums, partial, arrived);                             \
     }
-#define GEMMS(F, f) GEMM(F, f, bf16, bf16, 32) GEMM(F, f, bf16, bf16, 64) GEMM(F, f, float, f32, 32) GEMM(F, f, float, f32, 64)
-ALL_FORMATS(GEMMS)
+#define GEMMS(F, f, T, type)                                                                                          \
+    GEMM(F, f, T, type, 16, 16w, 1) GEMM(F, f, T, type, 16, 16n, 2) GEMM(F, f, T, type, 32, 32w, 1)                   \
+    GEMM(F, f, T, type, 32, 32n, 2) GEMM(F, f, T, type, 64, 64w, 1) GEMM(F, f, T, type, 64, 64n, 2)
+#define BOTH(F, f) GEMMS(F, f, bf16, bf16) GEMMS(F, f, float, f32)
+ALL_FORMATS(BOTH)
+
+// x [m, k] for these kernels: out [tiles][TOKENS][64] for each TOKENS rows, each tile's inputs in the order of the products, 16-byte pieces of a row
+// exchanged by the row's number as wgmma's 128-byte swizzle wants it; zeros for rows past m and inputs past k. And, for `group` 16
+// or 32 (else 0), sums [groups][TOKENS] for each TOKENS rows: of each group of inputs, in order. A thread has 16 inputs of a row;
+// grid: (tiles, any part of TOKENS, m / TOKENS rounded up).
+template <bool BITS8>
+__device__ __forceinline__ void arrange(const bf16 *x, int m, int k, int group, unsigned char *out, float *sums) {
+    pdl_release();
+    pdl_wait();
+    const int each = blockDim.x / 4, tokens = each * gridDim.y, token = blockIdx.y * each + threadIdx.x / 4;
+    const int tile = blockIdx.x, part = threadIdx.x % 4;
+    const int at = 64 * tile + 16 * part, from = blockIdx.z * tokens;
+    out += (size_t)blockIdx.z * gridDim.x * tokens * 128;
+    uint4 a = make_uint4(0, 0, 0, 0), b = a;
+    const uint4 *p = (const uint4 *)(x + (size_t)(from + token) * k + at);
+    if (from + token < m && at < k) a = p[0];
+    if (from + token < m && at + 8 < k) b = p[1];
+    unsigned char *row = out + ((size_t)tile * tokens + token) * 128;
+    const int swizzle = token % 8;
+    if constexpr (BITS8) {
+        *(uint4 *)(row + ((2 * part) ^ swizzle) * 16) = make_uint4(a.x, a.z, b.x, b.z);
+        *(uint4 *)(row + ((2 * part + 1) ^ swizzle) * 16) = make_uint4(a.y, a.w, b.y, b.w);
+    } else {
+        const int g = part / 2, half = part % 2 * 8;
+        *(uint2 *)(row + ((4 * g) ^ swizzle) * 16 + half) = make_uint2(a.x, b.x);
+        *(uint2 *)(row + ((4 * g + 1) ^ swizzle) * 16 + half) = make_uint2(a.y, b.y);
+        *(uint2 *)(row + ((4 * g + 2) ^ swizzle) * 16 + half) = make_uint2(a.z, b.z);
+        *(uint2 *)(row + ((4 * g + 3) ^ swizzle) * 16 + half) = make_uint2(a.w, b.w);
+    }
+    if (!group) return;
+    auto add = [&](float sum) {
+        const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float2 f = __bfloat1622float2(*(const bf162 *)&words[i]);
+            sum += f.x;
+            sum += f.y;
+        }
+        return sum;
+    };
+    float sum = add(0.f);
+    sums += (size_t)blockIdx.z * gridDim.x * (64 / group) * tokens;
+    if (group == 32) {
+        const float before = __shfl_up_sync(~0u, sum, 1);
+        if (part % 2) sum = add(before);
+        if (part % 2) sums[((size_t)tile * 2 + part / 2) * tokens + token] = sum;
+    } else {
+        sums[((size_t)tile * 4 + part) * tokens + token] = sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(64) arrange_4(const bf16 *x, int m, int k, int group, unsigned char *out, float *sums) {
+    arrange<false>(x, m, k, group, out, sums);
+}
+
+extern "C" __global__ void __launch_bounds__(64) arrange_8(const bf16 *x, int m, int k, int group, unsigned char *out, float *sums) {
+    arrange<true>(x, m, k, group, out, sums);
+}

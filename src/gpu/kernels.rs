@@ -68,14 +68,12 @@ pub struct Grid {
     pub threads: u32,
     /// Dynamic shared memory a block, bytes.
     pub shared: u32,
-    /// Blocks along y that run together and see each other's shared memory; 1 for none. Hopper and later.
-    pub cluster: u32,
 }
 
 impl Grid {
     /// `blocks` in one dimension, no dynamic shared memory, no overlap.
     pub fn new(blocks: usize, threads: u32) -> Self {
-        Self { blocks: (blocks as u32, 1, 1), threads, shared: 0, cluster: 1 }
+        Self { blocks: (blocks as u32, 1, 1), threads, shared: 0 }
     }
 }
 
@@ -140,18 +138,10 @@ pub unsafe fn launch(device: &CudaDevice, name: &str, grid: Grid, args: &[Arg]) 
         Arg::Float(value) => u64::from(value.to_bits()),
     }));
     let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
-    // SAFETY: plain old data, of which the first `count` are filled in below.
-    let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
-    let mut count = 1;
-    attributes[0].id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attributes[0].value.programmaticStreamSerializationAllowed = 1;
-    if grid.cluster > 1 {
-        attributes[count].id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        // SAFETY: writing to a union's member.
-        let cluster = unsafe { &mut attributes[count].value.clusterDim };
-        (cluster.x, cluster.y, cluster.z) = (1, grid.cluster, 1);
-        count += 1;
-    }
+    // SAFETY: plain old data.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
     let config = sys::CUlaunchConfig {
         gridDimX: grid.blocks.0,
         gridDimY: grid.blocks.1,
@@ -161,8 +151,8 @@ pub unsafe fn launch(device: &CudaDevice, name: &str, grid: Grid, args: &[Arg]) 
         blockDimZ: 1,
         sharedMemBytes: grid.shared,
         hStream: stream.cu_stream(),
-        attrs: attributes.as_mut_ptr(),
-        numAttrs: count as u32,
+        attrs: &mut attribute,
+        numAttrs: 1,
     };
     // SAFETY: config and arguments outlive the call, which copies them; their meaning is the caller's promise.
     unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), ptr::null_mut()) }

@@ -12,7 +12,7 @@ use crate::engine::batch::Batch;
 use crate::model::ModelConfig;
 use crate::model::kv::KvCache;
 use crate::model::llama::Llama;
-use crate::ops::lora;
+use crate::ops::{lora, quant};
 
 /// The device's side of the runner.
 pub struct Steps {
@@ -101,7 +101,8 @@ fn block_bytes(model: &ModelConfig, rows: usize) -> usize {
     let (hidden, heads) = (model.hidden_size, model.heads());
     let bf16 = heads.qkv_width() + heads.query * heads.dim + 5 * hidden + 3 * model.intermediate_size;
     let f32 = 3 * hidden + model.vocab_size;
-    // Sums of the inputs' groups, for up to 64 rows whatever their number.
-    let sums = 64 * (3 * hidden + model.intermediate_size) / 16;
-    2 * rows * bf16 + 4 * (rows * f32 + sums) + (4 << 20)
+    let (attended, inner) = (heads.query * heads.dim, model.intermediate_size);
+    let products = [(heads.qkv_width(), hidden), (hidden, attended), (2 * inner, hidden), (hidden, inner)];
+    let work: usize = products.iter().map(|&(n, k)| quant::workspace_bytes(n, k, rows)).sum();
+    2 * rows * bf16 + 4 * rows * f32 + work + (4 << 20)
 }

@@ -14,12 +14,17 @@ use crate::gpu::step::Step;
 use crate::gpu::{address, deterministic, input, output};
 use crate::{Error, Result};
 
-/// Rows up to which products are taken with the packed weights; above, weights become bf16 first, unless all rows must take one path.
-pub const FUSED_ROWS: usize = 64;
+/// Rows up to which products on Hopper are taken with the packed weights, and at a time; above, weights become bf16 first, unless
+/// all rows must take one path.
+const FUSED_ROWS: usize = 192;
+/// The same elsewhere, and what `quant_small.cu` takes.
+const SMALL_ROWS: usize = 16;
 /// Activations up to this many bytes are read from shared memory by products of up to 8 rows.
 const NEAR_BYTES: usize = 32 << 10;
-/// Warps of a block in products of more than 16 rows, a strip of the matrix each.
+/// Warps of a block in products of more than 16 rows.
 const WARPS: usize = 16;
+/// Rows of a matrix that is narrow: too few for a block on each multiprocessor with four slices of k and 256 rows.
+const NARROW: usize = 33 * 128;
 /// Values of a codebook times this are nearest to bf16 for NF4: relative error 8.5e-4 (root mean square) instead of 1.4e-3.
 const NF4_FACTOR: f32 = 1.436_752;
 
@@ -123,59 +128,97 @@ impl Part {
         unsafe { launch(&self.device, &format!("gather_{}", self.format.name()), grid, &args) }
     }
 
-    /// `y[:, column..column + n] = x [m, k] · Wᵀ` for up to [`FUSED_ROWS`] rows, `y` with `ldy` columns, bf16 or f32.
+    /// `y[:, column..column + n] = x [m, k] · Wᵀ` for up to [`fused_rows`] rows, `y` with `ldy` columns, bf16 or f32.
     fn product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
-        // As many slices of k as give a block to every multiprocessor, by the shape alone: they decide the order of sums.
-        let slices = match self.n.div_ceil(256) {
-            100.. => 1,
-            34.. => 2,
-            _ => 4,
+        let few = match slices(self.n) {
+            // Without slices the wide product is faster, unless all activations fit beside the small one's rings.
+            1 if fused_rows(&self.device)? > SMALL_ROWS => (NEAR_BYTES / (2 * self.k)).max(1),
+            _ => SMALL_ROWS,
         };
-        let tokens = [8, 16, 32, 64].into_iter().find(|&t| m <= t).unwrap_or(64);
-        let near = m <= 8 && 2 * m * self.k <= NEAR_BYTES;
-        let name = format!(
-            "gemm_{}_{}_{}",
-            self.format.name(),
-            if near { "near".to_owned() } else { tokens.to_string() },
-            if dtype == DType::F32 { "f32" } else { "bf16" }
-        );
+        if m > few { self.wide_product(x, m, y, ldy, dtype) } else { self.small_product(x, m, y, ldy, dtype) }
+    }
+
+    /// For up to [`SMALL_ROWS`] rows.
+    fn small_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
+        let slices = slices(self.n);
+        let near = 2 * m * self.k;
+        let (size, near) = match m {
+            ..=8 if near <= NEAR_BYTES => ("near", near),
+            ..=8 => ("8", 0),
+            _ => ("16", 0),
+        };
         let sums = self.group_sums(x, m)?;
         let mut args = self.args();
         let sums_at = sums.as_ref().map_or(0, |s| s.1);
         args.extend([Arg::from(x), y.into(), m.into(), ldy.into(), slices.into(), sums_at.into()]);
-        let table = if self.format == Format::Lut { 32 << 10 } else { 0 };
-        let ring = |stages: usize| stages * self.format.chunk_bytes().next_multiple_of(128) + 128;
-        if tokens <= 16 {
-            let stages = if matches!(self.format, Format::Dense | Format::Lut) { 2 } else { 3 };
-            let blocks = self.n.div_ceil(ROWS).div_ceil(8 / slices);
-            let near = if near { 2 * m * self.k } else { 0 };
-            let grid = Grid { shared: (table + 8 * ring(stages) + near) as u32, ..Grid::new(blocks, 256) };
-            // SAFETY: x and y have the shapes that the caller promises, m rows of k and ldy.
-            unsafe { launch(&self.device, &name, grid, &args)? };
-            return Ok(());
-        }
-        let rows = ROWS * WARPS;
-        let blocks = self.n.div_ceil(rows);
-        let clusters = clusters(&self.device)?;
-        let partial = match slices {
-            2.. if !clusters => Some(output::<f32>(&self.device, blocks * slices * rows * tokens)?),
-            _ => None,
-        };
-        args.extend([Arg::from(partial.as_ref().map_or(0, |p| p.1)), arrivals(&self.device)?.into()]);
-        // Two chunks of activations and their sums, and a ring for each warp; the sums at the end take less.
-        let chunk = self.format.chunk();
-        let group_sums = self.format.sum_group().map_or(0, |group| 2 * chunk * (INPUTS / group) * tokens * 4);
-        let stages = if self.format == Format::Dense { 2 } else { 3 };
-        let shared = 2 * chunk * tokens * 128 + table + group_sums + WARPS * ring(stages);
-        let grid = Grid {
-            blocks: (blocks as u32, slices as u32, 1),
-            threads: 32 * WARPS as u32,
-            shared: shared as u32,
-            cluster: if clusters { slices as u32 } else { 1 },
-        };
-        // SAFETY: as above; `partial` and the counters have the sizes of the contract.
-        unsafe { launch(&self.device, &name, grid, &args)? };
+        let stages = if matches!(self.format, Format::Dense | Format::Lut) { 2 } else { 3 };
+        let blocks = self.n.div_ceil(ROWS).div_ceil(8 / slices);
+        let grid = Grid { shared: (self.table() + 8 * self.ring(stages) + near) as u32, ..Grid::new(blocks, 256) };
+        // SAFETY: x and y have the shapes that the caller promises, m rows of k and ldy.
+        unsafe { launch(&self.device, &self.kernel(size, dtype), grid, &args)? };
         Ok(())
+    }
+
+    /// For any number, on Hopper.
+    fn wide_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
+        let slices = slices(self.n);
+        let tokens = [16, 32].into_iter().find(|&tokens| m <= tokens).unwrap_or(64);
+        let pieces = m.div_ceil(tokens);
+        let teams = if self.n <= NARROW { 2 } else { 1 };
+        let rows = ROWS * WARPS / teams;
+        let (blocks, layers) = (self.n.div_ceil(rows), slices / teams);
+        // The activations in the order of the products, and their sums over groups.
+        let group = self.format.sum_group();
+        let arranged = output::<bf16>(&self.device, pieces * self.tiles() * tokens * INPUTS)?;
+        let sums = match group {
+            Some(group) => Some(output::<f32>(&self.device, pieces * self.tiles() * tokens * (INPUTS / group))?),
+            None => None,
+        };
+        let sums = sums.as_ref().map_or(0, |s| s.1);
+        let args: [Arg; 6] =
+            [x.into(), m.into(), self.k.into(), group.unwrap_or(0).into(), arranged.1.into(), sums.into()];
+        let blocks_of = |x: usize, y: usize, z: usize| (x as u32, y as u32, z as u32);
+        let grid = Grid { blocks: blocks_of(self.tiles(), tokens / 16, pieces), ..Grid::new(1, 64) };
+        let name = if self.format.bits8() { "arrange_8" } else { "arrange_4" };
+        // SAFETY: x has m rows of k; the rest has the sizes of the contract.
+        unsafe { launch(&self.device, name, grid, &args)? };
+
+        let partial = match layers {
+            1 => None,
+            _ => Some(output::<f32>(&self.device, pieces * blocks * layers * rows * tokens)?),
+        };
+        let partial = partial.as_ref().map_or(0, |p| p.1);
+        let mut args = self.args();
+        args.extend([Arg::from(arranged.1), y.into(), m.into(), ldy.into(), slices.into(), sums.into()]);
+        args.extend([Arg::from(partial), arrivals(&self.device)?.into()]);
+        // Three stages of up to four tiles of activations, and their sums; a ring for each warp. The sums at the end take less.
+        let tiles = self.format.chunk().min(256 / tokens / teams);
+        let stage = tiles * tokens * (2 * INPUTS + group.map_or(0, |group| INPUTS / group * 4));
+        let stages = if matches!(self.format, Format::Dense | Format::Lut | Format::Sm8) { 2 } else { 3 };
+        let shared = 3 * teams * stage + self.table() + WARPS * self.ring(stages);
+        let grid = Grid {
+            blocks: blocks_of(blocks, layers, pieces),
+            shared: shared as u32,
+            ..Grid::new(1, 32 * WARPS as u32)
+        };
+        let size = format!("{tokens}{}", if teams == 2 { "n" } else { "w" });
+        // SAFETY: as above; `partial` and the counters have the sizes of the contract.
+        unsafe { launch(&self.device, &self.kernel(&size, dtype), grid, &args)? };
+        Ok(())
+    }
+
+    fn kernel(&self, size: &str, dtype: DType) -> String {
+        format!("gemm_{}_{size}_{}", self.format.name(), if dtype == DType::F32 { "f32" } else { "bf16" })
+    }
+
+    /// Bytes of a codebook's table in shared memory.
+    fn table(&self) -> usize {
+        if self.format == Format::Lut { 32 << 10 } else { 0 }
+    }
+
+    /// Bytes of a warp's ring of chunks.
+    fn ring(&self, stages: usize) -> usize {
+        stages * self.format.chunk_bytes().next_multiple_of(128) + 128
     }
 
     /// `x [m, k]` summed over the groups, for formats with mins.
@@ -190,22 +233,41 @@ impl Part {
     }
 }
 
-/// Whether blocks can be launched in clusters: from Hopper on.
-fn clusters(device: &CudaDevice) -> candle_core::Result<bool> {
+/// Slices of k: as many as give a block to every multiprocessor, by the shape alone, since they decide the order of sums.
+fn slices(n: usize) -> usize {
+    match n.div_ceil(256) {
+        _ if n <= NARROW => 8,
+        100.. => 1,
+        34.. => 2,
+        _ => 4,
+    }
+}
+
+/// Bytes that a product of up to `rows` rows with a matrix `[n, k]` makes beside its result, generously: activations in the order of
+/// products, their sums over groups of 16, and sums of up to four blocks.
+pub fn workspace_bytes(n: usize, k: usize, rows: usize) -> usize {
+    let rows = rows.min(FUSED_ROWS).next_multiple_of(64);
+    let sums = if slices(n) > 1 { 4 * 4 * rows * n.next_multiple_of(256) } else { 0 };
+    rows * k.next_multiple_of(INPUTS) * 9 / 4 + sums
+}
+
+/// Rows up to which products are taken with the packed weights: `quant_wide.cu` needs Hopper's own instructions.
+fn fused_rows(device: &CudaDevice) -> candle_core::Result<usize> {
     static MAJOR: OnceLock<i32> = OnceLock::new();
+    let rows = |major: i32| if major == 9 { FUSED_ROWS } else { SMALL_ROWS };
     if let Some(major) = MAJOR.get() {
-        return Ok(*major >= 9);
+        return Ok(rows(*major));
     }
     let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
     let major = device.cuda_stream().context().attribute(attribute);
     let major = major.map_err(|e| candle_core::Error::Msg(format!("the GPU's compute capability: {e}")))?;
-    Ok(*MAJOR.get_or_init(|| major) >= 9)
+    Ok(rows(*MAJOR.get_or_init(|| major)))
 }
 
 /// Counters of blocks that have arrived, zero between products: one for all, since products follow one another.
 fn arrivals(device: &CudaDevice) -> candle_core::Result<u64> {
-    /// 256-row blocks of the widest matrix with slices.
-    const MOST: usize = 99;
+    /// 256-row blocks of the widest matrix with slices, for each 64 rows of activations.
+    const MOST: usize = 99 * FUSED_ROWS.div_ceil(64);
     static COUNTERS: Mutex<Option<CudaSlice<i32>>> = Mutex::new(None);
     let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
     let counters = match &mut *counters {
@@ -222,19 +284,20 @@ impl QMatrix {
         if k != self.k {
             return Err(Error::internal(format!("product of [{m}, {k}] with a [{}, {}] matrix", self.n, self.k)));
         }
+        let device = &parts[0].device;
+        let at_once = fused_rows(device)?;
         // Rows of other lengths are not aligned for the kernels' loads.
-        let fused = k % 8 == 0 && (m <= FUSED_ROWS || dtype == DType::F32 || deterministic());
+        let fused = k % 8 == 0 && (m <= at_once || dtype == DType::F32 || deterministic());
         if !fused {
             return Ok(x.matmul(&self.dequantised(parts)?.t()?)?.to_dtype(dtype)?);
         }
-        let device = &parts[0].device;
         let (y, to) = match dtype {
             DType::F32 => output::<f32>(device, (m, self.n))?,
             _ => output::<bf16>(device, (m, self.n))?,
         };
         let x = input::<bf16>(x)?;
-        for first in (0..m).step_by(FUSED_ROWS) {
-            let rows = FUSED_ROWS.min(m - first);
+        for first in (0..m).step_by(at_once) {
+            let rows = at_once.min(m - first);
             let mut column = 0;
             for part in parts {
                 let to = to + ((first * self.n + column) * dtype.size_in_bytes()) as u64;

@@ -28,6 +28,8 @@ use crate::ops::simd::Lanes;
 use crate::{Error, Result};
 use activations::{ROWS, Tile};
 use affine::{Affine, PANEL};
+#[cfg(feature = "cuda")]
+pub use cuda::workspace_bytes;
 use float::Float;
 use kernel::{Isa, Products};
 use transposed::COLUMNS;
@@ -327,7 +329,7 @@ impl CustomOp1 for MatMul<'_> {
 }
 
 /// `x [m, k] -> [m, n]`: `y = x · Wᵀ`. On the CPU all is f32; on a GPU `x` is bf16 and `y` is `dtype`, bf16 or f32. A row of
-/// `y` depends on its row of `x` alone, bit for bit (on a GPU among products of up to 64 rows, or with f32 `y`).
+/// `y` depends on its row of `x` alone, bit for bit (on a GPU among products of up to 192 rows, on Hopper, or with f32 `y`).
 pub fn matmul(w: &QMatrix, x: &Tensor, dtype: DType) -> Result<Tensor> {
     match &w.form {
         Form::Host(panels) if dtype == DType::F32 => Ok(x.apply_op1_no_bwd(&MatMul(panels))?),

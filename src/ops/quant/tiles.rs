@@ -51,6 +51,11 @@ impl Format {
         if self.code_words() > 4 { 2 } else { 4 }
     }
 
+    /// Whether codes have 8 bits, whose products take other inputs than those of 4.
+    pub fn bits8(self) -> bool {
+        matches!(self, Self::S8 | Self::Sm8)
+    }
+
     /// 32-bit words of codes a lane and tile.
     fn code_words(self) -> usize {
         match self {

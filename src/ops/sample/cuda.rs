@@ -43,7 +43,6 @@ pub(super) fn forward(plan: &Plan, logits: &CudaStorage, layout: &Layout) -> can
 
     let vocab_arg = Arg::from(vocab);
     let by_segment = |rows: usize| Grid {
-        cluster: 1,
         blocks: (segments.div_ceil(WARPS) as u32, rows as u32, 1),
         threads: 32 * WARPS as u32,
         shared: 0,
