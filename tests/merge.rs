@@ -217,7 +217,8 @@ fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
         };
         let want = logits(&directory(merged(Format::Safetensors, "merged")));
         let length = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>().sqrt();
-        for (format, allowed) in [(Format::GgufF16, 0.01), (Format::GgufQ8_0, 0.03)] {
+        // Rounding, of what is compared with to bf16 too, and as sharp as a fixture's attention makes it; a wrong order is off by 1.
+        for (format, allowed) in [(Format::GgufF16, 0.03), (Format::GgufQ8_0, 0.1)] {
             let files = gguf(merged(format, &format!("{format:?}.gguf")));
             let have = logits(&files);
             assert_eq!(have.len(), want.len());

@@ -83,7 +83,7 @@ fn run(spec: &Spec, device: &Device) -> Outcome {
     let model = Arc::new(Llama::new(weights).unwrap());
     let (dir, reports, (commands, receiver)) =
         (tempfile::tempdir().unwrap(), Arc::new(Mutex::new(Vec::new())), channel());
-    let mut trainer = Trainer::new(model.clone(), receiver);
+    let mut trainer = Trainer::new(model.clone(), receiver).unwrap();
     let example = |s: usize| {
         let n = 8 + s * 5 % 13;
         let tokens = (0..n).map(|i| ((s * 31 + i * (3 + s % 2)) % 97) as u32).collect();
@@ -102,7 +102,7 @@ fn run(spec: &Spec, device: &Device) -> Outcome {
         report: Box::new(move |report| told.lock().unwrap().push(report)),
     };
     commands.send(Command::Start(Box::new(job))).unwrap();
-    while trainer.slice() {}
+    while trainer.slice() | trainer.settle() {}
     let (mut losses, mut adapters) = (Vec::new(), Vec::new());
     for report in reports.lock().unwrap().iter() {
         match report {
