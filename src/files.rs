@@ -1,5 +1,6 @@
 //! Files and directories that appear whole or not at all.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -9,13 +10,21 @@ use std::path::Path;
 /// may be none. Where `write` fails, nothing has changed. Errors: those of `write`; the disk is full or may not be written.
 pub fn replace<E: From<io::Error>>(path: &Path, write: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Goes with whatever is in it, on every way out.
-    let work = tempfile::Builder::new().prefix(".new-").tempdir_in(parent)?;
+    let mut name = OsString::from(".new-");
+    name.push(path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?);
+    // What a kill has left: nobody else writes this path.
+    match fs::remove_dir_all(parent.join(&name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    // Goes with whatever is in it, on every way out but that.
+    let work = tempfile::Builder::new().prefix(&name).rand_bytes(0).tempdir_in(parent)?;
     let made = work.path().join("made");
     write(&made)?;
     sync(&made)?;
     if made.is_dir() && path.is_dir() {
-        fs::remove_dir_all(path)?;
+        // Moved, not removed where it is: a kill must not leave half of it.
+        fs::rename(path, work.path().join("old"))?;
     }
     Ok(fs::rename(&made, path)?)
 }
@@ -23,9 +32,10 @@ pub fn replace<E: From<io::Error>>(path: &Path, write: impl FnOnce(&Path) -> Res
 /// Brings a file, or all files of a directory, to the disk.
 fn sync(path: &Path) -> io::Result<()> {
     if path.is_dir() {
-        return fs::read_dir(path)?.try_for_each(|entry| sync(&entry?.path()));
+        fs::read_dir(path)?.try_for_each(|entry| sync(&entry?.path()))?;
     }
-    File::options().write(true).open(path)?.sync_all()
+    // For reading: what was copied may be read-only.
+    File::open(path)?.sync_all()
 }
 
 #[cfg(test)]

@@ -360,7 +360,6 @@ fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, me
             output: 5,
             adapter: None,
             failure: refused.then(|| refusal.to_owned()),
-            resent: 0,
             retry_after,
         }
     };

@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Bytes, Incoming};
-use hyper::{Method, Request, Response, StatusCode, header};
+use hyper::body::Bytes;
+use hyper::{Method, Request, StatusCode, header};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -15,9 +15,6 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{Error, Result};
-
-/// Connections to try before a request without any response has failed.
-const TRIES: usize = 3;
 
 /// Speaks to one server.
 #[derive(Clone)]
@@ -48,8 +45,6 @@ pub struct Reply {
     pub generation: Option<String>,
     /// After how many seconds to come again, as the refusal said.
     pub retry_after: Option<f64>,
-    /// How often it was sent again because the connection ended before any response.
-    pub resent: usize,
     /// What went wrong, as a word to count by: `http 429`, `connect`, `timeout`, `broken`, `error`, `empty`, or `mixed`
     /// where the content of its adapter changed on the way.
     pub failure: Option<String>,
@@ -90,7 +85,9 @@ impl Client {
         }
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
-        let http = legacy::Client::builder(TokioExecutor::new()).build(connector);
+        // A connection for each request: llama.cpp closes one after each stream without saying so, and a request that was to reuse
+        // it would fail, or wait for ever.
+        let http = legacy::Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         Ok(Self { http, base: url.trim_end_matches('/').to_owned(), key, timeout })
     }
 
@@ -143,22 +140,9 @@ impl Client {
         reply
     }
 
-    /// The head of the response. llama.cpp closes a connection after each stream without saying so: a request that meets the end of one
-    /// it was to reuse goes again, on another.
-    async fn send(&self, request: Request<Full<Bytes>>, resent: &mut usize) -> Result<Response<Incoming>, String> {
-        for i in 0..TRIES {
-            *resent = i;
-            match self.http.request(request.clone()).await {
-                Ok(response) => return Ok(response),
-                Err(e) if e.is_connect() => return Err("connect".into()),
-                Err(_) => {}
-            }
-        }
-        Err("broken".into())
-    }
-
     async fn read(&self, request: Request<Full<Bytes>>, reply: &mut Reply) -> Result<(), String> {
-        let response = self.send(request, &mut reply.resent).await?;
+        let response = self.http.request(request).await;
+        let response = response.map_err(|e| if e.is_connect() { "connect" } else { "broken" }.to_owned())?;
         if response.status() != StatusCode::OK {
             let seconds =
                 response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());

@@ -45,8 +45,6 @@ pub struct Record {
     pub adapter: Option<usize>,
     /// What went wrong.
     pub failure: Option<String>,
-    /// How often it was sent again, on another connection.
-    pub resent: usize,
     /// After how many seconds to come again, as the refusal said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after: Option<f64>,
@@ -113,7 +111,7 @@ impl Shared {
         let due_at = self.start + due;
         let since = |at: Instant| at.saturating_duration_since(due_at).as_secs_f64();
         let lag = since(Instant::now());
-        let Reply { first, gaps, prompt_tokens, tokens, retry_after, failure, resent, .. } =
+        let Reply { first, gaps, prompt_tokens, tokens, retry_after, failure, .. } =
             self.target.client.stream(self.target.path(), body).await;
         let end = since(Instant::now());
         self.progress.done.fetch_add(1, Relaxed);
@@ -122,7 +120,7 @@ impl Shared {
         let (due, input, output) = (due.as_secs_f64(), prompt_tokens, tokens);
         let pause =
             failure.as_ref().map(|_| Duration::try_from_secs_f64(retry_after.unwrap_or(1.0)).unwrap_or_default());
-        let record = Record { due, lag, first, end, gaps, input, output, adapter, failure, resent, retry_after };
+        let record = Record { due, lag, first, end, gaps, input, output, adapter, failure, retry_after };
         // Nothing panics while it holds this lock, nor the others below.
         self.records.lock().unwrap_or_else(PoisonError::into_inner).push(record);
         pause

@@ -154,11 +154,6 @@ pub fn notes(s: &Summary) -> Vec<String> {
     if let [Some(before), Some(after)] = s.resident_bytes {
         notes.push(format!("server memory {} before, {} after", ByteSize(before), ByteSize(after)));
     }
-    notes.extend(
-        s.resent
-            .gt(&0)
-            .then(|| format!("{} times a request was sent again: its connection ended before any response", s.resent)),
-    );
     notes.extend(s.unfinished.gt(&0).then(|| format!("{} requests were broken off", s.unfinished)));
     notes.extend(s.warning.iter().map(|warning| format!("WARNING: {warning}")));
     notes

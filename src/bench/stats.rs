@@ -88,8 +88,6 @@ pub struct Summary {
     pub failed: BTreeMap<String, usize>,
     /// Broken off with the run.
     pub unfinished: usize,
-    /// Times that a request was sent again because its connection ended before any response.
-    pub resent: usize,
     /// From the first request to the last reply.
     pub seconds: f64,
     /// Requests a second that were due; none in a closed loop, which follows the server.
@@ -150,7 +148,6 @@ impl Summary {
             completed: good.len(),
             failed,
             unfinished: run.unfinished,
-            resent: records.iter().map(|r| r.resent).sum(),
             seconds: run.seconds,
             offered_per_s: match arrivals {
                 Arrivals::Open { rate, .. } => Some(rate),

@@ -153,6 +153,8 @@ impl Target {
         let kept = samples.clone();
         let task = tokio::spawn(async move {
             let mut tick = tokio::time::interval(Duration::from_secs(1));
+            // A server that is slow to answer is not asked for what was missed.
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 tick.tick().await;
                 let bytes = match target.pid {

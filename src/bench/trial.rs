@@ -302,9 +302,6 @@ impl Shared {
         if let Some(failure) = reply.failure {
             return self.fault(format!("{name}: {failure}"));
         }
-        if reply.resent > 0 {
-            return self.fault(format!("{name}: a connection ended before any response"));
-        }
         if reply.generation.as_ref() != generation {
             return self.fault(format!("{name} answered with {:?} for {generation:?}", reply.generation));
         }

@@ -47,6 +47,9 @@ pub fn write(base: &ModelFiles, weights: &Weights, adapter: &AdapterWeights, for
         return Err(Error::invalid(format!("--out {} is there already", out.display())));
     }
     let merged = Merged::new(weights, adapter)?;
+    if let Some(parent) = out.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
     files::replace(out, |made| match (&base.format, format) {
         (ModelFormat::Shape(_), _) => Err(Error::invalid("made-up weights are not merged with anything")),
         (_, Format::Safetensors) => safetensors::write(base, &merged, made),

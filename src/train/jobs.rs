@@ -375,6 +375,10 @@ impl Manager {
         }
         let record: Record = self.store().get(Kind::Job, id, "")?;
         if record.status.ended() {
+            // The trainer was done before it could hear of that, and left its state.
+            if matches!(report, Report::Succeeded) {
+                self.forget(id);
+            }
             return Ok(());
         }
         match report {
@@ -505,7 +509,15 @@ impl Manager {
         })?;
         self.note(id, "info", "The job has successfully completed", None)?;
         // Not before the job has ended: without its state it would begin anew after a kill.
-        super::state::remove(&self.store().job_dir(id))
+        self.forget(id);
+        Ok(())
+    }
+
+    /// Removes the state of a job that has ended. One that stays is only a waste of disk.
+    fn forget(&self, id: &str) {
+        if let Err(error) = super::state::remove(&self.store().job_dir(id)) {
+            tracing::warn!(job = id, %error, "the state of a job that has ended stays");
+        }
     }
 
     fn fail(&mut self, id: &str, error: Error) -> Result<()> {

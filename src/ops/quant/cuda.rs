@@ -19,7 +19,8 @@ use crate::{Error, Result};
 const FUSED_ROWS: usize = 192;
 /// The same elsewhere, and what `quant_small.cu` takes.
 const SMALL_ROWS: usize = 16;
-/// Activations up to this many bytes are read from shared memory by products of up to 8 rows.
+/// Activations of up to so many rows and bytes are read from shared memory by small products.
+const NEAR_ROWS: usize = 8;
 const NEAR_BYTES: usize = 32 << 10;
 /// Warps of a block in products of more than 16 rows.
 const WARPS: usize = 16;
@@ -132,7 +133,7 @@ impl Part {
     fn product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let few = match slices(self.n) {
             // Without slices the wide product is faster, unless all activations fit beside the small one's rings.
-            1 if fused_rows(&self.device)? > SMALL_ROWS => (NEAR_BYTES / (2 * self.k)).max(1),
+            1 if fused_rows(&self.device)? > SMALL_ROWS => (NEAR_BYTES / (2 * self.k)).clamp(1, NEAR_ROWS),
             _ => SMALL_ROWS,
         };
         if m > few { self.wide_product(x, m, y, ldy, dtype) } else { self.small_product(x, m, y, ldy, dtype) }
@@ -143,7 +144,7 @@ impl Part {
         let slices = slices(self.n);
         let near = 2 * m * self.k;
         let (size, near) = match m {
-            ..=8 if near <= NEAR_BYTES => ("near", near),
+            ..=NEAR_ROWS if near <= NEAR_BYTES => ("near", near),
             ..=8 => ("8", 0),
             _ => ("16", 0),
         };
