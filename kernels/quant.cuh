@@ -25,7 +25,8 @@
 // gemm_F_M_T: y [m, n] = x [m, k] . W^T, k a multiple of 8: in `quant_small.cu` for m <= M, 8 or 16 (`near`: for m k values that fit
 // beside the rings), in `quant_wide.cu` for any m, M at a time. The chunks along k are cut into `slices` (1, 2, 4 or 8, by the
 // matrix's shape); a slice is summed in order, and slices by a tree, ((s0 + s1) + (s2 + s3)) + ..., so that a row of y has the same
-// bits for every m and every other row. Where there are mins, `sums` is x summed over each group: float [groups][64 tokens].
+// bits for every m and every other row. Where there are mins, `sums` is x summed over each group: float [groups][64 tokens];
+// `quant_wide.cu` takes x and sums as its `arrange` leaves them.
 // Once a product's inputs are there, the next kernel may start: `lora_shrink_*` relies on that and runs beside it.
 // Columns of the products past m are computed from the last token or from zeros, and not stored.
 
@@ -136,11 +137,6 @@ template <int F> __device__ __forceinline__ void decode(uint32_t a[4], const Til
         }
     }
 }
-
-// A value as a type.
-template <bool V> struct Constant {
-    static constexpr bool value = V;
-};
 
 // The codebook's pairs, a copy for each bank.
 template <int F> __device__ __forceinline__ void fill_table(uint32_t *table, const Weights &w) {

@@ -1,5 +1,5 @@
 // Products for some rows and more on Hopper, with its warpgroup instructions: gemm_F_M_T of `quant.cuh`, M 16w, 32w and 64w, for
-// narrow matrices 16n, 32n and 64n. Elsewhere these kernels are empty, and not launched.
+// narrow matrices 32n and 64n. Elsewhere these kernels are empty, and not launched.
 
 #include "quant.cuh"
 
@@ -230,6 +230,8 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
     constexpr int DEPTH = F == DENSE || F == LUT || F == SM8 ? 2 : 3, CHUNK = Traits<F>::CHUNK, WARPS = S::WARPS;
     constexpr int ROWS = 16 * WARPS, TABLE = F == LUT ? 32768 : 0;
     using Weighing = Ring<F, DEPTH>;
+    static_assert(TEAMS == 1 || S::SHARED % 1024 == 0, "wgmma's swizzle counts from multiples of 1024 bytes");
+    static_assert(TEAMS * S::SHARED + TABLE + 16 * Weighing::SHARED + 1024 <= 227 * 1024, "a block's shared memory");
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t barriers[TEAMS][2 * S::COUNT];
     // The same for a whole warp, as the compiler is to know.
@@ -323,6 +325,8 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
         const float4 *v = (const float4 *)(sums + t * ROWS + (row ^ t % 8 / 2 * 8));
         store8<T>(y + (size_t)(token0 + t) * ldy + column, v[0], v[1], w.n - column);
     }
+#else
+    __trap();  // Not to be launched.
 #endif
 }
 
@@ -333,8 +337,8 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
         gemm_wide<F, M, TEAMS, T>(WEIGHTS, x, y, m, ldy, slices, sums, partial, arrived);                             \
     }
 #define GEMMS(F, f, T, type)                                                                                          \
-    GEMM(F, f, T, type, 16, 16w, 1) GEMM(F, f, T, type, 16, 16n, 2) GEMM(F, f, T, type, 32, 32w, 1)                   \
-    GEMM(F, f, T, type, 32, 32n, 2) GEMM(F, f, T, type, 64, 64w, 1) GEMM(F, f, T, type, 64, 64n, 2)
+    GEMM(F, f, T, type, 16, 16w, 1) GEMM(F, f, T, type, 32, 32w, 1) GEMM(F, f, T, type, 32, 32n, 2)                   \
+    GEMM(F, f, T, type, 64, 64w, 1) GEMM(F, f, T, type, 64, 64n, 2)
 #define BOTH(F, f) GEMMS(F, f, bf16, bf16) GEMMS(F, f, float, f32)
 ALL_FORMATS(BOTH)
 

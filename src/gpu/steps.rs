@@ -85,7 +85,10 @@ impl Steps {
                 None => {
                     let batch = Batch { step: Some(step), ..batch.clone() };
                     let logits = model.forward(&batch, kv, slots)?;
-                    self.graphs.record(bucket, || model.forward(&batch, kv, slots))?;
+                    // Without a recording such steps run launch by launch, as this one did.
+                    if let Err(error) = self.graphs.record(bucket, || model.forward(&batch, kv, slots)) {
+                        tracing::warn!(%error, "a step is not recorded");
+                    }
                     logits
                 }
             };

@@ -22,7 +22,7 @@ const SMALL_ROWS: usize = 16;
 /// Activations of up to so many rows and bytes are read from shared memory by small products.
 const NEAR_ROWS: usize = 8;
 const NEAR_BYTES: usize = 32 << 10;
-/// Warps of a block in products of more than 16 rows.
+/// Warps of a block in wide products.
 const WARPS: usize = 16;
 /// Rows of a matrix that is narrow: too few for a block on each multiprocessor with four slices of k and 256 rows.
 const NARROW: usize = 33 * 128;
@@ -143,8 +143,12 @@ impl Part {
     fn small_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let slices = slices(self.n);
         let near = 2 * m * self.k;
+        let stages = if matches!(self.format, Format::Dense | Format::Lut) { 2 } else { 3 };
+        let rings = self.table() + 8 * self.ring(stages);
+        // Small GPUs have 99 KB for a block, 4 of which the kernel takes itself.
+        let room = if fused_rows(&self.device)? > SMALL_ROWS { usize::MAX } else { 95 << 10 };
         let (size, near) = match m {
-            ..=NEAR_ROWS if near <= NEAR_BYTES => ("near", near),
+            ..=NEAR_ROWS if near <= NEAR_BYTES && rings + near <= room => ("near", near),
             ..=8 => ("8", 0),
             _ => ("16", 0),
         };
@@ -152,15 +156,14 @@ impl Part {
         let mut args = self.args();
         let sums_at = sums.as_ref().map_or(0, |s| s.1);
         args.extend([Arg::from(x), y.into(), m.into(), ldy.into(), slices.into(), sums_at.into()]);
-        let stages = if matches!(self.format, Format::Dense | Format::Lut) { 2 } else { 3 };
         let blocks = self.n.div_ceil(ROWS).div_ceil(8 / slices);
-        let grid = Grid { shared: (self.table() + 8 * self.ring(stages) + near) as u32, ..Grid::new(blocks, 256) };
+        let grid = Grid { shared: (rings + near) as u32, ..Grid::new(blocks, 256) };
         // SAFETY: x and y have the shapes that the caller promises, m rows of k and ldy.
         unsafe { launch(&self.device, &self.kernel(size, dtype), grid, &args)? };
         Ok(())
     }
 
-    /// For any number, on Hopper.
+    /// For up to [`FUSED_ROWS`] rows, which `arrivals` has counters for, on Hopper.
     fn wide_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let slices = slices(self.n);
         let tokens = [16, 32].into_iter().find(|&tokens| m <= tokens).unwrap_or(64);
