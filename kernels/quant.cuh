@@ -181,6 +181,16 @@ __device__ __forceinline__ float tree(const float (&s)[8], int slices) {
     return slices <= 4 ? tree(low, slices) : tree(low, 4) + tree(high, 4);
 }
 
+#if __CUDA_ARCH__ >= 900
+// Until the phase of `parity` has ended.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+        "@!p bra again; }\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+#endif
+
 // A warp's chunks on their way from memory: a ring in shared memory that only this warp uses. On Hopper one lane asks the copy
 // engine for a whole chunk; elsewhere all lanes copy.
 template <int F, int DEPTH> struct Ring {
@@ -237,10 +247,7 @@ template <int F, int DEPTH> struct Ring {
         __syncwarp();
         start(chunk + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
 #if __CUDA_ARCH__ >= 900
-        asm volatile(
-            "{ .reg .pred p;\n"
-            "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-            "@!p bra again; }\n" ::"r"(barriers + 8 * stage), "r"(round & 1) : "memory");
+        barrier_wait(barriers + 8 * stage, round & 1);
 #else
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
         __syncwarp();

@@ -54,13 +54,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, bool one) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 _, [%0]; }" ::"r"(barrier), "r"((int)one) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
-    asm volatile(
-        "{ .reg .pred p;\n"
-        "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-        "@!p bra again; }\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      (uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
