@@ -1,10 +1,11 @@
 //! From settings to a running engine: model, adapters, memory, graphs. What `serve` puts HTTP before, and `bench` times.
 
+use std::cell::Cell;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
 use candle_core::Device;
@@ -83,10 +84,9 @@ impl Base {
             LoadFormat::Dummy => hub::shape(&config.model)?,
         };
         let codec = TextCodec::load(&files)?;
-        let bar = progress_bar(&files.name);
-        let weights =
-            Weights::load(&files, config.quantize, &device, |share| bar.set_position((share * 1000.0) as u64))?;
-        bar.finish_and_clear();
+        let progress = Progress::new(&files.name);
+        let weights = Weights::load(&files, config.quantize, &device, |share| progress.show(share))?;
+        progress.bar.finish_and_clear();
         Ok(Self { files, codec, weights, device })
     }
 }
@@ -186,14 +186,37 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?
 }
 
-/// Thousandths of a model that are loaded; hidden where stderr is no terminal.
-fn progress_bar(name: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
+/// How much of a model is loaded: a bar on a terminal, elsewhere lines in the log.
+struct Progress {
+    /// In thousandths; hidden where stderr is no terminal.
+    bar: ProgressBar,
+    /// When the log had the last line.
+    logged: Cell<Instant>,
+}
+
+impl Progress {
+    /// Time between lines of the log: models that load at once have none.
+    const LOG_EVERY: Duration = Duration::from_secs(5);
+
+    fn new(name: &str) -> Self {
+        let bar = if std::io::stderr().is_terminal() {
+            let style = ProgressStyle::with_template("loading {msg} {wide_bar} {percent}% {elapsed}")
+                .expect("a constant template");
+            ProgressBar::new(1000).with_style(style).with_message(name.to_owned())
+        } else {
+            ProgressBar::hidden()
+        };
+        Self { bar, logged: Cell::new(Instant::now()) }
     }
-    let style =
-        ProgressStyle::with_template("loading {msg} {wide_bar} {percent}% {elapsed}").expect("a constant template");
-    ProgressBar::new(1000).with_style(style).with_message(name.to_owned())
+
+    /// Takes the share that is there, in [0, 1].
+    fn show(&self, share: f32) {
+        self.bar.set_position((share * 1000.0) as u64);
+        if self.bar.is_hidden() && self.logged.get().elapsed() >= Self::LOG_EVERY {
+            self.logged.set(Instant::now());
+            tracing::info!("{:.0}% of the weights are loaded", 100.0 * share);
+        }
+    }
 }
 
 /// Where memory goes.

@@ -138,6 +138,22 @@ fn products_match_float64_and_rows_stand_alone() {
     check(&QMatrix::pack(&stack, &device()).expect("packs"), "stacked");
 }
 
+/// Every kernel of every format once, few enough for `compute-sanitizer`.
+#[test]
+fn smallest_products() {
+    let blocks = CODECS.into_iter().filter(|c| 512 % c.block() == 0).map(|codec| source(codec, 100, 512, 1));
+    let wide = [source(Codec::Q4_1, 4300, 256, 2), source(Codec::Q6K, 4300, 256, 3), codebook(4300, 256, 64, 4)];
+    for source in blocks.chain([codebook(100, 512, 64, 5)]).chain(wide) {
+        let w = QMatrix::pack(&[source], &device()).expect("packs");
+        let x = random(11, 70 * w.k());
+        let all = product(&w, &x, 70, DType::F32);
+        for m in [3, 7, 12, 17, 40] {
+            assert_eq!(bits(&product(&w, &x, m, DType::F32)), bits(&all[..m * w.n()]), "{m} rows");
+            product(&w, &x, m, DType::BF16);
+        }
+    }
+}
+
 /// Products of all sizes of batch against f64, and their rows against each other bit for bit.
 fn check(w: &QMatrix, what: &str) {
     let (n, k) = (w.n(), w.k());

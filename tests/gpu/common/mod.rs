@@ -1,14 +1,20 @@
 //! What the tests on a GPU share.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::Device;
 use half::bf16;
 use quiver::gpu::{self, DeviceChoice};
 
-/// The GPU, opened once.
+/// The GPU, opened once. Workspaces are one for all launches, since the engine has one thread: a test that has asked for the GPU
+/// has it for itself until the test's thread ends.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    thread_local! {
+        static MINE: MutexGuard<'static, ()> = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    }
+    MINE.with(|_| ());
     DEVICE.get_or_init(|| gpu::open(DeviceChoice::Cuda(0)).expect("these tests need a GPU")).clone()
 }
 
