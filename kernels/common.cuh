@@ -1,4 +1,4 @@
-// What the kernels share: bf16 vectors, warp sums, fragments of the tensor cores.
+// What the kernels share: bf16 vectors, warp sums, fragments of the tensor cores, copies.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,6 +30,22 @@ __device__ __forceinline__ void mma_m16n8k16(float c[4], uint32_t a0, uint32_t a
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// Copies to shared memory that go on while the program does, a group at a time.
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Zeros where not `live`.
+__device__ __forceinline__ void cp_async16(uint32_t to, const void *from, bool live) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void cp_async4(uint32_t to, const void *from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(live ? 4 : 0) : "memory");
+}
+
+__device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N> __device__ __forceinline__ void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Programmatic dependent launch (Hopper on; elsewhere kernels follow one another anyway). `pdl_wait`: results of the kernels
 // before are there. `pdl_release`: the next kernel may start its part that needs no results.

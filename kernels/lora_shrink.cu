@@ -1,0 +1,188 @@
+// h = weight · scale · x·Aᵀ: lora_shrink_* of `lora.cuh`.
+
+#include "lora.cuh"
+
+// Which of `n` terms an item is in, by their ascending starts and the end of the last, and that term's start and end. By
+// whole warps.
+__device__ __forceinline__ uint32_t find(const uint32_t* starts, uint32_t n, uint32_t item, uint32_t& begin, uint32_t& end) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t first = 0;
+    while (n > 31) {
+        const uint32_t step = (n + 31) / 32, at = lane * step;
+        const bool below = at < n && starts[first + at] <= item;
+        const uint32_t skip = (31 - __clz(__ballot_sync(~0u, below))) * step;
+        first += skip;
+        n = min(step, n - skip);
+    }
+    const uint32_t start = lane <= n ? starts[first + lane] : ~0u;
+    const uint32_t last = 31 - __clz(__ballot_sync(~0u, lane < n && start <= item));
+    begin = __shfl_sync(~0u, start, last);
+    end = __shfl_sync(~0u, start, last + 1);
+    return first + last;
+}
+
+// A block's items of shrinking, one after another. An item is one chunk, 16 ranks and, in lists with planes apart, one split.
+template <int ROWS>
+struct ShrinkItems {
+    const uint32_t* const work;
+    const Entry* const table;
+    const List list;
+    const uint32_t* const starts;
+    const int entries, entry, splits;
+    uint32_t item, to;
+    Term term;
+    Entry weights;
+    uint32_t begin = 0, end = 0, tiles = 1, ranks = 0;  // the term's units, how many 16 ranks it has, and its ranks
+    uint32_t first_row, first_rank;
+    int split, last_split;
+
+    __device__ __forceinline__ ShrinkItems(const uint32_t* work, const Entry* table, const List& list, uint32_t units, int entries,
+                                           int entry, int splits, int kind)
+        : work(work), table(table), list(list), starts(work + list.starts_at + kind * (list.terms + 1)), entries(entries),
+          entry(entry), splits(splits) {
+        own_items(units * (list.apart ? splits : 1), item, to);
+        item--;
+    }
+
+    // Whether there is another.
+    __device__ __forceinline__ bool next() {
+        const uint32_t each = list.apart ? splits : 1;
+        while (++item < to) {
+            const uint32_t unit = item / each;
+            if (unit >= end) {
+                const uint32_t i = find(starts, list.terms, unit, begin, end);
+                term = load_record<Term>(work + list.term_at + i * (sizeof(Term) / 4));
+                weights = load_record<Entry>(table + size_t(term.slot) * entries + entry);
+                tiles = (end - begin) / ((term.rows + ROWS - 1) / ROWS);
+                ranks = weights.ranks[0] + weights.ranks[1] + weights.ranks[2];
+            }
+            first_row = (unit - begin) / tiles * ROWS, first_rank = (unit - begin) % tiles * 16;
+            split = list.apart ? item % each : 0, last_split = list.apart ? split + 1 : splits;
+            if (first_rank < ranks) return true;  // Another layer's rank may be higher.
+        }
+        item = to;
+        return false;
+    }
+};
+
+// h for chunks of 8·NT rows. Ranks are the 16 rows of the tensor cores' tile, so one row of x costs no more bytes of A than
+// eight. Both operands permute k alike: lane l holds k 8(l%4)..+8 of every 32, sixteen bytes of row-major A and x. A warp's
+// part of A comes by way of shared memory, some steps ahead, over the ends of items.
+//
+// Runs beside the product before it, on multiprocessors that the product leaves free: products let the next kernel start only
+// once all before them has ended, so x is there (in L2, which is where it is read from) and nobody reads h any more. Who
+// comes next waits for both, since this kernel ends after the product.
+template <int NT>
+__device__ __forceinline__ void shrink(const uint32_t* work, const Entry* table, const bf16* x, int entries, int entry,
+                                       int k, int splits, int width, int kind) {
+    constexpr int ROWS = 8 * NT, BLOCKS = NT > 1 ? 1 : 2, WIDTH = 32 * BLOCKS;  // of a step
+    __shared__ float part[WARPS][16][ROWS + 8];
+    __shared__ __align__(128) unsigned char stages[WARPS][STAGES][16 * WIDTH * 2];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int own_rank = threadIdx.x % 16, own_row = threadIdx.x / 16;
+    pdl_release();
+    const List list = load_list(work, NT > 1);
+    const uint32_t units = reinterpret_cast<const List*>(work)[NT > 1].units[kind];
+    ShrinkItems<ROWS> items(work, table, list, units, entries, entry, splits, kind);
+
+    // Eight rows' chunks of 16 bytes of the same number are in different banks.
+    auto place = [](int row, int chunk) { return row * WIDTH * 2 + (chunk ^ (BLOCKS == 2 ? row % 2 * 4 : 0)) * 16; };
+    auto from = [&](int split) { return split * width + warp * (width / WARPS); };
+    auto until = [&](int split) { return min(from(split) + width / WARPS, k); };
+    // What is asked for next: `at` of a split of the item that is ahead.
+    ShrinkItems<ROWS> ahead = items;
+    bool more = ahead.next();
+    int at_ahead = more ? from(ahead.split) : 0;
+    auto start = [&](int stage) {
+        while (more && at_ahead >= until(ahead.split)) {
+            if (++ahead.split == ahead.last_split) more = ahead.next();
+            at_ahead = from(ahead.split);
+        }
+        if (more) {
+            const int stop = until(ahead.split);
+            const bf16* const a = reinterpret_cast<const bf16*>(ahead.weights.base) + size_t(ahead.first_rank) * k + at_ahead;
+#pragma unroll
+            for (int i = 0; i < 2 * BLOCKS; i++) {
+                const int row = (lane + 32 * i) / (4 * BLOCKS), chunk = (lane + 32 * i) % (4 * BLOCKS);
+                const bool there = at_ahead + 8 * chunk < stop && (row < 8 || ahead.first_rank + 8 < ahead.ranks);
+                cp_async16(shared_address(&stages[warp][stage][place(row, chunk)]), there ? a + size_t(row) * k + 8 * chunk : a, there);
+            }
+            at_ahead += WIDTH;
+        }
+        cp_commit();
+    };
+    for (int i = 0; i < STAGES - 1; i++) start(i);
+
+    int stage = 0;
+    while (items.next()) {
+        const int rows = min(items.term.rows - items.first_row, ROWS);
+        const bf16* const b = x + size_t(items.term.row + items.first_row + g) * k + 8 * t;
+        const uint32_t rank = items.first_rank + own_rank, r0 = items.weights.ranks[0], r1 = items.weights.ranks[1];
+        const float scale =
+            items.term.weight * (rank < r0 ? items.weights.scales[0] : rank < r0 + r1 ? items.weights.scales[1] : items.weights.scales[2]);
+        float* const h = hidden_values(work) + (list.apart ? size_t(items.split) * list.plane : 0) + items.term.hidden + rank;
+        float sum[NT] = {};
+        for (int split = items.split; split < items.last_split; split++) {
+            const int stop = until(split);
+            float c[NT][4] = {};
+            for (int at = from(split); at < stop; at += WIDTH) {
+                uint4 v[BLOCKS][NT];
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                    for (int n = 0; n < NT; n++) {
+                        v[i][n] = make_uint4(0, 0, 0, 0);
+                        if (8 * n + g < rows && at + 32 * i + 8 * t < stop)
+                            v[i][n] = __ldcg(reinterpret_cast<const uint4*>(b + size_t(8 * n) * k + at + 32 * i));
+                    }
+                cp_wait<STAGES - 2>();
+                __syncwarp();
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i++) {
+                    const uint4 low = *reinterpret_cast<const uint4*>(&stages[warp][stage][place(g, 4 * i + t)]);
+                    const uint4 high = *reinterpret_cast<const uint4*>(&stages[warp][stage][place(g + 8, 4 * i + t)]);
+#pragma unroll
+                    for (int n = 0; n < NT; n++) {
+                        if (8 * n >= rows) break;
+                        mma_m16n8k16(c[n], low.x, high.x, low.y, high.y, v[i][n].x, v[i][n].y);
+                        mma_m16n8k16(c[n], low.z, high.z, low.w, high.w, v[i][n].z, v[i][n].w);
+                    }
+                }
+                start((stage + STAGES - 1) % STAGES);
+                stage = (stage + 1) % STAGES;
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                *reinterpret_cast<float2*>(&part[warp][g][8 * n + 2 * t]) = make_float2(c[n][0], c[n][1]);
+                *reinterpret_cast<float2*>(&part[warp][g + 8][8 * n + 2 * t]) = make_float2(c[n][2], c[n][3]);
+            }
+            __syncthreads();
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                float v = part[0][own_rank][own_row + 8 * n];
+#pragma unroll
+                for (int w = 1; w < WARPS; w++) v += part[w][own_rank][own_row + 8 * n];
+                // No fused multiply-add: planes apart are rounded before they are summed.
+                sum[n] = __fadd_rn(sum[n], __fmul_rn(v, scale));
+            }
+            __syncthreads();
+        }
+        if (rank >= items.ranks) continue;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            if (8 * n + own_row < rows) h[size_t(items.first_row + 8 * n + own_row) * items.term.stride] = sum[n];
+    }
+    pdl_wait();
+}
+
+extern "C" __global__ void __launch_bounds__(128, 5)
+    lora_shrink_small(const uint32_t* work, const Entry* table, const bf16* x, int entries, int entry, int k, int splits,
+                      int width, int kind) {
+    shrink<1>(work, table, x, entries, entry, k, splits, width, kind);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4)
+    lora_shrink_large(const uint32_t* work, const Entry* table, const bf16* x, int entries, int entry, int k, int splits,
+                      int width, int kind) {
+    shrink<8>(work, table, x, entries, entry, k, splits, width, kind);
+}
