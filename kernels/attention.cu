@@ -4,11 +4,13 @@
 // cache: bf16 [blocks][2][kv_heads][16 tokens][dim], keys before values. Query head h belongs to key-value head h / group.
 // tables: u32 block ids of all sequences. Everything is 16-byte aligned; scale is log2(e) / sqrt(dim), times a factor if ever.
 //
-//   attn_decode_64 / _128 / _any (qkv, cache, work, room, tables, T, kv_heads, group, scale, partial, arrivals, out [, dim])
-//     work: {items, end, 0, 0}, then an item for each part of the keys of a row that is a sequence's only one: {row, start in
-//     tables, context length, part | keys of a part << 8}, the parts of a row (at most 32) one after another. There is room for
-//     `room` items. Rows end..T become zero. Any grid of 128 threads.
-//     partial: f32 [room][heads][dim], then [room][heads][maximum, sum]. arrivals: u32 [room][heads], zero before and after.
+//   attn_decode_64 / _128 / _any (qkv, cache, work, items, room, tables, T, kv_heads, group, scale, partial, out [, dim])
+//     work: {number of items, end, 0, 0}; rows end..T become zero. items: for each part of the keys of a row that is a sequence's only
+//     one, {row, start in tables, context length, part | keys of a part << 8}, the parts of a row (at most 32) one after another;
+//     there is room for `room`. Any grid of 128 threads.
+//     partial: f32 [room][heads][dim], then [room][heads][maximum, sum]: of rows with several parts, whose place in `out` is left to
+//   attn_merge_64 / _128 (rows, count, room, heads, partial, out)
+//     rows [count]: {first item, row, parts, 0}, other rows having less than 2 parts. Grid: a warp for each of them and query head.
 //   attn_prefill_64 / _128 / _any (qkv, cache, work, tables, kv_heads, group, scale, out [, dim])
 //     work: {spans, 0, 0, 0}, then for each {first row, rows, position of the first row, start in tables}.
 //     Grid: a block of 128 threads, or warp for _any, for each kv_head (head) and tile of 128 / group positions (position);
@@ -50,13 +52,6 @@ struct DecodeItem {
 constexpr int HEADS = 8;  // query heads of a unit: columns of a product
 constexpr int PARTS = 32;
 
-// Counts an arrival, from `last` back to 0, after what the block has written and before what it will read; the count before.
-__device__ __forceinline__ uint32_t arrive(uint32_t *count, uint32_t last) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(count), "r"(last) : "memory");
-    return before;
-}
-
 // Starts the copy of a block's 16 keys or values; from `live` on they are zero, whatever others have left there.
 template <int DIM> __device__ __forceinline__ void load_page(uint32_t to, const bf16 *from, int live, int lane) {
     constexpr int CHUNKS = DIM / 8;
@@ -70,14 +65,12 @@ template <int DIM> __device__ __forceinline__ void load_page(uint32_t to, const 
 // A unit of work is an item and up to 8 query heads of a key-value head; a warp takes every fourth block of its keys. Products
 // have keys (QK) and dimensions (PV) as rows and query heads as columns, so that keys and values are read once for all of these.
 template <int DIM>
-__device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const uint4 *work, int room, const uint32_t *tables,
-                                       int rows, int kv_heads, int group, float scale, float *partial, uint32_t *arrivals,
-                                       bf16 *out) {
+__device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *work_items, int room, const uint32_t *tables,
+                                       int rows, int kv_heads, int group, float scale, float *partial, bf16 *out) {
     constexpr int CHUNKS = DIM / 8, PAGE_BYTES = PAGE * DIM * 2, STRIDE = DIM + 4;
     static_assert(HEADS * STRIDE * 4 <= 2 * PAGE_BYTES, "a warp's sums take the place of its block");
     __shared__ __align__(256) uint8_t blocks[WARPS][2 * PAGE_BYTES];
-    __shared__ float maxima[WARPS][HEADS], sums[WARPS][HEADS], weights[HEADS][PARTS];
-    __shared__ bool last;
+    __shared__ float maxima[WARPS][HEADS], sums[WARPS][HEADS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int sets = (group + HEADS - 1) / HEADS, units = kv_heads * sets, heads = kv_heads * group;
     const uint32_t keys_at = shared_address(blocks[warp]), values_at = keys_at + PAGE_BYTES;
@@ -87,10 +80,10 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
 
     pdl_release();
     const uint4 header = load_words(work);
-    uint4 words = load_words(work + 1 + min((int)blockIdx.x / units, room - 1)), next;
+    uint4 words = load_words(work_items + min((int)blockIdx.x / units, room - 1)), next;
     const int items = header.x, total = (items + rows - (int)header.y) * units;
     for (int unit = blockIdx.x; unit < total; unit += gridDim.x, words = next) {
-        next = load_words(work + 1 + min((unit + (int)gridDim.x) / units, room - 1));
+        next = load_words(work_items + min((unit + (int)gridDim.x) / units, room - 1));
         const int i = unit / units, kv_head = unit % units / sets, first = unit % sets * HEADS;
         const int columns = min(HEADS, group - first), head = kv_head * group + first;
         if (i >= items) {
@@ -224,47 +217,61 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
                 if (d == 0) stats[at] = make_float2(max, sum);
             }
         }
-        if (item.parts == 1) {
-            __syncthreads();  // before the next unit's keys come
-            continue;
-        }
-
-        // Whoever comes last adds up the row's parts, in their order.
-        const int part0 = i - item.part;
-        __syncthreads();
-        if (threadIdx.x == 0) last = arrive(arrivals + (size_t)part0 * units + unit % units, item.parts - 1) == item.parts - 1;
-        __syncthreads();
-        if (!last) continue;
-#pragma unroll 1
-        for (int g = warp; g < columns; g += WARPS) {
-            const float2 *from = stats + (size_t)(part0 + lane) * heads + head + g;
-            const float2 part = lane < item.parts ? __ldcg(from) : make_float2(NONE, 0.f);
-            const float share = ex2(part.x - warp_max(part.x));
-            weights[g][lane] = __fdividef(share, warp_sum(share * part.y));
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int c = threadIdx.x; c < columns * DIM / 4; c += THREADS) {
-            const int g = c / (DIM / 4), d = c % (DIM / 4) * 4;
-            const float *from = partial + ((size_t)part0 * heads + head + g) * DIM + d;
-            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-            for (int part = 0; part < item.parts; part++) {
-                const float4 x = __ldcg((const float4 *)(from + (size_t)part * heads * DIM));
-                const float w = weights[g][part];
-                v.x += w * x.x, v.y += w * x.y, v.z += w * x.z, v.w += w * x.w;
-            }
-            uint2 *to = (uint2 *)(out + ((size_t)item.row * heads + head + g) * DIM + d);
-            *to = make_uint2(pack(v.x, v.y), pack(v.z, v.w));
-        }
+        __syncthreads();  // before the next unit's keys come
     }
+}
+
+// A warp adds up the parts of one row and query head, in their order.
+template <int DIM>
+__device__ __forceinline__ void merge(const uint4 *rows, int count, int room, int heads, const float *partial, bf16 *out) {
+    constexpr int VALUES = DIM / 32, AT_ONCE = 8;  // a lane's values; parts whose loads are not waited for one by one
+    __shared__ float weights[WARPS][PARTS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int unit = blockIdx.x * WARPS + warp, head = unit % heads;
+    pdl_release();
+    const uint4 entry = unit < count * heads ? load_words(rows + unit / heads) : make_uint4(0, 0, 0, 0);
+    const int parts = entry.z;
+    pdl_wait();
+    if (parts < 2) return;
+    const size_t first = (size_t)entry.x * heads + head;
+    const float *from = partial + first * DIM + VALUES * lane;
+    const float2 *stats = (const float2 *)(partial + (size_t)room * heads * DIM) + first + lane * heads;
+    const float2 part = lane < parts ? __ldcg(stats) : make_float2(NONE, 0.f);
+    float x[AT_ONCE][VALUES], v[VALUES] = {};
+    for (int p0 = 0; p0 < parts; p0 += AT_ONCE) {
+#pragma unroll
+        for (int p = 0; p < AT_ONCE; p++)
+#pragma unroll
+            for (int e = 0; e < VALUES; e += 2) {
+                float2 two = make_float2(0.f, 0.f);
+                if (p0 + p < parts) two = __ldcg((const float2 *)(from + (size_t)(p0 + p) * heads * DIM + e));
+                x[p][e] = two.x, x[p][e + 1] = two.y;
+            }
+        if (p0 == 0) {
+            const float share = ex2(part.x - warp_max(part.x));
+            weights[warp][lane] = __fdividef(share, warp_sum(share * part.y));
+            __syncwarp();
+        }
+#pragma unroll
+        for (int p = 0; p < AT_ONCE; p++)
+#pragma unroll
+            for (int e = 0; e < VALUES; e++)
+                if (p0 + p < parts) v[e] += weights[warp][p0 + p] * x[p][e];
+    }
+    uint32_t *to = (uint32_t *)(out + ((size_t)entry.y * heads + head) * DIM + VALUES * lane);
+#pragma unroll
+    for (int e = 0; e < VALUES; e += 2) to[e / 2] = pack(v[e], v[e + 1]);
 }
 
 #define DECODE(DIM)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 5)                                                               \
-        attn_decode_##DIM(const bf16 *qkv, const bf16 *cache, const uint4 *work, int room, const uint32_t *tables, int rows, \
-                          int kv_heads, int group, float scale, float *partial, uint32_t *arrivals, bf16 *out) {           \
-        decode<DIM>(qkv, cache, work, room, tables, rows, kv_heads, group, scale, partial, arrivals, out);                 \
+        attn_decode_##DIM(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *items, int room,             \
+                          const uint32_t *tables, int rows, int kv_heads, int group, float scale, float *partial, bf16 *out) { \
+        decode<DIM>(qkv, cache, work, items, room, tables, rows, kv_heads, group, scale, partial, out);                    \
+    }                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
+        attn_merge_##DIM(const uint4 *rows, int count, int room, int heads, const float *partial, bf16 *out) {             \
+        merge<DIM>(rows, count, room, heads, partial, out);                                                                \
     }
 DECODE(64)
 DECODE(128)
@@ -392,8 +399,8 @@ __device__ __forceinline__ void attend(const bf16 *query, const bf16 *cache, con
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attn_decode_any(const bf16 *qkv, const bf16 *cache, const uint4 *work, int room, const uint32_t *tables, int rows,
-                    int kv_heads, int group, float scale, float *partial, uint32_t *arrivals, bf16 *out, int dim) {
+    attn_decode_any(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *items, int room, const uint32_t *tables,
+                    int rows, int kv_heads, int group, float scale, float *partial, bf16 *out, int dim) {
     pdl_wait();
     pdl_release();
     const uint4 header = work[0];
@@ -405,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int d = threadIdx.x % 32; d < dim; d += 32) to[d] = __float2bfloat16_rn(0.f);
             continue;
         }
-        const DecodeItem item(work[1 + i]);
+        const DecodeItem item(items[i]);
         if (item.part > 0) continue;
         attend(qkv + ((size_t)item.row * (heads + 2 * kv_heads) + head) * dim, cache, tables + item.start, item.context, kv_heads,
                head / group, dim, scale, out + ((size_t)item.row * heads + head) * dim);

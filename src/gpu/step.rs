@@ -154,7 +154,7 @@ impl StepBuffers {
             .spans
             .iter()
             .flat_map(|s| [s.rows.start as u32, s.rows.len() as u32, s.context_len as u32, s.table.start as u32]);
-        let decode = attention::decode_work(batch);
+        let decode = attention::decode_work(batch, bucket.map(|b| b.rows));
         let prefill = attention::prefill_work(batch);
         let adapters = lora::work(&batch.segments, slots)?;
         let logit_adapters = lora::work(&batch.logit_segments(), slots)?;

@@ -350,7 +350,9 @@ fn work_fits_its_room() {
                 batch.push(&vec![0; rows], len - rows, &vec![0; len.div_ceil(BLOCK)], BLOCK, &[]);
             }
             let capacity = Capacity { rows: batch.rows(), spans: batch.spans.len(), table: batch.block_tables.len() };
-            assert!(decode_work(&batch).len() <= decode_words(capacity), "{lens:?}");
+            for fixed in [None, Some(batch.rows())] {
+                assert!(decode_work(&batch, fixed).len() <= decode_words(capacity), "{lens:?}");
+            }
             assert!(prefill_work(&batch).len() <= prefill_words(capacity), "{lens:?}");
         }
     }

@@ -9,7 +9,7 @@ use candle_core::{CudaDevice, Tensor};
 use half::bf16;
 
 use super::{BLOCK, Heads};
-use crate::engine::batch::Batch;
+use crate::engine::batch::{Batch, Span};
 use crate::gpu::kernels::{Arg, Grid, launch};
 use crate::gpu::step::{Capacity, Step};
 use crate::gpu::{address, deterministic, input, output};
@@ -42,7 +42,7 @@ const MOST_DIM: usize = 256;
 pub fn decode_words(capacity: Capacity) -> usize {
     let spans = capacity.spans.min(capacity.rows);
     // A row of n blocks has at most 1 + n / 4 parts.
-    HEADER + ITEM * (spans + ((PARTS - 1) * spans).min(capacity.table * BLOCK / PART_KEYS))
+    HEADER + ITEM * (capacity.rows + spans + ((PARTS - 1) * spans).min(capacity.table * BLOCK / PART_KEYS))
 }
 
 /// Words that [`prefill_work`] may take.
@@ -55,19 +55,30 @@ fn decoded(rows: usize) -> bool {
     rows == 1 && !deterministic()
 }
 
-/// The sequences that decode, in parts of keys; longest first, so that no block ends up alone with long parts.
-pub fn decode_work(batch: &Batch) -> Vec<u32> {
-    let mut spans: Vec<_> = batch.spans.iter().filter(|s| decoded(s.rows.len())).collect();
+/// Sequences that decode.
+fn decoding(batch: &Batch) -> impl Iterator<Item = &Span> {
+    batch.spans.iter().filter(|s| decoded(s.rows.len()))
+}
+
+/// The sequences that decode, in a fixed step up to `fixed` of them: for each its place among the items and its parts, then the items,
+/// parts of keys; longest first, so that no block ends up alone with long parts.
+pub fn decode_work(batch: &Batch, fixed: Option<usize>) -> Vec<u32> {
+    let mut spans: Vec<_> = decoding(batch).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
-    let mut words = vec![0; HEADER];
-    for span in spans {
+    let rows = fixed.unwrap_or(spans.len());
+    let mut words = vec![0; HEADER + ITEM * rows];
+    let mut items = 0;
+    for (i, span) in spans.into_iter().enumerate() {
         let keys = PART_KEYS * span.context_len.div_ceil(PART_KEYS * PARTS);
-        for part in 0..span.context_len.div_ceil(keys) {
+        let parts = span.context_len.div_ceil(keys);
+        words[HEADER + ITEM * i..][..3].copy_from_slice(&[items, span.rows.start, parts].map(|word| word as u32));
+        items += parts;
+        for part in 0..parts {
             let item = [span.rows.start, span.table.start, span.context_len, part | keys << 8];
             words.extend(item.map(|word| word as u32));
         }
     }
-    words[0] = ((words.len() - HEADER) / ITEM) as u32;
+    words[0] = items as u32;
     words[1] = batch.spans.last().map_or(0, |s| s.rows.end) as u32;
     words
 }
@@ -130,7 +141,8 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
         to,
     };
     call.prefill(batch, step)?;
-    call.decode(step, rows, rows - covered)?;
+    let entries = if step.fixed { rows } else { decoding(batch).count() };
+    call.decode(step, rows, entries, rows - covered)?;
     Ok(out)
 }
 
@@ -154,11 +166,13 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Sequences that decode, and zeros for the `left` rows after all sequences.
-    fn decode(&self, step: &Step, rows: usize, left: usize) -> Result<()> {
+    /// Sequences that decode, of which the worklist has `entries`, and zeros for the `left` rows after all sequences.
+    fn decode(&self, step: &Step, rows: usize, entries: usize, left: usize) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         // In a fixed step the room for items; else their number.
-        let room = step.decode.len.saturating_sub(HEADER) / ITEM;
+        let room = (step.decode.len.saturating_sub(HEADER) / ITEM).saturating_sub(entries);
+        let at = step.decode.words + 4 * HEADER as u64;
+        let items = at + (4 * ITEM * entries) as u64;
         let name = match dim {
             64 => "attn_decode_64",
             128 => "attn_decode_128",
@@ -170,12 +184,13 @@ impl Call<'_> {
             return Ok(());
         }
         let blocks = if step.fixed { units.min(DECODE_BLOCKS * multiprocessors(self.device)?) } else { units };
-        let (partial, arrivals) = if self.fast { workspace(self.device, room * query, dim)? } else { (0, 0) };
+        let partial = if self.fast { workspace(self.device, room * query, dim)? } else { 0 };
         let [qkv, cache] = self.inputs;
         let args: [Arg; 13] = [
             qkv,
             cache,
             step.decode.words.into(),
+            items.into(),
             room.into(),
             step.block_tables.into(),
             rows.into(),
@@ -183,7 +198,6 @@ impl Call<'_> {
             self.group.into(),
             self.scale.into(),
             partial.into(),
-            arrivals.into(),
             self.to.into(),
             dim.into(),
         ];
@@ -191,6 +205,12 @@ impl Call<'_> {
         // SAFETY: shapes as the contract, items and blocks of `decode_work` and the caller; the workspace is as large as `room`
         // needs, and kernels that use it follow one another.
         unsafe { launch(self.device, name, Grid::new(blocks, THREADS), args)? };
+        if self.fast && entries > 0 {
+            let name = if dim == 64 { "attn_merge_64" } else { "attn_merge_128" };
+            let args = [at.into(), entries.into(), room.into(), query.into(), partial.into(), self.to.into()];
+            // SAFETY: as above.
+            unsafe { launch(self.device, name, Grid::new((entries * query).div_ceil(WARPS), THREADS), &args)? };
+        }
         Ok(())
     }
 
@@ -235,20 +255,16 @@ fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     Ok(count.map_err(|e| Error::internal(format!("the GPU's multiprocessors: {e}")))? as usize)
 }
 
-/// Sums of parts `[items·heads][dim]` with their maxima and sums `[items·heads][2]`, and counters that are zero between launches:
-/// one for all launches, since they follow one another. What a larger one replaces stays, since graphs know its address; fixed
-/// steps always need the same.
-fn workspace(device: &CudaDevice, rows: usize, dim: usize) -> Result<(u64, u64)> {
-    static KEPT: Mutex<Vec<(CudaSlice<f32>, CudaSlice<u32>)>> = Mutex::new(Vec::new());
+/// Sums of parts `[items·heads][dim]` with their maxima and sums `[items·heads][2]`: one for all launches, since they follow one
+/// another. What a larger one replaces stays, since graphs know its address; fixed steps always need the same.
+fn workspace(device: &CudaDevice, rows: usize, dim: usize) -> Result<u64> {
+    static KEPT: Mutex<Vec<CudaSlice<f32>>> = Mutex::new(Vec::new());
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-    let len = rows * (dim + 2);
-    let (had, had_counters) = kept.last().map_or((0, 0), |(sums, counters)| (sums.len(), counters.len()));
-    if had < len || had_counters < rows {
+    let (len, had) = (rows * (dim + 2), kept.last().map_or(0, CudaSlice::len));
+    if had < len {
         // At least twice as much, so that all of them together are not more than twice the last.
         // SAFETY: kernels read of it what they have written.
-        let sums = unsafe { device.alloc::<f32>(len.max(2 * had))? };
-        kept.push((sums, device.alloc_zeros::<u32>(rows.max(2 * had_counters))?));
+        kept.push(unsafe { device.alloc::<f32>(len.max(2 * had))? });
     }
-    let (sums, counters) = &kept[kept.len() - 1];
-    Ok((address(sums), address(counters)))
+    Ok(address(&kept[kept.len() - 1]))
 }
