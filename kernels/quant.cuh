@@ -192,11 +192,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 #endif
 
 // A warp's chunks on their way from memory: a ring in shared memory that only this warp uses. On Hopper one lane asks the copy
-// engine for a whole chunk, and for those after the ring to come to the second-level cache: memory is busy while kernels before
-// this one end, and the ring waits for the cache only. Elsewhere all lanes copy.
+// engine for a whole chunk; elsewhere all lanes copy.
 template <int F, int DEPTH> struct Ring {
     static constexpr int STAGES = DEPTH, CHUNK = Traits<F>::CHUNK;
-    static constexpr int AHEAD = 8192 / Traits<F>::BYTES;  // chunks between the ring and the last that was asked for
     static constexpr int BYTES = (Traits<F>::BYTES + 127) / 128 * 128;
     static constexpr int SHARED = STAGES * BYTES + 128;  // a warp: stages, then their barriers
 
@@ -219,19 +217,7 @@ template <int F, int DEPTH> struct Ring {
 #endif
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) start(i, i);
-#if __CUDA_ARCH__ >= 900
-        const int end = min(tiles, (STAGES - 1 + AHEAD) * CHUNK), chunks = (end + CHUNK - 1) / CHUNK;
-        const int bytes = int(Traits<F>::strip(end)) - (STAGES - 1) * Traits<F>::BYTES;
-        if (chunks >= STAGES && lane == 0) prefetch(from + (STAGES - 1) * Traits<F>::BYTES, bytes);
-        __syncwarp();
-#endif
     }
-
-#if __CUDA_ARCH__ >= 900
-    static __device__ __forceinline__ void prefetch(const unsigned char *at, int bytes) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
-    }
-#endif
 
     __device__ __forceinline__ int size(int chunk) const { return min(CHUNK, tiles - chunk * CHUNK); }
 
@@ -247,12 +233,6 @@ template <int F, int DEPTH> struct Ring {
             "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3]; }" ::"r"(to), "l"(at),
             "r"(bytes), "r"(barriers + 8 * stage), "r"(int(size > 0 && lane == 0))
             : "memory");
-        // Before the ring was full, all of these were asked for at once.
-        if (chunk >= STAGES - 1 && lane == 0) {
-            const int next = this->size(chunk + AHEAD);
-            if (next > 0)
-                prefetch(at + (size_t)AHEAD * Traits<F>::BYTES, next * (Traits<F>::CODES + Traits<F>::SCALES) + Traits<F>::SUPERS);
-        }
         __syncwarp();
 #else
         if (size > 0)
