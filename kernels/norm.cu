@@ -29,6 +29,7 @@ template <bool ADD>
 __device__ __forceinline__ void norm(const float *x, const bf16 *delta, const float *weight,
                                      float eps, int n, float *sum, bf16 *y) {
     const size_t row = (size_t)blockIdx.x * n;
+    pdl_release();
     pdl_wait();
     float4 v[ROUNDS];
     float squares = 0.f;
@@ -47,7 +48,6 @@ __device__ __forceinline__ void norm(const float *x, const bf16 *delta, const fl
     }
     __shared__ float parts[32];
     const float scale = rsqrtf(block_sum(squares, parts) / n + eps);
-    pdl_release();
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
         const int i = 4 * (threadIdx.x + r * blockDim.x);

@@ -64,13 +64,16 @@ __device__ __forceinline__ void rope_append(bf16 *qkv, bf16 *cache, const uint32
     const int half = dim / 2, pieces = half / PAIRS;
     const int piece = blockIdx.y * blockDim.x + threadIdx.x;
     const int head = piece / pieces, d = piece % pieces * PAIRS;
+    // Of few rows, attention may ask for its keys early; those of many take memory from the kernels before it.
+    const bool few = gridDim.x <= 16;
+    if (few) pdl_release();
     if (head >= heads + 2 * kv_heads) return;
     const uint32_t slot = load_word(slots + blockIdx.x), position = load_word(positions + blockIdx.x);
     const bool turns = head < heads + kv_heads;
     Turn<PAIRS> turn;
     if (turns) turn.load(table + (size_t)position * dim + d, half);
     pdl_wait();
-    pdl_release();
+    if (!few) pdl_release();
     bf16 *at = qkv + ((size_t)blockIdx.x * (heads + 2 * kv_heads) + head) * dim + d;
     Piece<PAIRS> x;
     x.load(at, half);

@@ -34,8 +34,8 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-
 
 template <int VALUES> __device__ __forceinline__ void forward(const bf16 *x, int n, bf16 *y) {
     const int i = VALUES * (blockIdx.y * 256 + threadIdx.x);
-    pdl_wait();
     pdl_release();
+    pdl_wait();
     if (i >= n) return;
     x += (size_t)blockIdx.x * 2 * n + i;
     const Values<VALUES> gate(x), up(x + n);
