@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
 use super::bnb::Packed;
+use crate::ops::pool::parallel_for;
 use crate::ops::quant::{Codec, Source};
 use crate::{Error, Result};
 
@@ -70,14 +72,26 @@ impl Rows {
             ))
         };
         let Source::Blocks { codec, bytes, .. } = &self.source else { return Err(quantised("4-bit".to_string())) };
-        let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
         match codec {
-            Codec::F32 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-            Codec::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
-            Codec::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
+            Codec::F32 => Ok(convert(bytes, f32::from_le_bytes)),
+            Codec::F16 => Ok(convert(bytes, |b| f16::from_le_bytes(b).to_f32())),
+            Codec::BF16 => Ok(convert(bytes, |b| bf16::from_le_bytes(b).to_f32())),
             other => Err(quantised(format!("{other:?}"))),
         }
     }
+}
+
+/// A value of each `N` bytes, on all threads.
+fn convert<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+    const PART: usize = 1 << 20;
+    let (all, _) = bytes.as_chunks::<N>();
+    let mut values = vec![0.0; all.len()];
+    let parts: Vec<_> = values.chunks_mut(PART).zip(all.chunks(PART)).map(Mutex::new).collect();
+    parallel_for(parts.len(), |i| {
+        let (values, bytes) = &mut *parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+        values.iter_mut().zip(*bytes).for_each(|(to, bytes)| *to = value(*bytes));
+    });
+    values
 }
 
 /// All tensors of a model under Hugging Face's names. Reading takes a tensor out, so what is left at the end was not

@@ -115,14 +115,20 @@ impl Nf4 {
         });
         let sum: f64 = absmax.iter().map(|&m| f64::from(m)).sum();
         let offset = if absmax.is_empty() { 0.0 } else { (sum / absmax.len() as f64) as f32 };
-        let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
-        let mut quantised = Vec::with_capacity(absmax.len());
-        for block in absmax.chunks(NESTED_BLOCK) {
+        let mut nested_absmax = vec![0f32; absmax.len().div_ceil(NESTED_BLOCK)];
+        let mut quantised = vec![0u8; absmax.len()];
+        let (shared_maxima, shared_quantised) = (SharedMut::new(&mut nested_absmax), SharedMut::new(&mut quantised));
+        parallel_for(absmax.len().div_ceil(NESTED_BLOCK), |i| {
+            let block = &absmax[i * NESTED_BLOCK..absmax.len().min((i + 1) * NESTED_BLOCK)];
             let max = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
             let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
-            nested_absmax.push(max);
-            quantised.extend(block.iter().map(|v| nearest(dynamic_map(), (v - offset) * inverse)));
-        }
+            // SAFETY (both): inside the buffers; one maximum a task, and as many codes as its block has values.
+            let maximum = unsafe { shared_maxima.slice(i, 1) };
+            // SAFETY: as above.
+            let codes = unsafe { shared_quantised.slice(i * NESTED_BLOCK, block.len()) };
+            maximum[0] = max;
+            codes.iter_mut().zip(block).for_each(|(to, v)| *to = nearest(dynamic_map(), (v - offset) * inverse));
+        });
         Self { codes, absmax: quantised, nested_absmax, offset }
     }
 
