@@ -48,7 +48,8 @@ __device__ __forceinline__ void cp_commit() { asm volatile("cp.async.commit_grou
 template <int N> __device__ __forceinline__ void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Programmatic dependent launch (Hopper on; elsewhere kernels follow one another anyway). `pdl_wait`: results of the kernels
-// before are there. `pdl_release`: the next kernel may start its part that needs no results.
+// before are there. `pdl_release`: the next kernel may start its part that needs no results; before
+// `pdl_wait`, even while kernels before this one still run, so that `lora_shrink_*`, which relies on their end, must not come next.
 __device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -181,7 +181,7 @@ struct Steps {
 };
 
 // y += h·Bᵀ for chunks of 8·NT rows; a warp does a chunk and 64 columns of one module, alone. Columns are the 16 rows of the
-// tensor cores' tile. Ranks are permuted as k above, lane l holding 4(l%4)..+4 of every 16; columns so that a lane's
+// tensor cores' tile. Ranks are permuted as k in `lora_shrink.cu`, lane l holding 4(l%4)..+4 of every 16; columns so that a lane's
 // outputs of the four tiles are eight neighbours: row m of tile j is column 8(m%8) + 2j + m/8.
 template <int NT, typename Y>
 __device__ __forceinline__ void expand(const uint32_t* work, const Entry* table, Y* y, int entries, int entry, int k,

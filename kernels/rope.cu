@@ -64,7 +64,8 @@ __device__ __forceinline__ void rope_append(bf16 *qkv, bf16 *cache, const uint32
     const int half = dim / 2, pieces = half / PAIRS;
     const int piece = blockIdx.y * blockDim.x + threadIdx.x;
     const int head = piece / pieces, d = piece % pieces * PAIRS;
-    // Of few rows, attention may ask for its keys early; those of many take memory from the kernels before it.
+    // Attention may ask for keys early where they are few; for many rows it would take bandwidth from kernels that still run
+    // (benches/results/2026-11-27-h100).
     const bool few = gridDim.x <= 16;
     if (few) pdl_release();
     if (head >= heads + 2 * kv_heads) return;

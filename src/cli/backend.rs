@@ -68,7 +68,7 @@ pub struct Base {
 }
 
 impl Base {
-    /// Finds and reads the model, with a bar on a terminal. Blocks.
+    /// Finds and reads the model, with a bar on a terminal, elsewhere with lines in the log. Blocks.
     pub fn load(config: &BaseConfig) -> Result<Self> {
         let device = gpu::open(config.device)?;
         if config.deterministic {

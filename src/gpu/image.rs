@@ -2,7 +2,7 @@
 //!
 //! A block holds A `[Σ rank, k]` with the site's modules stacked, B `[n, rank]` of each, the biases as f32, and under DoRA
 //! the gains of all outputs of the site `[Σ n]` f32. Ranks are rounded up to a multiple of 8 by zeros, which add nothing and
-//! keep every row at a 16-byte address; beyond that each module keeps its own. What `kernels/lora.cuhh` reads of it beside the
+//! keep every row at a 16-byte address; beyond that each module keeps its own. What `kernels/lora.cuh` reads of it beside the
 //! values is the entry of each site. The host knows no gains: it writes magnitudes, and 1 for modules without them (see
 //! `gains.rs`).
 
@@ -283,7 +283,7 @@ mod tests {
         }
     }
 
-    /// Everything, magnitudes in the place of gains, is found again by the entries and the formulas of `kernels/lora.cuhh`, over memory that was not zero.
+    /// Everything, magnitudes in the place of gains, is found again by the entries and the formulas of `kernels/lora.cuh`, over memory that was not zero.
     #[test]
     fn kernels_find_every_value() {
         let model = model();

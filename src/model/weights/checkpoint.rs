@@ -83,6 +83,7 @@ impl Rows {
 
 /// A value of each `N` bytes, on all threads.
 fn convert<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+    // Values of a task.
     const PART: usize = 1 << 20;
     let (all, _) = bytes.as_chunks::<N>();
     let mut values = vec![0.0; all.len()];

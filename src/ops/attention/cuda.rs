@@ -22,7 +22,7 @@ pub use causal::{causal, causal_backward};
 /// Threads a block, and the warps that they are.
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
-/// Words before the items of a worklist, and of an item.
+/// Words before a worklist's entries and items, and of each of these.
 const HEADER: usize = 4;
 const ITEM: usize = 4;
 /// Keys of a part of a decoded row; more where a row would have more parts than [`PARTS`].
@@ -41,7 +41,7 @@ const MOST_DIM: usize = 256;
 /// Words that [`decode_work`] may take.
 pub fn decode_words(capacity: Capacity) -> usize {
     let spans = capacity.spans.min(capacity.rows);
-    // A row of n blocks has at most 1 + n / 4 parts.
+    // An entry for each row of a fixed step; and a row of n blocks has at most 1 + n / 4 parts.
     HEADER + ITEM * (capacity.rows + spans + ((PARTS - 1) * spans).min(capacity.table * BLOCK / PART_KEYS))
 }
 
@@ -60,7 +60,7 @@ fn decoding(batch: &Batch) -> impl Iterator<Item = &Span> {
     batch.spans.iter().filter(|s| decoded(s.rows.len()))
 }
 
-/// The sequences that decode, in a fixed step up to `fixed` of them: for each its place among the items and its parts, then the items,
+/// The sequences that decode, in a fixed step up to `fixed` of them: for each its place among the items, its row and its parts, then the items,
 /// parts of keys; longest first, so that no block ends up alone with long parts.
 pub fn decode_work(batch: &Batch, fixed: Option<usize>) -> Vec<u32> {
     let mut spans: Vec<_> = decoding(batch).collect();
@@ -184,7 +184,7 @@ impl Call<'_> {
             return Ok(());
         }
         let blocks = if step.fixed { units.min(DECODE_BLOCKS * multiprocessors(self.device)?) } else { units };
-        let partial = if self.fast { workspace(self.device, room * query, dim)? } else { 0 };
+        let partial = if self.fast { workspace(self.device, (room + entries) * query, dim)? } else { 0 };
         let [qkv, cache] = self.inputs;
         let args: [Arg; 13] = [
             qkv,

@@ -1,4 +1,4 @@
-//! The CUDA half: see `kernels/lora.cuhh`.
+//! The CUDA half: see `kernels/lora.cuh`.
 //!
 //! A step's worklist says which rows carry which slots; a launch takes shapes from its site and everything else from the
 //! worklist and the slot table. Segments are worked on in pieces of few rows or of many: decode steps have only the first
@@ -40,7 +40,7 @@ struct Pieces {
     shrink_rows: usize,
     /// Rows of an expanding item: a chunk.
     expand_rows: usize,
-    /// Blocks on a multiprocessor, as the kernels' launch bounds.
+    /// Most blocks on a multiprocessor that a launch asks for; those of Hopper hold as many of the usual kernels.
     blocks: usize,
     shrink: &'static str,
     expand: &'static str,
@@ -95,7 +95,7 @@ pub fn work_words(capacity: Capacity) -> usize {
     HEADER + TERM * terms + CHUNK * chunks + Site::ALL.len() * (terms + 2) + 3
 }
 
-/// What the kernels need to know of a step's segments; the layout is at the top of `kernels/lora.cuhh`. Errors: segments
+/// What the kernels need to know of a step's segments; the layout is at the top of `kernels/lora.cuh`. Errors: segments
 /// out of order, or a slot without an adapter.
 pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
     let mut words = vec![0; HEADER];
