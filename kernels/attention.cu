@@ -65,8 +65,9 @@ template <int DIM> __device__ __forceinline__ void load_page(uint32_t to, const 
 // A unit of work is an item and up to 8 query heads of a key-value head; a warp takes every fourth block of its keys. Products
 // have keys (QK) and dimensions (PV) as rows and query heads as columns, so that keys and values are read once for all of these.
 template <int DIM>
-__device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *work_items, int room, const uint32_t *tables,
-                                       int rows, int kv_heads, int group, float scale, float *partial, bf16 *out) {
+__device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *work_items, int room,
+                                       const uint32_t *tables, int rows, int kv_heads, int group, float scale, float *partial,
+                                       bf16 *out) {
     constexpr int CHUNKS = DIM / 8, PAGE_BYTES = PAGE * DIM * 2, STRIDE = DIM + 4;
     static_assert(HEADS * STRIDE * 4 <= 2 * PAGE_BYTES, "a warp's sums take the place of its block");
     __shared__ __align__(256) uint8_t blocks[WARPS][2 * PAGE_BYTES];

@@ -138,7 +138,8 @@ fn products_match_float64_and_rows_stand_alone() {
     check(&QMatrix::pack(&stack, &device()).expect("packs"), "stacked");
 }
 
-/// Every kernel of every format once, few enough for `compute-sanitizer`.
+/// Every size of product kernel, those for narrow matrices in every format and the others in three, few enough for
+/// `compute-sanitizer`.
 #[test]
 fn smallest_products() {
     let blocks = CODECS.into_iter().filter(|c| 512 % c.block() == 0).map(|codec| source(codec, 100, 512, 1));

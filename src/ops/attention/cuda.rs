@@ -60,8 +60,8 @@ fn decoding(batch: &Batch) -> impl Iterator<Item = &Span> {
     batch.spans.iter().filter(|s| decoded(s.rows.len()))
 }
 
-/// The sequences that decode, in a fixed step up to `fixed` of them: for each its place among the items, its row and its parts, then the items,
-/// parts of keys; longest first, so that no block ends up alone with long parts.
+/// The sequences that decode, in a fixed step up to `fixed` of them: for each its place among the items, its row and its parts,
+/// then the items, parts of keys; longest first, so that no block ends up alone with long parts.
 pub fn decode_work(batch: &Batch, fixed: Option<usize>) -> Vec<u32> {
     let mut spans: Vec<_> = decoding(batch).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
