@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use quiver::adapter::Site;
-use quiver::adapter::slots::{SlotPool, SlotWeights};
-use quiver::engine::batch::{Batch, Segment};
+use quiver::arch::Heads;
+use quiver::arch::Site;
 use quiver::engine::request::SamplingParams;
 use quiver::engine::sampler::{Choice, Seen, Task, answer};
+use quiver::lora::delta::{Adapters, LoraPair, add_delta};
+use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::ops::adamw::{AdamwStep, adamw_step, adamw8bit_step, sum_of_squares, zero_moments};
-use quiver::ops::attention::{BLOCK, Heads, append, attention, causal, causal_backward};
+use quiver::ops::attention::{BLOCK, append, attention, block_len, causal, causal_backward};
+use quiver::ops::batch::{Batch, Segment};
 use quiver::ops::blas::gemm;
 use quiver::ops::dropout::dropout;
 use quiver::ops::heads::{finish, finish_backward};
-use quiver::ops::lora::{Adapters, LoraPair, add_delta};
 use quiver::ops::loss::{Target, cross_entropy};
 use quiver::ops::norm::{add_rms_norm, rms_norm, rms_norm_backward};
 use quiver::ops::quant::{Codec, QMatrix, Source, gather_rows, matmul, matmul_transposed};
@@ -106,7 +107,7 @@ fn attend(c: &mut Criterion) {
             let own: Vec<u32> = (i * blocks..(i + 1) * blocks).collect();
             batch.push(&vec![0; rows], start, &own, BLOCK, &[]);
         }
-        let cache = values(((sequences * blocks) as usize, HEADS.block_len(&Device::Cpu)));
+        let cache = values(((sequences * blocks) as usize, block_len(HEADS, &Device::Cpu)));
         let qkv = values((batch.rows(), HEADS.qkv_width()));
         group.throughput(Throughput::Elements(batch.rows() as u64));
         group.bench_function(BenchmarkId::new(name, batch.rows()), |b| {

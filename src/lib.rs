@@ -9,31 +9,28 @@
 // The reader of these docs is a developer of this program, who has the private items too.
 #![allow(rustdoc::private_intra_doc_links)]
 
+pub mod adapter;
+pub mod arch;
+pub mod bench;
 pub mod cli;
 pub mod config;
-pub mod error;
-pub mod files;
-pub mod hub;
-pub mod metrics;
-
-pub mod server;
-
 pub mod engine;
-
-pub mod model;
-
-pub mod ops;
-
-pub mod gpu;
-
-pub mod adapter;
-
-pub mod train;
-
+pub mod error;
 pub mod eval;
-
+pub mod fields;
+pub mod files;
+pub mod finetune;
+pub mod gpu;
+pub mod hub;
+pub mod lora;
 pub mod merge;
-
-pub mod bench;
+pub mod model;
+pub mod ops;
+pub mod plot;
+pub mod runtime;
+pub mod server;
+pub mod text;
+pub mod time;
+pub mod train;
 
 pub use error::{Error, Result};

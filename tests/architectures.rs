@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use quiver::adapter::peft::AdapterWeights;
-use quiver::adapter::slots::{SlotPool, SlotWeights};
-use quiver::engine::batch::Batch;
+use quiver::adapter::peft;
 use quiver::hub::{ModelFiles, ModelFormat};
+use quiver::lora::slots::{SlotPool, SlotWeights};
+use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
-use quiver::model::llama::Llama;
 use quiver::model::weights::{Quantize, Weights};
+use quiver::ops::batch::Batch;
 use serde_json::json;
 
 fn fixture(name: &str) -> PathBuf {
@@ -35,11 +35,11 @@ fn tensors(path: &Path) -> HashMap<String, Tensor> {
 
 /// Logits of all of the fixtures' `input_ids`, with an adapter.
 fn logits(weights: Weights, adapter: Option<&str>) -> Vec<f32> {
-    let llama = Llama::new(weights).unwrap();
+    let llama = Decoder::new(weights).unwrap();
     let mut kv = KvCache::new(llama.config(), 8, &Device::Cpu).unwrap();
     let mut slots = SlotPool::default();
     let terms = adapter.map(|name| {
-        let (adapter, _) = AdapterWeights::read(&fixture(name), llama.config()).unwrap();
+        let (adapter, _) = peft::read(&fixture(name), llama.config()).unwrap();
         (slots.insert(SlotWeights::from_adapter(&adapter, llama.config())), 1.0)
     });
     let ids = tensors(&fixture("qwen2/expected.safetensors"))["input_ids"].to_vec1::<i64>().unwrap();

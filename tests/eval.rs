@@ -5,7 +5,7 @@ mod smollm2;
 
 use quiver::engine::request::SamplingParams;
 use quiver::eval::{Scores, evaluate};
-use quiver::server::prompt::TextCodec;
+use quiver::text::prompt::TextCodec;
 use quiver::train::data::{AlpacaEnding, DataOptions, parse};
 use quiver::train::job::Example;
 use smollm2::{SmolLm2, files};

@@ -7,15 +7,16 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use quiver::adapter::peft::AdapterWeights;
-use quiver::adapter::slots::SlotPool;
-use quiver::engine::batch::Batch;
+use quiver::adapter::peft;
 use quiver::hub::{ModelFiles, ModelFormat};
+use quiver::lora::slots::SlotPool;
+use quiver::lora::weights::AdapterWeights;
 use quiver::merge::{self, Format};
+use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
-use quiver::model::llama::Llama;
 use quiver::model::weights::Weights;
-use quiver::server::prompt::TextCodec;
+use quiver::ops::batch::Batch;
+use quiver::text::prompt::TextCodec;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
@@ -41,13 +42,13 @@ fn load(files: &ModelFiles) -> Weights {
 
 fn merge(base: &ModelFiles, adapter: &str, format: Format, out: &Path) -> quiver::Result<()> {
     let weights = load(base);
-    let (adapter, _) = AdapterWeights::read(&fixture(adapter), &weights.config).unwrap();
+    let (adapter, _) = peft::read(&fixture(adapter), &weights.config).unwrap();
     merge::write(base, &weights, &adapter, format, out)
 }
 
 /// Relative L2 distance of a model's logits to those that a fixture expects.
 fn distance(files: &ModelFiles, expected: &str) -> f64 {
-    let llama = Llama::new(load(files)).unwrap();
+    let llama = Decoder::new(load(files)).unwrap();
     let ids = tensors(&fixture("base/expected.safetensors"))["input_ids"].flatten_all().unwrap();
     let ids: Vec<u32> = ids.to_vec1::<i64>().unwrap().into_iter().map(|id| id as u32).collect();
     let want = tensors(&fixture(expected).join("expected.safetensors"))["logits"].flatten_all().unwrap();
@@ -182,7 +183,7 @@ fn with_tokenizer(source: &str, rope: Option<Json>) -> TempDir {
 }
 
 fn logits(files: &ModelFiles) -> Vec<f32> {
-    let llama = Llama::new(load(files)).unwrap();
+    let llama = Decoder::new(load(files)).unwrap();
     let ids: Vec<u32> = (0..48).map(|i| i * 7 % 61).collect();
     let mut batch = Batch::default();
     batch.push(&ids, 0, &[0, 1, 2, 3, 4, 5, 6, 7], KvCache::BLOCK_SIZE, &[]);
@@ -208,7 +209,7 @@ fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
         let base = directory(dir.path().to_path_buf());
         let weights = load(&base);
         let adapter = adapter.map(|adapter| fixture("..").join(adapter));
-        let read = |dir: PathBuf| AdapterWeights::read(&dir, &weights.config).unwrap().0;
+        let read = |dir: PathBuf| peft::read(&dir, &weights.config).unwrap().0;
         let adapter = adapter.map(read).unwrap_or_default();
         let merged = |format, name: &str| {
             let out = dir.path().join(name);

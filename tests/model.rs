@@ -4,13 +4,13 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use candle_core::Device;
-use quiver::adapter::peft::AdapterWeights;
-use quiver::adapter::slots::{SlotPool, SlotWeights};
-use quiver::engine::batch::{Batch, Span};
+use quiver::adapter::peft;
 use quiver::hub::{ModelFiles, ModelFormat};
+use quiver::lora::slots::{SlotPool, SlotWeights};
+use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
-use quiver::model::llama::Llama;
 use quiver::model::weights::{Quantize, Weights};
+use quiver::ops::batch::{Batch, Span};
 
 /// Blocks of the tests' caches.
 const BLOCKS: usize = 64;
@@ -26,21 +26,21 @@ fn weights(quantize: Option<Quantize>) -> Weights {
 
 /// A model with its cache and adapters.
 struct Runner {
-    llama: Llama,
+    llama: Decoder,
     kv: KvCache,
     slots: SlotPool,
 }
 
 impl Runner {
     fn new(quantize: Option<Quantize>) -> Self {
-        let llama = Llama::new(weights(quantize)).unwrap();
+        let llama = Decoder::new(weights(quantize)).unwrap();
         let kv = KvCache::new(llama.config(), BLOCKS, &Device::Cpu).unwrap();
         Self { llama, kv, slots: SlotPool::default() }
     }
 
     /// Puts a fixture's adapter into a slot.
     fn load(&mut self, name: &str) -> u32 {
-        let (adapter, _) = AdapterWeights::read(&fixture(name), self.llama.config()).unwrap();
+        let (adapter, _) = peft::read(&fixture(name), self.llama.config()).unwrap();
         self.slots.insert(SlotWeights::from_adapter(&adapter, self.llama.config()))
     }
 
@@ -197,7 +197,7 @@ fn a_weighted_sum_equals_one_adapter_with_both_deltas() {
     let mut runner = Runner::new(None);
     let (a, b) = (runner.load("all-linear-r8"), runner.load("r33"));
     let read = |name: &str, weight: f32| {
-        let (adapter, _) = AdapterWeights::read(&fixture(name), runner.llama.config()).unwrap();
+        let (adapter, _) = peft::read(&fixture(name), runner.llama.config()).unwrap();
         let mut slot = SlotWeights::from_adapter(&adapter, runner.llama.config());
         slot.layers.iter_mut().flatten().flatten().for_each(|pair| pair.scale *= weight);
         slot
@@ -247,7 +247,7 @@ fn weights_of_another_shape_are_refused() {
     let refused = |damage: fn(&mut Weights)| {
         let mut weights = weights(None);
         damage(&mut weights);
-        Llama::new(weights).err().expect("shapes that contradict the config").message
+        Decoder::new(weights).err().expect("shapes that contradict the config").message
     };
     assert!(refused(|w| w.config.hidden_size = 65).contains("embedding is [97, 64]"));
     assert!(refused(|w| w.config.num_kv_heads = 3).contains("3 key-value heads"));

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use quiver::hub::{self, ModelFiles, ModelFormat};
-use quiver::server::prompt::TextCodec;
+use quiver::text::prompt::TextCodec;
 use serde_json::{Value, json};
 
 fn fixture(path: &str) -> PathBuf {

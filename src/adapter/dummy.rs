@@ -6,8 +6,8 @@ use std::path::Path;
 use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
 
-use super::Module;
-use crate::model::ModelConfig;
+use crate::arch::ModelConfig;
+use crate::arch::Module;
 use crate::model::weights::dummy::uniform;
 use crate::{Error, Result};
 

@@ -8,15 +8,13 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 
-use super::Module;
 use super::peft_config::{Kind, PeftConfig, invalid};
-use crate::model::ModelConfig;
+use crate::arch::{ModelConfig, Module};
+use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
 use crate::{Error, Result};
 
 /// Problems that one message lists; more are counted.
@@ -25,129 +23,18 @@ const MAX_LISTED: usize = 8;
 /// Bytes of a safetensors header, the limit of the format's own library.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// An adapter in host memory: only the modules it changes, each with its own rank.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct AdapterWeights {
-    /// By layer, then in the order of [`Module`]; the head comes last.
-    pub modules: Vec<ModuleWeights>,
-}
-
-/// The low-rank pair of one module.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModuleWeights {
-    /// Decoder block; the number of blocks for the head, so that it sorts last.
-    pub layer: usize,
-    /// Which linear layer.
-    pub module: Module,
-    /// Rows of A.
-    pub rank: usize,
-    /// Factor of the delta.
-    pub scale: f32,
-    /// `A [rank, k]` row-major; for AdaLoRA already times E.
-    pub a: Values,
-    /// `B [n, rank]` row-major.
-    pub b: Values,
-    /// `lora_B.bias [n]`, scaled with the delta.
-    pub bias: Option<Values>,
-    /// DoRA's norms of the changed weight's rows `[n]`.
-    pub magnitude: Option<Values>,
-}
-
-/// Numbers in the precision of the file.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Values {
-    F32(Box<[f32]>),
-    F16(Box<[f16]>),
-    BF16(Box<[bf16]>),
-}
-
-impl Values {
-    /// From little-endian bytes; `None` for a dtype that adapters do not have.
-    fn read(dtype: Dtype, bytes: &[u8]) -> Option<Self> {
-        // `chunks_exact` gives slices of the array's length, so the conversions cannot fail.
-        let halves = || bytes.chunks_exact(2).map(|c| [c[0], c[1]]);
-        match dtype {
-            Dtype::F32 => {
-                Some(Self::F32(bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()))
-            }
-            Dtype::F16 => Some(Self::F16(halves().map(f16::from_le_bytes).collect())),
-            Dtype::BF16 => Some(Self::BF16(halves().map(bf16::from_le_bytes).collect())),
-            _ => None,
-        }
-    }
-
-    /// Widened to f32, which is exact.
-    pub fn to_f32(&self) -> Vec<f32> {
-        match self {
-            Self::F32(v) => v.to_vec(),
-            Self::F16(v) => v.to_f32_vec(),
-            Self::BF16(v) => v.to_f32_vec(),
-        }
-    }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::F32(v) => v.len() * 4,
-            Self::F16(v) => v.len() * 2,
-            Self::BF16(v) => v.len() * 2,
-        }
-    }
-
-    /// Position of the first NaN or infinity.
-    fn first_not_finite(&self) -> Option<usize> {
-        match self {
-            Self::F32(v) => v.iter().position(|x| !x.is_finite()),
-            Self::F16(v) => v.iter().position(|x| !x.is_finite()),
-            Self::BF16(v) => v.iter().position(|x| !x.is_finite()),
-        }
-    }
-}
-
-impl ModuleWeights {
-    /// Numbers in all tensors.
-    fn numbers(&self, width: impl Fn(&Values) -> usize) -> usize {
-        [Some(&self.a), Some(&self.b), self.bias.as_ref(), self.magnitude.as_ref()]
-            .into_iter()
-            .flatten()
-            .map(width)
-            .sum()
-    }
-}
-
-impl AdapterWeights {
-    /// Bytes in host memory.
-    pub fn bytes(&self) -> usize {
-        self.modules.iter().map(|m| m.numbers(Values::bytes)).sum()
-    }
-
-    /// Whether any module has DoRA's magnitudes, with which an adapter is used alone and at weight 1.
-    pub fn has_magnitudes(&self) -> bool {
-        self.modules.iter().any(|m| m.magnitude.is_some())
-    }
-
-    /// Bytes in a slot, where everything is f32.
-    pub fn slot_bytes(&self) -> usize {
-        let f32_bytes = |v: &Values| match v {
-            Values::F32(v) => v.len() * 4,
-            half => half.bytes() * 2,
-        };
-        self.modules.iter().map(|m| m.numbers(f32_bytes)).sum()
-    }
-
-    /// Reads and checks the adapter in `dir` for a model, and returns it with its generation id. The id covers what
-    /// the adapter computes (module, rank, scale, tensors), so that options that change nothing do not change it.
-    ///
-    /// Errors: `adapter_source_not_found` for missing files, `adapter_unsupported` for options that are not served,
-    /// `adapter_invalid` for anything that does not fit together; each names the option or tensor.
-    pub fn read(dir: &Path, model: &ModelConfig) -> Result<(Self, String)> {
-        let config = std::fs::read_to_string(dir.join("adapter_config.json"))
-            .map_err(|e| missing(dir, &format!("adapter_config.json cannot be read: {e}")))?;
-        let config = PeftConfig::parse(&config)?;
-        let file = TensorFile::open(dir)?;
-        let plan = Plan::new(&config, &file.tensors, model)?;
-        plan.read(&config, file)
-    }
+/// Reads and checks the adapter in `dir` for a model, and returns it with its generation id. The id covers what
+/// the adapter computes (module, rank, scale, tensors), so that options that change nothing do not change it.
+///
+/// Errors: `adapter_source_not_found` for missing files, `adapter_unsupported` for options that are not served,
+/// `adapter_invalid` for anything that does not fit together; each names the option or tensor.
+pub fn read(dir: &Path, model: &ModelConfig) -> Result<(AdapterWeights, String)> {
+    let config = std::fs::read_to_string(dir.join("adapter_config.json"))
+        .map_err(|e| missing(dir, &format!("adapter_config.json cannot be read: {e}")))?;
+    let config = PeftConfig::parse(&config)?;
+    let file = TensorFile::open(dir)?;
+    let plan = Plan::new(&config, &file.tensors, model)?;
+    plan.read(&config, file)
 }
 
 /// An open safetensors file with a checked header.

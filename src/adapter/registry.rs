@@ -14,11 +14,12 @@ use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use super::manifest::{Entry, Manifest};
-use super::peft::AdapterWeights;
 use super::tiers::{HostTier, Stats, Tiers};
-use super::{Generation, Lease, slots};
+use super::{Generation, Lease, peft};
+use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
-use crate::model::ModelConfig;
+use crate::lora::slots;
+use crate::lora::weights::AdapterWeights;
 use crate::{Error, Result};
 
 /// Adapters read at once when many are loaded at start.
@@ -409,7 +410,7 @@ impl Registry {
         let (inner, source) = (self.0.clone(), source.to_owned());
         let read = move || {
             let source = inner.resolve(&source, confined)?;
-            AdapterWeights::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
+            peft::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
         };
         let (source, weights, id) = tokio::task::spawn_blocking(read)
             .await

@@ -15,12 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
 
-use super::peft::AdapterWeights;
-use super::slots::{Form, Laid, SlotPool};
+use super::peft;
 use super::{Generation, Lease, State};
-use crate::engine::Residency;
+use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
-use crate::model::ModelConfig;
+use crate::lora::slots::{Form, Laid, SlotPool};
+use crate::lora::weights::AdapterWeights;
 use crate::{Error, Result};
 
 /// Threads that read adapters and lay them out. Two, so that a slow disk does not hold up what is in memory already,
@@ -31,6 +31,19 @@ const LOADERS: usize = 2;
 /// this, two requests that fit one at a time could evict each other for ever; with no limit, an adapter that is no
 /// longer asked for could block the queue.
 const GRACE: u64 = 256;
+
+/// Whether an adapter can be used by the next forward pass.
+#[derive(Debug, Clone)]
+pub enum Residency {
+    /// It is in this slot, which stays its own until released.
+    Ready(u32),
+    /// It is on its way from disk or host memory: ask again at a later step.
+    Loading,
+    /// Every slot byte is leased by running sequences: wait for one to end.
+    Full,
+    /// It cannot be loaded any more (file gone or changed): fail the request.
+    Failed(Error),
+}
 
 /// Counters of the adapter tiers that the metrics page reads.
 #[derive(Debug, Default)]
@@ -401,8 +414,8 @@ fn load(generation: &Generation, host: &HostTier, model: &ModelConfig, form: &Fo
                 let message = format!("adapter {:?} generation {}: {what}", generation.name, generation.id);
                 Error::new(ErrorKind::Unavailable, message).code("adapter_source_changed")
             };
-            let (weights, id) = AdapterWeights::read(&generation.source, model)
-                .map_err(|e| gone(format!("it cannot be read again: {e}")))?;
+            let (weights, id) =
+                peft::read(&generation.source, model).map_err(|e| gone(format!("it cannot be read again: {e}")))?;
             if id != generation.id {
                 return Err(gone(format!(
                     "{} now holds generation {id}; load the adapter again to serve it",

@@ -12,7 +12,6 @@ pub mod bandwidth;
 pub mod client;
 pub mod grid;
 pub mod load;
-pub mod plot;
 pub mod report;
 pub mod stats;
 pub mod target;

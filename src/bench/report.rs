@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::load::Record;
-use super::plot::Chart;
 use super::stats::{AdapterStats, Quantiles, Summary};
 use super::trial::Verdict;
+use crate::plot::Chart;
 use crate::{Error, Result};
 
 /// Adapters whose figures a page shows of each run, those with the worst first-token latency first. JSON has all.

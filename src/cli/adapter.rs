@@ -7,7 +7,8 @@ use std::thread;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use crate::adapter::{Module, dummy};
+use crate::adapter::dummy;
+use crate::arch::Module;
 use crate::model::weights;
 use crate::{Error, Result, hub};
 

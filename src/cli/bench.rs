@@ -19,7 +19,6 @@ use rand_pcg::Pcg64;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::backend::Backend;
 use super::bench_serve::{Page, ServeBench};
 use super::serve::start_logs;
 use crate::adapter::registry::AdapterInfo;
@@ -28,6 +27,7 @@ use crate::bench::traffic::Popularity;
 use crate::config::ServeConfig;
 use crate::engine::request::{Event, Request, SamplingParams};
 use crate::model::kv::KvCache;
+use crate::runtime::Backend;
 use crate::{Error, Result};
 
 /// What to measure.

@@ -1,5 +1,6 @@
 //! `quiver doctor`: what this machine is, and which models fit.
 
+use crate::runtime::memory;
 use bytesize::ByteSize;
 
 use crate::{Result, gpu};
@@ -18,7 +19,7 @@ pub fn run() -> Result<()> {
     let brand = system.cpus().first().map_or("unknown", |cpu| cpu.brand().trim());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let cores = sysinfo::System::physical_core_count();
-    let (memory, free) = memory();
+    let (memory, free) = memory::machine();
 
     println!("quiver   {}", env!("CARGO_PKG_VERSION"));
     println!("cpu      {brand}");
@@ -45,15 +46,6 @@ pub fn run() -> Result<()> {
         println!("  {name:<16} {:>10}  {fits}", ByteSize(bytes as u64).to_string());
     }
     Ok(())
-}
-
-/// Bytes of memory in all and free; a container's limit counts more than the machine's.
-pub fn memory() -> (u64, u64) {
-    let system = sysinfo::System::new_with_specifics(
-        sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
-    );
-    let machine = (system.total_memory(), system.available_memory());
-    system.cgroup_limits().map_or(machine, |limits| (limits.total_memory, limits.free_memory))
 }
 
 /// The instruction sets that matter to the kernels and that this processor has.

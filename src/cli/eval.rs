@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Map, json};
 
-use super::backend::Backend;
 use super::serve::start_logs;
 use crate::config::ServeConfig;
 use crate::engine::request::SamplingParams;
 use crate::eval::{self, Scores};
+use crate::runtime::Backend;
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
 

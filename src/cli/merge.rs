@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::backend::{Backend, Base};
 use super::serve::start_logs;
-use crate::adapter::peft::AdapterWeights;
+use crate::adapter::peft;
 use crate::config::{NamedPath, ServeConfig};
 use crate::engine::request::SamplingParams;
 use crate::eval;
 use crate::merge::{self, Format};
+use crate::runtime::{Backend, Base};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
 
@@ -45,7 +45,7 @@ impl MergeArgs {
         let adapter = self.directory()?;
         {
             let Base { files, weights, .. } = Base::load(&self.serve.base)?;
-            let (adapter, _) = AdapterWeights::read(&adapter, &weights.config)?;
+            let (adapter, _) = peft::read(&adapter, &weights.config)?;
             merge::write(&files, &weights, &adapter, self.format, &self.out)?;
         }
         println!("{}", self.out.display());

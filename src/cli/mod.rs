@@ -1,7 +1,6 @@
 //! The command line: one subcommand a file.
 
 mod adapter;
-mod backend;
 mod bench;
 mod bench_serve;
 mod doctor;

@@ -9,14 +9,14 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tracing_subscriber::EnvFilter;
 
-use super::backend::{Backend, Loaded};
 use crate::config::{LogFormat, ServeConfig};
+use crate::finetune::host::Host;
+use crate::finetune::jobs::Jobs;
+use crate::finetune::store::Store;
 use crate::model::kv::KvCache;
 use crate::ops::quant::kernel_name;
+use crate::runtime::{Backend, Loaded};
 use crate::server::{self, App, HttpConfig, Serving};
-use crate::train::host::Host;
-use crate::train::jobs::Jobs;
-use crate::train::store::Store;
 use crate::{Error, Result};
 
 /// Serves until SIGTERM or ctrl-C.

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::backend::Base;
 use super::train::{Point, Settings, continued, read, step_bar};
 use crate::config::BaseConfig;
-use crate::model::llama::Llama;
-use crate::server::fields::Fields;
+use crate::fields::Fields;
+use crate::finetune::prepare::{Prepared, prepare};
+use crate::finetune::{monitor, settings};
+use crate::model::decoder::Decoder;
+use crate::runtime::Base;
 use crate::train::job::Report;
-use crate::train::prepare::{Prepared, prepare};
 use crate::train::sweep::{self, Outcome};
-use crate::train::{monitor, settings};
 use crate::{Error, Result};
 
 /// Optimiser steps of a run for which nothing is said.
@@ -98,7 +98,7 @@ impl SweepArgs {
             Report::Step(_) => bar.inc(1),
             _ => {}
         };
-        let model = Arc::new(Llama::new(weights)?);
+        let model = Arc::new(Decoder::new(weights)?);
         let outcomes = sweep::run(&model, runs, (&train, &valid), self.together, &self.out, told)?;
         bar.finish_and_clear();
         self.report(&full, &outcomes)

@@ -10,20 +10,22 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::backend::Base;
-use crate::adapter::peft::AdapterWeights;
+use crate::adapter::peft;
+use crate::arch::ModelConfig;
 use crate::config::BaseConfig;
 use crate::engine::Background;
-use crate::model::ModelConfig;
-use crate::model::llama::Llama;
-use crate::server::prompt::TextCodec;
+use crate::finetune::monitor::{self, History};
+use crate::finetune::prepare::{Prepared, prepare, provenance};
+use crate::finetune::settings;
+use crate::lora::weights::AdapterWeights;
+use crate::model::decoder::Decoder;
+use crate::runtime::Base;
+use crate::text::prompt::TextCodec;
 use crate::train::data::AlpacaEnding;
 use crate::train::job::{Command, Job, Report, StepMetrics};
-use crate::train::monitor::{self, History};
-use crate::train::prepare::{Prepared, prepare, provenance};
 use crate::train::spec::{Init, OptimizerKind, Schedule, Spec};
+use crate::train::state;
 use crate::train::trainer::Trainer;
-use crate::train::{settings, state};
 use crate::{Error, Result};
 
 /// Examples that a dry run shows.
@@ -253,7 +255,7 @@ impl TrainArgs {
             report: monitor::watched(&self.out, move |report| drop(told.send(report))),
         };
         let (commands, inbox) = channel();
-        let trainer = Trainer::new(Arc::new(Llama::new(weights)?), inbox)?;
+        let trainer = Trainer::new(Arc::new(Decoder::new(weights)?), inbox)?;
         let _interrupts = on_interrupt(move |command| drop(commands.send(command)), Command::Start(Box::new(job)))?;
         let run = follow(trainer, &reports, History::new(&dir))?;
         self.finish(&run)?;
@@ -286,7 +288,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// The adapter that a job continues from.
 pub fn continued(spec: &Spec, model: &ModelConfig) -> Result<Option<AdapterWeights>> {
-    let read = |dir: &String| Ok(AdapterWeights::read(Path::new(dir), model)?.0);
+    let read = |dir: &String| Ok(peft::read(Path::new(dir), model)?.0);
     spec.from_checkpoint.as_ref().map(read).transpose()
 }
 

@@ -3,8 +3,12 @@
 //! background work.
 
 mod background;
-pub mod batch;
 mod blocks;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "stub.rs"]
+pub mod cuda;
 mod flows;
 pub mod request;
 pub mod runner;
@@ -22,25 +26,13 @@ use std::time::Duration;
 use candle_core::Tensor;
 
 use crate::adapter::Lease;
+use crate::adapter::tiers::Residency;
 use crate::error::ErrorKind;
+use crate::ops::batch::Batch;
 use crate::{Error, Result};
 pub use background::{Background, Filler};
-use batch::Batch;
 use request::Request;
 use worker::Worker;
-
-/// Whether an adapter can be used by the next forward pass.
-#[derive(Debug, Clone)]
-pub enum Residency {
-    /// It is in this slot, which stays its own until released.
-    Ready(u32),
-    /// It is on its way from disk or host memory: ask again at a later step.
-    Loading,
-    /// Every slot byte is leased by running sequences: wait for one to end.
-    Full,
-    /// It cannot be loaded any more (file gone or changed): fail the request.
-    Failed(Error),
-}
 
 /// What the engine thread drives: the model with its KV cache and adapter slots, or a fake in scheduler tests.
 pub trait Runner: Send + 'static {

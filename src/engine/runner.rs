@@ -4,19 +4,20 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::batch::Batch;
-use super::{Residency, Runner};
+use super::Runner;
+use super::cuda::Steps;
 use crate::Result;
 use crate::adapter::Lease;
+use crate::adapter::tiers::Residency;
 use crate::adapter::tiers::Tiers;
-use crate::gpu::steps::Steps;
+use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
-use crate::model::llama::Llama;
+use crate::ops::batch::Batch;
 
 /// Joins the parts that one forward pass needs.
 pub struct ModelRunner {
     /// The decoder over its resident weights, which the trainer reads too.
-    pub model: Arc<Llama>,
+    pub model: Arc<Decoder>,
     /// Paged keys and values.
     pub kv: KvCache,
     /// Adapter slots and what lies below them.

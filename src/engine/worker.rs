@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 
 use super::background::{Filler, Slices};
-use super::batch::Batch;
 use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::{Choice, Sample, Task, answer};
 use super::scheduler::{Scheduler, Share};
 use super::sequence::Sequence;
 use super::{EngineConfig, Runner, Stats, Ticket};
+use crate::ops::batch::Batch;
 use crate::{Error, Result};
 
 /// How often an idle engine looks after retired adapters.

@@ -3,31 +3,13 @@
 //! A build without the feature `cuda` has only [`open`], which then refuses every GPU.
 
 #[cfg(feature = "cuda")]
-mod arena;
+pub mod arena;
 #[cfg(feature = "cuda")]
 pub mod blas;
 #[cfg(feature = "cuda")]
-mod gains;
-#[cfg(feature = "cuda")]
-pub mod graph;
-// Plain code: its tests run everywhere.
-#[cfg(any(feature = "cuda", test))]
-mod image;
-#[cfg(feature = "cuda")]
 pub mod kernels;
 #[cfg(feature = "cuda")]
-pub mod slots;
-#[cfg(feature = "cuda")]
-pub mod step;
-#[cfg(feature = "cuda")]
-pub mod steps;
-#[cfg(feature = "cuda")]
 pub mod uploads;
-
-#[cfg(not(feature = "cuda"))]
-mod without;
-#[cfg(not(feature = "cuda"))]
-pub use without::{slots, step, steps};
 
 use std::fmt;
 use std::str::FromStr;

@@ -13,11 +13,11 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::{Entry, Format, Merged, Origin};
+use crate::arch::{ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat};
-use crate::model::llama::inverse_frequencies;
+use crate::model::decoder::inverse_frequencies;
 use crate::model::weights::gguf::{self, Metadata};
-use crate::model::{ModelConfig, RopeScaling};
-use crate::server::tokenizer;
+use crate::text::tokenizer;
 use crate::{Error, Result};
 
 /// Tensors begin at multiples of it, where metadata says nothing else.

@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use crate::adapter::peft::{AdapterWeights, ModuleWeights};
-use crate::adapter::{Module, Site};
+use crate::arch::{Module, Site};
 use crate::hub::{ModelFiles, ModelFormat};
+use crate::lora::weights::{AdapterWeights, ModuleWeights};
 use crate::model::weights::{LayerWeights, Weights};
 use crate::ops::quant::{self, QMatrix};
 use crate::{Error, Result, files};

@@ -11,9 +11,9 @@ use safetensors::tensor::{Dtype, View, serialize_to_file};
 use serde_json::{Value, json};
 
 use super::{Entry, Merged};
+use crate::arch::RopeScaling;
 use crate::hub::{ModelFiles, ModelFormat};
-use crate::model::RopeScaling;
-use crate::server::prompt::TextCodec;
+use crate::text::prompt::TextCodec;
 use crate::{Error, Result};
 
 /// What a directory may have besides weights and config.json.

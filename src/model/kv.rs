@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ModelConfig;
-use crate::engine::batch::Batch;
-use crate::ops::attention::{self, BLOCK, Heads};
+use crate::arch::{Heads, ModelConfig};
+use crate::ops::attention::{self, BLOCK};
+use crate::ops::batch::Batch;
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
@@ -24,7 +24,7 @@ impl KvCache {
 
     /// Bytes of one block in all layers on a device.
     pub fn bytes_per_block(config: &ModelConfig, device: &Device) -> usize {
-        config.num_layers * config.heads().block_len(device) * dtype(device).size_in_bytes()
+        config.num_layers * attention::block_len(config.heads(), device) * dtype(device).size_in_bytes()
     }
 
     /// An empty cache on a device. Errors when there is no memory for it.
@@ -36,7 +36,7 @@ impl KvCache {
             )));
         }
         let heads = config.heads();
-        let layer = || Tensor::zeros((num_blocks, heads.block_len(device)), dtype(device), device);
+        let layer = || Tensor::zeros((num_blocks, attention::block_len(heads, device)), dtype(device), device);
         let layers = (0..config.num_layers).map(|_| layer()).collect::<candle_core::Result<_>>()?;
         Ok(Self { heads, layers })
     }

@@ -15,11 +15,12 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp2, Device, InplaceOp2, Layout, Shape, Tensor};
 
+use super::batch::{Batch, Span};
 use super::cpu;
 use super::pool::SharedMut;
 use super::rope::{self, RopeTable};
 use super::simd::{self, Kernel, LANES, Lanes};
-use crate::engine::batch::{Batch, Span};
+use crate::arch::Heads;
 use crate::{Error, Result};
 
 mod causal;
@@ -38,45 +39,31 @@ const TILE: usize = TILE_BLOCKS * BLOCK;
 /// Query rows of a task, about: enough to reuse a tile of keys and values out of the first-level cache.
 const QUERY_ROWS: usize = 48;
 
-/// Heads of the attention, and the place of their keys and values in a cache block.
+/// Values of a cache block on a device.
 ///
 /// A block holds, for each key-value head, keys `[head_dim][16 tokens]` (so that a vector holds one dimension of 16 keys),
 /// then for each head values `[16 tokens][head_dim rounded up to 16]`. On a GPU both are `[16 tokens][head_dim]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads.
-    pub query: usize,
-    /// Key and value heads; divides `query`.
-    pub kv: usize,
-    /// Width of a head.
-    pub dim: usize,
+pub fn block_len(heads: Heads, device: &Device) -> usize {
+    let value_dim = if device.is_cuda() { heads.dim } else { value_dim(heads) };
+    heads.kv * BLOCK * (heads.dim + value_dim)
 }
 
-impl Heads {
-    /// Width of a fused qkv row.
-    pub fn qkv_width(&self) -> usize {
-        (self.query + 2 * self.kv) * self.dim
-    }
+/// Width of a head's values in a cache on the CPU.
+fn value_dim(heads: Heads) -> usize {
+    heads.dim.next_multiple_of(LANES)
+}
 
-    /// Values of a cache block on a device.
-    pub fn block_len(&self, device: &Device) -> usize {
-        let value_dim = if device.is_cuda() { self.dim } else { self.value_dim() };
-        self.kv * BLOCK * (self.dim + value_dim)
-    }
+/// Keys of a head in a cache on the CPU.
+fn key_range(heads: Heads, block: usize, head: usize) -> Range<usize> {
+    let start = block * block_len(heads, &Device::Cpu) + head * BLOCK * heads.dim;
+    start..start + BLOCK * heads.dim
+}
 
-    fn value_dim(&self) -> usize {
-        self.dim.next_multiple_of(LANES)
-    }
-
-    fn keys(&self, block: usize, head: usize) -> Range<usize> {
-        let start = block * self.block_len(&Device::Cpu) + head * BLOCK * self.dim;
-        start..start + BLOCK * self.dim
-    }
-
-    fn values(&self, block: usize, head: usize) -> Range<usize> {
-        let start = block * self.block_len(&Device::Cpu) + BLOCK * (self.kv * self.dim + head * self.value_dim());
-        start..start + BLOCK * self.value_dim()
-    }
+/// Values of a head in a cache on the CPU.
+fn value_range(heads: Heads, block: usize, head: usize) -> Range<usize> {
+    let value_dim = value_dim(heads);
+    let start = block * block_len(heads, &Device::Cpu) + BLOCK * (heads.kv * heads.dim + head * value_dim);
+    start..start + BLOCK * value_dim
 }
 
 /// Turns the queries and keys of `qkv [T, (query + 2·kv)·dim]` in place and writes keys and values into
@@ -126,7 +113,7 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
 }
 
 fn check(cache: &Tensor, qkv: &Tensor, batch: &Batch, heads: Heads) -> Result<()> {
-    if qkv.dims() != [batch.rows(), heads.qkv_width()] || cache.dims().get(1) != Some(&heads.block_len(cache.device()))
+    if qkv.dims() != [batch.rows(), heads.qkv_width()] || cache.dims().get(1) != Some(&block_len(heads, cache.device()))
     {
         return Err(Error::internal(format!(
             "qkv {:?} of {} rows and cache {:?} for {heads:?}",
@@ -158,9 +145,9 @@ impl InplaceOp2 for Append<'_> {
             let (k, v) = row[heads.query * heads.dim..].split_at(heads.kv * heads.dim);
             for head in 0..heads.kv {
                 let from = head * heads.dim..(head + 1) * heads.dim;
-                let keys = cache[heads.keys(block, head)].chunks_exact_mut(BLOCK);
+                let keys = cache[key_range(heads, block, head)].chunks_exact_mut(BLOCK);
                 keys.zip(&k[from.clone()]).for_each(|(keys, &k)| keys[offset] = k);
-                let values = &mut cache[heads.values(block, head)][offset * heads.value_dim()..];
+                let values = &mut cache[value_range(heads, block, head)][offset * value_dim(heads)..];
                 values[..heads.dim].copy_from_slice(&v[from]);
             }
         }
@@ -239,7 +226,7 @@ impl Kernel for Tile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { heads, qkv, cache, tile, out } = self;
-        let (dim, value_dim) = (heads.dim, heads.value_dim());
+        let (dim, value_dim) = (heads.dim, value_dim(heads));
         let group = heads.query / heads.kv;
         let rows = tile.rows.len() * group;
         let position = |row: usize| tile.position + row / group;
@@ -261,7 +248,7 @@ impl Kernel for Tile<'_> {
             let visible = |row: usize| (position(row) + 1).saturating_sub(first_key).min(TILE);
             let first_row = first_key.saturating_sub(tile.position) * group;
 
-            let k = block.map(|b| cache[heads.keys(b, tile.kv_head)].as_chunks::<LANES>().0);
+            let k = block.map(|b| cache[key_range(heads, b, tile.kv_head)].as_chunks::<LANES>().0);
             for start in (first_row / L::ROWS * L::ROWS..rows).step_by(L::ROWS) {
                 let end = (start + L::ROWS).min(rows);
                 score::<L>(&q[start * dim..end * dim], k, &mut scores[start..end]);
@@ -289,7 +276,7 @@ impl Kernel for Tile<'_> {
                 L::load(&sums[row]).mul_add(L::splat(decay[row]), sum).store(&mut sums[row]);
             }
 
-            let v = block.map(|b| cache[heads.values(b, tile.kv_head)].as_chunks::<LANES>().0);
+            let v = block.map(|b| cache[value_range(heads, b, tile.kv_head)].as_chunks::<LANES>().0);
             for start in (first_row..rows).step_by(L::ROWS) {
                 let end = (start + L::ROWS).min(rows);
                 let acc = &mut acc[start * value_dim / LANES..end * value_dim / LANES];
@@ -500,7 +487,7 @@ mod tests {
 
     /// A cache full of what other sequences left there.
     fn stale_cache(blocks: usize, heads: Heads) -> Tensor {
-        let stale = Tensor::full(f32::NAN, (blocks, heads.block_len(&Device::Cpu)), &Device::Cpu).unwrap();
+        let stale = Tensor::full(f32::NAN, (blocks, block_len(heads, &Device::Cpu)), &Device::Cpu).unwrap();
         stale.contiguous().unwrap()
     }
 
@@ -531,7 +518,7 @@ mod tests {
             for len in [1, 2, 15, 16, 17, 63, 64, 65, 130, 200] {
                 let table = (0..13).rev().collect();
                 let sequence = Sequence::new(len as u64, len, heads, table);
-                let cache = Tensor::zeros((13, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
+                let cache = Tensor::zeros((13, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
                 let out = step(&cache, &[(&sequence, 0..len)]);
                 assert_close(&out[0], &sequence.reference(), 1e-5);
             }
@@ -544,7 +531,7 @@ mod tests {
         let len = 150;
         let a = Sequence::new(1, len, heads, (0..10).map(|b| b * 2).collect());
         let b = Sequence::new(2, 90, heads, (0..10).map(|b| b * 2 + 1).collect());
-        let fresh = || Tensor::zeros((20, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
+        let fresh = || Tensor::zeros((20, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let whole = step(&fresh(), &[(&a, 0..len)]).concat();
         for chunk in [1, 3, 7, 16, 61] {
             let cache = fresh();
@@ -563,7 +550,7 @@ mod tests {
     fn what_others_left_in_a_block_is_not_seen() {
         let heads = Heads { query: 3, kv: 1, dim: 16 };
         let sequence = Sequence::new(1, 70, heads, vec![3, 0, 4, 1, 2]);
-        let clean = Tensor::zeros((5, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
+        let clean = Tensor::zeros((5, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let whole = step(&clean, &[(&sequence, 0..70)]);
         assert_eq!(whole, step(&stale_cache(5, heads), &[(&sequence, 0..70)]));
     }
@@ -571,7 +558,7 @@ mod tests {
     #[test]
     fn refuses_tables_that_do_not_hold_the_context() {
         let heads = Heads { query: 2, kv: 1, dim: 4 };
-        let cache = Tensor::zeros((2, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
+        let cache = Tensor::zeros((2, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let qkv = Tensor::zeros((1, heads.qkv_width()), DType::F32, &Device::Cpu).unwrap();
         let attend = |context_len, table, block_tables: &[u32]| {
             let spans = vec![Span { rows: 0..1, context_len, table }];

@@ -2,11 +2,11 @@
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
-use super::attention::Heads;
 use super::cpu;
 use super::norm::{self, RowBackward};
 use super::pool::SharedMut;
 use super::simd::{self, Kernel, Lanes};
+use crate::arch::Heads;
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]

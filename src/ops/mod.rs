@@ -5,19 +5,19 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod batch;
 pub mod blas;
-mod cpu;
+pub(crate) mod cpu;
 pub mod dropout;
 mod gemm;
 pub mod heads;
-pub mod lora;
 pub mod loss;
 pub mod norm;
 pub mod pool;
 pub mod quant;
 #[cfg(test)]
-mod reference;
+pub(crate) mod reference;
 pub mod rope;
 pub mod sample;
-mod simd;
+pub(crate) mod simd;
 pub mod swiglu;

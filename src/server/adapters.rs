@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use super::SharedApp;
 use super::extract::{self, Name};
 use super::failure::{Failed, Failure, respond};
-use super::fields::{self, Fields};
-use super::response::unix;
 use crate::adapter::registry::AdapterInfo;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fields::{self, Fields};
+use crate::time::unix;
 
 fn object(info: &AdapterInfo) -> Value {
     let mut object = json!(info);

@@ -6,8 +6,8 @@ use axum::http::request::Parts;
 use serde_json::Value;
 
 use super::failure::Failure;
-use super::fields;
-use crate::train::store::Page;
+use crate::fields;
+use crate::finetune::store::Page;
 use crate::{Error, Result as OurResult};
 
 /// A body that is JSON, whatever its content type says. 413 over the limit, 400 with the position when malformed.

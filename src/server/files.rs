@@ -16,9 +16,9 @@ use super::extract::{Name, Query};
 use super::failure::Failure;
 use super::{Serving, SharedApp};
 use crate::error::{Error, ErrorKind, Result};
+use crate::finetune::record::{File, Record, new_id};
+use crate::finetune::store::{Kind, Store};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
-use crate::train::record::{File, Record, new_id};
-use crate::train::store::{Kind, Store};
 
 /// Purpose of a file to learn from.
 pub const FINE_TUNE: &str = "fine-tune";

@@ -8,15 +8,15 @@ use serde_json::{Map, Value, json};
 
 use super::extract::{self, Name, Query};
 use super::failure::Failure;
-use super::fields::{self, Fields};
 use super::files::FINE_TUNE;
 use super::{Serving, SharedApp};
 use crate::error::{Error, ErrorKind, Result};
-use crate::train::jobs::Action;
-use crate::train::prepare::prepare;
-use crate::train::record::{File, Record, Status, new_id, now};
-use crate::train::settings;
-use crate::train::store::{Kind, Page};
+use crate::fields::{self, Fields};
+use crate::finetune::jobs::Action;
+use crate::finetune::prepare::prepare;
+use crate::finetune::record::{File, Record, Status, new_id, now};
+use crate::finetune::settings;
+use crate::finetune::store::{Kind, Page};
 
 /// Fields of a new job, beside those of [`settings`].
 const FIELDS: [&str; 7] =
@@ -264,7 +264,7 @@ pub async fn checkpoints(State(app): State<SharedApp>, Name(id): Name, query: Qu
 }
 
 async fn of_job(serving: &Serving, id: String, kind: Kind, page: Page) -> Result<Json<Value>, Failure> {
-    let read = move |store: &crate::train::store::Store| {
+    let read = move |store: &crate::finetune::store::Store| {
         let _: Record = store.get(Kind::Job, &id, "fine_tuning_job_id")?;
         store.page::<Value>(kind, &id, &page, |_| true)
     };

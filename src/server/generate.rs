@@ -13,12 +13,13 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::params::Shared;
-use super::response::{Echo, Form, Kind, Sent, Usage, Whole, unix};
+use super::response::{Echo, Form, Kind, Sent, Usage, Whole};
 use super::select::Leased;
 use super::stream::{Piece, pieces};
 use super::{Serving, SharedApp};
 use crate::Result;
 use crate::engine::request::{Request, SamplingParams};
+use crate::time::unix;
 
 /// A request with nothing left to check.
 pub struct Job {
@@ -95,7 +96,7 @@ pub async fn run(app: &SharedApp, serving: &Arc<Serving>, job: Job) -> Result<Re
     Ok(Json(object).into_response())
 }
 
-type Sequences = Vec<(mpsc::UnboundedReceiver<crate::engine::request::Event>, crate::metrics::Track)>;
+type Sequences = Vec<(mpsc::UnboundedReceiver<crate::engine::request::Event>, crate::server::metrics::Track)>;
 
 /// Hands every sequence to the engine, or none: those already in are cancelled by dropping their receivers.
 fn submit(app: &SharedApp, serving: &Serving, job: &Job, id: &str) -> Result<Sequences> {

@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 
 use super::extract::{self, Name};
 use super::failure::Failure;
-use super::fields::{self, Fields};
-use super::openai::chat_prompt;
 use super::params::token_ids;
-use super::response::unix;
 use super::{App, Serving, SharedApp};
 use crate::adapter::registry::AdapterInfo;
-use crate::metrics::Live;
+use crate::fields::{self, Fields};
+use crate::server::metrics::Live;
+use crate::text::messages::chat_prompt;
+use crate::time::unix;
 use crate::{Error, Result};
 
 /// `GET /health`: the process answers.

@@ -4,21 +4,18 @@
 mod adapters;
 mod extract;
 mod failure;
-pub(crate) mod fields;
 mod files;
 mod finetune;
 mod generate;
 mod info;
 mod layers;
-pub(crate) mod openai;
+mod metrics;
+mod openai;
 mod params;
-pub mod prompt;
 mod response;
 mod select;
 mod stop;
 mod stream;
-mod template;
-pub(crate) mod tokenizer;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -36,11 +33,10 @@ use tokio::net::TcpListener;
 use crate::adapter::registry::Registry;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::metrics::Metrics;
-use crate::train::jobs::Jobs;
+use crate::finetune::jobs::Jobs;
+use crate::text::prompt::TextCodec;
 use layers::Keys;
-use prompt::TextCodec;
-pub(crate) use response::unix;
+use metrics::Metrics;
 
 /// Settings of the HTTP side.
 #[derive(Debug, Clone)]

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::fields::{self, Fields};
 use crate::engine::request::SamplingParams;
+use crate::fields::{self, Fields};
 use crate::{Error, Result};
 
 /// Stop strings of one request, and their bytes.

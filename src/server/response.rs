@@ -1,13 +1,12 @@
 //! OpenAI's response objects, whole and in chunks.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
-use super::prompt::TextCodec;
 use super::stream::{Finish, Piece, StopReason, Token};
 use crate::engine::request::Logprobs;
+use crate::text::prompt::TextCodec;
 use crate::{Error, Result};
 
 /// Which endpoint's objects to write.
@@ -127,11 +126,6 @@ impl Whole {
         let sum: f32 = self.tokens.iter().filter_map(|t| t.logprobs.as_ref()).map(|l| l.logprob).sum();
         sum / self.tokens.len().max(1) as f32
     }
-}
-
-/// Unix seconds of a time.
-pub fn unix(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs())
 }
 
 impl Form {

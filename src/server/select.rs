@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::fields::{self, Fields};
 use crate::adapter::Lease;
 use crate::adapter::registry::Registry;
+use crate::fields::{self, Fields};
 use crate::{Error, Result};
 
 /// Adapters that one request may sum.

@@ -8,10 +8,10 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tracing::Instrument;
 
 use super::params::TextOptions;
-use super::prompt::TextCodec;
 use super::stop::StopMatcher;
 use crate::engine::request::{Event, FinishReason, Logprobs};
-use crate::metrics::Track;
+use crate::server::metrics::Track;
+use crate::text::prompt::TextCodec;
 use crate::{Error, Result};
 
 /// A token and where its text begins.

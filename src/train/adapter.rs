@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use super::dora::Norms;
 use super::params::Params;
 use crate::Result;
-use crate::adapter::Site;
-use crate::model::ModelConfig;
+use crate::arch::ModelConfig;
+use crate::arch::Site;
 
 /// An adapter at one optimiser step.
 pub struct Adapter {

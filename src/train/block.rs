@@ -9,8 +9,8 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::adapter::Adapter;
-use crate::adapter::Site;
-use crate::model::llama::Llama;
+use crate::arch::Site;
+use crate::model::decoder::Decoder;
 use crate::model::weights::LayerWeights;
 use crate::ops::attention::{causal, causal_backward};
 use crate::ops::blas::gemm;
@@ -43,7 +43,7 @@ pub struct Segment {
 
 /// One block of a model on some rows.
 pub struct Block<'a> {
-    pub model: &'a Llama,
+    pub model: &'a Decoder,
     pub layer: usize,
     pub rows: &'a Rows,
 }

@@ -8,8 +8,9 @@ use candle_core::{DType, Tensor};
 
 use super::params::Params;
 use crate::Result;
-use crate::model::llama::Llama;
-use crate::ops::lora::{changed_norms, row_squares};
+use crate::lora::BaseMatrices;
+use crate::lora::magnitude::{changed_norms, row_squares};
+use crate::model::decoder::Decoder;
 use crate::ops::quant::{self, QMatrix};
 
 /// What norms are made of.
@@ -27,7 +28,7 @@ struct SiteNorms {
 
 impl Norms {
     /// Of the base rows of the modules in `params`.
-    pub fn new(params: &Params, model: &Llama) -> Result<Self> {
+    pub fn new(params: &Params, model: &Decoder) -> Result<Self> {
         let sites = params.sites.iter().map(|site| {
             let weight = model.weights().matrix(site.layer, site.site);
             Ok(SiteNorms { weight: weight.clone(), squares: row_squares(weight)? })

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::spec::Spec;
 use crate::Error;
-use crate::adapter::peft::AdapterWeights;
+use crate::lora::weights::AdapterWeights;
 
 /// A text to learn from, as tokens.
 #[derive(Debug, Clone, PartialEq)]

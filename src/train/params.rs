@@ -6,9 +6,9 @@ use rand_pcg::rand_core::SeedableRng;
 
 use super::init::{self, Initial};
 use super::spec::{OptimizerKind, Spec};
-use crate::adapter::peft::{AdapterWeights, ModuleWeights, Values};
-use crate::adapter::{Module, Site};
-use crate::model::ModelConfig;
+use crate::arch::ModelConfig;
+use crate::arch::{Module, Site};
+use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
 use crate::{Error, Result};
 
 /// Smaller tensors keep f32 moments, as in bitsandbytes.

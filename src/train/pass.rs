@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::adapter::Adapter;
 use super::block::{Activations, Block, Rows, Segment};
 use crate::Result;
-use crate::model::llama::Llama;
+use crate::model::decoder::Decoder;
 use crate::ops::loss::{Target, cross_entropy};
 use crate::ops::norm::{rms_norm, rms_norm_backward};
 use crate::ops::quant;
@@ -54,7 +54,7 @@ pub struct Scores {
 
 /// A pass under way.
 pub struct Pass {
-    model: Arc<Llama>,
+    model: Arc<Decoder>,
     rows: Rows,
     tokens: Vec<u32>,
     targets: Vec<Target>,
@@ -87,7 +87,7 @@ enum Stage {
 
 impl Pass {
     /// A pass over what some jobs put in. Of activations, up to `room` bytes are kept for the backward.
-    pub fn new(model: Arc<Llama>, parts: Vec<Part>, gradient: bool, room: usize) -> Self {
+    pub fn new(model: Arc<Decoder>, parts: Vec<Part>, gradient: bool, room: usize) -> Self {
         let (mut rows, mut tokens, mut targets, mut ends) = (Rows::default(), Vec::new(), Vec::new(), Vec::new());
         for Part { batch, adapter, dropout } in parts {
             let first = tokens.len();

@@ -19,7 +19,7 @@ use super::outbox::Line;
 use super::params::Params;
 use super::pass::{Batch, Part, Scores};
 use super::state::{self, Measure, Progress};
-use crate::model::llama::Llama;
+use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
 /// Tokens of the text that a checkpoint is probed with.
@@ -30,7 +30,7 @@ pub struct Running {
     job: Job,
     /// Takes what is written and told.
     line: Line,
-    model: Arc<Llama>,
+    model: Arc<Decoder>,
     order: Order,
     valid: Vec<Example>,
     params: Params,
@@ -89,7 +89,7 @@ impl Sums {
 impl Running {
     /// Makes a job ready to run, or to go on. It tells `line`, first that it runs. Errors: settings or examples that cannot be
     /// trained with, a state that cannot be read, no memory.
-    pub fn new(mut job: Job, line: &Line, model: Arc<Llama>) -> Result<Self> {
+    pub fn new(mut job: Job, line: &Line, model: Arc<Decoder>) -> Result<Self> {
         let (spec, config) = (&job.spec, model.config());
         check(&job, &model)?;
         let device = model.weights().norm.device();
@@ -383,14 +383,14 @@ impl Running {
 }
 
 /// The values as passes use them.
-fn adapter(params: &Params, norms: Option<&Norms>, model: &Llama) -> Result<Adapter> {
+fn adapter(params: &Params, norms: Option<&Norms>, model: &Decoder) -> Result<Adapter> {
     let norm = model.weights().norm.clone();
     let dtype = if norm.device().is_cuda() { DType::BF16 } else { DType::F32 };
     Adapter::new(params, norms, model.config(), dtype)
 }
 
 /// What can be said before anything is made.
-fn check(job: &Job, model: &Llama) -> Result<()> {
+fn check(job: &Job, model: &Decoder) -> Result<()> {
     let (lora, optimizer) = (&job.spec.lora, &job.spec.optimizer);
     let positive = |name: &str, value: f32| match value.is_finite() && value > 0.0 {
         true => Ok(()),

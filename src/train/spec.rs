@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::Module;
+use crate::arch::Module;
 
 /// Settings of one job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

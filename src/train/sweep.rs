@@ -7,9 +7,9 @@ use std::sync::mpsc::channel;
 use super::job::{Command, Example, Job, Report, StepMetrics, Validation};
 use super::spec::Spec;
 use super::trainer::Trainer;
-use crate::adapter::peft::AdapterWeights;
 use crate::engine::Background;
-use crate::model::llama::Llama;
+use crate::lora::weights::AdapterWeights;
+use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
 /// One example of this many is held out where there is no file of them.
@@ -59,7 +59,7 @@ pub fn hold_out(examples: Vec<Example>) -> (Vec<Example>, Vec<Example>) {
 /// # Errors
 /// `dir` cannot be written. A run that fails says so in its outcome.
 pub fn run(
-    model: &Arc<Llama>,
+    model: &Arc<Decoder>,
     runs: Vec<(Spec, Option<AdapterWeights>)>,
     (train, valid): (&[Example], &[Example]),
     together: usize,
@@ -137,7 +137,7 @@ mod tests {
     fn the_rate_that_learns_wins_and_the_one_that_diverges_loses() {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
         let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(base) };
-        let model = Arc::new(Llama::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap());
+        let model = Arc::new(Decoder::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap());
         let runs = [f32::INFINITY, 1e-6, 1e-2].map(|rate| {
             let mut spec = Spec { max_steps: Some(8), eval_every: Some(4), checkpoint_every: Some(100), ..spec() };
             spec.optimizer.learning_rate = rate;

@@ -1,7 +1,7 @@
 //! What the tests of training share.
 
 use super::spec::{Init, Lora, Optimizer, OptimizerKind, Schedule, Spec};
-use crate::adapter::Module;
+use crate::arch::Module;
 
 /// Plain LoRA on all linears.
 pub fn spec() -> Spec {

@@ -9,7 +9,7 @@ use super::outbox::Outbox;
 use super::pass::{Pass, Scores};
 use super::running::Running;
 use crate::engine::Background;
-use crate::model::llama::Llama;
+use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
 /// Rows of a pass beyond which no further job joins it: more make nothing faster, cost memory, and make pieces longer.
@@ -20,7 +20,7 @@ const KEPT_BYTES: usize = 1 << 30;
 
 /// Trains jobs over a model's weights. Every job that was started runs; a pass takes some rows of each.
 pub struct Trainer {
-    model: Arc<Llama>,
+    model: Arc<Decoder>,
     commands: Receiver<Command>,
     outbox: Outbox,
     /// In the order in which they are asked for rows.
@@ -61,7 +61,7 @@ impl Background for Trainer {
 
 impl Trainer {
     /// A trainer without jobs, which takes commands whenever it gets a slice. Errors: there can be no thread for files.
-    pub fn new(model: Arc<Llama>, commands: Receiver<Command>) -> Result<Self> {
+    pub fn new(model: Arc<Decoder>, commands: Receiver<Command>) -> Result<Self> {
         let (jobs, leaving, results) = Default::default();
         let outbox = Outbox::start()?;
         Ok(Self { model, commands, outbox, jobs, leaving, under_way: None, results, alone: 0 })
@@ -234,7 +234,7 @@ mod tests {
         let weights = Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (losses, (_commands, receiver)) = (Arc::new(Mutex::new(Vec::new())), channel());
-        let mut trainer = Trainer::new(Arc::new(Llama::new(weights).unwrap()), receiver).unwrap();
+        let mut trainer = Trainer::new(Arc::new(Decoder::new(weights).unwrap()), receiver).unwrap();
         for id in ["a", "b"] {
             let (own, losses) = (dir.path().join(id), losses.clone());
             std::fs::create_dir(&own).unwrap();

@@ -1,8 +1,10 @@
 //! Reading PEFT directories: right numbers, or refused by name.
 
-use quiver::adapter::peft::{AdapterWeights, Values};
-use quiver::adapter::slots::SlotWeights;
-use quiver::adapter::{Module, dummy};
+use quiver::adapter::dummy;
+use quiver::adapter::peft;
+use quiver::arch::Module;
+use quiver::lora::slots::SlotWeights;
+use quiver::lora::weights::{AdapterWeights, Values};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -13,14 +15,14 @@ const SERVED: [&str; 8] =
     ["qv-r4", "all-linear-r8", "rslora-patterns", "one-layer-regex", "r33", "lora-bias", "lm-head", "adalora"];
 
 fn read(name: &str) -> AdapterWeights {
-    AdapterWeights::read(&fixture(name), &tiny_model()).unwrap().0
+    peft::read(&fixture(name), &tiny_model()).unwrap().0
 }
 
 /// Writes a draft and reads it back.
 fn reread(draft: &Draft) -> quiver::Result<(AdapterWeights, String)> {
     let dir = tempfile::tempdir().unwrap();
     draft.write(dir.path());
-    AdapterWeights::read(dir.path(), &tiny_model())
+    peft::read(dir.path(), &tiny_model())
 }
 
 /// The id, or the code and message of the error.
@@ -133,7 +135,7 @@ fn slots_hold_the_files_numbers_at_their_places() {
 #[test]
 fn what_cannot_be_served_is_refused_by_name() {
     for (name, option) in [("embed", "embed_tokens"), ("modules-to-save", "modules_to_save"), ("pissa", "\"pissa\"")] {
-        let error = AdapterWeights::read(&fixture(name), &tiny_model()).unwrap_err();
+        let error = peft::read(&fixture(name), &tiny_model()).unwrap_err();
         assert_eq!(error.code, Some("adapter_unsupported"), "{name}");
         assert!(error.message.contains(option), "{name}: {error}");
     }
@@ -143,12 +145,12 @@ fn what_cannot_be_served_is_refused_by_name() {
 fn the_shipped_adapters_fit_their_model() {
     for name in ["code", "qa", "writing"] {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name);
-        let (weights, _) = AdapterWeights::read(&dir, &smol_model()).unwrap();
+        let (weights, _) = peft::read(&dir, &smol_model()).unwrap();
         assert_eq!(weights.modules.len(), 210);
         assert!(weights.modules.iter().all(|m| m.rank == 8 && m.scale == 2.0));
         // Kept in half precision, so half of what a slot takes.
         assert_eq!(weights.bytes() * 2, weights.slot_bytes());
-        let error = AdapterWeights::read(&dir, &tiny_model()).unwrap_err();
+        let error = peft::read(&dir, &tiny_model()).unwrap_err();
         assert!(error.message.contains("more"), "a long list is cut: {error}");
     }
 }
@@ -320,7 +322,7 @@ fn refused_tensors_are_named() {
 #[test]
 fn broken_files_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let read = || AdapterWeights::read(dir.path(), &tiny_model()).unwrap_err();
+    let read = || peft::read(dir.path(), &tiny_model()).unwrap_err();
     assert_eq!(read().code, Some("adapter_source_not_found"));
     Draft::open(&fixture("qv-r4")).write(dir.path());
     let model = dir.path().join("adapter_model.safetensors");
@@ -441,7 +443,7 @@ fn made_up_adapters_are_adapters() {
     let read = |name: &str, modules: &[Module], rank: usize| {
         let dir = dir.path().join(name);
         dummy::write(&dir, &model, modules, rank).unwrap();
-        AdapterWeights::read(&dir, &model).unwrap()
+        peft::read(&dir, &model).unwrap()
     };
     let (weights, id) = read("dummy-0000", &Module::BLOCK, 8);
     assert_eq!(weights.modules.len(), 14);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quiver::adapter::registry::{Registry, RegistryConfig};
-use quiver::model::{ModelConfig, RopeScaling};
+use quiver::arch::{ModelConfig, RopeScaling};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use quiver::adapter::Module;
-use quiver::adapter::peft::AdapterWeights;
+use quiver::arch::Module;
+use quiver::lora::weights::AdapterWeights;
 use safetensors::SafeTensors;
 
 use crate::{fixture, tiny_model};

@@ -6,11 +6,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use quiver::adapter::Lease;
 use quiver::adapter::registry::Registry;
+use quiver::adapter::tiers::Residency;
 use quiver::adapter::tiers::Tiers;
-use quiver::adapter::{Lease, Site};
-use quiver::engine::Residency;
-use quiver::model::ModelConfig;
+use quiver::arch::ModelConfig;
+use quiver::arch::Site;
 
 use crate::{Draft, registry, small_bytes, small_number, smol_model, tiny_model};
 

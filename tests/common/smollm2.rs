@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use candle_core::Device;
 use quiver::adapter::registry::{Registry, RegistryConfig};
+use quiver::engine::cuda::Steps;
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::runner::ModelRunner;
 use quiver::engine::{Engine, EngineConfig};
-use quiver::gpu::steps::Steps;
 use quiver::hub::{self, ModelFiles};
+use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
-use quiver::model::llama::Llama;
 use quiver::model::weights::Weights;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -45,7 +45,7 @@ impl SmolLm2 {
             reserved_names: Vec::new(),
         };
         let registry = Registry::new(Arc::new(weights.config.clone()), config).expect("a registry");
-        let model = Llama::new(weights).expect("a model");
+        let model = Decoder::new(weights).expect("a model");
         let num_blocks = 512;
         let mut kv = KvCache::new(model.config(), num_blocks, device).expect("memory for keys and values");
         let tiers = registry.tiers().expect("loader threads");

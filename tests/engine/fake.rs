@@ -8,14 +8,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use quiver::adapter::peft::AdapterWeights;
 use quiver::adapter::tiers::HostTier;
+use quiver::adapter::tiers::Residency;
 use quiver::adapter::{Generation, Lease};
-use quiver::engine::batch::Batch;
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::sampler::{self, Choice, Seen};
 use quiver::engine::worker::{Turn, Worker};
-use quiver::engine::{Engine, EngineConfig, Filler, Residency, Runner};
+use quiver::engine::{Engine, EngineConfig, Filler, Runner};
+use quiver::lora::weights::AdapterWeights;
+use quiver::ops::batch::Batch;
 use quiver::{Error, Result};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 

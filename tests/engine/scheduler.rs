@@ -3,12 +3,13 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use quiver::adapter::peft::{AdapterWeights, ModuleWeights, Values};
-use quiver::adapter::{Lease, Module};
+use quiver::adapter::Lease;
+use quiver::arch::Module;
 use quiver::engine::request::{Event, FinishReason, SamplingParams};
 use quiver::engine::worker::Turn;
 use quiver::engine::{Engine, EngineConfig};
 use quiver::error::ErrorKind;
+use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::fake::{Answer, Bench, EOS, Fake, config, greedy, lease, lease_of, reference};

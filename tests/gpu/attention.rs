@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use quiver::adapter::slots::SlotPool;
-use quiver::engine::batch::Batch;
-use quiver::gpu::step::{Bucket, Capacity, StepBuffers};
+use quiver::engine::cuda::{Bucket, StepBuffers};
+use quiver::lora::slots::SlotPool;
 use quiver::ops::attention::{BLOCK, Heads, append, attention, decode_words, decode_work, prefill_words, prefill_work};
+use quiver::ops::batch::Batch;
+use quiver::ops::batch::Capacity;
 use quiver::ops::rope::RopeTable;
 
 use crate::common::{device, random, relative_error};
@@ -91,7 +92,7 @@ struct Gpu {
 impl Gpu {
     fn new(heads: Heads, blocks: usize) -> Self {
         let device = device();
-        let shape = (blocks, heads.block_len(&device));
+        let shape = (blocks, block_len(heads, &device));
         let cache = Tensor::from_vec(vec![bf16::NAN; shape.0 * shape.1], shape, &device).unwrap();
         // Turns nothing.
         let still = RopeTable::new(&vec![0.0; heads.dim / 2], 5000, &device).unwrap();
@@ -165,7 +166,7 @@ fn append_equals_the_cpu() {
 
         let host =
             Tensor::from_slice(&x[..rows * width], (rows, width), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-        let cache = Tensor::zeros((blocks, heads.block_len(&Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
+        let cache = Tensor::zeros((blocks, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         append(&cache, &host, &batch, &table(&Device::Cpu), heads).unwrap();
         let want: Vec<f64> = host.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect();
 
@@ -174,7 +175,7 @@ fn append_equals_the_cpu() {
         let mut buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
         for bucket in [None, Some(Bucket { rows: filled, adapters: false, gains: false })] {
             batch.step = Some(buffers.upload(&batch, &SlotPool::default(), bucket).unwrap());
-            let shape = (blocks, heads.block_len(&device));
+            let shape = (blocks, block_len(heads, &device));
             let old = bf16::from_f32(7.0);
             let cache = Tensor::from_vec(vec![old; shape.0 * shape.1], shape, &device).unwrap();
             let qkv = Tensor::from_slice(&x[..batch.rows() * width], (batch.rows(), width), &device).unwrap();

@@ -5,17 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use quiver::adapter::peft::{AdapterWeights, Values};
-use quiver::adapter::slots::SlotPool;
-use quiver::adapter::{Module, Site};
-use quiver::engine::batch::{Batch, Segment};
-use quiver::gpu::steps::Steps;
+use quiver::adapter::peft;
+use quiver::arch::ModelConfig;
+use quiver::arch::{Module, Site};
+use quiver::engine::cuda::Steps;
 use quiver::hub::{ModelFiles, ModelFormat};
-use quiver::model::ModelConfig;
+use quiver::lora::delta::{Adapters, add_delta};
+use quiver::lora::slots::SlotPool;
+use quiver::lora::weights::{AdapterWeights, Values};
+use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
-use quiver::model::llama::Llama;
 use quiver::model::weights::{LayerWeights, Weights};
-use quiver::ops::lora::{Adapters, add_delta};
+use quiver::ops::batch::{Batch, Segment};
 use quiver::ops::quant::{Codec, QMatrix, Source};
 
 use crate::common::{device, random, relative_error};
@@ -245,7 +246,7 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let run = |pool: &SlotPool| run(&model, pool, Site::Qkv, &rows, &one, DType::BF16, Some(4));
     for i in [0, 1, 2, 4, 0, 3, 2] {
         assert_eq!(pool.load(&all[i], &model).unwrap(), 0);
-        assert_eq!(quiver::ops::lora::gained(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
+        assert_eq!(quiver::lora::gained(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
         (0..2).for_each(|_| pool.prepare(0, &base).unwrap());
         assert_eq!(run(&pool), run(&alone[i]), "adapter {i}");
         pool.remove(0);
@@ -253,13 +254,13 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let slot = pool.load(&all[0], &model).unwrap();
     pool.prepare(slot, &base).unwrap();
     for terms in [vec![(slot, 0.5)], vec![(slot, 1.0), (slot, 1.0)]] {
-        assert!(quiver::ops::lora::gained(&[Segment { rows: 0..1, terms }], &pool).is_err());
+        assert!(quiver::lora::gained(&[Segment { rows: 0..1, terms }], &pool).is_err());
     }
 }
 
 /// A model, its cache and what runs its steps, on one device.
 struct Served {
-    model: Llama,
+    model: Decoder,
     kv: KvCache,
     pool: SlotPool,
     steps: Option<Steps>,
@@ -269,7 +270,7 @@ impl Served {
     fn new(device: &Device) -> Self {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
         let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixtures) };
-        let model = Llama::new(Weights::load(&files, None, device, |_| {}).unwrap()).unwrap();
+        let model = Decoder::new(Weights::load(&files, None, device, |_| {}).unwrap()).unwrap();
         let mut kv = KvCache::new(model.config(), 8, device).unwrap();
         let pool = SlotPool::on(device, model.config(), 1 << 20).unwrap();
         let mut steps = Steps::on(device, model.config(), 8, 8, 64).unwrap();
@@ -302,7 +303,7 @@ fn recorded_steps_see_slots_change_hands() {
     let config = gpu.model.config().clone();
     let read = |name: &str, factor: f32| {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny");
-        let mut weights = AdapterWeights::read(&fixtures.join(name), &config).unwrap().0;
+        let mut weights = peft::read(&fixtures.join(name), &config).unwrap().0;
         for magnitude in weights.modules.iter_mut().filter_map(|m| m.magnitude.as_mut()) {
             *magnitude = Values::F32(magnitude.to_f32().iter().map(|m| m * factor).collect());
         }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use quiver::ops::attention::Heads;
+use quiver::arch::Heads;
 use quiver::ops::heads::finish;
 
 use crate::common::{device, random, relative_error};

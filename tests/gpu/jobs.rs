@@ -5,11 +5,12 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
-use quiver::adapter::Module;
-use quiver::adapter::peft::{AdapterWeights, ModuleWeights, Values};
+use quiver::adapter::peft;
+use quiver::arch::Module;
 use quiver::engine::Background;
 use quiver::hub::{ModelFiles, ModelFormat};
-use quiver::model::llama::Llama;
+use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use quiver::model::decoder::Decoder;
 use quiver::model::weights::{Quantize, Weights};
 use quiver::train::job::{Command, Example, Job, Report};
 use quiver::train::spec::{AdaLora, Init, Lora, Optimizer, OptimizerKind, Schedule, Spec};
@@ -80,7 +81,7 @@ fn run(spec: &Spec, device: &Device) -> Outcome {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
     let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixtures) };
     let weights = Weights::load(&files, Some(Quantize::Nf4), device, |_| {}).unwrap();
-    let model = Arc::new(Llama::new(weights).unwrap());
+    let model = Arc::new(Decoder::new(weights).unwrap());
     let (dir, reports, (commands, receiver)) =
         (tempfile::tempdir().unwrap(), Arc::new(Mutex::new(Vec::new())), channel());
     let mut trainer = Trainer::new(model.clone(), receiver).unwrap();
@@ -108,7 +109,7 @@ fn run(spec: &Spec, device: &Device) -> Outcome {
         match report {
             Report::Step(step) => losses.push(step.train_loss),
             Report::Checkpoint(checkpoint) => {
-                adapters.push(AdapterWeights::read(&checkpoint.dir, model.config()).unwrap().0);
+                adapters.push(peft::read(&checkpoint.dir, model.config()).unwrap().0);
             }
             Report::Failed(error) => panic!("the job failed: {error}"),
             _ => {}

@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use half::bf16;
-use quiver::adapter::peft::{AdapterWeights, ModuleWeights, Values};
+use quiver::adapter::peft;
 use quiver::adapter::registry::{Registry, RegistryConfig};
-use quiver::adapter::slots::SlotPool;
-use quiver::adapter::{Module, Site};
-use quiver::engine::Residency;
-use quiver::engine::batch::{Batch, Segment};
-use quiver::gpu::step::{Bucket, Capacity, StepBuffers};
-use quiver::model::{ModelConfig, RopeScaling};
-use quiver::ops::lora::{Adapters, add_delta, gained};
+use quiver::adapter::tiers::Residency;
+use quiver::arch::{ModelConfig, RopeScaling};
+use quiver::arch::{Module, Site};
+use quiver::engine::cuda::{Bucket, StepBuffers};
+use quiver::lora::delta::{Adapters, add_delta, gained};
+use quiver::lora::slots::SlotPool;
+use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use quiver::ops::batch::Capacity;
+use quiver::ops::batch::{Batch, Segment};
 
 use crate::common::{device, random, relative_error};
 
@@ -357,7 +359,7 @@ fn a_slot_given_to_another_computes_the_other() {
         pool.remove(0);
     }
     // Nobody may name a slot that is free.
-    assert!(quiver::ops::lora::work(&one, &pool).is_err());
+    assert!(quiver::lora::work(&one, &pool).is_err());
 }
 
 /// An adapter that does not fit is refused, and the room of those that went is whole again.
@@ -365,7 +367,7 @@ fn a_slot_given_to_another_computes_the_other() {
 fn a_full_arena_takes_the_next_once_others_go() {
     let model = MODELS[2]();
     let adapter = adapter(&model, 1, &[(Module::Up, 16, false), (Module::Down, 16, false)]);
-    let one = quiver::adapter::slots::slot_bytes(&adapter, &model, &device()).unwrap();
+    let one = quiver::lora::slots::slot_bytes(&adapter, &model, &device()).unwrap();
     assert_eq!(one, 2 * 16 * 2 * (576 + 1536));
     let mut pool = SlotPool::on(&device(), &model, 4 * one + one / 2).unwrap();
     let slots: Vec<u32> = (0..4).map(|_| pool.load(&adapter, &model).unwrap()).collect();
@@ -386,9 +388,9 @@ async fn adapters_come_and_go_while_steps_run() {
     let model = tiny();
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny");
     let names = ["all-linear-r8", "qv-r4", "lora-bias", "rslora-patterns", "r33", "lm-head"];
-    let read = |name: &str| AdapterWeights::read(&fixtures.join(name), &model).unwrap().0;
+    let read = |name: &str| peft::read(&fixtures.join(name), &model).unwrap().0;
     let alone: Vec<SlotPool> = names.iter().map(|name| self::pool(&model, &[read(name)])).collect();
-    let largest = names.iter().map(|name| quiver::adapter::slots::slot_bytes(&read(name), &model, &device()).unwrap());
+    let largest = names.iter().map(|name| quiver::lora::slots::slot_bytes(&read(name), &model, &device()).unwrap());
     let slot_budget = 2 * largest.max().unwrap();
     let config = RegistryConfig { device: device(), slot_budget, host_budget: 1 << 20, ..Default::default() };
     let registry = Registry::new(Arc::new(model.clone()), config).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use quiver::adapter::Module;
+use quiver::arch::Module;
 use quiver::train::adalora::Allocator;
 use quiver::train::dora::Norms;
 use quiver::train::optim::Optimizer;

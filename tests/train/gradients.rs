@@ -1,7 +1,7 @@
 //! Gradients of whole models, tensor by tensor, against differences of the loss.
 
 use candle_core::{Device, Tensor};
-use quiver::adapter::Module;
+use quiver::arch::Module;
 use quiver::train::adalora::Allocator;
 use quiver::train::dora::Norms;
 use quiver::train::params::{Params, Place};

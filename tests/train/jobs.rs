@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use quiver::Error;
-use quiver::adapter::Module;
-use quiver::adapter::peft::AdapterWeights;
-use quiver::adapter::slots::{SlotPool, SlotWeights};
+use quiver::adapter::peft;
+use quiver::arch::Module;
 use quiver::engine::Background;
-use quiver::engine::batch::Batch;
+use quiver::lora::slots::{SlotPool, SlotWeights};
+use quiver::lora::weights::AdapterWeights;
+use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
-use quiver::model::llama::Llama;
+use quiver::ops::batch::Batch;
 use quiver::train::job::{Checkpoint, Command, Example, Job, Report, StepMetrics, Validation};
 use quiver::train::spec::{AdaLora, Lora, Optimizer, OptimizerKind, Spec};
 use quiver::train::trainer::Trainer;
@@ -23,7 +24,7 @@ use crate::{model, spec};
 
 /// A trainer on the tiny model, and what its jobs have reported.
 struct Harness {
-    model: Arc<Llama>,
+    model: Arc<Decoder>,
     trainer: Trainer,
     commands: Sender<Command>,
     dir: TempDir,
@@ -110,7 +111,7 @@ impl Harness {
     fn result(&self, id: &str) -> AdapterWeights {
         assert!(matches!(self.last(id), Report::Succeeded), "{id}: {:?}", self.last(id));
         let checkpoint = self.checkpoints(id).pop().expect("a checkpoint");
-        AdapterWeights::read(&checkpoint.dir, self.model.config()).unwrap().0
+        peft::read(&checkpoint.dir, self.model.config()).unwrap().0
     }
 }
 
@@ -157,7 +158,7 @@ fn learns_reports_and_writes() {
 }
 
 /// What the server gives for a text under an adapter.
-fn served(model: &Llama, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32> {
+fn served(model: &Decoder, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32> {
     let mut kv = KvCache::new(model.config(), 8, &Device::Cpu).unwrap();
     let mut slots = SlotPool::default();
     let slot = slots.insert(SlotWeights::from_adapter(weights, model.config()));

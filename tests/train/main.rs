@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use quiver::adapter::Module;
+use quiver::arch::Module;
 use quiver::hub::{ModelFiles, ModelFormat};
-use quiver::model::llama::Llama;
+use quiver::model::decoder::Decoder;
 use quiver::model::weights::Weights;
 use quiver::train::adapter::Adapter;
 use quiver::train::dora::Norms;
@@ -23,9 +23,9 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// A fixture's model, in f32.
-fn model(name: &str) -> Arc<Llama> {
+fn model(name: &str) -> Arc<Decoder> {
     let files = ModelFiles { name: name.into(), format: ModelFormat::HuggingFace(fixture(name)) };
-    Arc::new(Llama::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap())
+    Arc::new(Decoder::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap())
 }
 
 /// LoRA on all linears.
@@ -69,12 +69,18 @@ fn spec() -> Spec {
 }
 
 /// What the values of `params` are now.
-fn adapter(params: &Params, norms: Option<&Norms>, model: &Llama) -> Arc<Adapter> {
+fn adapter(params: &Params, norms: Option<&Norms>, model: &Decoder) -> Arc<Adapter> {
     Arc::new(Adapter::new(params, norms, model.config(), DType::F32).unwrap())
 }
 
 /// Runs a whole pass of one job; gradients go to where the adapter has them.
-fn run(model: &Arc<Llama>, batch: Batch, adapter: Arc<Adapter>, dropout: Option<(f32, u64)>, gradient: bool) -> Scores {
+fn run(
+    model: &Arc<Decoder>,
+    batch: Batch,
+    adapter: Arc<Adapter>,
+    dropout: Option<(f32, u64)>,
+    gradient: bool,
+) -> Scores {
     let mut pass = Pass::new(model.clone(), vec![Part { batch, adapter, dropout }], gradient, 0);
     while !pass.advance().unwrap() {}
     pass.scores().pop().unwrap()

@@ -13,7 +13,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 
 use super::checkpoint::{Checkpoint, Entry, Form};
 use super::{Opened, check};
-use crate::model::{ModelConfig, RopeScaling};
+use crate::arch::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 

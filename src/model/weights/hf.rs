@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::checkpoint::{Checkpoint, Entry, Form};
 use super::{Opened, bnb, check};
-use crate::model::{ModelConfig, RopeScaling};
+use crate::arch::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 

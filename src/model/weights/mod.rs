@@ -17,9 +17,10 @@ use sha2::{Digest, Sha256};
 
 use self::checkpoint::Checkpoint;
 use self::dummy::Dummy;
-use super::{ModelConfig, RopeScaling};
-use crate::adapter::Site;
+use crate::arch::Site;
+use crate::arch::{ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat, hex};
+use crate::lora::BaseMatrices;
 use crate::ops::quant::nf4::Nf4;
 use crate::ops::quant::{QMatrix, Source};
 use crate::{Error, Result};
@@ -148,9 +149,12 @@ pub fn shape(files: &ModelFiles) -> Result<ModelConfig> {
     }
 }
 
-impl Weights {
-    /// The matrix that adapters change at a site; the head belongs to no layer.
-    pub fn matrix(&self, layer: usize, site: Site) -> &Arc<QMatrix> {
+impl BaseMatrices for Weights {
+    fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn matrix(&self, layer: usize, site: Site) -> &Arc<QMatrix> {
         match site {
             Site::Qkv => &self.layers[layer].qkv,
             Site::O => &self.layers[layer].o,
@@ -159,7 +163,9 @@ impl Weights {
             Site::Head => &self.head,
         }
     }
+}
 
+impl Weights {
     /// Resident bytes of all matrices.
     pub fn bytes(&self) -> usize {
         let tied = Arc::ptr_eq(&self.head, &self.embedding);

@@ -303,9 +303,9 @@ fn put(to: SharedMut<f32>, first: usize, (width, at, dim): (usize, usize, usize)
 
 #[cfg(test)]
 mod tests {
-    use super::super::{BLOCK, append, attention};
+    use super::super::{BLOCK, append, attention, block_len};
     use super::*;
-    use crate::engine::batch::Batch;
+    use crate::ops::batch::Batch;
     use crate::ops::reference::{assert_close, dot, gradient, random};
     use crate::ops::rope::RopeTable;
 
@@ -434,7 +434,7 @@ mod tests {
         let blocks: Vec<u32> = (0..len.div_ceil(BLOCK) as u32).collect();
         let mut batch = Batch::default();
         batch.push(&vec![0; len], 0, &blocks, BLOCK, &[]);
-        let shape = (blocks.len(), heads.block_len(&Device::Cpu));
+        let shape = (blocks.len(), block_len(heads, &Device::Cpu));
         let cache = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
         let table = RopeTable::new(&vec![0.1; heads.dim / 2], len, &Device::Cpu).unwrap();
         append(&cache, &qkv, &batch, &table, heads).unwrap();

@@ -9,10 +9,10 @@ use candle_core::{CudaDevice, Tensor};
 use half::bf16;
 
 use super::{BLOCK, Heads};
-use crate::engine::batch::{Batch, Span};
 use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::step::{Capacity, Step};
 use crate::gpu::{address, deterministic, input, output};
+use crate::ops::batch::{Batch, Span};
+use crate::ops::batch::{Capacity, DeviceStep};
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
@@ -146,7 +146,7 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
     Ok(out)
 }
 
-fn uploaded(batch: &Batch) -> Result<&Step> {
+fn uploaded(batch: &Batch) -> Result<&DeviceStep> {
     batch.step.as_ref().ok_or_else(|| Error::internal("a batch that was not copied to the GPU"))
 }
 
@@ -167,7 +167,7 @@ struct Call<'a> {
 
 impl Call<'_> {
     /// Sequences that decode, of which the worklist has `entries`, and zeros for the `left` rows after all sequences.
-    fn decode(&self, step: &Step, rows: usize, entries: usize, left: usize) -> Result<()> {
+    fn decode(&self, step: &DeviceStep, rows: usize, entries: usize, left: usize) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         // In a fixed step the room for items; else their number.
         let room = (step.decode.len.saturating_sub(HEADER) / ITEM).saturating_sub(entries);
@@ -215,7 +215,7 @@ impl Call<'_> {
     }
 
     /// The other sequences; a fixed step has none.
-    fn prefill(&self, batch: &Batch, step: &Step) -> Result<()> {
+    fn prefill(&self, batch: &Batch, step: &DeviceStep) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         if step.prefill.len <= HEADER {
             return Ok(());

@@ -3,9 +3,9 @@
 use candle_core::Tensor;
 use half::bf16;
 
+use crate::arch::Heads;
 use crate::gpu::input;
 use crate::gpu::kernels::{Grid, launch};
-use crate::ops::attention::Heads;
 use crate::{Error, Result};
 
 /// Heads of a block, a warp each.

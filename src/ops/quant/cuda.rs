@@ -10,8 +10,8 @@ use super::tiles::{Format, INPUTS, ROWS, Tiles};
 use super::{Form, QMatrix, Source};
 use crate::gpu::blas::Product;
 use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::step::Step;
 use crate::gpu::{address, deterministic, input, output};
+use crate::ops::batch::DeviceStep;
 use crate::{Error, Result};
 
 /// Rows up to which products on Hopper are taken with the packed weights, and at a time; above, weights become bf16 first, unless
@@ -346,7 +346,7 @@ impl QMatrix {
     }
 
     /// Rows `ids`, or the tokens of `step`, as `[rows, k]` f32.
-    pub(super) fn gather_cuda(&self, parts: &[Part], ids: &[u32], step: Option<&Step>) -> Result<Tensor> {
+    pub(super) fn gather_cuda(&self, parts: &[Part], ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
         let device = &parts[0].device;
         let uploaded;
         let (ids, rows) = match step {

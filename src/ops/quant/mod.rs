@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
-use crate::gpu::step::Step;
+use crate::ops::batch::DeviceStep;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
 use crate::ops::simd::Lanes;
 use crate::{Error, Result};
@@ -341,7 +341,7 @@ pub fn matmul(w: &QMatrix, x: &Tensor, dtype: DType) -> Result<Tensor> {
 
 /// Rows `ids` of the matrix: `[ids.len(), k] f32`. For the token embedding. On a GPU, `step` has the ids there already, and
 /// as many rows come as it has.
-pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&Step>) -> Result<Tensor> {
+pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= w.n) {
         return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", w.n)));
     }

@@ -14,7 +14,7 @@ pub use record::{AlpacaEnding, Format};
 
 use super::job::Example;
 use super::spec::Spec;
-use crate::server::prompt::TextCodec;
+use crate::text::prompt::TextCodec;
 use crate::{Error, Result};
 
 /// How a file is read.

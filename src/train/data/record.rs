@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::server::fields::{self, Fields};
-use crate::server::openai;
+use crate::fields::{self, Fields};
+use crate::text::messages;
 use crate::{Error, Result};
 
 /// How the records of a file are written: one form a file.
@@ -137,7 +137,7 @@ fn chat(record: &Fields) -> Result<Record> {
     let list = turns(record, "messages", "an array of {\"role\", \"content\"}")?;
     let (mut messages, mut trained) = (Vec::new(), Vec::new());
     for (i, value) in list.iter().enumerate() {
-        let message = openai::message(value, i)?;
+        let message = messages::message(value, i)?;
         let turn = Fields::of_value(value, format!("messages[{i}]"))?;
         fields::check_unknown(&turn, &["role", "content", "name", "weight"])?;
         trained.push(is_trained(&turn, message["role"] == "assistant")? && i > 0);

@@ -4,9 +4,9 @@ use std::sync::LazyLock;
 use serde_json::json;
 
 use super::*;
+use crate::fields::Fields;
 use crate::hub::{self, ModelFiles, ModelFormat};
-use crate::server::fields::Fields;
-use crate::server::openai;
+use crate::text::messages;
 
 static SMOLLM2: LazyLock<TextCodec> = LazyLock::new(|| {
     let files = hub::resolve(hub::DEFAULT_MODEL, &hub::default_cache(), false).unwrap();
@@ -59,7 +59,7 @@ fn trained_text(example: &Example, codec: &TextCodec) -> Vec<String> {
 /// The tokens with which the server would ask for the next answer.
 fn served(messages: &[Value], codec: &TextCodec) -> Vec<u32> {
     let body = json!({"messages": messages});
-    let prompt = openai::chat_prompt(&Fields::of_body(&body).unwrap(), codec).unwrap();
+    let prompt = messages::chat_prompt(&Fields::of_body(&body).unwrap(), codec).unwrap();
     codec.encode_prompt(&prompt, false).unwrap()
 }
 

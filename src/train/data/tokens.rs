@@ -5,7 +5,7 @@
 //! pad, open or separate.
 
 use super::record::Record;
-use crate::server::prompt::TextCodec;
+use crate::text::prompt::TextCodec;
 use crate::train::job::Example;
 use crate::{Error, Result};
 

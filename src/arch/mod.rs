@@ -1,0 +1,86 @@
+//! What a decoder looks like: its shape, its attention heads, and the linear layers that adapters may change. No tensors.
+
+mod module;
+
+pub use module::{Module, Site};
+
+/// Shape of a Llama-family decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Decoder blocks.
+    pub num_layers: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head (not always `hidden_size / num_heads`).
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Rotary base frequency.
+    pub rope_theta: f32,
+    /// Change of the rotary frequencies for long contexts.
+    pub rope_scaling: RopeScaling,
+    /// Whether q, k and v have biases (Qwen2).
+    pub qkv_bias: bool,
+    /// Whether each query and key head is normalised before it is turned (Qwen3).
+    pub qk_norm: bool,
+    /// Longest sequence the model was made for; of a model with sliding windows, the window, up to which there are none.
+    pub max_position_embeddings: usize,
+}
+
+impl ModelConfig {
+    /// The attention heads of each decoder block.
+    pub fn heads(&self) -> Heads {
+        Heads { query: self.num_heads, kv: self.num_kv_heads, dim: self.head_dim }
+    }
+}
+
+/// The attention heads of a decoder block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// Key and value heads; divides `query`.
+    pub kv: usize,
+    /// Width of a head.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Width of a fused qkv row.
+    pub fn qkv_width(&self) -> usize {
+        (self.query + 2 * self.kv) * self.dim
+    }
+}
+
+/// Rotary frequency scaling, as Hugging Face's `rope_scaling`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// Plain RoPE.
+    None,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f32,
+    },
+    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, smooth between.
+    Llama3 {
+        /// The divisor.
+        factor: f32,
+        /// Wavelengths above `original / low_freq_factor` are divided.
+        low_freq_factor: f32,
+        /// Wavelengths below `original / high_freq_factor` are kept.
+        high_freq_factor: f32,
+        /// Context length before the extension.
+        original_max_position_embeddings: usize,
+    },
+    /// Frequency i divided by the i-th of `head_dim / 2` factors (how GGUF files carry Llama 3.1's).
+    Factors(Vec<f32>),
+}

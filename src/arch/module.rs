@@ -1,0 +1,109 @@
+//! The linear layers of a decoder that adapters may change, and the fused products that they belong to.
+
+use serde::{Deserialize, Serialize};
+
+use super::ModelConfig;
+
+/// A linear layer of the decoder that an adapter may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Module {
+    #[serde(rename = "q_proj")]
+    Q,
+    #[serde(rename = "k_proj")]
+    K,
+    #[serde(rename = "v_proj")]
+    V,
+    #[serde(rename = "o_proj")]
+    O,
+    #[serde(rename = "gate_proj")]
+    Gate,
+    #[serde(rename = "up_proj")]
+    Up,
+    #[serde(rename = "down_proj")]
+    Down,
+    #[serde(rename = "lm_head")]
+    LmHead,
+}
+
+impl Module {
+    /// The modules of one decoder block.
+    pub const BLOCK: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// Output and input features: the weight is `[n, k]`.
+    pub fn shape(self, model: &ModelConfig) -> (usize, usize) {
+        let (heads, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
+        match self {
+            Self::Q => (heads, model.hidden_size),
+            Self::K | Self::V => (kv, model.hidden_size),
+            Self::O => (model.hidden_size, heads),
+            Self::Gate | Self::Up => (model.intermediate_size, model.hidden_size),
+            Self::Down => (model.hidden_size, model.intermediate_size),
+            Self::LmHead => (model.vocab_size, model.hidden_size),
+        }
+    }
+
+    /// The fused product it belongs to.
+    pub fn site(self) -> Site {
+        match self {
+            Self::Q | Self::K | Self::V => Site::Qkv,
+            Self::O => Site::O,
+            Self::Gate | Self::Up => Site::GateUp,
+            Self::Down => Site::Down,
+            Self::LmHead => Site::Head,
+        }
+    }
+
+    /// Its first column in the fused output row of its site.
+    pub fn offset(self, model: &ModelConfig) -> usize {
+        match self {
+            Self::K => Self::Q.shape(model).0,
+            Self::V => Self::Q.shape(model).0 + Self::K.shape(model).0,
+            Self::Up => Self::Gate.shape(model).0,
+            _ => 0,
+        }
+    }
+
+    /// Its path in Hugging Face's Llama, as PEFT matches it; the head has no layer.
+    pub fn path(self, layer: usize) -> String {
+        let name = match self {
+            Self::Q => "self_attn.q_proj",
+            Self::K => "self_attn.k_proj",
+            Self::V => "self_attn.v_proj",
+            Self::O => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+            Self::LmHead => return "lm_head".into(),
+        };
+        format!("model.layers.{layer}.{name}")
+    }
+}
+
+/// Where modules that share an input are fused into one matrix product, in the order of a decoder block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Site {
+    /// q, k, v stacked.
+    Qkv = 0,
+    O = 1,
+    /// gate, up stacked.
+    GateUp = 2,
+    Down = 3,
+    /// The output head, once per model.
+    Head = 4,
+}
+
+impl Site {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::Qkv, Self::O, Self::GateUp, Self::Down, Self::Head];
+
+    /// Its modules, in the order of the fused output row.
+    pub fn modules(self) -> &'static [Module] {
+        match self {
+            Self::Qkv => &[Module::Q, Module::K, Module::V],
+            Self::O => &[Module::O],
+            Self::GateUp => &[Module::Gate, Module::Up],
+            Self::Down => &[Module::Down],
+            Self::Head => &[Module::LmHead],
+        }
+    }
+}

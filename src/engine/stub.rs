@@ -1,0 +1,30 @@
+//! The part of `cuda` that the engine names, in a build without it: types that are never made.
+
+use candle_core::{Device, Tensor};
+
+use crate::Result;
+use crate::arch::ModelConfig;
+use crate::lora::slots::SlotPool;
+use crate::model::decoder::Decoder;
+use crate::model::kv::KvCache;
+use crate::ops::batch::Batch;
+
+/// Never made.
+pub enum Steps {}
+
+impl Steps {
+    /// The CPU needs none.
+    pub fn on(_: &Device, _: &ModelConfig, _: usize, _: usize, _: usize) -> Result<Option<Self>> {
+        Ok(None)
+    }
+
+    /// Never called.
+    pub fn record(&mut self, _: &Decoder, _: &mut KvCache, _: &SlotPool, _: impl Fn(f32)) -> Result<()> {
+        match *self {}
+    }
+
+    /// Never called.
+    pub fn run(&mut self, _: &Batch, _: &Decoder, _: &mut KvCache, _: &mut SlotPool) -> Result<Tensor> {
+        match *self {}
+    }
+}

@@ -1,0 +1,4 @@
+//! Slots in a GPU's memory.
+
+mod gains;
+pub mod slots;
