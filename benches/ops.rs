@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use quiver::arch::Heads;
 use quiver::arch::Site;
 use quiver::engine::request::SamplingParams;
-use quiver::engine::sampler::{Choice, Seen, Task, answer};
+use quiver::engine::sampler::{LogitsTask, SamplingMetadata, TokenCounts, answer};
 use quiver::lora::delta::{Adapters, LoraPair, add_delta};
 use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::ops::adamw::{AdamwStep, adamw_step, adamw8bit_step, sum_of_squares, zero_moments};
@@ -161,11 +161,13 @@ fn sample(c: &mut Criterion) {
         SamplingParams { top_k: 50, top_p: 0.9, min_p: 0.01, repetition_penalty: 1.1, ..SamplingParams::default() };
     let mut group = c.benchmark_group("sample");
     for (name, params) in [("greedy", greedy), ("all filters", full)] {
-        let seen = Seen::new(&params, &[1, 2, 3]);
+        let counts = TokenCounts::new(&params, &[1, 2, 3]);
         for rows in [1, 32] {
             let logits = values((rows, 49152));
-            let task = |_| Task::Next(Choice { params: &params, seen: &seen, masked: &[], seed: 1, index: 0 });
-            let tasks: Vec<Task> = (0..rows).map(task).collect();
+            let task = |_| {
+                LogitsTask::Next(SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 1, index: 0 })
+            };
+            let tasks: Vec<LogitsTask> = (0..rows).map(task).collect();
             group.throughput(Throughput::Elements(rows as u64));
             group.bench_function(BenchmarkId::new(name, rows), |b| b.iter(|| must(answer(&logits, &tasks))));
         }

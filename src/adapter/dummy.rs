@@ -29,7 +29,7 @@ pub fn write(dir: &Path, model: &ModelConfig, modules: &[Module], rank: usize) -
             let (n, k) = module.shape(model);
             for (part, shape, deviation) in [("A", [rank, k], 1.0 / (k as f32).sqrt()), ("B", [n, rank], 0.01)] {
                 let name = format!("base_model.model.{}.lora_{part}.weight", module.path(layer));
-                tensors.push((name.clone(), MadeUp { seed: format!("{seed} {name}"), shape, deviation }));
+                tensors.push((name.clone(), RandomTensor { seed: format!("{seed} {name}"), shape, deviation }));
             }
         }
     }
@@ -42,13 +42,13 @@ pub fn write(dir: &Path, model: &ModelConfig, modules: &[Module], rank: usize) -
 }
 
 /// A tensor that is made when it is written.
-struct MadeUp {
+struct RandomTensor {
     seed: String,
     shape: [usize; 2],
     deviation: f32,
 }
 
-impl View for MadeUp {
+impl View for RandomTensor {
     fn dtype(&self) -> Dtype {
         Dtype::BF16
     }

@@ -9,7 +9,7 @@ use crate::{Error, Result, files};
 
 /// One adapter as it was when the manifest was written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct ManifestEntry {
     /// The name requests use.
     pub name: String,
     /// Directory to read it from.
@@ -36,7 +36,7 @@ impl Manifest {
 
     /// The entries, and for each damaged one what was wrong. A file that is no manifest at all is set aside, so that
     /// the next save does not destroy what a person might still recover from it.
-    pub fn read(&self) -> (Vec<Entry>, Vec<String>) {
+    pub fn read(&self) -> (Vec<ManifestEntry>, Vec<String>) {
         let text = match std::fs::read_to_string(&self.path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Default::default(),
@@ -52,7 +52,7 @@ impl Manifest {
         let mut entries = Vec::new();
         let mut damaged = Vec::new();
         for (i, value) in list.into_iter().enumerate() {
-            match serde_json::from_value::<Entry>(value) {
+            match serde_json::from_value::<ManifestEntry>(value) {
                 Ok(entry) => entries.push(entry),
                 Err(e) => damaged.push(format!("{}: entry {i} is damaged: {e}", self.path.display())),
             }
@@ -61,7 +61,7 @@ impl Manifest {
     }
 
     /// Replaces it with one of all entries.
-    pub fn write(&self, entries: &[Entry]) -> Result<()> {
+    pub fn write(&self, entries: &[ManifestEntry]) -> Result<()> {
         let text = format!("{:#}\n", json!({"version": 1, "adapters": entries}));
         files::replace(&self.path, |made| std::fs::write(made, text))
             .map_err(|e| Error::internal(format!("{} cannot be written: {e}", self.path.display())))

@@ -33,7 +33,7 @@ pub struct Generation {
     /// Number of modules it changes.
     pub modules: usize,
     /// Whether it is used alone and at weight 1 (DoRA).
-    pub undivided: bool,
+    pub exclusive: bool,
     /// Bytes of its weights in host memory.
     pub bytes: usize,
     /// Bytes of its weights in a slot.
@@ -43,14 +43,14 @@ pub struct Generation {
     /// Unique in this process, also among generations of equal content: what tables are keyed by.
     key: u64,
     /// What the tiers need to know of it without keeping it alive.
-    state: Arc<State>,
+    state: Arc<GenerationState>,
     /// Holds its weights, and drops them with it.
     host: Arc<HostTier>,
 }
 
 /// The changing part of a generation.
 #[derive(Default)]
-struct State {
+struct GenerationState {
     /// Never evicted for another adapter.
     pinned: AtomicBool,
     /// Replaced or unloaded: it goes with its last lease.
@@ -61,7 +61,7 @@ struct State {
     in_slot: AtomicBool,
 }
 
-impl State {
+impl GenerationState {
     fn pinned(&self) -> bool {
         self.pinned.load(SeqCst) && !self.retired.load(SeqCst)
     }
@@ -90,7 +90,7 @@ impl Generation {
             source,
             rank: weights.modules.iter().map(|m| m.rank).max().unwrap_or(0),
             modules: weights.modules.len(),
-            undivided: weights.has_magnitudes(),
+            exclusive: weights.has_magnitudes(),
             bytes: weights.bytes(),
             slot_bytes,
             loaded_at: SystemTime::now(),

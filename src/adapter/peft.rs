@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 
-use super::peft_config::{Kind, PeftConfig, invalid};
+use super::peft_config::{PeftConfig, PeftType, invalid};
 use crate::arch::{ModelConfig, Module};
 use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
 use crate::{Error, Result};
@@ -33,7 +33,7 @@ pub fn read(dir: &Path, model: &ModelConfig) -> Result<(AdapterWeights, String)>
         .map_err(|e| missing(dir, &format!("adapter_config.json cannot be read: {e}")))?;
     let config = PeftConfig::parse(&config)?;
     let file = TensorFile::open(dir)?;
-    let plan = Plan::new(&config, &file.tensors, model)?;
+    let plan = ReadPlan::new(&config, &file.tensors, model)?;
     plan.read(&config, file)
 }
 
@@ -93,7 +93,7 @@ impl TensorFile {
 
 /// The tensors of one module, by role.
 #[derive(Default)]
-struct Parts<'a> {
+struct ModuleTensors<'a> {
     a: Option<(&'a str, &'a TensorInfo)>,
     b: Option<(&'a str, &'a TensorInfo)>,
     e: Option<(&'a str, &'a TensorInfo)>,
@@ -102,7 +102,7 @@ struct Parts<'a> {
 }
 
 /// One module to read: where its tensors are, with shapes already checked.
-struct Step {
+struct ModulePlan {
     layer: usize,
     module: Module,
     path: String,
@@ -116,11 +116,11 @@ struct Step {
 }
 
 /// What to read, after config, header and model have been found to agree.
-struct Plan {
-    steps: Vec<Step>,
+struct ReadPlan {
+    steps: Vec<ModulePlan>,
 }
 
-impl Plan {
+impl ReadPlan {
     fn new(config: &PeftConfig, tensors: &BTreeMap<String, TensorInfo>, model: &ModelConfig) -> Result<Self> {
         let places: HashMap<String, (usize, Module)> = (0..model.num_layers)
             .flat_map(|layer| Module::BLOCK.map(|module| (layer, module)))
@@ -136,7 +136,7 @@ impl Plan {
         }
 
         let mut problems = Vec::new();
-        let mut found: BTreeMap<(usize, Module), Parts> = BTreeMap::new();
+        let mut found: BTreeMap<(usize, Module), ModuleTensors> = BTreeMap::new();
         let mut adapters = BTreeSet::new();
         for (name, info) in tensors {
             // PEFT saves a copy of a targeted head's frozen weight, which is the base's own if the shape is.
@@ -147,7 +147,7 @@ impl Plan {
                 }
                 continue;
             }
-            let Some((path, role, adapter)) = split(name, config.kind) else {
+            let Some((path, role, adapter)) = split(name, config.peft_type) else {
                 problems.push(unused(name, model));
                 continue;
             };
@@ -158,11 +158,11 @@ impl Plan {
             adapters.insert(adapter);
             let parts = found.entry(*place).or_default();
             let part = match role {
-                Role::A => &mut parts.a,
-                Role::B => &mut parts.b,
-                Role::E => &mut parts.e,
-                Role::Bias => &mut parts.bias,
-                Role::Magnitude => &mut parts.magnitude,
+                TensorRole::A => &mut parts.a,
+                TensorRole::B => &mut parts.b,
+                TensorRole::E => &mut parts.e,
+                TensorRole::Bias => &mut parts.bias,
+                TensorRole::Magnitude => &mut parts.magnitude,
             };
             *part = Some((name, info));
         }
@@ -228,14 +228,14 @@ impl Plan {
             modules.push(ModuleWeights { layer, module, rank, scale, a, b, bias, magnitude });
         }
         fail_on(problems)?;
-        hash_text(&mut hash, if config.kind == Kind::Lora { "lora" } else { "adalora" });
+        hash_text(&mut hash, if config.peft_type == PeftType::Lora { "lora" } else { "adalora" });
         let id = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         Ok((AdapterWeights { modules }, id))
     }
 }
 
 /// What a tensor is within its module.
-enum Role {
+enum TensorRole {
     A,
     B,
     E,
@@ -245,25 +245,25 @@ enum Role {
 
 /// `base_model.model.<path>.lora_A[.<adapter>].weight` -> path, role and adapter. PEFT strips the adapter's name when it
 /// saves; some trainers do not. AdaLoRA's tensors are parameters, without `.weight`.
-fn split(name: &str, kind: Kind) -> Option<(&str, Role, &str)> {
+fn split(name: &str, peft_type: PeftType) -> Option<(&str, TensorRole, &str)> {
     let (path, rest) = name.strip_prefix("base_model.model.")?.split_once(".lora_")?;
     if let Some(adapter) = rest.strip_prefix("magnitude_vector") {
         let adapter = adapter.strip_suffix(".weight").unwrap_or(adapter);
-        return Some((path, Role::Magnitude, if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? }));
+        return Some((path, TensorRole::Magnitude, if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? }));
     }
     let (matrix, rest) = rest.split_at_checked(1)?;
-    let (adapter, bias) = match kind {
-        Kind::AdaLora => (rest, false),
-        Kind::Lora => match rest.strip_suffix(".weight") {
+    let (adapter, bias) = match peft_type {
+        PeftType::AdaLora => (rest, false),
+        PeftType::Lora => match rest.strip_suffix(".weight") {
             Some(adapter) => (adapter, false),
             None => (rest.strip_suffix(".bias")?, true),
         },
     };
-    let role = match (matrix, bias, kind) {
-        ("A", false, _) => Role::A,
-        ("B", false, _) => Role::B,
-        ("B", true, Kind::Lora) => Role::Bias,
-        ("E", false, Kind::AdaLora) => Role::E,
+    let role = match (matrix, bias, peft_type) {
+        ("A", false, _) => TensorRole::A,
+        ("B", false, _) => TensorRole::B,
+        ("B", true, PeftType::Lora) => TensorRole::Bias,
+        ("E", false, PeftType::AdaLora) => TensorRole::E,
         _ => return None,
     };
     let adapter = if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? };
@@ -276,16 +276,16 @@ fn step(
     model: &ModelConfig,
     (layer, module): (usize, Module),
     path: &str,
-    parts: &Parts,
+    parts: &ModuleTensors,
     problems: &mut Vec<String>,
-) -> Result<Option<Step>> {
+) -> Result<Option<ModulePlan>> {
     let before = problems.len();
     let (n, k) = module.shape(model);
     let (rank, scale) = config.rank_and_scale(path)?;
     if !scale.is_finite() {
         problems.push(format!("{path}: its scale, alpha over rank, is not a finite number"));
     }
-    let ada = config.kind == Kind::AdaLora;
+    let ada = config.peft_type == PeftType::AdaLora;
     let wanted = [
         ("lora_A", parts.a, vec![rank, k], true, ""),
         ("lora_B", parts.b, vec![n, rank], true, ""),
@@ -312,7 +312,7 @@ fn step(
     match (own(parts.a), own(parts.b)) {
         (Some(a), Some(b)) if problems.len() == before && rank > 0 => {
             let (e, bias, magnitude) = (own(parts.e), own(parts.bias), own(parts.magnitude));
-            Ok(Some(Step { layer, module, path: path.to_owned(), rank, scale, a, b, e, bias, magnitude }))
+            Ok(Some(ModulePlan { layer, module, path: path.to_owned(), rank, scale, a, b, e, bias, magnitude }))
         }
         _ => Ok(None),
     }

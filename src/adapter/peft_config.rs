@@ -80,7 +80,7 @@ const REFUSED: [(&str, &str); 15] = [
 
 /// Which formula the tensors follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum PeftType {
     /// `scale * B A`.
     Lora,
     /// `scale * B (A * E)` with `E [r, 1]` (PEFT's `SVDLinear`).
@@ -91,7 +91,7 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct PeftConfig {
     /// LoRA or AdaLoRA.
-    pub kind: Kind,
+    pub peft_type: PeftType,
     /// Whether `lora_B` has a bias.
     pub lora_bias: bool,
     /// Whether the changed weight's rows have magnitudes of their own.
@@ -150,20 +150,22 @@ impl PeftConfig {
         let options = Options(map);
         options.check_served()?;
 
-        let kind = match options.string("peft_type")?.as_deref() {
-            Some("LORA") => Kind::Lora,
-            Some("ADALORA") => Kind::AdaLora,
+        let peft_type = match options.string("peft_type")?.as_deref() {
+            Some("LORA") => PeftType::Lora,
+            Some("ADALORA") => PeftType::AdaLora,
             Some(other) => return Err(unsupported(format!("peft_type {other:?}: only LORA and ADALORA are served"))),
             None => return Err(invalid("peft_type is missing: is this a PEFT adapter?")),
         };
         let mut config = Self {
-            kind,
+            peft_type,
             lora_bias: options.bool("lora_bias")?,
             dora: options.bool("use_dora")?,
-            rank: options.positive(if kind == Kind::Lora { "r" } else { "init_r" })?.unwrap_or(match kind {
-                Kind::Lora => 8,
-                Kind::AdaLora => 12,
-            }),
+            rank: options.positive(if peft_type == PeftType::Lora { "r" } else { "init_r" })?.unwrap_or(
+                match peft_type {
+                    PeftType::Lora => 8,
+                    PeftType::AdaLora => 12,
+                },
+            ),
             alpha: options.number("lora_alpha")?.unwrap_or(8.0),
             rslora: options.bool("use_rslora")?,
             rank_pattern: Vec::new(),
@@ -185,8 +187,8 @@ impl PeftConfig {
         if config.dora && config.lora_bias {
             return Err(unsupported("use_dora with lora_bias, which PEFT does not have either"));
         }
-        match kind {
-            Kind::Lora => {
+        match peft_type {
+            PeftType::Lora => {
                 config.rank_pattern = options.patterns("rank_pattern", |key, v| {
                     v.as_u64()
                         .filter(|r| *r > 0)
@@ -194,7 +196,7 @@ impl PeftConfig {
                         .ok_or_else(|| must(key, "be a positive integer", v))
                 })?;
             }
-            Kind::AdaLora => {
+            PeftType::AdaLora => {
                 for (name, used) in [
                     ("use_rslora", config.rslora),
                     ("lora_bias", config.lora_bias),
@@ -242,11 +244,11 @@ impl PeftConfig {
             None => first_hit(&self.rank_pattern, path)?.unwrap_or(self.rank),
         };
         let alpha = first_hit(&self.alpha_pattern, path)?.unwrap_or(self.alpha);
-        let scale = match self.kind {
-            Kind::Lora if self.rslora => alpha / (rank as f64).sqrt(),
-            Kind::Lora => alpha / rank as f64,
+        let scale = match self.peft_type {
+            PeftType::Lora if self.rslora => alpha / (rank as f64).sqrt(),
+            PeftType::Lora => alpha / rank as f64,
             // `ranknum` stays `init_r` after pruning, and PEFT adds 1e-5 to it.
-            Kind::AdaLora => (if alpha > 0.0 { alpha } else { self.rank as f64 }) / (self.rank as f64 + 1e-5),
+            PeftType::AdaLora => (if alpha > 0.0 { alpha } else { self.rank as f64 }) / (self.rank as f64 + 1e-5),
         };
         Ok((rank, scale as f32))
     }

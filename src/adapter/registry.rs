@@ -13,8 +13,8 @@ use candle_core::Device;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
-use super::manifest::{Entry, Manifest};
-use super::tiers::{HostTier, Stats, Tiers};
+use super::manifest::{Manifest, ManifestEntry};
+use super::tiers::{HostTier, TierStats, Tiers};
 use super::{Generation, Lease, peft};
 use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
@@ -36,7 +36,7 @@ pub struct RegistryConfig {
     /// Sources of [`Registry::load`] must lie below this directory, and relative ones start here.
     pub adapter_root: Option<PathBuf>,
     /// Sources may lie below this one too: where the trainer writes adapters.
-    pub made_root: Option<PathBuf>,
+    pub checkpoint_root: Option<PathBuf>,
     /// Where the manifest is kept; without one, nothing is remembered.
     pub state_dir: Option<PathBuf>,
     /// Bytes of adapters in host memory.
@@ -53,13 +53,36 @@ impl Default for RegistryConfig {
         Self {
             device: Device::Cpu,
             adapter_root: None,
-            made_root: None,
+            checkpoint_root: None,
             state_dir: None,
             host_budget: 0,
             slot_budget: 0,
             reserved_names: Vec::new(),
         }
     }
+}
+
+/// How [`Registry::load`] publishes an adapter.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Keep it in its slot and in host memory against other adapters.
+    pub pinned: bool,
+    /// Replace the adapter that has the name; without it, a name in use is a conflict.
+    pub replace: bool,
+}
+
+impl LoadOptions {
+    /// Replace the adapter that has the name, and do not pin the new one.
+    pub const REPLACE: Self = Self { pinned: false, replace: true };
+}
+
+/// Where the source of an adapter may lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SourceScope {
+    /// Below the adapter root or the checkpoint root.
+    Roots,
+    /// Anywhere: the operator chose the directory.
+    Anywhere,
 }
 
 /// What an operator may know of an adapter.
@@ -106,7 +129,7 @@ impl From<&Generation> for AdapterInfo {
 
 /// What an unload did.
 #[derive(Debug, Clone, Serialize)]
-pub struct Unloaded {
+pub struct UnloadOutcome {
     /// The generation that went.
     pub generation: String,
     /// Bytes freed at once.
@@ -116,9 +139,9 @@ pub struct Unloaded {
 }
 
 /// An adapter that is ready and has no name yet.
-pub struct Staged(Arc<Generation>);
+pub struct UnpublishedAdapter(Arc<Generation>);
 
-impl Staged {
+impl UnpublishedAdapter {
     /// Takes it.
     pub fn lease(&self) -> Lease {
         Lease::new(self.0.clone())
@@ -127,15 +150,15 @@ impl Staged {
 
 /// All adapters of the server; clones share it.
 #[derive(Clone)]
-pub struct Registry(Arc<Inner>);
+pub struct Registry(Arc<RegistryInner>);
 
-struct Inner {
+struct RegistryInner {
     model: Arc<ModelConfig>,
     config: RegistryConfig,
     /// `adapter_root` without symlinks.
     root: Option<PathBuf>,
     host: Arc<HostTier>,
-    names: Mutex<Names>,
+    names: Mutex<NameTable>,
     /// One lock a name that is being loaded.
     loading: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// `None` without a state directory. Held while it is written, so that the last writer writes the last state.
@@ -144,11 +167,11 @@ struct Inner {
 
 /// What names stand for now.
 #[derive(Default)]
-struct Names {
+struct NameTable {
     loaded: BTreeMap<String, Arc<Generation>>,
     /// Manifest entries that are not loaded (yet): kept in the manifest until the name is loaded or unloaded, so that
     /// a source that is away for one start is not forgotten.
-    absent: BTreeMap<String, Entry>,
+    absent: BTreeMap<String, ManifestEntry>,
     /// What was wrong with the manifest, until [`Registry::restore`] reports it.
     damaged: Vec<String>,
 }
@@ -166,12 +189,12 @@ impl Registry {
         let manifest = config.state_dir.as_deref().map(Manifest::open).transpose()?;
         let (entries, damaged) = manifest.as_ref().map(Manifest::read).unwrap_or_default();
         let absent = entries.into_iter().map(|e| (e.name.clone(), e)).collect();
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(RegistryInner {
             model,
             root,
             host: Arc::new(HostTier::new(config.host_budget, Arc::default())),
             config,
-            names: Mutex::new(Names { loaded: BTreeMap::new(), absent, damaged }),
+            names: Mutex::new(NameTable { loaded: BTreeMap::new(), absent, damaged }),
             loading: Mutex::default(),
             manifest: manifest.map(Mutex::new),
         })))
@@ -184,7 +207,7 @@ impl Registry {
     }
 
     /// Counters that the metrics page reads.
-    pub fn stats(&self) -> &Stats {
+    pub fn stats(&self) -> &TierStats {
         &self.0.host.stats
     }
 
@@ -194,24 +217,24 @@ impl Registry {
     ///
     /// Codes: `adapter_name_invalid`, `adapter_exists`, `adapter_path_forbidden`, `adapter_source_not_found`,
     /// `adapter_invalid`, `adapter_unsupported`, `adapter_too_large`, `adapter_pin_budget`.
-    pub async fn load(&self, name: &str, source: &str, pinned: bool, replace: bool) -> Result<AdapterInfo> {
-        let info = self.load_counted(name, Path::new(source), true, pinned, replace).await?;
+    pub async fn load(&self, name: &str, source: &str, options: LoadOptions) -> Result<AdapterInfo> {
+        let info = self.load_counted(name, Path::new(source), SourceScope::Roots, options).await?;
         self.save();
         Ok(info)
     }
 
     /// Reads an adapter as [`Registry::load`] does, without giving it the name yet: requests that hold its lease can use it,
     /// nobody else finds it. Dropped, it is gone.
-    pub async fn stage(&self, name: &str, source: &str) -> Result<Staged> {
+    pub async fn load_unpublished(&self, name: &str, source: &str) -> Result<UnpublishedAdapter> {
         self.check_name(name)?;
-        let (generation, weights) = self.read(name, Path::new(source), true).await?;
+        let (generation, weights) = self.read(name, Path::new(source), SourceScope::Roots).await?;
         let generation = Arc::new(generation);
         self.0.host.put(&generation, Arc::new(weights));
-        Ok(Staged(generation))
+        Ok(UnpublishedAdapter(generation))
     }
 
     /// Gives a staged adapter its name, whatever had it before.
-    pub fn publish(&self, Staged(generation): Staged) -> AdapterInfo {
+    pub fn publish(&self, UnpublishedAdapter(generation): UnpublishedAdapter) -> AdapterInfo {
         let info = AdapterInfo::from(&*generation);
         let mut names = self.lock();
         names.absent.remove(&info.name);
@@ -237,7 +260,7 @@ impl Registry {
         }
         found.sort();
         let loads = found.into_iter().map(|(name, path)| async move {
-            let loaded = self.load_counted(&name, &path, false, false, false).await;
+            let loaded = self.load_counted(&name, &path, SourceScope::Anywhere, LoadOptions::default()).await;
             if let Err(e) = &loaded {
                 tracing::warn!("adapter {name:?} in {} was not loaded: {e}", path.display());
             }
@@ -252,16 +275,19 @@ impl Registry {
     /// entry whose content has changed is loaded as the new generation it now is; one that fails stays in the
     /// manifest. Call it after [`Registry::load_directory`]: what is loaded already only gets its pin back.
     pub async fn restore(&self) -> Vec<String> {
-        let (entries, mut problems): (Vec<Entry>, _) = {
+        let (entries, mut problems): (Vec<ManifestEntry>, _) = {
             let mut names = self.lock();
             (names.absent.values().cloned().collect(), std::mem::take(&mut names.damaged))
         };
         let restores = entries.into_iter().map(|entry| async move {
-            let Entry { name, source, pinned, generation } = entry;
+            let ManifestEntry { name, source, pinned, generation } = entry;
             let current = self.get(&name).ok().filter(|info| info.generation == generation && info.source == source);
             let restored = match current {
                 Some(_) => self.pin_now(&name, pinned),
-                None => self.load_counted(&name, &source, true, pinned, true).await,
+                None => {
+                    let options = LoadOptions { pinned, replace: true };
+                    self.load_counted(&name, &source, SourceScope::Roots, options).await
+                }
             };
             let problem = match restored {
                 Ok(info) if info.generation == generation => return None,
@@ -288,7 +314,7 @@ impl Registry {
     }
 
     /// Takes the name away; running requests keep their lease. 404 for an unknown name.
-    pub fn unload(&self, name: &str) -> Result<Unloaded> {
+    pub fn unload(&self, name: &str) -> Result<UnloadOutcome> {
         let mut names = self.lock();
         let unloaded = match (names.loaded.remove(name), names.absent.remove(name)) {
             (Some(generation), _) => {
@@ -297,9 +323,9 @@ impl Registry {
                 let slot = if generation.level() == "slot" { generation.slot_bytes } else { 0 };
                 let (freed_bytes, pending_bytes) =
                     if generation.leases() > 0 { (0, host + slot) } else { (host, slot) };
-                Unloaded { generation: generation.id.clone(), freed_bytes, pending_bytes }
+                UnloadOutcome { generation: generation.id.clone(), freed_bytes, pending_bytes }
             }
-            (None, Some(entry)) => Unloaded { generation: entry.generation, freed_bytes: 0, pending_bytes: 0 },
+            (None, Some(entry)) => UnloadOutcome { generation: entry.generation, freed_bytes: 0, pending_bytes: 0 },
             (None, None) => return Err(not_found(name)),
         };
         drop(names);
@@ -308,7 +334,7 @@ impl Registry {
     }
 
     /// Pins or unpins. 404 for an unknown name, 409 when the pinned ones would not fit into slots together.
-    pub fn pin(&self, name: &str, pinned: bool) -> Result<AdapterInfo> {
+    pub fn set_pinned(&self, name: &str, pinned: bool) -> Result<AdapterInfo> {
         let info = self.pin_now(name, pinned)?;
         self.save();
         Ok(info)
@@ -324,7 +350,7 @@ impl Registry {
         self.lock().loaded.values().map(|generation| AdapterInfo::from(&**generation)).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Names> {
+    fn lock(&self) -> MutexGuard<'_, NameTable> {
         // The maps are consistent between statements, so a panic elsewhere does not spoil them.
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -341,20 +367,19 @@ impl Registry {
     }
 
     /// [`Registry::load_alone`] with one load a name at a time, counted. What an operator's directory offers
-    /// (`confined` false) does not count as a decision on what the manifest says.
+    /// ([`SourceScope::Anywhere`]) does not count as a decision on what the manifest says.
     async fn load_counted(
         &self,
         name: &str,
         source: &Path,
-        confined: bool,
-        pinned: bool,
-        replace: bool,
+        scope: SourceScope,
+        options: LoadOptions,
     ) -> Result<AdapterInfo> {
         let started = Instant::now();
-        let turn = Turn::new(&self.0, name);
+        let name_lock = NameLock::new(&self.0, name);
         let loaded = {
-            let _guard = turn.lock.lock().await;
-            self.load_alone(name, source, confined, pinned, replace).await
+            let _guard = name_lock.lock.lock().await;
+            self.load_alone(name, source, scope, options).await
         };
         let stats = self.stats();
         match &loaded {
@@ -373,21 +398,21 @@ impl Registry {
         &self,
         name: &str,
         source: &Path,
-        confined: bool,
-        pinned: bool,
-        replace: bool,
+        scope: SourceScope,
+        options: LoadOptions,
     ) -> Result<AdapterInfo> {
+        let LoadOptions { pinned, replace } = options;
         self.check_name(name)?;
         if !replace && self.lock().loaded.contains_key(name) {
             let message = format!("adapter {name:?} is loaded already: ask for it to be replaced, or unload it first");
             return Err(Error::new(ErrorKind::Conflict, message).param("name").code("adapter_exists"));
         }
-        let (generation, weights) = self.read(name, source, confined).await?;
+        let (generation, weights) = self.read(name, source, scope).await?;
         let mut names = self.lock();
         if pinned {
             self.check_pin_budget(&names, name, generation.slot_bytes)?;
         }
-        if confined {
+        if scope == SourceScope::Roots {
             names.absent.remove(name);
         }
         let same = |old: &&Arc<Generation>| old.id == generation.id && old.source == generation.source;
@@ -406,10 +431,10 @@ impl Registry {
     }
 
     /// Reads and checks an adapter that is to be called `name`.
-    async fn read(&self, name: &str, source: &Path, confined: bool) -> Result<(Generation, AdapterWeights)> {
+    async fn read(&self, name: &str, source: &Path, scope: SourceScope) -> Result<(Generation, AdapterWeights)> {
         let (inner, source) = (self.0.clone(), source.to_owned());
         let read = move || {
-            let source = inner.resolve(&source, confined)?;
+            let source = inner.resolve(&source, scope)?;
             peft::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
         };
         let (source, weights, id) = tokio::task::spawn_blocking(read)
@@ -442,7 +467,7 @@ impl Registry {
     }
 
     /// Pinned adapters must fit into the slots together, or they would wait for each other for ever.
-    fn check_pin_budget(&self, names: &Names, name: &str, bytes: usize) -> Result<()> {
+    fn check_pin_budget(&self, names: &NameTable, name: &str, bytes: usize) -> Result<()> {
         let others = names.loaded.values().filter(|g| g.name != name && g.pinned());
         let total = bytes + others.map(|g| g.slot_bytes).sum::<usize>();
         let budget = self.0.config.slot_budget;
@@ -459,9 +484,9 @@ impl Registry {
     fn save(&self) {
         let Some(manifest) = &self.0.manifest else { return };
         let manifest = manifest.lock().unwrap_or_else(PoisonError::into_inner);
-        let entries: Vec<Entry> = {
+        let entries: Vec<ManifestEntry> = {
             let names = self.lock();
-            let loaded = names.loaded.values().map(|g| Entry {
+            let loaded = names.loaded.values().map(|g| ManifestEntry {
                 name: g.name.clone(),
                 source: g.source.clone(),
                 pinned: g.pinned(),
@@ -476,27 +501,27 @@ impl Registry {
     }
 }
 
-impl Names {
+impl NameTable {
     fn find(&self, name: &str) -> Result<&Arc<Generation>> {
         self.loaded.get(name).ok_or_else(|| not_found(name))
     }
 }
 
 /// A place in the line of loads of one name; the line goes when nobody is in it.
-struct Turn<'a> {
-    inner: &'a Inner,
+struct NameLock<'a> {
+    inner: &'a RegistryInner,
     name: &'a str,
     lock: Arc<tokio::sync::Mutex<()>>,
 }
 
-impl<'a> Turn<'a> {
-    fn new(inner: &'a Inner, name: &'a str) -> Self {
+impl<'a> NameLock<'a> {
+    fn new(inner: &'a RegistryInner, name: &'a str) -> Self {
         let mut loading = inner.loading.lock().unwrap_or_else(PoisonError::into_inner);
         Self { inner, name, lock: loading.entry(name.to_owned()).or_default().clone() }
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for NameLock<'_> {
     fn drop(&mut self) {
         let mut loading = self.inner.loading.lock().unwrap_or_else(PoisonError::into_inner);
         // The map's and ours.
@@ -506,10 +531,10 @@ impl Drop for Turn<'_> {
     }
 }
 
-impl Inner {
-    /// The real path of a source. A confined one lies below the adapter root, if there is one: neither `..` nor a
+impl RegistryInner {
+    /// The real path of a source. Under [`SourceScope::Roots`] it lies below the adapter root, if there is one: neither `..` nor a
     /// symlink leads out, and what lies outside is not even looked at.
-    fn resolve(&self, source: &Path, confined: bool) -> Result<PathBuf> {
+    fn resolve(&self, source: &Path, scope: SourceScope) -> Result<PathBuf> {
         if source.as_os_str().is_empty() {
             return Err(Error::invalid("the source must be the path of an adapter directory, not empty"));
         }
@@ -517,8 +542,8 @@ impl Inner {
             let message = format!("{} is outside the adapter root", source.display());
             Error::new(ErrorKind::Forbidden, message).code("adapter_path_forbidden")
         };
-        let root = self.root.as_deref().filter(|_| confined);
-        let made = self.config.made_root.as_deref();
+        let root = self.root.as_deref().filter(|_| scope == SourceScope::Roots);
+        let made = self.config.checkpoint_root.as_deref();
         let inside = |path: &Path| {
             root.is_none_or(|root| path.starts_with(root) || made.is_some_and(|made| path.starts_with(made)))
         };

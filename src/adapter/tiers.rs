@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::Device;
 
 use super::peft;
-use super::{Generation, Lease, State};
+use super::{Generation, GenerationState, Lease};
 use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
 use crate::lora::slots::{Form, Laid, SlotPool};
@@ -47,7 +47,7 @@ pub enum Residency {
 
 /// Counters of the adapter tiers that the metrics page reads.
 #[derive(Debug, Default)]
-pub struct Stats {
+pub struct TierStats {
     /// Adapters read, checked and published.
     pub loads: AtomicU64,
     /// Time these loads took in all, in microseconds.
@@ -73,7 +73,7 @@ pub struct Stats {
 /// Adapters in host memory under a byte budget.
 pub struct HostTier {
     budget: usize,
-    pub(super) stats: Arc<Stats>,
+    pub(super) stats: Arc<TierStats>,
     entries: Mutex<HostEntries>,
 }
 
@@ -86,7 +86,7 @@ struct HostEntries {
 }
 
 struct HostEntry {
-    state: Arc<State>,
+    state: Arc<GenerationState>,
     weights: Arc<AdapterWeights>,
     bytes: usize,
     last_used: u64,
@@ -94,7 +94,7 @@ struct HostEntry {
 
 impl HostTier {
     /// An empty tier for `budget` bytes.
-    pub fn new(budget: usize, stats: Arc<Stats>) -> Self {
+    pub fn new(budget: usize, stats: Arc<TierStats>) -> Self {
         Self { budget, stats, entries: Mutex::default() }
     }
 
@@ -156,26 +156,26 @@ pub struct Tiers {
     budget: usize,
     pool: SlotPool,
     /// Generations in a slot or on their way, by key.
-    entries: HashMap<u64, Entry>,
+    entries: HashMap<u64, ResidentAdapter>,
     /// Which generation holds a slot.
     by_slot: HashMap<u32, u64>,
     /// Loads that failed and whose requester has not been told yet.
-    failed: HashMap<u64, (Arc<State>, Error)>,
+    failed: HashMap<u64, (Arc<GenerationState>, Error)>,
     /// Bytes of all entries.
     bytes: usize,
     /// Counts calls of `acquire`.
     clock: u64,
-    /// The value of `Stats::retirements` up to which retired generations have been freed.
+    /// The value of `TierStats::retirements` up to which retired generations have been freed.
     swept: u64,
     jobs: Sender<Arc<Generation>>,
     done: Receiver<(u64, Result<Laid>)>,
     /// Generations that were put into their slot, but may not have arrived there.
     arriving: Vec<u64>,
-    stats: Arc<Stats>,
+    stats: Arc<TierStats>,
 }
 
-struct Entry {
-    state: Arc<State>,
+struct ResidentAdapter {
+    state: Arc<GenerationState>,
     bytes: usize,
     slot: u32,
     /// Whether it has arrived in its slot.
@@ -188,7 +188,7 @@ struct Entry {
     fresh: bool,
 }
 
-impl Entry {
+impl ResidentAdapter {
     fn evictable(&self, clock: u64) -> bool {
         let awaited = self.fresh && clock - self.last_used <= GRACE && self.state.leases.load(SeqCst) > 0;
         self.ready && self.uses == 0 && !self.state.pinned() && !awaited
@@ -278,7 +278,7 @@ impl Tiers {
     }
 
     /// Makes room by evicting some that may go, and starts to load.
-    fn start(&mut self, lease: &Lease, may_go: impl Fn(&Entry) -> bool) -> Residency {
+    fn start(&mut self, lease: &Lease, may_go: impl Fn(&ResidentAdapter) -> bool) -> Residency {
         if let Some(answer) = self.make_room(lease, may_go) {
             return answer;
         }
@@ -288,7 +288,7 @@ impl Tiers {
             self.pool.remove(slot);
             return Residency::Failed(Error::internal("the adapter loaders have stopped"));
         }
-        self.entries.insert(key, Entry { state, bytes, slot, ready: false, uses: 0, last_used, fresh: true });
+        self.entries.insert(key, ResidentAdapter { state, bytes, slot, ready: false, uses: 0, last_used, fresh: true });
         self.by_slot.insert(slot, key);
         self.count_bytes(self.bytes + bytes);
         Residency::Loading
@@ -336,7 +336,7 @@ impl Tiers {
         let retirements = self.stats.retirements.load(SeqCst);
         if retirements != self.swept {
             self.swept = retirements;
-            let over = |(key, e): (&u64, &Entry)| (e.ready && e.uses == 0 && e.state.over()).then_some(*key);
+            let over = |(key, e): (&u64, &ResidentAdapter)| (e.ready && e.uses == 0 && e.state.over()).then_some(*key);
             for key in self.entries.iter().filter_map(over).collect::<Vec<_>>() {
                 self.free(key);
             }
@@ -345,7 +345,7 @@ impl Tiers {
     }
 
     /// Evicts least recently used adapters, of those that may go, until `lease`'s fits; on failure evicts none and says why.
-    fn make_room(&mut self, lease: &Lease, may_go: impl Fn(&Entry) -> bool) -> Option<Residency> {
+    fn make_room(&mut self, lease: &Lease, may_go: impl Fn(&ResidentAdapter) -> bool) -> Option<Residency> {
         let need = lease.slot_bytes;
         let pinned: usize = self.entries.values().filter(|e| e.state.pinned()).map(|e| e.bytes).sum();
         let others = self.entries.values().filter(|e| !e.state.pinned()).map(|e| e.slot);

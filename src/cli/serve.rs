@@ -56,8 +56,8 @@ async fn serve(config: ServeConfig) -> Result<()> {
 
 /// Brings the model up and makes the server ready.
 async fn load(config: &ServeConfig, app: &App, store: Arc<Store>, address: SocketAddr) -> Result<()> {
-    let made_root = Some(store.jobs_dir());
-    let backend = Backend::load(config, made_root, |loaded| announce(config, loaded, address)).await?;
+    let checkpoint_root = Some(store.jobs_dir());
+    let backend = Backend::load(config, checkpoint_root, |loaded| announce(config, loaded, address)).await?;
     let codec = Arc::new(backend.codec);
     let host = Host {
         engine: backend.engine.clone(),

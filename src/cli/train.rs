@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::adapter::peft;
 use crate::arch::ModelConfig;
 use crate::config::BaseConfig;
-use crate::engine::Background;
+use crate::engine::BackgroundWork;
 use crate::finetune::monitor::{self, History};
 use crate::finetune::prepare::{Prepared, prepare, provenance};
 use crate::finetune::settings;
@@ -367,7 +367,7 @@ fn follow(mut trainer: Trainer, reports: &Receiver<Report>, history: History) ->
     let bar = step_bar();
     let say = |line: String| bar.suspend(|| println!("{line}"));
     loop {
-        let worked = trainer.slice() || trainer.settle();
+        let worked = trainer.run_slice() || trainer.settle();
         for report in reports.try_iter() {
             run.history.take(&report)?;
             match report {

@@ -8,19 +8,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use super::Stats;
+use super::EngineStats;
 
 /// Something to do beside serving, such as training.
-pub trait Background: Send {
+pub trait BackgroundWork: Send {
     /// Does one bounded piece of work (a decoder block, an optimiser step), to its end on the device too, so that its time
     /// is known; false when there is nothing to do.
-    fn slice(&mut self) -> bool;
+    fn run_slice(&mut self) -> bool;
 }
 
 /// Background work and what it may take from requests.
-pub struct Filler {
+pub struct BackgroundTask {
     /// What to do.
-    pub work: Box<dyn Background>,
+    pub work: Box<dyn BackgroundWork>,
     /// Largest part of the time that it gets while requests run, 0 to 1.
     pub share: f64,
     /// Longest pause that it may put between two steps while sequences decode.
@@ -33,7 +33,7 @@ const HALF_LIFE: f64 = 5.0;
 
 /// Where recent time went, all of it fading.
 #[derive(Debug, Default)]
-struct Account {
+struct RecentUsage {
     /// Seconds of steps.
     serving: f64,
     /// Seconds of slices between steps; those of idle time are nobody's loss.
@@ -42,7 +42,7 @@ struct Account {
     predicted: f64,
 }
 
-impl Account {
+impl RecentUsage {
     fn pass(&mut self, seconds: f64) {
         let left = f64::exp2(-seconds / HALF_LIFE);
         for value in [&mut self.serving, &mut self.background, &mut self.predicted] {
@@ -67,33 +67,32 @@ impl Account {
     }
 }
 
-/// The filler on the engine's thread.
-pub(super) struct Slices {
+/// The task on the engine's thread.
+pub(super) struct TimeSlicer {
     /// `None` once it is over: there was none, or it panicked.
-    filler: Option<Filler>,
-    account: Account,
+    task: Option<BackgroundTask>,
+    usage: RecentUsage,
 }
 
-impl Slices {
-    pub(super) fn new(filler: Option<Filler>) -> Self {
-        Self { filler, account: Account::default() }
+impl TimeSlicer {
+    pub(super) fn new(task: Option<BackgroundTask>) -> Self {
+        Self { task, usage: RecentUsage::default() }
     }
 
     /// One slice while no request can run; false when there is nothing to do.
-    pub(super) fn idle(&mut self, stats: &Stats) -> bool {
+    pub(super) fn idle(&mut self, stats: &EngineStats) -> bool {
         self.slice(stats, true).is_some()
     }
 
     /// The slices that fit after a step of requests that took `step`.
-    pub(super) fn after_step(&mut self, step: Duration, decoding: bool, stats: &Stats) {
+    pub(super) fn after_step(&mut self, step: Duration, decoding: bool, stats: &EngineStats) {
         stats.serving_micros.fetch_add(step.as_micros() as u64, Relaxed);
-        self.account.step(step.as_secs_f64());
+        self.usage.step(step.as_secs_f64());
         let mut delay = 0.0;
-        while let Some(filler) = &self.filler {
+        while let Some(task) = &self.task {
             // Where nobody waits for a next token, a slice may be longer than the delay.
-            let in_time =
-                delay + self.account.predicted <= filler.max_delay.as_secs_f64() || (!decoding && delay == 0.0);
-            if !in_time || !self.account.below(filler.share) {
+            let in_time = delay + self.usage.predicted <= task.max_delay.as_secs_f64() || (!decoding && delay == 0.0);
+            if !in_time || !self.usage.below(task.share) {
                 return;
             }
             let Some(seconds) = self.slice(stats, false) else { return };
@@ -102,20 +101,20 @@ impl Slices {
     }
 
     /// Seconds that it took, where there was something to do.
-    fn slice(&mut self, stats: &Stats, idle: bool) -> Option<f64> {
-        let filler = self.filler.as_mut()?;
+    fn slice(&mut self, stats: &EngineStats, idle: bool) -> Option<f64> {
+        let task = self.task.as_mut()?;
         let began = Instant::now();
-        let Ok(worked) = catch_unwind(AssertUnwindSafe(|| filler.work.slice())) else {
+        let Ok(worked) = catch_unwind(AssertUnwindSafe(|| task.work.run_slice())) else {
             // What it left half done is not to be trusted. Whoever waits for it sees its channels close.
             tracing::error!("background work panicked and is over; serving goes on");
-            self.filler = None;
+            self.task = None;
             return None;
         };
         let took = began.elapsed();
         if !worked {
             return None;
         }
-        self.account.slice(took.as_secs_f64(), idle);
+        self.usage.slice(took.as_secs_f64(), idle);
         stats.background_slices.fetch_add(1, Relaxed);
         stats.background_micros.fetch_add(took.as_micros() as u64, Relaxed);
         Some(took.as_secs_f64())
@@ -128,24 +127,24 @@ mod tests {
 
     #[test]
     fn a_share_is_kept_over_time_and_old_time_is_forgotten() {
-        let mut account = Account::default();
-        assert!(!account.below(0.3), "nothing was served yet");
+        let mut usage = RecentUsage::default();
+        assert!(!usage.below(0.3), "nothing was served yet");
         let (mut serving, mut background) = (0.0_f64, 0.0_f64);
         for _ in 0..10_000 {
-            account.step(0.01);
+            usage.step(0.01);
             serving += 0.01;
-            if account.below(0.3) {
-                account.slice(0.04, false);
+            if usage.below(0.3) {
+                usage.slice(0.04, false);
                 background += 0.04;
             }
         }
         let share = background / (serving + background);
         assert!((share - 0.3).abs() < 0.01, "{share}");
         // A minute of steps without any work to do does not save up a minute for later.
-        (0..6000).for_each(|_| account.step(0.01));
+        (0..6000).for_each(|_| usage.step(0.01));
         let mut burst: f64 = 0.0;
-        while account.below(0.3) {
-            account.slice(0.04, false);
+        while usage.below(0.3) {
+            usage.slice(0.04, false);
             burst += 0.04;
         }
         assert!(burst < HALF_LIFE, "{burst}");
@@ -153,14 +152,14 @@ mod tests {
 
     #[test]
     fn idle_time_costs_no_share_and_a_long_slice_is_forgotten_by_halves() {
-        let mut account = Account::default();
-        (0..100).for_each(|_| account.slice(0.5, true));
-        account.step(0.001);
-        assert!(account.below(0.01));
-        assert!((account.predicted - 0.5).abs() < 1e-3);
-        (0..50).for_each(|_| account.step(0.1));
-        assert!((account.predicted - 0.25).abs() < 1e-3, "{}", account.predicted);
-        account.slice(0.01, false);
-        assert!(account.predicted > 0.2, "a short one does not hide that others were long");
+        let mut usage = RecentUsage::default();
+        (0..100).for_each(|_| usage.slice(0.5, true));
+        usage.step(0.001);
+        assert!(usage.below(0.01));
+        assert!((usage.predicted - 0.5).abs() < 1e-3);
+        (0..50).for_each(|_| usage.step(0.1));
+        assert!((usage.predicted - 0.25).abs() < 1e-3, "{}", usage.predicted);
+        usage.slice(0.01, false);
+        assert!(usage.predicted > 0.2, "a short one does not hide that others were long");
     }
 }

@@ -3,13 +3,13 @@
 //! background work.
 
 mod background;
-mod blocks;
+mod block_pool;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(not(feature = "cuda"))]
 #[path = "stub.rs"]
 pub mod cuda;
-mod flows;
+mod fair_queue;
 pub mod request;
 pub mod runner;
 pub mod sampler;
@@ -30,22 +30,23 @@ use crate::adapter::tiers::Residency;
 use crate::error::ErrorKind;
 use crate::ops::batch::Batch;
 use crate::{Error, Result};
-pub use background::{Background, Filler};
+pub use background::{BackgroundTask, BackgroundWork};
 use request::Request;
 use worker::Worker;
 
-/// What the engine thread drives: the model with its KV cache and adapter slots, or a fake in scheduler tests.
+/// Runs steps for the engine thread: the model with its KV cache and adapter slots, or a fake in tests of the scheduler.
 pub trait Runner: Send + 'static {
-    /// Asks for an adapter in a slot. Each `Ready` answer counts one use that [`Runner::release`] ends.
+    /// Asks for an adapter in a slot. Each [`Residency::Ready`] counts one use, which [`Runner::release`] ends.
     fn acquire(&mut self, lease: &Lease) -> Residency;
 
-    /// A request with this adapter has come, and waits for its turn.
+    /// Starts to bring an adapter into a slot: a request that needs it has been queued.
     fn prefetch(&mut self, _: &Lease) {}
 
     /// Ends one use of a slot.
     fn release(&mut self, slot: u32);
 
-    /// Frees what retired adapters left behind. Called after every step and now and then while idle.
+    /// Moves arrived adapters into their slots and frees those of retired ones. Called after every step and at intervals
+    /// while idle.
     fn sweep(&mut self) {}
 
     /// Runs the batch, writes its keys and values to the KV cache, and returns logits `[batch.logit_rows.len(), vocab]`
@@ -76,7 +77,7 @@ pub struct EngineConfig {
 
 /// Counters that the metrics page reads while the engine runs.
 #[derive(Debug, Default)]
-pub struct Stats {
+pub struct EngineStats {
     /// Sequences in the running set.
     pub running: AtomicU64,
     /// Requests that wait for room, those put back included.
@@ -104,17 +105,17 @@ pub struct Stats {
 }
 
 /// A place in the engine, from `submit` until the sequence is gone, however it ends.
-struct Ticket(Arc<Stats>);
+struct RequestPermit(Arc<EngineStats>);
 
-impl Ticket {
+impl RequestPermit {
     /// Takes one of `limit` places. Counting and taking are one step, so two callers cannot both have the last.
-    fn take(stats: &Arc<Stats>, limit: u64) -> Option<Self> {
+    fn take(stats: &Arc<EngineStats>, limit: u64) -> Option<Self> {
         let more = |open| (open < limit).then_some(open + 1);
         stats.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(stats.clone()))
     }
 }
 
-impl Drop for Ticket {
+impl Drop for RequestPermit {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Ordering::AcqRel);
     }
@@ -125,23 +126,27 @@ impl Drop for Ticket {
 pub struct Engine {
     /// Limits that `submit` checks.
     config: Arc<EngineConfig>,
-    stats: Arc<Stats>,
+    stats: Arc<EngineStats>,
     /// To the thread.
-    requests: Sender<(Request, Ticket)>,
+    requests: Sender<(Request, RequestPermit)>,
     /// No more requests are taken.
     draining: Arc<AtomicBool>,
 }
 
 impl Engine {
     /// Starts the engine thread on a runner, with what it does beside. Errors: limits that contradict each other.
-    pub fn start(runner: impl Runner, config: EngineConfig, filler: Option<Filler>) -> Result<Self> {
-        let (engine, worker) = Self::new(runner, config, filler)?;
+    pub fn start(runner: impl Runner, config: EngineConfig, background: Option<BackgroundTask>) -> Result<Self> {
+        let (engine, worker) = Self::new(runner, config, background)?;
         thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
         Ok(engine)
     }
 
     /// An engine whose work the caller does, turn by turn. Errors as [`Engine::start`].
-    pub fn new<R: Runner>(runner: R, config: EngineConfig, filler: Option<Filler>) -> Result<(Self, Worker<R>)> {
+    pub fn new<R: Runner>(
+        runner: R,
+        config: EngineConfig,
+        background: Option<BackgroundTask>,
+    ) -> Result<(Self, Worker<R>)> {
         let limits = [
             ("block_size", config.block_size),
             ("num_blocks", config.num_blocks),
@@ -157,13 +162,13 @@ impl Engine {
                 config.max_batch_tokens, config.max_running
             )));
         }
-        if let Some(Filler { share, .. }) = filler.as_ref().filter(|f| !(0.0..=1.0).contains(&f.share)) {
+        if let Some(BackgroundTask { share, .. }) = background.as_ref().filter(|f| !(0.0..=1.0).contains(&f.share)) {
             return Err(Error::invalid(format!("the share of background work is {share}; it must be from 0 to 1")));
         }
-        let stats = Arc::new(Stats::default());
+        let stats = Arc::new(EngineStats::default());
         stats.total_blocks.store(config.num_blocks as u64, Ordering::Relaxed);
         let (requests, inbox) = mpsc::channel();
-        let worker = Worker::new(runner, config.clone(), inbox, stats.clone(), filler);
+        let worker = Worker::new(runner, config.clone(), inbox, stats.clone(), background);
         Ok((Self { config: Arc::new(config), stats, requests, draining: Arc::default() }, worker))
     }
 
@@ -179,7 +184,7 @@ impl Engine {
             return Err(Error::invalid("the prompt is empty: it needs at least one token").param("prompt"));
         }
         let divided = request.adapters.len() > 1 || request.adapters.iter().any(|(_, weight)| *weight != 1.0);
-        if let Some((lease, _)) = request.adapters.iter().find(|(lease, _)| divided && lease.undivided) {
+        if let Some((lease, _)) = request.adapters.iter().find(|(lease, _)| divided && lease.exclusive) {
             return Err(Error::invalid(format!(
                 "adapter {:?} is a DoRA, which is used alone and at weight 1: its rows' norms do not add up with others'",
                 lease.name
@@ -208,11 +213,11 @@ impl Engine {
             .code("context_length_exceeded"));
         }
         let limit = (config.max_running + config.max_waiting) as u64;
-        let ticket = Ticket::take(&self.stats, limit).ok_or_else(|| {
+        let permit = RequestPermit::take(&self.stats, limit).ok_or_else(|| {
             let message = format!("the queue is full: {limit} requests run and wait; try again later");
             Error::new(ErrorKind::Overloaded, message).code("queue_full")
         })?;
-        self.requests.send((request, ticket)).map_err(|_| Error::internal("the engine thread has ended"))
+        self.requests.send((request, permit)).map_err(|_| Error::internal("the engine thread has ended"))
     }
 
     /// Takes no more requests, and returns once what runs and waits has ended.
@@ -224,7 +229,7 @@ impl Engine {
     }
 
     /// Live counters.
-    pub fn stats(&self) -> &Stats {
+    pub fn stats(&self) -> &EngineStats {
         &self.stats
     }
 }

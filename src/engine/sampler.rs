@@ -29,7 +29,7 @@ const CHUNK: usize = 64;
 
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sample {
+pub struct SampledToken {
     /// Its id.
     pub id: u32,
     /// When asked for.
@@ -38,35 +38,35 @@ pub struct Sample {
 
 /// Which tokens penalties apply to, and how often each was generated (0: only in the prompt).
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct TokenCounts {
     /// Empty while no penalty is set.
-    counts: HashMap<u32, u32>,
+    by_id: HashMap<u32, u32>,
     /// Whether any penalty is set, so that the others need not count.
     on: bool,
 }
 
-impl Seen {
+impl TokenCounts {
     /// Of a sequence that has generated nothing.
     pub fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
         let on = params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
         let counts = if on { prompt.iter().map(|id| (*id, 0)).collect() } else { HashMap::new() };
-        Self { counts, on }
+        Self { by_id: counts, on }
     }
 
     /// Counts a generated token.
     pub fn push(&mut self, id: u32) {
         if self.on {
-            *self.counts.entry(id).or_insert(0) += 1;
+            *self.by_id.entry(id).or_insert(0) += 1;
         }
     }
 }
 
 /// Everything besides the logits that decides a token.
-pub struct Choice<'a> {
+pub struct SamplingMetadata<'a> {
     /// How to sample.
     pub params: &'a SamplingParams,
     /// What penalties apply to.
-    pub seen: &'a Seen,
+    pub counts: &'a TokenCounts,
     /// Ids that may not come yet.
     pub masked: &'a [u32],
     /// Decides the draw, with `index`.
@@ -76,16 +76,16 @@ pub struct Choice<'a> {
 }
 
 /// What is asked of a row of logits.
-pub enum Task<'a> {
+pub enum LogitsTask<'a> {
     /// The next token: [`sample`].
-    Next(Choice<'a>),
+    Next(SamplingMetadata<'a>),
     /// How likely this id is, and as many alternatives: [`score`]. The sample is the id.
     Score(u32, usize),
 }
 
 /// Answers each task from its row of `logits [tasks, vocab]` f32, on the device where they are. What a task changes of its
 /// row, a GPU changes in place. Errors: other shapes; and each task's own.
-pub fn answer(logits: &Tensor, tasks: &[Task]) -> Result<Vec<Result<Sample>>> {
+pub fn answer(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<SampledToken>>> {
     let (rows, vocab) = logits.dims2()?;
     if rows != tasks.len() {
         return Err(Error::internal(format!("{rows} rows of logits for {} tasks", tasks.len())));
@@ -108,8 +108,8 @@ pub fn answer(logits: &Tensor, tasks: &[Task]) -> Result<Vec<Result<Sample>>> {
     parallel_for(rows, |row| {
         let logits = &values[row * vocab..(row + 1) * vocab];
         let sample = match &tasks[row] {
-            Task::Next(choice) => sample(logits, choice),
-            Task::Score(id, top) => score(logits, *id, *top).map(|l| Sample { id: *id, logprobs: Some(l) }),
+            LogitsTask::Next(choice) => sample(logits, choice),
+            LogitsTask::Score(id, top) => score(logits, *id, *top).map(|l| SampledToken { id: *id, logprobs: Some(l) }),
         };
         *samples[row].lock().unwrap_or_else(PoisonError::into_inner) = Some(sample);
     });
@@ -117,7 +117,7 @@ pub fn answer(logits: &Tensor, tasks: &[Task]) -> Result<Vec<Result<Sample>>> {
     Ok(samples.map(|sample| sample.unwrap_or_else(|| Err(Error::internal("a row was not sampled")))).collect())
 }
 
-impl Task<'_> {
+impl LogitsTask<'_> {
     /// The same for a GPU.
     fn row(&self, vocab: usize) -> on_device::Row<'_> {
         let choice = match self {
@@ -131,8 +131,8 @@ impl Task<'_> {
         let SamplingParams { temperature, top_p, top_k, min_p, .. } = *choice.params;
         on_device::Row {
             bias: &choice.params.logit_bias,
-            penalties: choice.seen.on.then_some(Penalties {
-                counts: &choice.seen.counts,
+            penalties: choice.counts.on.then_some(Penalties {
+                counts: &choice.counts.by_id,
                 repetition: choice.params.repetition_penalty,
                 frequency: choice.params.frequency_penalty,
                 presence: choice.params.presence_penalty,
@@ -147,7 +147,7 @@ impl Task<'_> {
     }
 
     /// What a GPU's answer means.
-    fn outcome(&self, picked: Picked, vocab: usize) -> Result<Sample> {
+    fn outcome(&self, picked: Picked, vocab: usize) -> Result<SampledToken> {
         if picked.max.is_nan() {
             return Err(not_finite());
         }
@@ -165,12 +165,12 @@ impl Task<'_> {
         });
         match self {
             Self::Score(id, _) if logprobs.is_none() => Err(outside(*id, vocab)),
-            _ => Ok(Sample { id: picked.id, logprobs }),
+            _ => Ok(SampledToken { id: picked.id, logprobs }),
         }
     }
 }
 
-impl Choice<'_> {
+impl SamplingMetadata<'_> {
     /// Decides a draw: in [0, 1).
     fn uniform(&self) -> f64 {
         let mut rng = Pcg64::seed_from_u64(self.seed);
@@ -197,14 +197,14 @@ thread_local! {
 }
 
 /// Chooses a token from `logits [vocab]`. Errors: `Internal` if a logit is NaN or infinite, or every token is masked.
-pub fn sample(logits: &[f32], choice: &Choice) -> Result<Sample> {
+pub fn sample(logits: &[f32], choice: &SamplingMetadata) -> Result<SampledToken> {
     SCRATCH.with_borrow_mut(|[copy, weights]| {
         let logits = adjust(logits, choice, copy);
         let (best, max) = checked_argmax(logits)?;
         let params = choice.params;
         let id = if params.temperature == 0.0 { best } else { draw(logits, max, choice, weights) };
         let logprobs = params.logprobs.map(|top| report(logits, max, id, top));
-        Ok(Sample { id, logprobs })
+        Ok(SampledToken { id, logprobs })
     })
 }
 
@@ -219,9 +219,9 @@ pub fn score(logits: &[f32], id: u32, top: usize) -> Result<Logprobs> {
 }
 
 /// The logits after masks, bias and penalties; the row itself where there are none.
-fn adjust<'a>(logits: &'a [f32], choice: &Choice, copy: &'a mut Vec<f32>) -> &'a [f32] {
-    let Choice { params, seen, masked, .. } = choice;
-    if masked.is_empty() && params.logit_bias.is_empty() && !seen.on {
+fn adjust<'a>(logits: &'a [f32], choice: &SamplingMetadata, copy: &'a mut Vec<f32>) -> &'a [f32] {
+    let SamplingMetadata { params, counts, masked, .. } = choice;
+    if masked.is_empty() && params.logit_bias.is_empty() && !counts.on {
         return logits;
     }
     copy.clear();
@@ -231,7 +231,7 @@ fn adjust<'a>(logits: &'a [f32], choice: &Choice, copy: &'a mut Vec<f32>) -> &'a
             *logit += bias;
         }
     }
-    for (&id, &count) in &seen.counts {
+    for (&id, &count) in &counts.by_id {
         let Some(logit) = copy.get_mut(id as usize) else { continue };
         *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
         if count > 0 {
@@ -315,7 +315,7 @@ fn largest(logits: &[f32], k: usize) -> Vec<(f32, u32)> {
 }
 
 /// Draws a token after temperature, `min_p`, `top_k` and `top_p`.
-fn draw(logits: &[f32], max: f32, choice: &Choice, weights: &mut Vec<f32>) -> u32 {
+fn draw(logits: &[f32], max: f32, choice: &SamplingMetadata, weights: &mut Vec<f32>) -> u32 {
     let SamplingParams { temperature, top_p, top_k, min_p, .. } = *choice.params;
     let weight = |logit: f32| {
         let weight = exp((logit - max) / temperature);

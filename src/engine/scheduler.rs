@@ -2,17 +2,17 @@
 //! runs at all.
 //!
 //! * A step has at most `max_batch_tokens` rows. Every running sequence whose prompt is computed gets one. The rest goes
-//!   in chunks to the flow that was served the fewest tokens (see [`super::flows`]): to a prompt of it that runs, else
+//!   in chunks to the queue that was served the fewest tokens (see [`super::fair_queue`]): to a prompt of it that runs, else
 //!   its first waiting request is admitted.
 //! * Admission takes the blocks of the whole prompt at once, so that only decoding can run out of them, and a use of
-//!   each adapter's slot. If blocks or seats lack, nobody is admitted until the flow whose turn it is fits. If an
-//!   adapter is not in a slot yet, the flow is passed over, but for lack of slot room only [`MAX_BYPASS`] times.
-//! * When decoding runs out of blocks, the newest sequence of the most served flow is preempted: it gives up its blocks
+//!   each adapter's slot. If blocks or seats lack, nobody is admitted until the queue whose turn it is fits. If an
+//!   adapter is not in a slot yet, the queue is passed over, but for lack of slot room only [`MAX_BYPASS`] times.
+//! * When decoding runs out of blocks, the newest sequence of the most served queue is preempted: it gives up its blocks
 //!   and goes to the front of its queue with all its tokens, to be computed again. Since a row's logits do not depend
 //!   on the batch, it goes on as if nothing had happened.
 
-use super::blocks::BlockPool;
-use super::flows::{Flow, FlowId, Flows, SlotWait};
+use super::block_pool::BlockPool;
+use super::fair_queue::{AdapterQueue, FairQueues, QueueId, SlotWait};
 use super::request::Event;
 use super::sequence::Sequence;
 use super::{EngineConfig, Residency, Runner};
@@ -28,19 +28,19 @@ pub const MAX_SCORED_ROWS: usize = 64;
 /// slots from each other for ever, without one of them ever having all it needs.
 pub const MAX_BYPASS: usize = 64;
 
-/// Flows without a slot that are asked for in one step. Asking for more at once would only make their adapters evict
+/// Queues without a slot that are asked for in one step. Asking for more at once would only make their adapters evict
 /// each other.
 const MAX_REFUSALS: usize = 16;
 
 /// Refusals in a row, with every slot unused, after which a request's adapters cannot fit together.
 const MAX_HOPELESS: usize = 1024;
 
-/// Steps' worth of tokens that a flow's account may be ahead of another's.
+/// Steps' worth of tokens that a queue's account may be ahead of another's.
 const MAX_LEAD_STEPS: usize = 16;
 
 /// Rows of one running sequence in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Share {
+pub struct ScheduledRows {
     /// Index in [`Scheduler::running`].
     pub sequence: usize,
     /// Rows: its next `rows` tokens.
@@ -53,7 +53,7 @@ pub struct Scheduler {
     /// In order of admission.
     pub running: Vec<Sequence>,
     /// Everyone else, by adapter.
-    flows: Flows,
+    queues: FairQueues,
     /// KV blocks.
     pub blocks: BlockPool,
     /// Counts calls of `schedule`.
@@ -64,11 +64,11 @@ pub struct Scheduler {
     pub preemptions: u64,
 }
 
-/// What came of an attempt to admit a flow's first request.
+/// What came of an attempt to admit a queue's first request.
 enum Admission {
     /// It runs, or it failed and is gone: go on.
     Moved,
-    /// Its adapters are not in slots: pass over the flow in this step.
+    /// Its adapters are not in slots: pass over the queue in this step.
     NoSlot,
     /// No seat or not enough blocks: nobody is admitted in this step.
     NoRoom,
@@ -78,32 +78,32 @@ impl Scheduler {
     /// No requests, all blocks free.
     pub fn new(config: EngineConfig) -> Self {
         let blocks = BlockPool::new(config.num_blocks);
-        let (running, flows) = (Vec::new(), Flows::default());
-        Self { config, running, flows, blocks, step: 0, prefix: (0, 0), preemptions: 0 }
+        let (running, queues) = (Vec::new(), FairQueues::default());
+        Self { config, running, queues, blocks, step: 0, prefix: (0, 0), preemptions: 0 }
     }
 
     /// Queues a request.
     pub fn push(&mut self, sequence: Sequence) {
-        self.flows.push(sequence);
+        self.queues.push(sequence);
     }
 
     /// Requests that wait.
     pub fn waiting(&self) -> usize {
-        self.flows.waiting()
+        self.queues.waiting()
     }
 
     /// Plans a step. Empty when there is nothing to run now (though requests may wait for an adapter). Sequences under the
     /// same adapters are side by side, so that they share a pass over the adapter's weights.
-    pub fn schedule(&mut self, runner: &mut impl Runner) -> Vec<Share> {
+    pub fn schedule(&mut self, runner: &mut impl Runner) -> Vec<ScheduledRows> {
         self.step += 1;
         self.running.iter_mut().for_each(|sequence| sequence.planned = 0);
         self.drop_cancelled(runner);
         self.plan_decodes(runner);
         self.plan_prompts(runner);
-        self.flows.limit_lead((MAX_LEAD_STEPS * self.config.max_batch_tokens) as u64);
+        self.queues.limit_lead((MAX_LEAD_STEPS * self.config.max_batch_tokens) as u64);
         let mut planned: Vec<_> = self.running.iter().enumerate().filter(|(_, s)| s.planned > 0).collect();
         planned.sort_by_cached_key(|(_, s)| s.slots.iter().map(|(slot, w)| (*slot, w.to_bits())).collect::<Vec<_>>());
-        planned.into_iter().map(|(sequence, s)| Share { sequence, rows: s.planned }).collect()
+        planned.into_iter().map(|(sequence, s)| ScheduledRows { sequence, rows: s.planned }).collect()
     }
 
     /// Accounts `rows` computed tokens and publishes the blocks that they completed.
@@ -125,7 +125,7 @@ impl Scheduler {
         let mut sequence = self.running.remove(index);
         self.blocks.release(&std::mem::take(&mut sequence.blocks));
         sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
-        self.flows.get(sequence.flow).running -= 1;
+        self.queues.get(sequence.queue).running -= 1;
         (sequence.computed, sequence.planned, sequence.published) = (0, 0, 0);
         sequence
     }
@@ -136,13 +136,13 @@ impl Scheduler {
                 self.remove(index, runner);
             }
         }
-        for flow in self.flows.iter_mut() {
-            flow.waiting.retain(|sequence| !sequence.cancelled());
-            if flow.waiting.is_empty() {
-                flow.slots = SlotWait::default();
+        for queue in self.queues.iter_mut() {
+            queue.waiting.retain(|sequence| !sequence.cancelled());
+            if queue.waiting.is_empty() {
+                queue.slots = SlotWait::default();
             }
         }
-        self.flows.drop_idle();
+        self.queues.drop_idle();
     }
 
     fn plan_decodes(&mut self, runner: &mut impl Runner) {
@@ -161,79 +161,79 @@ impl Scheduler {
             }
         }
         for sequence in self.running.iter().filter(|s| s.planned > 0) {
-            self.flows.charge(sequence.flow, sequence.planned);
+            self.queues.charge(sequence.queue, sequence.planned);
         }
     }
 
-    /// Puts the newest running sequence of the most served flow back in its queue; returns the index it had.
+    /// Puts the newest running sequence of the most served queue back in its queue; returns the index it had.
     fn preempt(&mut self, runner: &mut impl Runner) -> usize {
-        let flow = self.flows.most_served_running().expect("blocks run out only while sequences hold them");
-        let newest = self.running.iter().rposition(|s| s.flow == flow).expect("the flow has running sequences");
+        let queue = self.queues.most_served_running().expect("blocks run out only while sequences hold them");
+        let newest = self.running.iter().rposition(|s| s.queue == queue).expect("the queue has running sequences");
         let sequence = self.remove(newest, runner);
         tracing::debug!(request = sequence.request.id, tokens = sequence.tokens.len(), "preempted");
-        self.flows.get(flow).waiting.push_front(sequence);
+        self.queues.get(queue).waiting.push_front(sequence);
         self.preemptions += 1;
         newest
     }
 
     fn plan_prompts(&mut self, runner: &mut impl Runner) {
         let max_rows = self.config.max_batch_tokens;
-        // Small enough that a few flows share a step.
+        // Small enough that a few queues share a step.
         let quantum = max_rows.div_ceil(4);
         let mut rows = max_rows - self.running.iter().map(|s| s.planned).sum::<usize>();
         let mut scored_rows = MAX_SCORED_ROWS;
         let mut admitting = true;
         while rows > 0 {
             let open = |s: &&mut Sequence| chunk(s, scored_rows) > 0;
-            let prompts: Vec<_> = self.running.iter_mut().filter(open).map(|s| s.flow).collect();
+            let prompts: Vec<_> = self.running.iter_mut().filter(open).map(|s| s.queue).collect();
             let next = if admitting {
                 self.next_with(&prompts)
             } else {
-                self.flows.least_served(|id, _| prompts.contains(&id))
+                self.queues.least_served(|id, _| prompts.contains(&id))
             };
-            let Some(flow) = next else { break };
-            match self.running.iter_mut().filter(open).find(|s| s.flow == flow) {
+            let Some(queue) = next else { break };
+            match self.running.iter_mut().filter(open).find(|s| s.queue == queue) {
                 Some(sequence) => {
                     let tokens = chunk(sequence, scored_rows).min(quantum).min(rows);
                     let start = sequence.computed + sequence.planned;
                     scored_rows -= sequence.scoring(start..start + tokens).len();
                     sequence.planned += tokens;
                     rows -= tokens;
-                    self.flows.charge(flow, tokens);
+                    self.queues.charge(queue, tokens);
                 }
-                None => match self.admit(flow, runner) {
+                None => match self.admit(queue, runner) {
                     Admission::Moved => {}
-                    Admission::NoSlot => self.flows.get(flow).slots.refused_in = Some(self.step),
+                    Admission::NoSlot => self.queues.get(queue).slots.refused_in = Some(self.step),
                     Admission::NoRoom => admitting = false,
                 },
             }
         }
     }
 
-    /// The least served of the flows that have an open prompt or whose first request may be tried now.
-    fn next_with(&self, prompts: &[FlowId]) -> Option<FlowId> {
-        let refused = |flow: &Flow| flow.slots.refused_in == Some(self.step);
-        let asked = self.flows.iter().filter(|(_, flow)| refused(flow) && flow.running == 0).count();
+    /// The least served of the queues that have an open prompt or whose first request may be tried now.
+    fn next_with(&self, prompts: &[QueueId]) -> Option<QueueId> {
+        let refused = |queue: &AdapterQueue| queue.slots.refused_in == Some(self.step);
+        let asked = self.queues.iter().filter(|(_, queue)| refused(queue) && queue.running == 0).count();
         // Who has been passed over too often goes before all others that need slots.
-        let starved = self.flows.iter().filter(|(_, flow)| flow.slots.bypassed >= MAX_BYPASS);
-        let starved = starved.max_by_key(|(_, flow)| flow.slots.bypassed).map(|(id, _)| id);
-        let may_try = |id: FlowId, flow: &Flow| {
-            let slots_likely = flow.running > 0 || asked < MAX_REFUSALS;
-            !flow.waiting.is_empty()
-                && !refused(flow)
-                && (flow.is_base() || slots_likely && starved.is_none_or(|starved| starved == id))
+        let starved = self.queues.iter().filter(|(_, queue)| queue.slots.bypassed >= MAX_BYPASS);
+        let starved = starved.max_by_key(|(_, queue)| queue.slots.bypassed).map(|(id, _)| id);
+        let may_try = |id: QueueId, queue: &AdapterQueue| {
+            let slots_likely = queue.running > 0 || asked < MAX_REFUSALS;
+            !queue.waiting.is_empty()
+                && !refused(queue)
+                && (queue.is_base() || slots_likely && starved.is_none_or(|starved| starved == id))
         };
-        self.flows.least_served(|id, flow| prompts.contains(&id) || may_try(id, flow))
+        self.queues.least_served(|id, queue| prompts.contains(&id) || may_try(id, queue))
     }
 
-    /// Tries to run the first waiting request of a flow.
-    fn admit(&mut self, id: FlowId, runner: &mut impl Runner) -> Admission {
+    /// Tries to run the first waiting request of a queue.
+    fn admit(&mut self, id: QueueId, runner: &mut impl Runner) -> Admission {
         if self.running.len() == self.config.max_running {
             return Admission::NoRoom;
         }
         let block_size = self.config.block_size;
-        let flow = self.flows.get(id);
-        let Some(sequence) = flow.waiting.front_mut() else { return Admission::Moved };
+        let queue = self.queues.get(id);
+        let Some(sequence) = queue.waiting.front_mut() else { return Admission::Moved };
 
         // The last token is always computed, for its logits; prompt log-probabilities need every prompt row.
         let looked_up = self.config.prefix_cache && !sequence.wants_prompt_logprobs();
@@ -246,7 +246,7 @@ impl Scheduler {
         }
 
         let unused = self.running.iter().all(|s| s.slots.is_empty());
-        let wait = &mut flow.slots;
+        let wait = &mut queue.slots;
         let refusal = match acquire_all(sequence, runner) {
             Residency::Ready(_) => None,
             Residency::Loading => {
@@ -267,15 +267,15 @@ impl Scheduler {
             }
             Residency::Failed(error) => Some(error),
         };
-        flow.slots = SlotWait::default();
+        queue.slots = SlotWait::default();
         if let Some(error) = refusal {
             sequence.fail(error);
-            flow.waiting.pop_front();
+            queue.waiting.pop_front();
             return Admission::Moved;
         }
 
-        let Some(mut sequence) = flow.waiting.pop_front() else { return Admission::Moved };
-        flow.running += 1;
+        let Some(mut sequence) = queue.waiting.pop_front() else { return Admission::Moved };
+        queue.running += 1;
         cached.iter().for_each(|block| self.blocks.share(*block));
         sequence.computed = cached.len() * block_size;
         sequence.published = cached.len();
@@ -294,8 +294,8 @@ impl Scheduler {
             let _ = sequence.request.events.send(Event::Scheduled);
         }
         self.running.push(sequence);
-        if !self.flows.get(id).is_base() {
-            self.flows.iter_mut().filter(|flow| flow.slots.contended).for_each(|flow| flow.slots.bypassed += 1);
+        if !self.queues.get(id).is_base() {
+            self.queues.iter_mut().filter(|queue| queue.slots.contended).for_each(|queue| queue.slots.bypassed += 1);
         }
         Admission::Moved
     }

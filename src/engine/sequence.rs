@@ -3,11 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Ticket;
-use super::blocks::{BlockHash, chain_hash, root_hash};
-use super::flows::FlowId;
+use super::RequestPermit;
+use super::block_pool::{BlockHash, chain_hash, root_hash};
+use super::fair_queue::QueueId;
 use super::request::{Event, FinishReason, Logprobs, Request};
-use super::sampler::Seen;
+use super::sampler::TokenCounts;
 use crate::Error;
 
 /// Which adapters answer: generation ids and the bits of their weights, in order. The prefix cache goes by it.
@@ -20,7 +20,7 @@ pub struct Sequence {
     /// Its adapters, for the prefix cache.
     pub key: AdapterKey,
     /// The flow it is accounted to, set when it is queued.
-    pub flow: FlowId,
+    pub queue: QueueId,
     /// Decides the draws; the request's, or drawn when it came.
     pub seed: u64,
     /// Prompt, then output.
@@ -38,7 +38,7 @@ pub struct Sequence {
     /// Adapter slots and weights, while running.
     pub slots: Vec<(u32, f32)>,
     /// What penalties apply to.
-    pub seen: Seen,
+    pub counts: TokenCounts,
     /// Log-probabilities of leading prompt tokens, while they are collected.
     pub prompt_logprobs: Vec<Option<Logprobs>>,
     /// Prompt tokens that the prefix cache gave.
@@ -46,16 +46,16 @@ pub struct Sequence {
     /// It has been admitted before: queue time has ended.
     pub admitted: bool,
     /// Gives its place in the engine back with it.
-    _ticket: Ticket,
+    _permit: RequestPermit,
 }
 
 impl Sequence {
     /// A sequence that has not run.
-    pub fn new(request: Request, ticket: Ticket, seed: u64) -> Self {
+    pub fn new(request: Request, permit: RequestPermit, seed: u64) -> Self {
         let key = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits())).collect();
         Self {
             key,
-            flow: 0,
+            queue: 0,
             seed,
             tokens: request.prompt.clone(),
             computed: 0,
@@ -64,11 +64,11 @@ impl Sequence {
             hashes: Vec::new(),
             published: 0,
             slots: Vec::new(),
-            seen: Seen::new(&request.params, &request.prompt),
+            counts: TokenCounts::new(&request.params, &request.prompt),
             prompt_logprobs: Vec::new(),
             cached_tokens: 0,
             admitted: false,
-            _ticket: ticket,
+            _permit: permit,
             request,
         }
     }

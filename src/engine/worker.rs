@@ -9,37 +9,37 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
-use super::background::{Filler, Slices};
+use super::background::{BackgroundTask, TimeSlicer};
 use super::request::{Event, FinishReason, Logprobs, Request};
-use super::sampler::{Choice, Sample, Task, answer};
-use super::scheduler::{Scheduler, Share};
+use super::sampler::{LogitsTask, SampledToken, SamplingMetadata, answer};
+use super::scheduler::{ScheduledRows, Scheduler};
 use super::sequence::Sequence;
-use super::{EngineConfig, Runner, Stats, Ticket};
+use super::{EngineConfig, EngineStats, RequestPermit, Runner};
 use crate::ops::batch::Batch;
 use crate::{Error, Result};
 
 /// How often an idle engine looks after retired adapters.
-const IDLE_TICK: Duration = Duration::from_millis(200);
+const IDLE_POLL: Duration = Duration::from_millis(200);
 
 /// How often waiting for an adapter on its way asks again.
-const LOADING_TICK: Duration = Duration::from_millis(1);
+const LOADING_POLL: Duration = Duration::from_millis(1);
 
 /// Everything the engine thread owns.
 pub struct Worker<R> {
     runner: R,
     config: EngineConfig,
     scheduler: Scheduler,
-    inbox: Receiver<(Request, Ticket)>,
-    stats: Arc<Stats>,
+    inbox: Receiver<(Request, RequestPermit)>,
+    stats: Arc<EngineStats>,
     /// What happens beside.
-    slices: Slices,
+    time_slicer: TimeSlicer,
 }
 
-/// What a turn of the loop found to do.
+/// What a tick of the loop found to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum Tick {
     /// A step ran.
-    Ran,
+    Stepped,
     /// No request can run, and a slice of background work did.
     Sliced,
     /// Requests wait, but none can run now.
@@ -49,7 +49,7 @@ pub enum Turn {
 }
 
 /// What sampling one row gave.
-struct Sampled {
+struct SequenceOutput {
     /// Prompt log-probabilities that this step's rows completed, in order.
     prompt: Vec<Option<Logprobs>>,
     /// The next token, where the step reached the sequence's end.
@@ -61,22 +61,22 @@ impl<R: Runner> Worker<R> {
     pub(super) fn new(
         runner: R,
         config: EngineConfig,
-        inbox: Receiver<(Request, Ticket)>,
-        stats: Arc<Stats>,
-        filler: Option<Filler>,
+        inbox: Receiver<(Request, RequestPermit)>,
+        stats: Arc<EngineStats>,
+        background: Option<BackgroundTask>,
     ) -> Self {
-        let (scheduler, slices) = (Scheduler::new(config.clone()), Slices::new(filler));
-        Self { runner, scheduler, config, inbox, stats, slices }
+        let (scheduler, time_slicer) = (Scheduler::new(config.clone()), TimeSlicer::new(background));
+        Self { runner, scheduler, config, inbox, stats, time_slicer }
     }
 
     /// Runs until every handle is gone and every sequence has ended.
     pub fn run(mut self) {
         loop {
-            let wait = match self.turn() {
-                Turn::Ran => continue,
-                Turn::Sliced => Duration::ZERO,
-                Turn::Waiting => LOADING_TICK,
-                Turn::Idle => IDLE_TICK,
+            let wait = match self.tick() {
+                Tick::Stepped => continue,
+                Tick::Sliced => Duration::ZERO,
+                Tick::Waiting => LOADING_POLL,
+                Tick::Idle => IDLE_POLL,
             };
             match self.inbox.recv_timeout(wait) {
                 Ok(arrival) => self.take(arrival),
@@ -88,39 +88,39 @@ impl<R: Runner> Worker<R> {
     }
 
     /// Takes what came, and runs one step if anything can run, then background work as far as it may.
-    pub fn turn(&mut self) -> Turn {
+    pub fn tick(&mut self) -> Tick {
         while let Ok(arrival) = self.inbox.try_recv() {
             self.take(arrival);
         }
         let began = Instant::now();
-        let shares = self.scheduler.schedule(&mut self.runner);
-        let mut turn = match self.scheduler.waiting() {
-            _ if !shares.is_empty() => Turn::Ran,
-            0 => Turn::Idle,
-            _ => Turn::Waiting,
+        let scheduled = self.scheduler.schedule(&mut self.runner);
+        let mut tick = match self.scheduler.waiting() {
+            _ if !scheduled.is_empty() => Tick::Stepped,
+            0 => Tick::Idle,
+            _ => Tick::Waiting,
         };
-        if turn == Turn::Ran {
-            let batch = self.batch(&shares);
+        if tick == Tick::Stepped {
+            let batch = self.batch(&scheduled);
             // A fault of the model ends the sequences of this step; the engine goes on.
             let run = catch_unwind(AssertUnwindSafe(|| {
                 let logits = self.runner.forward(&batch)?;
-                self.sample(&shares, &logits)
+                self.sample(&scheduled, &logits)
             }));
             let panicked = || Err(Error::internal("the forward pass failed; see the server's log"));
             let sampled = run.unwrap_or_else(|_| panicked());
             self.stats.steps.fetch_add(1, Relaxed);
-            self.deliver(&shares, sampled);
+            self.deliver(&scheduled, sampled);
             let decoding = self.scheduler.running.iter().any(|s| s.output_len() > 0);
             self.publish_stats();
-            self.slices.after_step(began.elapsed(), decoding, &self.stats);
+            self.time_slicer.after_step(began.elapsed(), decoding, &self.stats);
         } else {
             self.publish_stats();
-            if self.slices.idle(&self.stats) {
-                turn = Turn::Sliced;
+            if self.time_slicer.idle(&self.stats) {
+                tick = Tick::Sliced;
             }
         }
         self.runner.sweep();
-        turn
+        tick
     }
 
     /// The model, for tests that count what it was asked.
@@ -128,53 +128,53 @@ impl<R: Runner> Worker<R> {
         &self.runner
     }
 
-    fn take(&mut self, (request, ticket): (Request, Ticket)) {
+    fn take(&mut self, (request, permit): (Request, RequestPermit)) {
         for (lease, _) in &request.adapters {
             self.runner.prefetch(lease);
         }
         let seed = request.params.seed.unwrap_or_else(rand::random);
-        self.scheduler.push(Sequence::new(request, ticket, seed));
+        self.scheduler.push(Sequence::new(request, permit, seed));
     }
 
-    fn batch(&self, shares: &[Share]) -> Batch {
+    fn batch(&self, scheduled: &[ScheduledRows]) -> Batch {
         let mut batch = Batch::default();
-        for share in shares {
-            let s = &self.scheduler.running[share.sequence];
+        for rows in scheduled {
+            let s = &self.scheduler.running[rows.sequence];
             let first = batch.tokens.len();
-            let tokens = &s.tokens[s.computed..s.computed + share.rows];
+            let tokens = &s.tokens[s.computed..s.computed + rows.rows];
             batch.push(tokens, s.computed, &s.blocks, self.config.block_size, &s.slots);
-            batch.logit_rows.extend(logit_positions(s, share.rows).map(|p| (first + p - s.computed) as u32));
+            batch.logit_rows.extend(logit_positions(s, rows.rows).map(|p| (first + p - s.computed) as u32));
         }
         batch
     }
 
-    /// Tokens and log-probabilities of every share.
-    fn sample(&self, shares: &[Share], logits: &Tensor) -> Result<Vec<Result<Sampled>>> {
-        let sequence = |share: &Share| &self.scheduler.running[share.sequence];
-        let masked: Vec<_> = shares.iter().map(|share| sequence(share).masked(&self.config.eos_token_ids)).collect();
-        let tasks: Vec<Vec<Task>> =
-            shares.iter().zip(&masked).map(|(share, masked)| tasks(sequence(share), share.rows, masked)).collect();
+    /// Tokens and log-probabilities of every rows.
+    fn sample(&self, scheduled: &[ScheduledRows], logits: &Tensor) -> Result<Vec<Result<SequenceOutput>>> {
+        let sequence = |rows: &ScheduledRows| &self.scheduler.running[rows.sequence];
+        let masked: Vec<_> = scheduled.iter().map(|rows| sequence(rows).masked(&self.config.eos_token_ids)).collect();
+        let tasks: Vec<Vec<LogitsTask>> =
+            scheduled.iter().zip(&masked).map(|(rows, masked)| tasks(sequence(rows), rows.rows, masked)).collect();
         let counts: Vec<_> = tasks.iter().map(Vec::len).collect();
-        let tasks: Vec<Task> = tasks.into_iter().flatten().collect();
+        let tasks: Vec<LogitsTask> = tasks.into_iter().flatten().collect();
         let mut answers = tasks.iter().zip(answer(logits, &tasks)?);
         Ok(counts.into_iter().map(|count| sampled(answers.by_ref().take(count).collect())).collect())
     }
 
     /// Hands out what the step gave, and ends what has ended.
-    fn deliver(&mut self, shares: &[Share], sampled: Result<Vec<Result<Sampled>>>) {
-        let results: Vec<Result<Sampled>> = match sampled {
+    fn deliver(&mut self, scheduled: &[ScheduledRows], sampled: Result<Vec<Result<SequenceOutput>>>) {
+        let results: Vec<Result<SequenceOutput>> = match sampled {
             Ok(results) => results,
             Err(error) => {
-                tracing::error!(%error, sequences = shares.len(), "step failed");
-                shares.iter().map(|_| Err(error.clone())).collect()
+                tracing::error!(%error, sequences = scheduled.len(), "step failed");
+                scheduled.iter().map(|_| Err(error.clone())).collect()
             }
         };
         let mut ended = Vec::new();
-        for (share, result) in shares.iter().zip(results) {
-            let index = share.sequence;
+        for (rows, result) in scheduled.iter().zip(results) {
+            let index = rows.sequence;
             match result {
                 Ok(sampled) => {
-                    self.scheduler.advance(index, share.rows);
+                    self.scheduler.advance(index, rows.rows);
                     if self.deliver_one(index, sampled) {
                         ended.push(index);
                     }
@@ -192,7 +192,7 @@ impl<R: Runner> Worker<R> {
     }
 
     /// True when the sequence has ended.
-    fn deliver_one(&mut self, index: usize, sampled: Sampled) -> bool {
+    fn deliver_one(&mut self, index: usize, sampled: SequenceOutput) -> bool {
         let s = &mut self.scheduler.running[index];
         let prompt_len = s.request.prompt.len();
         if s.wants_prompt_logprobs() {
@@ -220,7 +220,7 @@ impl<R: Runner> Worker<R> {
             return true;
         }
         s.tokens.push(id);
-        s.seen.push(id);
+        s.counts.push(id);
         // A client that has gone is noticed before the next step.
         let _ = s.request.events.send(Event::Token { id, logprobs });
         let full = s.output_len() >= params.max_tokens || s.tokens.len() >= self.config.max_model_len;
@@ -241,25 +241,31 @@ impl<R: Runner> Worker<R> {
     }
 }
 
-/// What is asked of the rows of logits of one share.
-fn tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<Task<'a>> {
+/// What is asked of the rows of logits of one rows.
+fn tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<LogitsTask<'a>> {
     let params = &s.request.params;
     let task = |position| match (params.prompt_logprobs, s.request.prompt.get(position + 1)) {
         // The row at a position predicts the token after it.
-        (Some(top), Some(&next)) => Task::Score(next, top),
-        _ => Task::Next(Choice { params, seen: &s.seen, masked, seed: s.seed, index: s.output_len() }),
+        (Some(top), Some(&next)) => LogitsTask::Score(next, top),
+        _ => LogitsTask::Next(SamplingMetadata {
+            params,
+            counts: &s.counts,
+            masked,
+            seed: s.seed,
+            index: s.output_len(),
+        }),
     };
     logit_positions(s, rows).map(task).collect()
 }
 
-/// Prompt log-probabilities and the next token of one share, from what came of its tasks.
-fn sampled(answers: Vec<(&Task, Result<Sample>)>) -> Result<Sampled> {
-    let mut sampled = Sampled { prompt: Vec::new(), next: None };
+/// Prompt log-probabilities and the next token of one rows, from what came of its tasks.
+fn sampled(answers: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<SequenceOutput> {
+    let mut sampled = SequenceOutput { prompt: Vec::new(), next: None };
     for (task, answer) in answers {
-        let Sample { id, logprobs } = answer?;
+        let SampledToken { id, logprobs } = answer?;
         match task {
-            Task::Score(..) => sampled.prompt.push(logprobs),
-            Task::Next(_) => sampled.next = Some((id, logprobs)),
+            LogitsTask::Score(..) => sampled.prompt.push(logprobs),
+            LogitsTask::Next(_) => sampled.next = Some((id, logprobs)),
         }
     }
     Ok(sampled)

@@ -34,7 +34,7 @@ impl Publisher {
     /// Compares the server's log-probabilities under the checkpoint with the trainer's, and gives it the name. The mean
     /// difference, nats a token. Errors: it cannot be loaded, or they differ.
     pub fn checkpoint(&self, name: &str, checkpoint: &Checkpoint) -> Result<f64> {
-        let staged = self.runtime.block_on(self.registry.stage(name, path(&checkpoint.dir)?))?;
+        let staged = self.runtime.block_on(self.registry.load_unpublished(name, path(&checkpoint.dir)?))?;
         let served = self.score(staged.lease(), &checkpoint.probe)?;
         let trained = &checkpoint.probe.logprobs;
         let off = trained.iter().zip(&served).map(|(a, b)| f64::from((a - b).abs()));
@@ -56,7 +56,7 @@ impl Publisher {
 
     /// Gives what has been compared before a name, or another name.
     pub fn again(&self, name: &str, dir: &Path) -> Result<()> {
-        let staged = self.runtime.block_on(self.registry.stage(name, path(dir)?))?;
+        let staged = self.runtime.block_on(self.registry.load_unpublished(name, path(dir)?))?;
         self.registry.publish(staged);
         Ok(())
     }

@@ -13,13 +13,13 @@ use bytesize::ByteSize;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::adapter::registry::{Registry, RegistryConfig};
+use crate::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use crate::adapter::tiers::Tiers;
 use crate::arch::ModelConfig;
 use crate::config::{BaseConfig, LoadFormat, NamedPath, ServeConfig};
 use crate::engine::cuda::Steps;
 use crate::engine::runner::ModelRunner;
-use crate::engine::{Engine, EngineConfig, Filler};
+use crate::engine::{BackgroundTask, Engine, EngineConfig};
 use crate::hub::ModelFiles;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
@@ -112,10 +112,10 @@ impl Backend {
     const MAX_DELAY: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(50)];
 
     /// Loads and starts everything; heavy work runs on blocking threads. `loaded_now` is told when the model is in memory,
-    /// before the last preparations of a GPU. `made_root` is where the trainer's adapters lie.
+    /// before the last preparations of a GPU. `checkpoint_root` is where the trainer's adapters lie.
     pub async fn load(
         config: &ServeConfig,
-        made_root: Option<PathBuf>,
+        checkpoint_root: Option<PathBuf>,
         loaded_now: impl FnOnce(&Loaded),
     ) -> Result<Self> {
         let base = config.base.clone();
@@ -130,7 +130,7 @@ impl Backend {
             RegistryConfig {
                 device: device.clone(),
                 adapter_root: config.adapter_root.clone(),
-                made_root,
+                checkpoint_root,
                 state_dir: config.state_dir.clone(),
                 host_budget: config.host_adapter_memory,
                 slot_budget: config.adapter_memory,
@@ -152,7 +152,7 @@ impl Backend {
         let loaded = Loaded { files, registry, weight_bytes, plan, device };
         loaded_now(&loaded);
         let (commands, inbox) = channel();
-        let filler = Filler {
+        let background = BackgroundTask {
             work: Box::new(Trainer::new(model.clone(), inbox)?),
             share: config.train_share,
             max_delay: config.train_max_delay.unwrap_or(Self::MAX_DELAY[usize::from(loaded.device.is_cuda())]),
@@ -176,7 +176,7 @@ impl Backend {
                 eos_token_ids: codec.eos_token_ids().to_vec(),
                 prefix_cache: !config.no_prefix_cache,
             },
-            Some(filler),
+            Some(background),
         )?;
         Ok(Self { engine, registry, codec, names, files, shape, fingerprint, commands, plan, step_bytes, device })
     }
@@ -316,7 +316,7 @@ async fn load_adapters(config: &ServeConfig, registry: &Registry) -> Result<()> 
         registry.load_directory(dir).await?;
     }
     for NamedPath { name, path } in &config.adapter {
-        registry.load(name, path, false, true).await.map_err(|mut e| {
+        registry.load(name, path, LoadOptions::REPLACE).await.map_err(|mut e| {
             e.message = format!("--adapter {name}={path}: {}", e.message);
             e
         })?;

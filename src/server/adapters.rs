@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::SharedApp;
 use super::extract::{self, Name};
 use super::failure::{Failed, Failure, respond};
-use crate::adapter::registry::AdapterInfo;
+use crate::adapter::registry::{AdapterInfo, LoadOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fields::{self, Fields};
 use crate::time::unix;
@@ -42,7 +42,7 @@ pub async fn put(
     fields::check_only(&body, &["source", "pinned"])?;
     let source = body.required("source", body.string("source")?, "the directory of the adapter")?;
     let pinned = body.boolean("pinned")?.unwrap_or(false);
-    Ok(Json(object(&serving.registry.load(&name, source, pinned, true).await?)))
+    Ok(Json(object(&serving.registry.load(&name, source, LoadOptions { pinned, replace: true }).await?)))
 }
 
 /// `DELETE /admin/adapters/{name}`: bytes freed now, and those that running requests still hold.
@@ -56,12 +56,12 @@ pub async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Result<Js
 
 /// `POST /admin/adapters/{name}/pin`: never evicted from its slot.
 pub async fn pin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
-    Ok(Json(object(&app.serving()?.registry.pin(&name, true)?)))
+    Ok(Json(object(&app.serving()?.registry.set_pinned(&name, true)?)))
 }
 
 /// `POST /admin/adapters/{name}/unpin`.
 pub async fn unpin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
-    Ok(Json(object(&app.serving()?.registry.pin(&name, false)?)))
+    Ok(Json(object(&app.serving()?.registry.set_pinned(&name, false)?)))
 }
 
 /// `POST /v1/load_lora_adapter` as vLLM answers it. Fields we do not know are ignored: the Kubernetes LoRA syncer sends some.
@@ -78,7 +78,7 @@ pub async fn vllm_load(
         let path = body.string("lora_path")?.filter(|s| !s.is_empty());
         let (Some(name), Some(path)) = (name, path) else { return Err(Error::invalid(both)) };
         let replace = body.boolean("load_inplace")?.unwrap_or(false);
-        match serving.registry.load(name, path, false, replace).await {
+        match serving.registry.load(name, path, LoadOptions { pinned: false, replace }).await {
             Ok(_) => Ok(format!("Success: LoRA adapter '{name}' added successfully.")),
             Err(e) if e.kind == ErrorKind::Conflict => Err(Error::invalid(format!(
                 "The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set \

@@ -13,7 +13,7 @@ use prometheus::{
 
 use crate::adapter::registry::AdapterInfo;
 use crate::adapter::tiers;
-use crate::engine::Stats;
+use crate::engine::EngineStats;
 use crate::engine::request::FinishReason;
 use crate::error::ErrorKind;
 use crate::finetune::jobs;
@@ -101,11 +101,11 @@ pub struct Live<'a> {
     /// `model_name` label.
     pub model: &'a str,
     /// The engine's counters.
-    pub stats: &'a Stats,
+    pub stats: &'a EngineStats,
     /// All adapters.
     pub adapters: &'a [AdapterInfo],
     /// The counters of their memory.
-    pub tiers: &'a tiers::Stats,
+    pub tiers: &'a tiers::TierStats,
     /// Bytes that slots may take.
     pub slot_budget: usize,
     /// Tokens of a KV block.
@@ -494,9 +494,9 @@ mod tests {
     #[test]
     fn only_the_present_residents_are_listed() {
         let metrics = Metrics::new().expect("no name twice");
-        let tiers = tiers::Stats::default();
+        let tiers = tiers::TierStats::default();
         tiers.slot_bytes.store(400, Ordering::Relaxed);
-        let stats = Stats::default();
+        let stats = EngineStats::default();
         let page = |adapters: &[AdapterInfo]| {
             let live = Live {
                 model: "base",

@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use super::job::{Command, Example, Job, Report, StepMetrics, Validation};
 use super::spec::Spec;
 use super::trainer::Trainer;
-use crate::engine::Background;
+use crate::engine::BackgroundWork;
 use crate::lora::weights::AdapterWeights;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
@@ -91,7 +91,7 @@ pub fn run(
             commands.send(Command::Start(Box::new(job))).map_err(|_| Error::internal("the trainer has ended"))?;
         }
         loop {
-            let worked = trainer.slice() || trainer.settle();
+            let worked = trainer.run_slice() || trainer.settle();
             for (i, report) in reports.try_iter() {
                 told(&report);
                 outcomes[i].take(report);

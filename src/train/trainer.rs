@@ -8,7 +8,7 @@ use super::job::{Command, Job, Report};
 use super::outbox::Outbox;
 use super::pass::{Pass, Scores};
 use super::running::Running;
-use crate::engine::Background;
+use crate::engine::BackgroundWork;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
@@ -46,8 +46,8 @@ struct UnderWay {
     jobs: Vec<String>,
 }
 
-impl Background for Trainer {
-    fn slice(&mut self) -> bool {
+impl BackgroundWork for Trainer {
+    fn run_slice(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Start(job) => self.start(*job),

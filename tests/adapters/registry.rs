@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use quiver::adapter::registry::{Registry, RegistryConfig};
+use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::error::ErrorKind;
 use serde_json::Value;
 
@@ -33,10 +33,10 @@ fn write_small(dir: &Path, seed: u32) -> String {
 async fn load_get_list_unload() {
     let registry = open(config());
     let source = fixture("all-linear-r8");
-    let info = registry.load("tuned", text(&source), true, false).await.unwrap();
+    let info = registry.load("tuned", text(&source), LoadOptions { pinned: true, replace: false }).await.unwrap();
     assert_eq!((info.rank, info.modules, info.leases, info.level), (8, 14, 0, "host"));
     assert!(info.pinned && info.bytes > 0 && info.source.ends_with("all-linear-r8"));
-    registry.load("base-like/v1.2:x@y_z-0", text(&fixture("qv-r4")), false, false).await.unwrap();
+    registry.load("base-like/v1.2:x@y_z-0", text(&fixture("qv-r4")), LoadOptions::default()).await.unwrap();
     let names: Vec<_> = registry.list().into_iter().map(|i| i.name).collect();
     assert_eq!(names, ["base-like/v1.2:x@y_z-0", "tuned"]);
 
@@ -57,7 +57,7 @@ async fn load_get_list_unload() {
         registry.get("tuned").unwrap_err(),
         registry.lease("tuned").err().unwrap(),
         registry.unload("tuned").unwrap_err(),
-        registry.pin("tuned", true).unwrap_err(),
+        registry.set_pinned("tuned", true).unwrap_err(),
     ] {
         assert_eq!((error.kind, error.code), (ErrorKind::NotFound, Some("adapter_not_found")));
         assert!(error.message.contains("\"tuned\""));
@@ -70,14 +70,14 @@ async fn bad_names_and_sources() {
     let registry = open(RegistryConfig { reserved_names: vec!["the-base".into()], ..config() });
     let long = "x".repeat(257);
     for name in ["", "a b", "a,b", "the-base", "ü", "a\n", "a+b", &long] {
-        let error = registry.load(name, text(&fixture("qv-r4")), false, false).await.unwrap_err();
+        let error = registry.load(name, text(&fixture("qv-r4")), LoadOptions::default()).await.unwrap_err();
         assert_eq!((error.kind, error.code), (ErrorKind::Invalid, Some("adapter_name_invalid")), "{name:?}");
     }
-    let error = registry.load("a", "/no/such/place", false, false).await.unwrap_err();
+    let error = registry.load("a", "/no/such/place", LoadOptions::default()).await.unwrap_err();
     assert_eq!((error.kind, error.code), (ErrorKind::NotFound, Some("adapter_source_not_found")));
     assert_eq!(error.param.as_deref(), Some("source"));
-    assert_eq!(registry.load("a", "", false, false).await.unwrap_err().kind, ErrorKind::Invalid);
-    let error = registry.load("a", text(&fixture("embed")), false, false).await.unwrap_err();
+    assert_eq!(registry.load("a", "", LoadOptions::default()).await.unwrap_err().kind, ErrorKind::Invalid);
+    let error = registry.load("a", text(&fixture("embed")), LoadOptions::default()).await.unwrap_err();
     assert_eq!(error.code, Some("adapter_unsupported"));
     assert!(registry.list().is_empty());
     assert_eq!(registry.stats().host_bytes.load(Relaxed), 0);
@@ -89,27 +89,27 @@ async fn replace_makes_a_generation_only_when_something_changed() {
     let dir = tempfile::tempdir().unwrap();
     let registry = open(config());
     let source = write_small(&dir.path().join("a"), 1);
-    let first = registry.load("a", &source, false, false).await.unwrap();
-    let error = registry.load("a", &source, false, false).await.unwrap_err();
+    let first = registry.load("a", &source, LoadOptions::default()).await.unwrap();
+    let error = registry.load("a", &source, LoadOptions::default()).await.unwrap_err();
     assert_eq!((error.kind, error.code), (ErrorKind::Conflict, Some("adapter_exists")));
 
     let key = registry.lease("a").unwrap().key();
-    let same = registry.load("a", &source, true, true).await.unwrap();
+    let same = registry.load("a", &source, LoadOptions { pinned: true, replace: true }).await.unwrap();
     assert_eq!((same.generation, same.pinned), (first.generation.clone(), true));
     assert_eq!(registry.lease("a").unwrap().key(), key);
 
     // The same content elsewhere is the same generation, read from the new place.
-    let moved = registry.load("a", &write_small(&dir.path().join("b"), 1), false, true).await.unwrap();
+    let moved = registry.load("a", &write_small(&dir.path().join("b"), 1), LoadOptions::REPLACE).await.unwrap();
     assert_eq!(moved.generation, first.generation);
     assert!(moved.source.ends_with("b"));
 
     // A bad replacement changes nothing.
-    registry.load("a", text(&fixture("pissa")), false, true).await.unwrap_err();
+    registry.load("a", text(&fixture("pissa")), LoadOptions::REPLACE).await.unwrap_err();
     assert_eq!(registry.get("a").unwrap().generation, first.generation);
-    let other = registry.load("a", &write_small(&dir.path().join("c"), 2), false, true).await.unwrap();
+    let other = registry.load("a", &write_small(&dir.path().join("c"), 2), LoadOptions::REPLACE).await.unwrap();
     assert_ne!(other.generation, first.generation);
     // And back: the id is of the content.
-    let back = registry.load("a", &source, false, true).await.unwrap();
+    let back = registry.load("a", &source, LoadOptions::REPLACE).await.unwrap();
     assert_eq!(back.generation, first.generation);
     assert_eq!(registry.stats().host_bytes.load(Relaxed) as usize, back.bytes);
 }
@@ -121,7 +121,7 @@ async fn one_load_a_name_at_a_time() {
     let source = write_small(dir.path(), 1);
     let load = |name: String, replace: bool| {
         let (registry, source) = (registry.clone(), source.clone());
-        tokio::spawn(async move { registry.load(&name, &source, false, replace).await })
+        tokio::spawn(async move { registry.load(&name, &source, LoadOptions { pinned: false, replace }).await })
     };
     let racing: Vec<_> = (0..16).map(|_| load("a".into(), false)).collect();
     let mut won = 0;
@@ -155,9 +155,9 @@ async fn many_threads_at_once() {
                     let name = format!("n{}", (i + task) % 3);
                     match (i * 7 + task) % 5 {
                         0 => drop(registry.unload(&name)),
-                        1 => drop(registry.pin(&name, i % 2 == 0)),
+                        1 => drop(registry.set_pinned(&name, i % 2 == 0)),
                         2 | 3 => drop(registry.lease(&name).map(|l| (l.clone(), l))),
-                        _ => drop(registry.load(&name, &sources[(i + task) % 4], false, true).await.unwrap()),
+                        _ => drop(registry.load(&name, &sources[(i + task) % 4], LoadOptions::REPLACE).await.unwrap()),
                     }
                 }
             })
@@ -176,7 +176,7 @@ async fn larger_than_all_slots_is_refused_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let one = small_bytes(&tiny_model());
     let registry = open(RegistryConfig { slot_budget: one - 1, ..config() });
-    let error = registry.load("a", &write_small(dir.path(), 1), false, false).await.unwrap_err();
+    let error = registry.load("a", &write_small(dir.path(), 1), LoadOptions::default()).await.unwrap_err();
     assert_eq!(error.code, Some("adapter_too_large"));
     assert!(error.message.contains(&one.to_string()) && error.message.contains(&(one - 1).to_string()), "{error}");
     assert!(registry.list().is_empty());
@@ -201,14 +201,14 @@ async fn the_root_confines() {
     let registry = open(RegistryConfig { adapter_root: Some(root.clone()), ..config() });
     let inside = [text(&real.join("in")).to_owned(), text(&root.join("in")).to_owned(), "in".into(), "alias".into()];
     for source in inside {
-        registry.load("a", &source, false, true).await.unwrap();
+        registry.load("a", &source, LoadOptions::REPLACE).await.unwrap();
     }
     let escapes = ["out", "mixed", "../outside", "in/../in", "/etc", text(&outside), "/no/such/place", "../no-such"];
     for source in escapes {
-        let error = registry.load("a", source, false, true).await.unwrap_err();
+        let error = registry.load("a", source, LoadOptions::REPLACE).await.unwrap_err();
         assert_eq!((error.kind, error.code), (ErrorKind::Forbidden, Some("adapter_path_forbidden")), "{source}");
     }
-    assert_eq!(registry.load("a", "none", false, true).await.unwrap_err().kind, ErrorKind::NotFound);
+    assert_eq!(registry.load("a", "none", LoadOptions::REPLACE).await.unwrap_err().kind, ErrorKind::NotFound);
     let missing = RegistryConfig { adapter_root: Some(dir.path().join("nowhere")), ..config() };
     assert!(Registry::new(Arc::new(tiny_model()), missing).is_err());
 }
@@ -226,7 +226,7 @@ async fn a_directory_of_adapters() {
     std::fs::write(bad.join("adapter_config.json"), "{}").unwrap();
 
     let registry = open(config());
-    registry.load("two", &write_small(&dir.path().join("one/other"), 3), false, false).await.unwrap();
+    registry.load("two", &write_small(&dir.path().join("one/other"), 3), LoadOptions::default()).await.unwrap();
     let other = registry.get("two").unwrap().generation;
     let loaded = registry.load_directory(dir.path()).await.unwrap();
     let outcome: Vec<_> = loaded.iter().map(|(name, loaded)| (name.as_str(), loaded.is_ok())).collect();
@@ -242,10 +242,13 @@ async fn a_restart_brings_the_same_adapters_back() {
     let config = || RegistryConfig { state_dir: Some(state.clone()), ..config() };
     let registry = open(config());
     for (name, seed, pinned) in [("kept", 1, true), ("changed", 2, false), ("gone", 3, false), ("unloaded", 4, false)] {
-        registry.load(name, &write_small(&dir.path().join(name), seed), pinned, false).await.unwrap();
+        registry
+            .load(name, &write_small(&dir.path().join(name), seed), LoadOptions { pinned, replace: false })
+            .await
+            .unwrap();
     }
-    registry.load("late", &write_small(&dir.path().join("late"), 5), false, false).await.unwrap();
-    registry.pin("late", true).unwrap();
+    registry.load("late", &write_small(&dir.path().join("late"), 5), LoadOptions::default()).await.unwrap();
+    registry.set_pinned("late", true).unwrap();
     registry.unload("unloaded").unwrap();
     let before = registry.list();
     drop(registry);
@@ -287,7 +290,7 @@ async fn a_damaged_manifest_is_reported() {
     let registry = open(config());
     assert_eq!(registry.restore().await, Vec::<String>::new());
     for (name, seed) in [("a", 1), ("b", 2)] {
-        registry.load(name, &write_small(&dir.path().join(name), seed), false, false).await.unwrap();
+        registry.load(name, &write_small(&dir.path().join(name), seed), LoadOptions::default()).await.unwrap();
     }
 
     // One damaged entry costs that entry only.
@@ -326,8 +329,8 @@ async fn directory_and_manifest_together() {
     let registry = open(config());
     registry.load_directory(&shipped).await.unwrap();
     assert_eq!(registry.restore().await, Vec::<String>::new());
-    registry.pin("a", true).unwrap();
-    let replaced = registry.load("b", &other, false, true).await.unwrap().generation;
+    registry.set_pinned("a", true).unwrap();
+    let replaced = registry.load("b", &other, LoadOptions::REPLACE).await.unwrap().generation;
 
     for _ in 0..2 {
         let registry = open(config());

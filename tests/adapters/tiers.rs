@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use quiver::adapter::Lease;
-use quiver::adapter::registry::Registry;
+use quiver::adapter::registry::{LoadOptions, Registry};
 use quiver::adapter::tiers::Residency;
 use quiver::adapter::tiers::Tiers;
 use quiver::arch::ModelConfig;
@@ -22,7 +22,7 @@ async fn load_small(registry: &Registry, model: &ModelConfig, dir: &Path, n: u32
     for seed in 0..n {
         let source = dir.join(seed.to_string());
         Draft::small(model, seed).write(&source);
-        registry.load(&seed.to_string(), source.to_str().unwrap(), false, false).await.unwrap();
+        registry.load(&seed.to_string(), source.to_str().unwrap(), LoadOptions::default()).await.unwrap();
     }
 }
 
@@ -80,10 +80,10 @@ async fn least_recently_used_goes_first_and_pinned_stays() {
     touch("0");
     touch("3");
     assert_eq!(["0", "1", "2", "3"].map(level), ["slot", "host", "slot", "slot"]);
-    registry.pin("2", true).unwrap();
+    registry.set_pinned("2", true).unwrap();
     touch("4");
     assert_eq!(["0", "2", "3", "4"].map(level), ["host", "slot", "slot", "slot"]);
-    registry.pin("2", false).unwrap();
+    registry.set_pinned("2", false).unwrap();
     touch("5");
     assert_eq!(level("2"), "host");
     assert_eq!(registry.stats().slot_evictions.load(Relaxed), 3);
@@ -183,17 +183,17 @@ async fn pinned_adapters_that_leave_no_room_fail_the_others() {
     load_small(&registry, &model, dir.path(), 3).await;
     let mut tiers = registry.tiers().unwrap();
     for name in ["0", "1"] {
-        registry.pin(name, true).unwrap();
+        registry.set_pinned(name, true).unwrap();
         let slot = ready(&mut tiers, &registry.lease(name).unwrap());
         tiers.release(slot);
     }
-    let error = registry.pin("2", true).unwrap_err();
+    let error = registry.set_pinned("2", true).unwrap_err();
     assert_eq!(error.code, Some("adapter_pin_budget"));
     let lease = registry.lease("2").unwrap();
     let Residency::Failed(error) = tiers.acquire(&lease) else { panic!("waiting would not help") };
     assert_eq!(error.code, Some("adapter_no_room"));
     assert!(error.message.contains(&(2 * one).to_string()), "names the budget: {error}");
-    registry.pin("0", false).unwrap();
+    registry.set_pinned("0", false).unwrap();
     ready(&mut tiers, &lease);
 }
 
@@ -232,7 +232,7 @@ async fn pinned_adapters_stay_in_host_memory() {
     let one = small_bytes(&model);
     let registry = registry(model.clone(), 2 * one, 2 * one);
     load_small(&registry, &model, dir.path(), 4).await;
-    registry.pin("2", true).unwrap();
+    registry.set_pinned("2", true).unwrap();
     let mut tiers = registry.tiers().unwrap();
     for seed in [0, 1, 3] {
         let slot = ready(&mut tiers, &registry.lease(&seed.to_string()).unwrap());
@@ -273,7 +273,7 @@ async fn replace_and_unload_wait_for_leases() {
 
     // Replaced while it runs: the running request keeps its numbers, new ones get the new.
     Draft::small(&model, 9).write(&dir.path().join("0"));
-    let info = registry.load("0", dir.path().join("0").to_str().unwrap(), false, true).await.unwrap();
+    let info = registry.load("0", dir.path().join("0").to_str().unwrap(), LoadOptions::REPLACE).await.unwrap();
     assert_ne!(info.generation, old.id);
     assert_eq!(info.leases, 0);
     let new = registry.lease("0").unwrap();
@@ -338,11 +338,11 @@ async fn queued_requests_survive_a_replace_in_place() {
     load_small(&registry, &model, dir.path(), 1).await;
     let old = registry.lease("0").unwrap();
     Draft::small(&model, 5).write(&dir.path().join("0"));
-    registry.load("0", dir.path().join("0").to_str().unwrap(), false, true).await.unwrap();
+    registry.load("0", dir.path().join("0").to_str().unwrap(), LoadOptions::REPLACE).await.unwrap();
     for seed in 1..5 {
         let source = dir.path().join(seed.to_string());
         Draft::small(&model, seed).write(&source);
-        registry.load(&seed.to_string(), source.to_str().unwrap(), false, false).await.unwrap();
+        registry.load(&seed.to_string(), source.to_str().unwrap(), LoadOptions::default()).await.unwrap();
     }
     let mut tiers = registry.tiers().unwrap();
     let slot = ready(&mut tiers, &old);
@@ -431,7 +431,7 @@ proptest! {
         for name in 0..6u32 {
             let source = dir.path().join(name.to_string());
             Draft::small(&model, name).write(&source);
-            runtime.block_on(registry.load(&name.to_string(), source.to_str().unwrap(), false, false)).unwrap();
+            runtime.block_on(registry.load(&name.to_string(), source.to_str().unwrap(), LoadOptions::default())).unwrap();
             sources.insert(name, (source, name));
         }
         let mut next_seed = 100;
@@ -456,13 +456,13 @@ proptest! {
                     let i = i % running.len();
                     running[i].0 = None;
                 }
-                Op::Pin(name, pinned) => drop(registry.pin(&name.to_string(), pinned)),
+                Op::Pin(name, pinned) => drop(registry.set_pinned(&name.to_string(), pinned)),
                 Op::Replace(name) => {
                     next_seed += 10;
                     let source = dir.path().join(next_seed.to_string());
                     Draft::small(&model, next_seed).write(&source);
                     let name_text = name.to_string();
-                    runtime.block_on(registry.load(&name_text, source.to_str().unwrap(), false, true)).unwrap();
+                    runtime.block_on(registry.load(&name_text, source.to_str().unwrap(), LoadOptions::REPLACE)).unwrap();
                     sources.insert(name, (source, next_seed));
                 }
                 Op::Unload(name) => drop(registry.unload(&name.to_string())),

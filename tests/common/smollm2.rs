@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Device;
-use quiver::adapter::registry::{Registry, RegistryConfig};
+use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::engine::cuda::Steps;
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::runner::ModelRunner;
@@ -38,7 +38,7 @@ impl SmolLm2 {
         let config = RegistryConfig {
             device: device.clone(),
             adapter_root: None,
-            made_root: None,
+            checkpoint_root: None,
             state_dir: None,
             host_budget: 1 << 30,
             slot_budget,
@@ -74,7 +74,7 @@ impl SmolLm2 {
     /// Loads an adapter directory under a name.
     pub fn load(&self, name: &str, source: &Path) {
         let source = source.to_str().expect("UTF-8");
-        self.runtime.block_on(self.registry.load(name, source, false, true)).expect("the adapter loads");
+        self.runtime.block_on(self.registry.load(name, source, LoadOptions::REPLACE)).expect("the adapter loads");
     }
 
     /// Starts a request; the reply is read later.

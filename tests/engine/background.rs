@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
-use quiver::engine::worker::Turn;
-use quiver::engine::{Background, Engine, Filler};
+use quiver::engine::worker::Tick;
+use quiver::engine::{BackgroundTask, BackgroundWork, Engine};
 
 use crate::fake::{Answer, Bench, Fake, config, greedy, reference, request};
 
@@ -20,8 +20,8 @@ struct Work {
     panics: bool,
 }
 
-impl Background for Work {
-    fn slice(&mut self) -> bool {
+impl BackgroundWork for Work {
+    fn run_slice(&mut self) -> bool {
         if self.limit.is_some_and(|limit| self.done.load(Relaxed) >= limit) {
             return false;
         }
@@ -39,11 +39,11 @@ impl Work {
     }
 }
 
-fn filler(work: &Work, share: f64, max_delay: Duration) -> Option<Filler> {
-    Some(Filler { work: Box::new(work.clone()), share, max_delay })
+fn filler(work: &Work, share: f64, max_delay: Duration) -> Option<BackgroundTask> {
+    Some(BackgroundTask { work: Box::new(work.clone()), share, max_delay })
 }
 
-fn bench(step: Duration, filler: Option<Filler>) -> Bench {
+fn bench(step: Duration, filler: Option<BackgroundTask>) -> Bench {
     let mut fake = Fake::new(&config());
     fake.step = step;
     Bench::beside(fake, &config(), filler)
@@ -60,9 +60,9 @@ fn idle_time_is_used_back_to_back_and_ends_with_the_work() {
     let work = Work { limit: Some(100), ..Work::default() };
     let mut bench = bench(Duration::ZERO, filler(&work, 0.0, Duration::ZERO));
     for _ in 0..100 {
-        assert_eq!(bench.worker.turn(), Turn::Sliced);
+        assert_eq!(bench.worker.tick(), Tick::Sliced);
     }
-    assert_eq!(bench.worker.turn(), Turn::Idle);
+    assert_eq!(bench.worker.tick(), Tick::Idle);
     assert_eq!(bench.engine.stats().background_slices.load(Relaxed), 100);
 }
 
@@ -70,13 +70,13 @@ fn idle_time_is_used_back_to_back_and_ends_with_the_work() {
 fn a_request_goes_before_idle_work_and_its_answer_stays_the_same() {
     let work = Work::default();
     let mut bench = bench(Duration::ZERO, filler(&work, 0.0, MS));
-    assert_eq!(bench.worker.turn(), Turn::Sliced);
+    assert_eq!(bench.worker.tick(), Tick::Sliced);
     let mut events = bench.submit(&[1, 2, 3], &[], greedy(20)).unwrap();
     for _ in 0..20 {
-        assert_eq!(bench.worker.turn(), Turn::Ran);
+        assert_eq!(bench.worker.tick(), Tick::Stepped);
     }
     assert_eq!(work.done.load(Relaxed), 1, "a share of nothing leaves idle time only");
-    assert_eq!(bench.worker.turn(), Turn::Sliced);
+    assert_eq!(bench.worker.tick(), Tick::Sliced);
     let mut answer = Answer::default();
     answer.take(&mut events);
     assert_eq!(answer, reference(&[1, 2, 3], &[], &greedy(20), 200));
@@ -91,7 +91,7 @@ fn the_share_is_kept_while_requests_run() {
         let _events = bench.submit(&[1, 2, 3], &[], greedy(150)).unwrap();
         for _ in 0..150 {
             let began = Instant::now();
-            assert_eq!(bench.worker.turn(), Turn::Ran);
+            assert_eq!(bench.worker.tick(), Tick::Stepped);
             longest = longest.max(began.elapsed());
         }
         let stats = bench.engine.stats();
@@ -107,27 +107,27 @@ fn the_share_is_kept_while_requests_run() {
 fn slices_longer_than_the_delay_wait_until_nobody_decodes() {
     let work = Work { time: 20 * MS, ..Work::default() };
     let mut bench = bench(MS, filler(&work, 1.0, 10 * MS));
-    assert_eq!(bench.worker.turn(), Turn::Sliced);
+    assert_eq!(bench.worker.tick(), Tick::Sliced);
     let _events = bench.submit(&[1; 100], &[], greedy(30)).unwrap();
     // The prompt takes four steps, the last of which gives the first token.
     for after_step in [2, 3, 4] {
-        assert_eq!(bench.worker.turn(), Turn::Ran);
+        assert_eq!(bench.worker.tick(), Tick::Stepped);
         assert_eq!(work.done.load(Relaxed), after_step, "a slice may delay a prompt");
     }
     for _ in 0..29 {
-        assert_eq!(bench.worker.turn(), Turn::Ran);
+        assert_eq!(bench.worker.tick(), Tick::Stepped);
         assert_eq!(work.done.load(Relaxed), 4, "but not the next token");
     }
-    assert_eq!(bench.worker.turn(), Turn::Ran);
+    assert_eq!(bench.worker.tick(), Tick::Stepped);
     assert_eq!(work.done.load(Relaxed), 5, "nobody decodes any more");
-    assert_eq!(bench.worker.turn(), Turn::Sliced);
+    assert_eq!(bench.worker.tick(), Tick::Sliced);
 }
 
 #[test]
 fn a_panic_ends_the_work_and_not_the_engine() {
     let work = Work { panics: true, ..Work::default() };
     let mut bench = bench(Duration::ZERO, filler(&work, 0.5, MS));
-    assert_eq!(bench.worker.turn(), Turn::Idle);
+    assert_eq!(bench.worker.tick(), Tick::Idle);
     assert!(work.gone(), "what it left is dropped");
     assert_eq!(bench.answer(&[4, 5], &[], greedy(5)), reference(&[4, 5], &[], &greedy(5), 200));
 }

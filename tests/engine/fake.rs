@@ -12,9 +12,9 @@ use quiver::adapter::tiers::HostTier;
 use quiver::adapter::tiers::Residency;
 use quiver::adapter::{Generation, Lease};
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
-use quiver::engine::sampler::{self, Choice, Seen};
-use quiver::engine::worker::{Turn, Worker};
-use quiver::engine::{Engine, EngineConfig, Filler, Runner};
+use quiver::engine::sampler::{self, SamplingMetadata, TokenCounts};
+use quiver::engine::worker::{Tick, Worker};
+use quiver::engine::{BackgroundTask, Engine, EngineConfig, Runner};
 use quiver::lora::weights::AdapterWeights;
 use quiver::ops::batch::Batch;
 use quiver::{Error, Result};
@@ -281,13 +281,13 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
         });
         answer.prompt = Some(std::iter::once(None).chain(scores).collect());
     }
-    let mut seen = Seen::new(params, prompt);
+    let mut counts = TokenCounts::new(params, prompt);
     let eos = if params.ignore_eos { vec![] } else { vec![EOS] };
     let stops: Vec<u32> = eos.into_iter().chain(params.stop_token_ids.clone()).collect();
     while answer.tokens.len() < params.max_tokens && tokens.len() < max_model_len {
         let index = answer.tokens.len();
         let masked = if index < params.min_tokens { &stops[..] } else { &[] };
-        let choice = Choice { params, seen: &seen, masked, seed: params.seed.unwrap_or(0), index };
+        let choice = SamplingMetadata { params, counts: &counts, masked, seed: params.seed.unwrap_or(0), index };
         let sample = sampler::sample(&reference_logits(adapters, &tokens), &choice).expect("finite logits");
         if stops.contains(&sample.id) {
             let own = params.stop_token_ids.contains(&sample.id).then_some(sample.id);
@@ -295,7 +295,7 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
             return answer;
         }
         tokens.push(sample.id);
-        seen.push(sample.id);
+        counts.push(sample.id);
         answer.tokens.push((sample.id, sample.logprobs));
     }
     answer.finished = Some((FinishReason::Length, None));
@@ -355,7 +355,7 @@ impl Bench {
     }
 
     /// With background work.
-    pub fn beside(fake: Fake, config: &EngineConfig, filler: Option<Filler>) -> Self {
+    pub fn beside(fake: Fake, config: &EngineConfig, filler: Option<BackgroundTask>) -> Self {
         let (engine, worker) = Engine::new(fake, config.clone(), filler).expect("limits agree");
         Self { engine, worker }
     }
@@ -373,7 +373,7 @@ impl Bench {
     /// Runs until nothing is left to do.
     pub fn finish(&mut self) {
         for _ in 0..100_000 {
-            if self.worker.turn() == Turn::Idle {
+            if self.worker.tick() == Tick::Idle {
                 return self.assert_empty();
             }
         }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use quiver::adapter::Lease;
 use quiver::engine::EngineConfig;
 use quiver::engine::request::SamplingParams;
-use quiver::engine::worker::Turn;
+use quiver::engine::worker::Tick;
 use quiver::error::ErrorKind;
 
 use crate::fake::{Answer, Bench, EOS, Fake, lease, reference};
@@ -12,7 +12,7 @@ use crate::fake::{Answer, Bench, EOS, Fake, lease, reference};
 /// A request of the workload.
 #[derive(Debug, Clone)]
 struct Job {
-    /// Turn at which it arrives.
+    /// Tick in which it arrives.
     at: usize,
     /// Requests with equal `family` start alike, so that prefixes are shared.
     family: u32,
@@ -128,14 +128,14 @@ fn run(world: &World) {
                 *events = None;
             }
         }
-        let turn = bench.worker.turn();
+        let turn = bench.worker.tick();
         for (_, events, answer) in &mut live {
             if let Some(events) = events {
                 answer.take(events);
             }
         }
         turns += 1;
-        if turn == Turn::Idle && turns > last {
+        if turn == Tick::Idle && turns > last {
             break;
         }
         assert!(turns < 20_000, "a request starves");

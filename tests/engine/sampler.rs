@@ -2,14 +2,22 @@
 
 use proptest::prelude::*;
 use quiver::engine::request::SamplingParams;
-use quiver::engine::sampler::{Choice, Sample, Seen, sample, score};
+use quiver::engine::sampler::{SampledToken, SamplingMetadata, TokenCounts, sample, score};
 
-fn choose(logits: &[f32], params: &SamplingParams, seen: &Seen, masked: &[u32], seed: u64, index: usize) -> u32 {
-    sample(logits, &Choice { params, seen, masked, seed, index }).unwrap().id
+fn choose(
+    logits: &[f32],
+    params: &SamplingParams,
+    counts: &TokenCounts,
+    masked: &[u32],
+    seed: u64,
+    index: usize,
+) -> u32 {
+    sample(logits, &SamplingMetadata { params, counts, masked, seed, index }).unwrap().id
 }
 
-fn plain(logits: &[f32], params: &SamplingParams) -> Sample {
-    sample(logits, &Choice { params, seen: &Seen::new(params, &[]), masked: &[], seed: 1, index: 0 }).unwrap()
+fn plain(logits: &[f32], params: &SamplingParams) -> SampledToken {
+    sample(logits, &SamplingMetadata { params, counts: &TokenCounts::new(params, &[]), masked: &[], seed: 1, index: 0 })
+        .unwrap()
 }
 
 fn greedy() -> SamplingParams {
@@ -65,12 +73,12 @@ fn draws_follow_the_distribution() {
         for len in [5, 64, 100] {
             let logits = noise(len as u64, len);
             let want = distribution(&logits, params);
-            let seen = Seen::new(params, &[]);
+            let counts = TokenCounts::new(params, &[]);
             let draws = 20_000;
             let mut got = vec![0_usize; len];
             // Half over indices of one seed, half over seeds: both must be independent draws.
-            (0..draws / 2).for_each(|i| got[choose(&logits, params, &seen, &[], 42, i) as usize] += 1);
-            (0..draws / 2).for_each(|i| got[choose(&logits, params, &seen, &[], i as u64, 3) as usize] += 1);
+            (0..draws / 2).for_each(|i| got[choose(&logits, params, &counts, &[], 42, i) as usize] += 1);
+            (0..draws / 2).for_each(|i| got[choose(&logits, params, &counts, &[], i as u64, 3) as usize] += 1);
             let mut chi_square = 0.0;
             let mut freedom = 0.0;
             for (got, want) in got.iter().zip(&want) {
@@ -94,24 +102,24 @@ fn a_flat_nucleus_reaches_beyond_the_first_candidates() {
     // 5,000 equal tokens: 90% of them are many times the first guess; ties go to the lowest ids.
     let params = SamplingParams { top_p: 0.9, ..SamplingParams::default() };
     let logits = vec![0.5; 5_000];
-    let seen = Seen::new(&params, &[]);
-    let ids: Vec<_> = (0..4_000).map(|i| choose(&logits, &params, &seen, &[], 7, i)).collect();
+    let counts = TokenCounts::new(&params, &[]);
+    let ids: Vec<_> = (0..4_000).map(|i| choose(&logits, &params, &counts, &[], 7, i)).collect();
     let last = *ids.iter().max().unwrap();
     assert!((4_450..=4_500).contains(&last), "{last}");
     // top_p of 1 and nearly 1 keep everything.
     let params = SamplingParams { top_p: 0.999_999_9, ..SamplingParams::default() };
-    assert!((0..4_000).any(|i| choose(&logits, &params, &seen, &[], 7, i) > 4_900));
+    assert!((0..4_000).any(|i| choose(&logits, &params, &counts, &[], 7, i) > 4_900));
 }
 
 #[test]
 fn draws_depend_on_seed_and_index_alone() {
     let logits = noise(3, 1000);
     let params = SamplingParams::default();
-    let seen = Seen::new(&params, &[]);
-    let stream = |seed| (0..50).map(|i| choose(&logits, &params, &seen, &[], seed, i)).collect::<Vec<_>>();
+    let counts = TokenCounts::new(&params, &[]);
+    let stream = |seed| (0..50).map(|i| choose(&logits, &params, &counts, &[], seed, i)).collect::<Vec<_>>();
     assert_eq!(stream(1), stream(1));
     assert_ne!(stream(1), stream(2));
-    assert_eq!(stream(9)[30], choose(&logits, &params, &seen, &[], 9, 30));
+    assert_eq!(stream(9)[30], choose(&logits, &params, &counts, &[], 9, 30));
 }
 
 #[test]
@@ -135,8 +143,8 @@ fn bad_logits_are_errors() {
                 let mut logits = vec![0.0; len];
                 logits[at] = bad;
                 for params in [greedy(), SamplingParams::default()] {
-                    let seen = Seen::new(&params, &[]);
-                    let choice = Choice { params: &params, seen: &seen, masked: &[], seed: 0, index: 0 };
+                    let counts = TokenCounts::new(&params, &[]);
+                    let choice = SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
                     assert!(sample(&logits, &choice).unwrap_err().message.contains("NaN"));
                 }
                 assert!(score(&logits, 0, 1).is_err());
@@ -144,8 +152,8 @@ fn bad_logits_are_errors() {
         }
     }
     let params = greedy();
-    let seen = Seen::new(&params, &[]);
-    let all_masked = Choice { params: &params, seen: &seen, masked: &[0, 1], seed: 0, index: 0 };
+    let counts = TokenCounts::new(&params, &[]);
+    let all_masked = SamplingMetadata { params: &params, counts: &counts, masked: &[0, 1], seed: 0, index: 0 };
     assert!(sample(&[1.0, 2.0], &all_masked).unwrap_err().message.contains("masked"));
     assert!(score(&[1.0, 2.0], 2, 0).is_err());
 }
@@ -155,10 +163,10 @@ fn penalties_by_hand() {
     // Prompt 0 and 1, generated 1 twice and 2 once.
     let logits = [2.0, 2.0, -2.0, 0.25];
     let after = |params: &SamplingParams| {
-        let mut seen = Seen::new(params, &[0, 1]);
-        [1, 1, 2].into_iter().for_each(|id| seen.push(id));
+        let mut counts = TokenCounts::new(params, &[0, 1]);
+        [1, 1, 2].into_iter().for_each(|id| counts.push(id));
         let params = SamplingParams { logprobs: Some(4), temperature: 0.0, ..params.clone() };
-        let choice = Choice { params: &params, seen: &seen, masked: &[], seed: 0, index: 0 };
+        let choice = SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
         let mut top = sample(&logits, &choice).unwrap().logprobs.unwrap().top;
         top.sort_by_key(|(id, _)| *id);
         // Logits up to the constant that token 3, which no penalty touches, gives.
@@ -182,9 +190,9 @@ fn penalties_by_hand() {
 #[test]
 fn masks_hold_against_everything() {
     let params = SamplingParams { logit_bias: vec![(1, 100.0)], ..greedy() };
-    let seen = Seen::new(&params, &[]);
-    assert_eq!(choose(&[0.0, 1.0, 0.5], &params, &seen, &[1], 0, 0), 2);
-    assert_eq!(choose(&[0.0, 1.0, 0.5], &params, &seen, &[], 0, 0), 1);
+    let counts = TokenCounts::new(&params, &[]);
+    assert_eq!(choose(&[0.0, 1.0, 0.5], &params, &counts, &[1], 0, 0), 2);
+    assert_eq!(choose(&[0.0, 1.0, 0.5], &params, &counts, &[], 0, 0), 1);
 }
 
 #[test]
@@ -228,9 +236,9 @@ proptest! {
         // A little more generous than asked, against rounding at the edges.
         let wider = SamplingParams { top_p: top_p + 1e-4, min_p: min_p * 0.999, ..params.clone() };
         let possible = distribution(&logits, &wider);
-        let seen = Seen::new(&params, &[]);
+        let counts = TokenCounts::new(&params, &[]);
         for index in 0..20 {
-            let id = choose(&logits, &params, &seen, &[], seed, index);
+            let id = choose(&logits, &params, &counts, &[], seed, index);
             prop_assert!(possible[id as usize] > 0.0);
         }
     }

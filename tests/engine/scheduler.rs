@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use quiver::adapter::Lease;
 use quiver::arch::Module;
 use quiver::engine::request::{Event, FinishReason, SamplingParams};
-use quiver::engine::worker::Turn;
+use quiver::engine::worker::Tick;
 use quiver::engine::{Engine, EngineConfig};
 use quiver::error::ErrorKind;
 use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
@@ -223,10 +223,10 @@ fn a_bad_row_ends_its_own_request_only() {
 fn a_cancelled_request_lets_go_at_once() {
     let mut bench = Bench::new(&config());
     let events = bench.submit(&[1; 20], &one(&lease("a", "a")), greedy(100)).unwrap();
-    (0..5).for_each(|_| assert_eq!(bench.worker.turn(), Turn::Ran));
+    (0..5).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
     assert!(count(&bench.engine.stats().used_blocks) > 0);
     drop(events);
-    assert_eq!(bench.worker.turn(), Turn::Idle);
+    assert_eq!(bench.worker.tick(), Tick::Idle);
     bench.assert_empty();
 }
 
@@ -260,10 +260,10 @@ fn a_queue_is_bounded() {
     let mut events: Vec<_> = (0..5).map(|_| bench.submit(&[1], &[], greedy(5)).unwrap()).collect();
     let error = bench.submit(&[1], &[], greedy(5)).unwrap_err();
     assert_eq!((error.kind, error.code), (ErrorKind::Overloaded, Some("queue_full")));
-    bench.worker.turn();
+    bench.worker.tick();
     assert!(bench.submit(&[1], &[], greedy(5)).is_err());
     events.truncate(4);
-    bench.worker.turn();
+    bench.worker.tick();
     bench.submit(&[1], &[], greedy(5)).unwrap();
     bench.finish();
 }
@@ -272,7 +272,7 @@ fn a_queue_is_bounded() {
 fn turns_to_first_token(bench: &mut Bench, events: &mut [UnboundedReceiver<Event>]) -> Vec<usize> {
     let mut found = vec![0; events.len()];
     for turn in 1..5_000 {
-        bench.worker.turn();
+        bench.worker.tick();
         for (found, events) in found.iter_mut().zip(events.iter_mut()) {
             if *found == 0 && events.try_recv().is_ok() {
                 *found = turn;
@@ -292,7 +292,7 @@ fn a_busy_adapter_does_not_starve_another() {
     // All seats taken by short answers with hundreds behind them: the newcomer gets the next seat.
     let mut bench = Bench::new(&config);
     let _busy: Vec<_> = (0..300).map(|i| bench.submit(&[i % 40; 10], &one(&busy), greedy(10)).unwrap()).collect();
-    (0..30).for_each(|_| assert_eq!(bench.worker.turn(), Turn::Ran));
+    (0..30).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
     let mut events = [bench.submit(&[1; 10], &one(&quiet), greedy(1)).unwrap()];
     let turns = turns_to_first_token(&mut bench, &mut events);
     assert!(turns[0] <= 12, "{turns:?}");
@@ -301,7 +301,7 @@ fn a_busy_adapter_does_not_starve_another() {
     let mut bench = Bench::new(&config);
     let long = |i: u32| (0..190).map(|t| (t * 7 + i) % 40).collect::<Vec<_>>();
     let _busy: Vec<_> = (0..6).map(|i| bench.submit(&long(i), &one(&busy), greedy(5)).unwrap()).collect();
-    (0..3).for_each(|_| assert_eq!(bench.worker.turn(), Turn::Ran));
+    (0..3).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
     let mut events = [bench.submit(&[1; 10], &one(&quiet), greedy(1)).unwrap()];
     let turns = turns_to_first_token(&mut bench, &mut events);
     assert!(turns[0] <= 2, "{turns:?}");
@@ -321,7 +321,7 @@ fn busy_adapters_share_alike() {
             (0..requests as u32).map(|n| bench.submit(&prompt(n), &one(&adapters[i]), greedy(1)).unwrap()).collect()
         })
         .collect();
-    (0..200).for_each(|_| assert_eq!(bench.worker.turn(), Turn::Ran));
+    (0..200).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
     let served: Vec<usize> =
         (0..3).map(|i| events[i].iter_mut().filter_map(|e| e.try_recv().ok()).count() * lengths[i]).collect();
     let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
@@ -340,7 +340,7 @@ fn an_adapter_on_its_way_holds_up_nobody_and_gets_its_turn() {
     while busy_events.len() < 400 {
         busy_events.push(bench.submit(&[2; 3], &one(&busy), greedy(4)).unwrap());
     }
-    (0..20).for_each(|_| assert_ne!(bench.worker.turn(), Turn::Idle));
+    (0..20).for_each(|_| assert_ne!(bench.worker.tick(), Tick::Idle));
     let mut events =
         [bench.submit(&[1; 3], &one(&other), greedy(2)).unwrap(), bench.submit(&[1; 3], &[], greedy(2)).unwrap()];
     let turns = turns_to_first_token(&mut bench, &mut events);
@@ -389,7 +389,7 @@ fn many_more_adapters_than_slots_all_get_through() {
     let leases: Vec<_> = (0..300).map(|i| lease(&format!("a{i}"), &format!("a{i}"))).collect();
     let mut events: Vec<_> = leases.iter().map(|l| bench.submit(&[1, 2], &one(l), greedy(4)).unwrap()).collect();
     let mut turns = 0;
-    while bench.worker.turn() != Turn::Idle {
+    while bench.worker.tick() != Tick::Idle {
         turns += 1;
         // Four at a time, loading and running: a dozen turns each would be 900.
         assert!(turns < 1500, "adapters evict each other before they are used");

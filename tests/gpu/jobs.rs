@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::Device;
 use quiver::adapter::peft;
 use quiver::arch::Module;
-use quiver::engine::Background;
+use quiver::engine::BackgroundWork;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
 use quiver::model::decoder::Decoder;
@@ -103,7 +103,7 @@ fn run(spec: &Spec, device: &Device) -> Outcome {
         report: Box::new(move |report| told.lock().unwrap().push(report)),
     };
     commands.send(Command::Start(Box::new(job))).unwrap();
-    while trainer.slice() | trainer.settle() {}
+    while trainer.run_slice() | trainer.settle() {}
     let (mut losses, mut adapters) = (Vec::new(), Vec::new());
     for report in reports.lock().unwrap().iter() {
         match report {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Tensor};
 use half::bf16;
 use quiver::adapter::peft;
-use quiver::adapter::registry::{Registry, RegistryConfig};
+use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
 use quiver::arch::{ModelConfig, RopeScaling};
 use quiver::arch::{Module, Site};
@@ -395,7 +395,7 @@ async fn adapters_come_and_go_while_steps_run() {
     let config = RegistryConfig { device: device(), slot_budget, host_budget: 1 << 20, ..Default::default() };
     let registry = Registry::new(Arc::new(model.clone()), config).unwrap();
     for name in names {
-        registry.load(name, fixtures.join(name).to_str().unwrap(), false, false).await.unwrap();
+        registry.load(name, fixtures.join(name).to_str().unwrap(), LoadOptions::default()).await.unwrap();
     }
     let mut tiers = registry.tiers().unwrap();
     let rows = [Site::Qkv, Site::GateUp, Site::Head].map(|site| (site, Rows::new(&model, site, 2)));

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use quiver::Result;
 use quiver::engine::request::{Logprobs, SamplingParams};
-use quiver::engine::sampler::{Choice, Sample, Seen, Task, answer, sample, score};
+use quiver::engine::sampler::{LogitsTask, SampledToken, SamplingMetadata, TokenCounts, answer, sample, score};
 use quiver::ops::sample::{Row, SMALL, launch};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_pcg::Pcg64;
@@ -32,20 +32,20 @@ impl Case {
         Self { logits, params, prompt, output, masked, seed: 1, index: 0, target: None }
     }
 
-    fn seen(&self) -> Seen {
-        let mut seen = Seen::new(&self.params, &self.prompt);
-        self.output.iter().for_each(|id| seen.push(*id));
-        seen
+    fn counts(&self) -> TokenCounts {
+        let mut counts = TokenCounts::new(&self.params, &self.prompt);
+        self.output.iter().for_each(|id| counts.push(*id));
+        counts
     }
 
-    fn choice<'a>(&'a self, seen: &'a Seen) -> Choice<'a> {
-        Choice { params: &self.params, seen, masked: &self.masked, seed: self.seed, index: self.index }
+    fn choice<'a>(&'a self, counts: &'a TokenCounts) -> SamplingMetadata<'a> {
+        SamplingMetadata { params: &self.params, counts, masked: &self.masked, seed: self.seed, index: self.index }
     }
 
-    fn on_cpu(&self) -> Result<Sample> {
+    fn on_cpu(&self) -> Result<SampledToken> {
         match self.target {
-            Some((id, top)) => score(&self.logits, id, top).map(|l| Sample { id, logprobs: Some(l) }),
-            None => sample(&self.logits, &self.choice(&self.seen())),
+            Some((id, top)) => score(&self.logits, id, top).map(|l| SampledToken { id, logprobs: Some(l) }),
+            None => sample(&self.logits, &self.choice(&self.counts())),
         }
     }
 
@@ -109,7 +109,7 @@ impl Case {
     }
 
     /// Compares what the device gave.
-    fn check(&self, got: &Result<Sample>) {
+    fn check(&self, got: &Result<SampledToken>) {
         let want = self.on_cpu();
         let (got, want) = match (got, &want) {
             (Ok(got), Ok(want)) => (got, want),
@@ -146,17 +146,17 @@ impl Case {
 }
 
 /// The device's answers for rows of one vocabulary.
-fn on_device(cases: &[Case]) -> Vec<Result<Sample>> {
+fn on_device(cases: &[Case]) -> Vec<Result<SampledToken>> {
     let vocab = cases[0].logits.len();
     // A row more in front, so that the rows do not start where memory does.
     let logits = std::iter::once(vec![f32::NAN; vocab]).chain(cases.iter().map(|case| case.logits.clone()));
     let logits: Vec<f32> = logits.flatten().collect();
     let logits = Tensor::from_vec(logits, (cases.len() + 1, vocab), &device()).unwrap();
     let logits = logits.narrow(0, 1, cases.len()).unwrap();
-    let seen: Vec<_> = cases.iter().map(Case::seen).collect();
-    let tasks = cases.iter().zip(&seen).map(|(case, seen)| match case.target {
-        Some((id, top)) => Task::Score(id, top),
-        None => Task::Next(case.choice(seen)),
+    let counts: Vec<_> = cases.iter().map(Case::counts).collect();
+    let tasks = cases.iter().zip(&counts).map(|(case, counts)| match case.target {
+        Some((id, top)) => LogitsTask::Score(id, top),
+        None => LogitsTask::Next(case.choice(counts)),
     });
     answer(&logits, &tasks.collect::<Vec<_>>()).unwrap()
 }
@@ -339,8 +339,8 @@ fn penalties_of_a_whole_prompt() {
 }
 
 /// Everything a sample has, to the bit.
-fn bits(sample: &Result<Sample>) -> Result<(u32, Vec<(u32, u32)>), String> {
-    let Sample { id, logprobs } = sample.as_ref().map_err(|e| e.message.clone())?;
+fn bits(sample: &Result<SampledToken>) -> Result<(u32, Vec<(u32, u32)>), String> {
+    let SampledToken { id, logprobs } = sample.as_ref().map_err(|e| e.message.clone())?;
     let own = logprobs.iter().map(|l| (l.rank, l.logprob.to_bits()));
     let top = logprobs.iter().flat_map(|l| &l.top).map(|(id, logprob)| (*id, logprob.to_bits()));
     Ok((*id, own.chain(top).collect()))

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 use quiver::Result;
 use quiver::adapter::Lease;
-use quiver::adapter::registry::{Registry, RegistryConfig};
+use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
 use quiver::arch::{ModelConfig, RopeScaling};
 use quiver::engine::{Engine, EngineConfig, Runner};
@@ -223,7 +223,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let listener = runtime.block_on(async {
             for name in ["a", "b"] {
-                registry.load(name, dir.path().join(name).to_str().unwrap(), false, false).await.unwrap();
+                registry.load(name, dir.path().join(name).to_str().unwrap(), LoadOptions::default()).await.unwrap();
             }
             tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap()
         });

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use quiver::Error;
 use quiver::adapter::peft;
 use quiver::arch::Module;
-use quiver::engine::Background;
+use quiver::engine::BackgroundWork;
 use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::lora::weights::AdapterWeights;
 use quiver::model::decoder::Decoder;
@@ -63,7 +63,7 @@ impl Harness {
 
     /// Runs until there is nothing to do, or `until` says so, which sees what every slice has told and written.
     fn run(&mut self, mut until: impl FnMut(&Self) -> bool) {
-        while self.trainer.slice() | self.trainer.settle() && !until(self) {}
+        while self.trainer.run_slice() | self.trainer.settle() && !until(self) {}
     }
 
     /// Another trainer, as after a kill.
@@ -292,7 +292,7 @@ fn a_job_that_was_paused_goes_on_bit_for_bit() {
             for &step in pauses {
                 harness.run(|h| h.steps(id).len() == step);
                 // In the middle of a pass.
-                (0..3).for_each(|_| assert!(harness.trainer.slice()));
+                (0..3).for_each(|_| assert!(harness.trainer.run_slice()));
                 harness.commands.send(Command::Pause(id.into())).unwrap();
                 harness.finish();
                 assert!(matches!(harness.last(id), Report::Paused), "{:?}", harness.last(id));
@@ -384,7 +384,7 @@ fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
     let reports = harness.reports("good");
     let ends = reports.iter().filter(|r| matches!(r, Report::Succeeded)).count();
     assert!(ends == 1 && reports.iter().any(|r| matches!(r, Report::Failed(e) if e.message.contains("already"))));
-    assert!(!harness.trainer.slice());
+    assert!(!harness.trainer.run_slice());
 }
 
 #[test]
@@ -405,7 +405,7 @@ fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
         report(told);
     };
     harness.start(Job { report: Box::new(hangs), ..harness.job("a", spec) });
-    while harness.trainer.slice() {}
+    while harness.trainer.run_slice() {}
     assert!(harness.steps("a").len() <= 2, "what comes after is told after");
     drop(release);
     assert!(harness.trainer.settle(), "the job is not over");

@@ -34,35 +34,35 @@ pub fn chain_hash(parent: &BlockHash, tokens: &[u32]) -> BlockHash {
 
 /// One block's state.
 #[derive(Debug, Clone, Default)]
-struct Block {
+struct KvBlock {
     /// Sequences that use it.
-    users: u32,
+    ref_count: u32,
     /// Its name, once it is full, written and findable.
     hash: Option<BlockHash>,
-    /// Its place in `BlockPool::idle` while unused and named.
+    /// Its place in `BlockPool::evictable` while unused and named.
     idle_since: u64,
 }
 
 /// All KV blocks.
 pub struct BlockPool {
-    blocks: Vec<Block>,
+    blocks: Vec<KvBlock>,
     /// Unused blocks without a name.
-    blank: Vec<u32>,
+    free: Vec<u32>,
     /// Unused blocks with a name, longest unused first.
-    idle: BTreeMap<u64, u32>,
-    /// Name to block, for blocks in use and idle ones.
+    evictable: BTreeMap<u64, u32>,
+    /// Name to block, for blocks in use and evictable ones.
     named: HashMap<BlockHash, u32>,
-    /// Counts releases, to order `idle`.
+    /// Counts releases, to order `evictable`.
     clock: u64,
 }
 
 impl BlockPool {
-    /// A pool of `blocks` blank blocks.
+    /// A pool of `blocks` free blocks.
     pub fn new(blocks: usize) -> Self {
         Self {
-            blocks: vec![Block::default(); blocks],
-            blank: (0..blocks as u32).rev().collect(),
-            idle: BTreeMap::new(),
+            blocks: vec![KvBlock::default(); blocks],
+            free: (0..blocks as u32).rev().collect(),
+            evictable: BTreeMap::new(),
             named: HashMap::new(),
             clock: 0,
         }
@@ -73,20 +73,20 @@ impl BlockPool {
         self.blocks.len()
     }
 
-    /// Blocks that can be allocated, idle named ones included.
+    /// Blocks that can be allocated, evictable named ones included.
     pub fn free(&self) -> usize {
-        self.blank.len() + self.idle.len()
+        self.free.len() + self.evictable.len()
     }
 
     /// A block for new content, or `None` when all are in use.
     pub fn allocate(&mut self) -> Option<u32> {
-        let id = self.blank.pop().or_else(|| {
-            let (_, id) = self.idle.pop_first()?;
+        let id = self.free.pop().or_else(|| {
+            let (_, id) = self.evictable.pop_first()?;
             let hash = self.blocks[id as usize].hash.take();
-            self.named.remove(&hash.expect("idle blocks are named"));
+            self.named.remove(&hash.expect("evictable blocks are named"));
             Some(id)
         })?;
-        self.blocks[id as usize].users = 1;
+        self.blocks[id as usize].ref_count = 1;
         Some(id)
     }
 
@@ -97,16 +97,16 @@ impl BlockPool {
 
     /// How many of `ids` nobody uses: to share them takes that many from [`BlockPool::free`].
     pub fn unreferenced(&self, ids: &[u32]) -> usize {
-        ids.iter().filter(|id| self.blocks[**id as usize].users == 0).count()
+        ids.iter().filter(|id| self.blocks[**id as usize].ref_count == 0).count()
     }
 
     /// One more user of a block that [`BlockPool::find`] gave.
     pub fn share(&mut self, id: u32) {
         let block = &mut self.blocks[id as usize];
-        if block.users == 0 {
-            self.idle.remove(&block.idle_since);
+        if block.ref_count == 0 {
+            self.evictable.remove(&block.idle_since);
         }
-        block.users += 1;
+        block.ref_count += 1;
     }
 
     /// Names a block whose keys and values are all written. Where the name is taken already, nothing changes.
@@ -119,21 +119,21 @@ impl BlockPool {
         }
     }
 
-    /// Ends one use of each block. Later blocks of a chain become idle first, so that its beginning stays longest.
+    /// Ends one use of each block. Later blocks of a chain become evictable first, so that its beginning stays longest.
     pub fn release(&mut self, ids: &[u32]) {
         for &id in ids.iter().rev() {
             let block = &mut self.blocks[id as usize];
-            assert!(block.users > 0, "block {id} released more often than used");
-            block.users -= 1;
-            if block.users > 0 {
+            assert!(block.ref_count > 0, "block {id} released more often than used");
+            block.ref_count -= 1;
+            if block.ref_count > 0 {
                 continue;
             }
             if block.hash.is_some() {
                 self.clock += 1;
                 block.idle_since = self.clock;
-                self.idle.insert(self.clock, id);
+                self.evictable.insert(self.clock, id);
             } else {
-                self.blank.push(id);
+                self.free.push(id);
             }
         }
     }
