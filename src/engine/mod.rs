@@ -35,6 +35,11 @@ use request::Request;
 use worker::Worker;
 
 /// Runs steps for the engine thread: the model with its KV cache and adapter slots, or a fake in tests of the scheduler.
+///
+/// A step is cut in two, so that the engine can prepare the next one while a GPU still runs it. At most one step is in
+/// flight: after [`Runner::launch`], [`Runner::collect`] comes first and its logits are read before the next launch,
+/// because the next step reuses the buffers of the one before. Between launch and collect, the engine may acquire, prefetch
+/// and sweep adapters, schedule, and build the next batch. It must not release a slot or free a KV block that the step reads.
 pub trait Runner: Send + 'static {
     /// Asks for an adapter in a slot. Each [`Residency::Ready`] counts one use, which [`Runner::release`] ends.
     fn acquire(&mut self, lease: &Lease) -> Residency;
@@ -49,9 +54,32 @@ pub trait Runner: Send + 'static {
     /// while idle.
     fn sweep(&mut self) {}
 
-    /// Runs the batch, writes its keys and values to the KV cache, and returns logits `[batch.logit_rows.len(), vocab]`
-    /// f32 in the order of `logit_rows`.
-    fn forward(&mut self, batch: &Batch) -> Result<Tensor>;
+    /// Enqueues a step, which writes the batch's keys and values to the KV cache. On a GPU it may return before the step has
+    /// run, and nothing is synchronised.
+    fn launch(&mut self, batch: &Batch) -> Result<InFlightStep>;
+
+    /// The logits of a launched step, `[batch.logit_rows.len(), vocab]` f32 in the order of `logit_rows`. On a GPU they stay
+    /// on the device: work that reads them is enqueued behind the step.
+    fn collect(&mut self, step: InFlightStep) -> Result<Tensor>;
+}
+
+/// A launched step whose logits have not been collected.
+#[must_use = "the logits of a launched step must be collected"]
+pub struct InFlightStep {
+    /// Where the step writes its logits, in the order of its device's stream.
+    logits: Tensor,
+}
+
+impl InFlightStep {
+    /// A step that writes, or has written, these logits.
+    pub fn new(logits: Tensor) -> Self {
+        Self { logits }
+    }
+
+    /// The logits, to be read behind the step.
+    pub fn into_logits(self) -> Tensor {
+        self.logits
+    }
 }
 
 /// Limits of the engine, all checked when it starts.

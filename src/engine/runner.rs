@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::Runner;
 use super::cuda::Steps;
+use super::{InFlightStep, Runner};
 use crate::Result;
 use crate::adapter::Lease;
 use crate::adapter::tiers::Residency;
@@ -43,10 +43,15 @@ impl Runner for ModelRunner {
         self.tiers.sweep();
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
-        match &mut self.steps {
+    fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {
+        let logits = match &mut self.steps {
             Some(steps) => steps.run(batch, &self.model, &mut self.kv, self.tiers.pool_mut()),
             None => self.model.forward(batch, &mut self.kv, self.tiers.pool()),
-        }
+        };
+        logits.map(InFlightStep::new)
+    }
+
+    fn collect(&mut self, step: InFlightStep) -> Result<Tensor> {
+        Ok(step.into_logits())
     }
 }

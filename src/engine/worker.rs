@@ -103,7 +103,8 @@ impl<R: Runner> Worker<R> {
             let batch = self.batch(&scheduled);
             // A fault of the model ends the sequences of this step; the engine goes on.
             let run = catch_unwind(AssertUnwindSafe(|| {
-                let logits = self.runner.forward(&batch)?;
+                let step = self.runner.launch(&batch)?;
+                let logits = self.runner.collect(step)?;
                 self.sample(&scheduled, &logits)
             }));
             let panicked = || Err(Error::internal("the forward pass failed; see the server's log"));

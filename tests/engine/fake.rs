@@ -14,7 +14,7 @@ use quiver::adapter::{Generation, Lease};
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::sampler::{self, SamplingMetadata, TokenCounts};
 use quiver::engine::worker::{Tick, Worker};
-use quiver::engine::{BackgroundTask, Engine, EngineConfig, Runner};
+use quiver::engine::{BackgroundTask, Engine, EngineConfig, InFlightStep, Runner};
 use quiver::lora::weights::AdapterWeights;
 use quiver::ops::batch::Batch;
 use quiver::{Error, Result};
@@ -168,7 +168,7 @@ impl Runner for Fake {
         residence.uses -= 1;
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
+    fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {
         self.steps += 1;
         assert_ne!(self.panic_at, Some(self.steps), "as asked");
         self.check(batch);
@@ -190,7 +190,12 @@ impl Runner for Fake {
             let poisoned = self.poison.is_some_and(|token| cells.iter().any(|cell| cell.0 == token));
             logits.extend(if poisoned { vec![f32::NAN; VOCAB] } else { fake_logits(&cells) });
         }
-        Ok(Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)?)
+        let logits = Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)?;
+        Ok(InFlightStep::new(logits))
+    }
+
+    fn collect(&mut self, step: InFlightStep) -> Result<Tensor> {
+        Ok(step.into_logits())
     }
 
     fn sweep(&mut self) {

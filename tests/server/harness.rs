@@ -19,7 +19,7 @@ use quiver::adapter::Lease;
 use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
 use quiver::arch::{ModelConfig, RopeScaling};
-use quiver::engine::{Engine, EngineConfig, Runner};
+use quiver::engine::{Engine, EngineConfig, InFlightStep, Runner};
 use quiver::finetune::host::Host;
 use quiver::finetune::jobs::Jobs;
 use quiver::finetune::store::Store;
@@ -90,14 +90,19 @@ impl Runner for Alphabet {
 
     fn release(&mut self, _slot: u32) {}
 
-    fn forward(&mut self, batch: &Batch) -> Result<Tensor> {
+    fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {
         self.gate.pass();
         let mut logits = vec![0f32; batch.logit_rows.len() * VOCAB];
         for (out, &row) in logits.chunks_exact_mut(VOCAB).zip(&batch.logit_rows) {
             let segment = batch.segments.iter().find(|s| s.rows.contains(&(row as usize)));
             out[next(batch.tokens[row as usize], segment.map_or(0, |s| s.terms.len())) as usize] = 40.0;
         }
-        Ok(Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)?)
+        let logits = Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)?;
+        Ok(InFlightStep::new(logits))
+    }
+
+    fn collect(&mut self, step: InFlightStep) -> Result<Tensor> {
+        Ok(step.into_logits())
     }
 }
 
