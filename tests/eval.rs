@@ -6,8 +6,8 @@ mod smollm2;
 use quiver::engine::request::SamplingParams;
 use quiver::eval::{Scores, evaluate};
 use quiver::text::prompt::TextCodec;
+use quiver::train::data::Example;
 use quiver::train::data::{AlpacaEnding, DataOptions, parse};
-use quiver::train::job::Example;
 use smollm2::{SmolLm2, files};
 
 const TASKS: [&str; 3] = ["code", "qa", "writing"];

@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{LogFormat, ServeConfig};
-use crate::finetune::host::Host;
+use crate::finetune::context::JobContext;
 use crate::finetune::jobs::Jobs;
 use crate::finetune::store::Store;
 use crate::model::kv::KvCache;
@@ -59,7 +59,7 @@ async fn load(config: &ServeConfig, app: &App, store: Arc<Store>, address: Socke
     let checkpoint_root = Some(store.jobs_dir());
     let backend = Backend::load(config, checkpoint_root, |loaded| announce(config, loaded, address)).await?;
     let codec = Arc::new(backend.codec);
-    let host = Host {
+    let host = JobContext {
         engine: backend.engine.clone(),
         registry: backend.registry.clone(),
         codec: codec.clone(),

@@ -13,8 +13,8 @@ use crate::finetune::prepare::{Prepared, prepare};
 use crate::finetune::{monitor, settings};
 use crate::model::decoder::Decoder;
 use crate::runtime::Base;
-use crate::train::job::Report;
-use crate::train::sweep::{self, Outcome};
+use crate::train::job::JobReport;
+use crate::train::sweep::{self, SweepOutcome};
 use crate::{Error, Result};
 
 /// Optimiser steps of a run for which nothing is said.
@@ -93,9 +93,9 @@ impl SweepArgs {
         println!("{} runs on {} examples, {} held out", runs.len(), train.len(), valid.len());
         std::fs::create_dir_all(&self.out)?;
         let bar = step_bar();
-        let told = |report: &Report| match report {
-            Report::Started { steps, .. } => bar.inc_length(*steps as u64),
-            Report::Step(_) => bar.inc(1),
+        let told = |report: &JobReport| match report {
+            JobReport::Started { steps, .. } => bar.inc_length(*steps as u64),
+            JobReport::Step(_) => bar.inc(1),
             _ => {}
         };
         let model = Arc::new(Decoder::new(weights)?);
@@ -118,7 +118,7 @@ impl SweepArgs {
     }
 
     /// Prints and writes what came of the `settings`, best first.
-    fn report(&self, settings: &[Value], outcomes: &[Outcome]) -> Result<()> {
+    fn report(&self, settings: &[Value], outcomes: &[SweepOutcome]) -> Result<()> {
         let points = self.points();
         let ranked = sweep::ranked(outcomes);
         let name = |i: usize| {

@@ -14,7 +14,7 @@ use crate::adapter::peft;
 use crate::arch::ModelConfig;
 use crate::config::BaseConfig;
 use crate::engine::BackgroundWork;
-use crate::finetune::monitor::{self, History};
+use crate::finetune::monitor::{self, MetricsHistory};
 use crate::finetune::prepare::{Prepared, prepare, provenance};
 use crate::finetune::settings;
 use crate::lora::weights::AdapterWeights;
@@ -22,8 +22,8 @@ use crate::model::decoder::Decoder;
 use crate::runtime::Base;
 use crate::text::prompt::TextCodec;
 use crate::train::data::AlpacaEnding;
-use crate::train::job::{Command, Job, Report, StepMetrics};
-use crate::train::spec::{Init, OptimizerKind, Schedule, Spec};
+use crate::train::job::{Command, Job, JobReport, StepMetrics};
+use crate::train::spec::{JobSpec, LoraInit, LrSchedule, OptimizerKind};
 use crate::train::state;
 use crate::train::trainer::Trainer;
 use crate::{Error, Result};
@@ -92,7 +92,7 @@ pub struct Settings {
     gradient_accumulation: Option<u64>,
     /// What happens to the learning rate after the warm-up [default: linear]
     #[arg(long)]
-    scheduler: Option<Schedule>,
+    scheduler: Option<LrSchedule>,
     /// Optimiser steps of warm-up
     #[arg(long, value_name = "N")]
     warmup_steps: Option<u64>,
@@ -152,7 +152,7 @@ pub struct Settings {
     use_dora: bool,
     /// Values to start from [default: default]
     #[arg(long, help_heading = "Adapter")]
-    init: Option<Init>,
+    init: Option<LoraInit>,
     /// Choose ranks by importance (AdaLoRA), with settings such as init_r=12,target_r=8,tinit=20,tfinal=60,deltaT=1
     #[arg(
         long,
@@ -257,7 +257,7 @@ impl TrainArgs {
         let (commands, inbox) = channel();
         let trainer = Trainer::new(Arc::new(Decoder::new(weights)?), inbox)?;
         let _interrupts = on_interrupt(move |command| drop(commands.send(command)), Command::Start(Box::new(job)))?;
-        let run = follow(trainer, &reports, History::new(&dir))?;
+        let run = follow(trainer, &reports, MetricsHistory::new(&dir))?;
         self.finish(&run)?;
         // Not before all is in its place: without its state it would begin anew after a kill.
         state::remove(&dir)
@@ -287,7 +287,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The adapter that a job continues from.
-pub fn continued(spec: &Spec, model: &ModelConfig) -> Result<Option<AdapterWeights>> {
+pub fn continued(spec: &JobSpec, model: &ModelConfig) -> Result<Option<AdapterWeights>> {
     let read = |dir: &String| Ok(peft::read(Path::new(dir), model)?.0);
     spec.from_checkpoint.as_ref().map(read).transpose()
 }
@@ -345,7 +345,7 @@ struct Run {
     /// Steps that went before.
     done: usize,
     /// All figures, those before an interruption too.
-    history: History,
+    history: MetricsHistory,
     /// The last checkpoint, once all is done.
     adapter: Option<PathBuf>,
 }
@@ -361,7 +361,7 @@ pub fn step_bar() -> ProgressBar {
 }
 
 /// Runs the trainer to the job's end, with a bar.
-fn follow(mut trainer: Trainer, reports: &Receiver<Report>, history: History) -> Result<Run> {
+fn follow(mut trainer: Trainer, reports: &Receiver<JobReport>, history: MetricsHistory) -> Result<Run> {
     let (began, mut last) = (Instant::now(), None);
     let mut run = Run { took: Duration::ZERO, done: 0, history, adapter: None };
     let bar = step_bar();
@@ -371,21 +371,21 @@ fn follow(mut trainer: Trainer, reports: &Receiver<Report>, history: History) ->
         for report in reports.try_iter() {
             run.history.take(&report)?;
             match report {
-                Report::Started { steps, done, parameters } => {
+                JobReport::Started { steps, done, parameters } => {
                     run.done = done;
                     bar.set_length(steps as u64);
                     bar.set_position(done as u64);
                     say(format!("training  {parameters} values, {steps} steps, {done} done"));
                 }
-                Report::Step(m) => {
+                JobReport::Step(m) => {
                     bar.set_position(m.step as u64);
                     bar.set_message(format!("loss {:.3}, {:.0} tok/s", m.train_loss, m.tokens as f64 / m.seconds));
                 }
-                Report::Validation(v) => say(format!("step {}: held-out loss {:.4}", v.step, v.valid_loss)),
-                Report::Checkpoint(checkpoint) | Report::Resumed(checkpoint) => last = Some(checkpoint.dir),
-                Report::Succeeded => run.adapter = last.take(),
-                Report::Failed(error) => return Err(error),
-                Report::Paused | Report::Cancelled => {}
+                JobReport::Validation(v) => say(format!("step {}: held-out loss {:.4}", v.step, v.valid_loss)),
+                JobReport::Checkpoint(checkpoint) | JobReport::Resumed(checkpoint) => last = Some(checkpoint.dir),
+                JobReport::Succeeded => run.adapter = last.take(),
+                JobReport::Failed(error) => return Err(error),
+                JobReport::Paused | JobReport::Cancelled => {}
             }
         }
         if !worked {
@@ -400,7 +400,7 @@ impl Run {
     /// A table of losses.
     fn print(&self) {
         println!("\n| step | train loss | token accuracy | held-out loss | learning rate |\n|---|---|---|---|---|");
-        let History { steps, validations, .. } = &self.history;
+        let MetricsHistory { steps, validations, .. } = &self.history;
         let rows = steps.chunks(steps.len().div_ceil(ROWS).max(1));
         for row in rows {
             let mean = |of: fn(&StepMetrics) -> f64| row.iter().map(of).sum::<f64>() / row.len() as f64;

@@ -17,7 +17,7 @@ use crate::adapter::Lease;
 use crate::engine::Engine;
 use crate::engine::request::{Event, Logprobs, Request, SamplingParams};
 use crate::text::prompt::TextCodec;
-use crate::train::job::Example;
+use crate::train::data::Example;
 use crate::{Error, Result};
 
 /// Requests at once: enough to fill the engine's steps, and few beside what it serves.

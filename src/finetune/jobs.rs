@@ -14,13 +14,13 @@ use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use super::host::Host;
+use super::context::JobContext;
 use super::monitor;
 use super::publish::Publisher;
-use super::record::{self, File, JobError, Record, Status};
-use super::store::{Kind, Store};
-use crate::train::job::{Checkpoint, Command, Job, Report, StepMetrics, Validation};
-use crate::train::spec::Spec;
+use super::record::{self, FileObject, JobError, JobRecord, JobStatus};
+use super::store::{ObjectKind, Store};
+use crate::train::job::{Checkpoint, Command, Job, JobReport, StepMetrics, Validation};
+use crate::train::spec::JobSpec;
 use crate::{Error, Result};
 
 /// Jobs that the metrics page still shows after their end.
@@ -28,7 +28,7 @@ const SHOWN_ENDED: usize = 50;
 
 /// What a client may do to a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub enum JobAction {
     Cancel,
     Pause,
     Resume,
@@ -36,9 +36,9 @@ pub enum Action {
 
 /// What the metrics page shows of a job.
 #[derive(Debug, Clone)]
-pub struct Gauge {
+pub struct JobGauge {
     pub id: String,
-    pub status: Status,
+    pub status: JobStatus,
     /// Optimiser steps done, and in all.
     pub step: usize,
     pub steps: usize,
@@ -49,26 +49,26 @@ pub struct Gauge {
     pub tokens_per_second: Option<f64>,
 }
 
-type Live = Arc<Mutex<BTreeMap<String, Gauge>>>;
+type Live = Arc<Mutex<BTreeMap<String, JobGauge>>>;
 
 /// A handle to all jobs; clones share it.
 #[derive(Clone)]
 pub struct Jobs {
     store: Arc<Store>,
-    inbox: Sender<Message>,
+    inbox: Sender<ManagerMessage>,
     live: Live,
 }
 
 /// What the thread is told.
-enum Message {
-    Create(Box<Record>, oneshot::Sender<Result<Record>>),
-    Change(String, Action, oneshot::Sender<Result<Record>>),
+enum ManagerMessage {
+    Create(Box<JobRecord>, oneshot::Sender<Result<JobRecord>>),
+    Change(String, JobAction, oneshot::Sender<Result<JobRecord>>),
     /// Files were read for the first time: settings and what a person should know.
-    Validated(String, Result<(Box<Spec>, Vec<String>)>),
+    Validated(String, Result<(Box<JobSpec>, Vec<String>)>),
     /// Files were read to be trained on.
     Loaded(String, u64, Result<Box<Job>>),
     /// From the trainer.
-    Report(String, u64, Report),
+    Report(String, u64, JobReport),
     /// The trainer has dropped the job, with or without a word.
     Gone(String, u64),
     Stop(oneshot::Sender<()>),
@@ -76,13 +76,21 @@ enum Message {
 
 impl Jobs {
     /// Starts the thread, which takes up what the last process left.
-    pub fn start(host: Host, runtime: Handle) -> Result<Self> {
+    pub fn start(host: JobContext, runtime: Handle) -> Result<Self> {
         let (sender, inbox) = channel();
         let jobs = Self { store: host.store.clone(), inbox: sender.clone(), live: Live::default() };
         let publisher = Publisher { engine: host.engine.clone(), registry: host.registry.clone(), runtime };
         let (active, queue, runs, stopping) = Default::default();
-        let manager =
-            Manager { host: Arc::new(host), publisher, sender, active, queue, runs, stopping, live: jobs.live.clone() };
+        let manager = JobManager {
+            host: Arc::new(host),
+            publisher,
+            sender,
+            active,
+            queue,
+            runs,
+            stopping,
+            live: jobs.live.clone(),
+        };
         thread::Builder::new().name("jobs".into()).spawn(move || manager.run(inbox))?;
         Ok(jobs)
     }
@@ -93,27 +101,27 @@ impl Jobs {
     }
 
     /// Takes a new job.
-    pub async fn create(&self, record: Record) -> Result<Record> {
-        self.ask(|reply| Message::Create(Box::new(record), reply)).await?
+    pub async fn create(&self, record: JobRecord) -> Result<JobRecord> {
+        self.ask(|reply| ManagerMessage::Create(Box::new(record), reply)).await?
     }
 
     /// Cancels, pauses or resumes a job. Errors: 404, or 400 when its status does not allow it.
-    pub async fn change(&self, id: &str, action: Action) -> Result<Record> {
-        self.ask(|reply| Message::Change(id.to_owned(), action, reply)).await?
+    pub async fn change(&self, id: &str, action: JobAction) -> Result<JobRecord> {
+        self.ask(|reply| ManagerMessage::Change(id.to_owned(), action, reply)).await?
     }
 
     /// Writes the states of the jobs that run and starts no more; they go on with the next start.
     pub async fn stop(&self) {
         // Nobody is left to be stopped if there is no answer.
-        let _ = self.ask(Message::Stop).await;
+        let _ = self.ask(ManagerMessage::Stop).await;
     }
 
     /// For the metrics page.
-    pub fn gauges(&self) -> Vec<Gauge> {
+    pub fn gauges(&self) -> Vec<JobGauge> {
         lock(&self.live).values().cloned().collect()
     }
 
-    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T> {
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> ManagerMessage) -> Result<T> {
         let gone = || Error::internal("the thread of the training jobs has ended; see the server's log");
         let (reply, answer) = oneshot::channel();
         self.inbox.send(message(reply)).map_err(|_| gone())?;
@@ -122,7 +130,7 @@ impl Jobs {
 }
 
 /// A job that takes one of the places.
-struct Active {
+struct ActiveRun {
     /// Tells this run from earlier ones of the same job.
     run: u64,
     /// The trainer has it.
@@ -132,12 +140,12 @@ struct Active {
 }
 
 /// The thread's state.
-struct Manager {
-    host: Arc<Host>,
+struct JobManager {
+    host: Arc<JobContext>,
     publisher: Publisher,
     /// For others to write to the inbox.
-    sender: Sender<Message>,
-    active: HashMap<String, Active>,
+    sender: Sender<ManagerMessage>,
+    active: HashMap<String, ActiveRun>,
     /// Ids, next first; some may not wait any more.
     queue: VecDeque<String>,
     /// Runs begun.
@@ -147,8 +155,8 @@ struct Manager {
     live: Live,
 }
 
-impl Manager {
-    fn run(mut self, inbox: Receiver<Message>) {
+impl JobManager {
+    fn run(mut self, inbox: Receiver<ManagerMessage>) {
         if let Err(error) = self.recover() {
             tracing::error!(%error, "jobs of the last start were not taken up");
         }
@@ -174,16 +182,16 @@ impl Manager {
 
     /// Takes up what the last process left.
     fn recover(&mut self) -> Result<()> {
-        for record in self.store().all::<Record>(Kind::Job, "")? {
+        for record in self.store().all::<JobRecord>(ObjectKind::Job, "")? {
             let id = record.id.clone();
             if !record.status.ended() {
                 self.show(&record);
             }
             match record.status {
-                Status::ValidatingFiles => self.validate(&record)?,
-                Status::Queued => self.queue.push_back(id),
-                Status::Running => {
-                    self.update(&id, |record| record.status = Status::Queued)?;
+                JobStatus::ValidatingFiles => self.validate(&record)?,
+                JobStatus::Queued => self.queue.push_back(id),
+                JobStatus::Running => {
+                    self.update(&id, |record| record.status = JobStatus::Queued)?;
                     self.note(&id, "warn", "The server was restarted; the job goes on from its last state", None)?;
                     self.queue.push_back(id);
                 }
@@ -193,31 +201,31 @@ impl Manager {
         Ok(())
     }
 
-    fn handle(&mut self, message: Message) -> Result<()> {
+    fn handle(&mut self, message: ManagerMessage) -> Result<()> {
         match message {
-            Message::Create(record, reply) => {
+            ManagerMessage::Create(record, reply) => {
                 let created = self.create(&record).map(|()| *record);
                 let _ = reply.send(created);
             }
-            Message::Change(id, action, reply) => {
+            ManagerMessage::Change(id, action, reply) => {
                 let changed = self.change(&id, action);
                 let _ = reply.send(changed);
             }
-            Message::Validated(id, result) => return self.validated(&id, result),
-            Message::Loaded(id, run, job) => return self.loaded(&id, run, job),
-            Message::Report(id, run, report) if self.is_run(&id, run) => {
+            ManagerMessage::Validated(id, result) => return self.validated(&id, result),
+            ManagerMessage::Loaded(id, run, job) => return self.loaded(&id, run, job),
+            ManagerMessage::Report(id, run, report) if self.is_run(&id, run) => {
                 if let Err(error) = self.report(&id, report) {
                     return self.fail(&id, error);
                 }
             }
-            Message::Gone(id, run) if self.is_run(&id, run) => {
+            ManagerMessage::Gone(id, run) if self.is_run(&id, run) => {
                 self.active.remove(&id);
                 if self.stopping.is_none() {
                     return self.fail(&id, Error::internal("the trainer has ended; see the server's log"));
                 }
             }
-            Message::Report(..) | Message::Gone(..) => {}
-            Message::Stop(reply) => {
+            ManagerMessage::Report(..) | ManagerMessage::Gone(..) => {}
+            ManagerMessage::Stop(reply) => {
                 self.stopping = Some(reply);
                 self.active.retain(|_, active| active.started);
                 for id in self.active.keys() {
@@ -237,8 +245,8 @@ impl Manager {
         let _ = self.host.commands.send(command);
     }
 
-    fn create(&mut self, record: &Record) -> Result<()> {
-        self.store().put(Kind::Job, &record.id, "", record)?;
+    fn create(&mut self, record: &JobRecord) -> Result<()> {
+        self.store().put(ObjectKind::Job, &record.id, "", record)?;
         self.show(record);
         self.note(&record.id, "info", &format!("Created fine-tuning job: {}", record.id), None)?;
         if !self.host.lasting {
@@ -249,12 +257,12 @@ impl Manager {
         self.validate(record)
     }
 
-    fn change(&mut self, id: &str, action: Action) -> Result<Record> {
-        let record: Record = self.store().get(Kind::Job, id, "fine_tuning_job_id")?;
+    fn change(&mut self, id: &str, action: JobAction) -> Result<JobRecord> {
+        let record: JobRecord = self.store().get(ObjectKind::Job, id, "fine_tuning_job_id")?;
         let (word, allowed) = match action {
-            Action::Cancel => ("cancelled", !record.status.ended()),
-            Action::Pause => ("paused", matches!(record.status, Status::Queued | Status::Running)),
-            Action::Resume => ("resumed", record.status == Status::Paused),
+            JobAction::Cancel => ("cancelled", !record.status.ended()),
+            JobAction::Pause => ("paused", matches!(record.status, JobStatus::Queued | JobStatus::Running)),
+            JobAction::Resume => ("resumed", record.status == JobStatus::Paused),
         };
         if !allowed {
             let message = format!("job {id} is {} and cannot be {word}", record.status.word());
@@ -262,26 +270,26 @@ impl Manager {
         }
         let started = self.active.get(id).is_some_and(|active| active.started);
         let record = self.update(id, |record| match action {
-            Action::Cancel => {
-                (record.status, record.finished_at) = (Status::Cancelled, Some(record::now()));
+            JobAction::Cancel => {
+                (record.status, record.finished_at) = (JobStatus::Cancelled, Some(record::now()));
                 record.estimated_finish = None;
             }
-            Action::Pause => (record.status, record.estimated_finish) = (Status::Paused, None),
-            Action::Resume => record.status = Status::Queued,
+            JobAction::Pause => (record.status, record.estimated_finish) = (JobStatus::Paused, None),
+            JobAction::Resume => record.status = JobStatus::Queued,
         })?;
         self.note(id, "info", &format!("Fine-tuning job was {word}"), None)?;
         match action {
-            Action::Cancel if started => self.command(Command::Cancel(id.to_owned())),
-            Action::Cancel => crate::train::state::remove(&self.store().job_dir(id))?,
-            Action::Pause if started => self.command(Command::Pause(id.to_owned())),
-            Action::Pause => {}
-            Action::Resume => self.queue.push_back(id.to_owned()),
+            JobAction::Cancel if started => self.command(Command::Cancel(id.to_owned())),
+            JobAction::Cancel => crate::train::state::remove(&self.store().job_dir(id))?,
+            JobAction::Pause if started => self.command(Command::Pause(id.to_owned())),
+            JobAction::Pause => {}
+            JobAction::Resume => self.queue.push_back(id.to_owned()),
         }
         Ok(record)
     }
 
     /// Reads the files beside this thread.
-    fn validate(&self, record: &Record) -> Result<()> {
+    fn validate(&self, record: &JobRecord) -> Result<()> {
         let (host, record, sender) = (self.host.clone(), record.clone(), self.sender.clone());
         beside(move || {
             let read = || {
@@ -291,20 +299,20 @@ impl Manager {
             };
             let failed = |_| Err(Error::internal("reading the files failed; see the server's log"));
             let validated = catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(failed);
-            let _ = sender.send(Message::Validated(record.id, validated));
+            let _ = sender.send(ManagerMessage::Validated(record.id, validated));
         })
     }
 
-    fn validated(&mut self, id: &str, result: Result<(Box<Spec>, Vec<String>)>) -> Result<()> {
-        let record: Record = self.store().get(Kind::Job, id, "")?;
-        if record.status != Status::ValidatingFiles {
+    fn validated(&mut self, id: &str, result: Result<(Box<JobSpec>, Vec<String>)>) -> Result<()> {
+        let record: JobRecord = self.store().get(ObjectKind::Job, id, "")?;
+        if record.status != JobStatus::ValidatingFiles {
             return Ok(());
         }
         let (spec, notes) = match result {
             Ok(validated) => validated,
             Err(error) => return self.fail(id, error),
         };
-        self.update(id, |record| (record.spec, record.status) = (Some(*spec), Status::Queued))?;
+        self.update(id, |record| (record.spec, record.status) = (Some(*spec), JobStatus::Queued))?;
         notes.iter().try_for_each(|note| self.note(id, "warn", note, None))?;
         self.note(id, "info", "Files validated, moving job to queued state", None)?;
         self.queue.push_back(id.to_owned());
@@ -316,13 +324,13 @@ impl Manager {
         let mut later = VecDeque::new();
         while self.stopping.is_none() && self.active.len() < self.host.max_running {
             let Some(id) = self.queue.pop_front() else { break };
-            let waits = self.store().find::<Record>(Kind::Job, &id);
+            let waits = self.store().find::<JobRecord>(ObjectKind::Job, &id);
             match waits {
                 // It is still on its way out of the trainer.
-                Ok(Some(record)) if record.status == Status::Queued && self.active.contains_key(&id) => {
+                Ok(Some(record)) if record.status == JobStatus::Queued && self.active.contains_key(&id) => {
                     later.push_back(id)
                 }
-                Ok(Some(record)) if record.status == Status::Queued => {
+                Ok(Some(record)) if record.status == JobStatus::Queued => {
                     if let Err(error) = self.load(record) {
                         tracing::error!(%error, job = id, "not started");
                     }
@@ -336,15 +344,15 @@ impl Manager {
     }
 
     /// Reads a job's files again, and everything else that the trainer needs.
-    fn load(&mut self, record: Record) -> Result<()> {
+    fn load(&mut self, record: JobRecord) -> Result<()> {
         self.runs += 1;
         let run = self.runs;
-        self.active.insert(record.id.clone(), Active { run, started: false, pace: None });
+        self.active.insert(record.id.clone(), ActiveRun { run, started: false, pace: None });
         let (host, sender) = (self.host.clone(), self.sender.clone());
         beside(move || {
-            let line = Line { sender: sender.clone(), id: record.id.clone(), run };
+            let line = RunReporter { sender: sender.clone(), id: record.id.clone(), run };
             let job = host.job(&record, Box::new(move |report| line.tell(report)));
-            let _ = sender.send(Message::Loaded(record.id, run, job.map(Box::new)));
+            let _ = sender.send(ManagerMessage::Loaded(record.id, run, job.map(Box::new)));
         })
     }
 
@@ -352,9 +360,9 @@ impl Manager {
         if !self.is_run(id, run) {
             return Ok(());
         }
-        let record: Record = self.store().get(Kind::Job, id, "")?;
+        let record: JobRecord = self.store().get(ObjectKind::Job, id, "")?;
         match job {
-            Ok(job) if record.status == Status::Queued => {
+            Ok(job) if record.status == JobStatus::Queued => {
                 self.active.get_mut(id).expect("it was looked up above").started = true;
                 self.command(Command::Start(job));
             }
@@ -369,51 +377,52 @@ impl Manager {
         Ok(())
     }
 
-    fn report(&mut self, id: &str, report: Report) -> Result<()> {
-        if matches!(report, Report::Paused | Report::Cancelled | Report::Succeeded | Report::Failed(_)) {
+    fn report(&mut self, id: &str, report: JobReport) -> Result<()> {
+        if matches!(report, JobReport::Paused | JobReport::Cancelled | JobReport::Succeeded | JobReport::Failed(_)) {
             self.active.remove(id);
         }
-        let record: Record = self.store().get(Kind::Job, id, "")?;
+        let record: JobRecord = self.store().get(ObjectKind::Job, id, "")?;
         if record.status.ended() {
             // The trainer was done before it could hear of that, and left its state.
-            if matches!(report, Report::Succeeded) {
+            if matches!(report, JobReport::Succeeded) {
                 self.forget(id);
             }
             return Ok(());
         }
         match report {
-            Report::Started { steps, done, parameters } => {
+            JobReport::Started { steps, done, parameters } => {
                 let tokens = self.undo(id, done)?;
                 self.update(id, |record| {
                     (record.steps, record.done, record.trained_tokens) = (steps, done, tokens);
-                    if record.status == Status::Queued {
-                        record.status = Status::Running;
+                    if record.status == JobStatus::Queued {
+                        record.status = JobStatus::Running;
                     }
                 })?;
                 let from = if done > 0 { format!(", from step {done} on") } else { String::new() };
                 let message = format!("Fine-tuning job started: {steps} steps, {parameters} parameters{from}");
                 self.note(id, "info", &message, None)
             }
-            Report::Step(metrics) => self.step(&record, metrics),
-            Report::Validation(validation) => self.measured(&record, validation),
-            Report::Checkpoint(checkpoint) => self.checkpoint(&record, &checkpoint),
-            Report::Resumed(checkpoint) => {
-                let known = self.store().find::<Value>(Kind::Checkpoint, &record.checkpoint_id(checkpoint.step))?;
+            JobReport::Step(metrics) => self.step(&record, metrics),
+            JobReport::Validation(validation) => self.measured(&record, validation),
+            JobReport::Checkpoint(checkpoint) => self.checkpoint(&record, &checkpoint),
+            JobReport::Resumed(checkpoint) => {
+                let known =
+                    self.store().find::<Value>(ObjectKind::Checkpoint, &record.checkpoint_id(checkpoint.step))?;
                 let served = self.host.registry.get(&record.model_id(Some(checkpoint.step))).is_ok();
                 // The last process ended before it was served, and nobody has deleted it since.
                 let missed = checkpoint.dir.is_dir() && !(known.is_some() && served);
                 if missed { self.checkpoint(&record, &checkpoint) } else { Ok(()) }
             }
             // At a stop, it stays one that runs.
-            Report::Paused | Report::Cancelled => Ok(()),
-            Report::Succeeded => self.succeeded(&record),
-            Report::Failed(error) => self.fail(id, error),
+            JobReport::Paused | JobReport::Cancelled => Ok(()),
+            JobReport::Succeeded => self.succeeded(&record),
+            JobReport::Failed(error) => self.fail(id, error),
         }
     }
 
-    fn step(&mut self, record: &Record, metrics: StepMetrics) -> Result<()> {
+    fn step(&mut self, record: &JobRecord, metrics: StepMetrics) -> Result<()> {
         let id = &record.id;
-        self.store().put(Kind::Step, &format!("{id}/step/{}", metrics.step), id, &metrics)?;
+        self.store().put(ObjectKind::Step, &format!("{id}/step/{}", metrics.step), id, &metrics)?;
         let message = format!("Step {}/{}: training loss={:.2}", metrics.step, record.steps, metrics.train_loss);
         let mut data = record::plain(&metrics);
         data["total_steps"] = record.steps.into();
@@ -426,7 +435,7 @@ impl Manager {
             record.trained_tokens += metrics.tokens as u64;
             record.done = metrics.step;
             let left = record.steps.saturating_sub(record.done) as f64;
-            let runs = record.status == Status::Running;
+            let runs = record.status == JobStatus::Running;
             record.estimated_finish = pace.filter(|_| runs).map(|pace| record::now() + (left * pace).ceil() as u64);
         })?;
         if let Some(gauge) = lock(&self.live).get_mut(&record.id) {
@@ -436,9 +445,9 @@ impl Manager {
         Ok(())
     }
 
-    fn measured(&self, record: &Record, validation: Validation) -> Result<()> {
+    fn measured(&self, record: &JobRecord, validation: Validation) -> Result<()> {
         let (id, step) = (&record.id, validation.step);
-        self.store().put(Kind::Validation, &format!("{id}/validation/{step}"), id, &validation)?;
+        self.store().put(ObjectKind::Validation, &format!("{id}/validation/{step}"), id, &validation)?;
         if let Some(gauge) = lock(&self.live).get_mut(id) {
             gauge.valid_loss = Some(validation.valid_loss);
         }
@@ -451,7 +460,7 @@ impl Manager {
         self.note(id, "info", &message, Some(data))
     }
 
-    fn checkpoint(&self, record: &Record, checkpoint: &Checkpoint) -> Result<()> {
+    fn checkpoint(&self, record: &JobRecord, checkpoint: &Checkpoint) -> Result<()> {
         let model = record.model_id(Some(checkpoint.step));
         let off = self.publisher.checkpoint(&model, checkpoint)?;
         self.add_checkpoint(record, checkpoint.step)?;
@@ -465,44 +474,44 @@ impl Manager {
     /// Forgets the figures of steps after `done`: they are done, and counted, again. The tokens of those before.
     fn undo(&self, id: &str, done: usize) -> Result<u64> {
         let mut tokens = 0;
-        for m in self.store().all::<StepMetrics>(Kind::Step, id)? {
+        for m in self.store().all::<StepMetrics>(ObjectKind::Step, id)? {
             if m.step <= done {
                 tokens += m.tokens as u64;
             } else {
-                self.store().delete(Kind::Step, &format!("{id}/step/{}", m.step))?;
+                self.store().delete(ObjectKind::Step, &format!("{id}/step/{}", m.step))?;
             }
         }
-        for v in self.store().all::<Validation>(Kind::Validation, id)?.into_iter().filter(|v| v.step > done) {
-            self.store().delete(Kind::Validation, &format!("{id}/validation/{}", v.step))?;
+        for v in self.store().all::<Validation>(ObjectKind::Validation, id)?.into_iter().filter(|v| v.step > done) {
+            self.store().delete(ObjectKind::Validation, &format!("{id}/validation/{}", v.step))?;
         }
         Ok(tokens)
     }
 
-    fn add_checkpoint(&self, record: &Record, step: usize) -> Result<()> {
+    fn add_checkpoint(&self, record: &JobRecord, step: usize) -> Result<()> {
         let id = &record.id;
-        let trained = self.store().find::<StepMetrics>(Kind::Step, &format!("{id}/step/{step}"))?;
-        let valid = self.store().find::<Validation>(Kind::Validation, &format!("{id}/validation/{step}"))?;
+        let trained = self.store().find::<StepMetrics>(ObjectKind::Step, &format!("{id}/step/{step}"))?;
+        let valid = self.store().find::<Validation>(ObjectKind::Validation, &format!("{id}/validation/{step}"))?;
         let object = record::checkpoint(record, step, trained.as_ref(), valid.as_ref());
-        self.store().put(Kind::Checkpoint, &record.checkpoint_id(step), id, &object)
+        self.store().put(ObjectKind::Checkpoint, &record.checkpoint_id(step), id, &object)
     }
 
-    fn succeeded(&mut self, record: &Record) -> Result<()> {
+    fn succeeded(&mut self, record: &JobRecord) -> Result<()> {
         let (id, model) = (&record.id, record.model_id(None));
         let dir = self.store().job_dir(id).join(format!("step-{}", record.done));
         self.publisher.again(&model, &dir)?;
         // Beside the adapter too, so that it says how it was made wherever it goes.
-        monitor::write(&dir, &self.store().all(Kind::Step, id)?, &self.store().all(Kind::Validation, id)?)?;
+        monitor::write(&dir, &self.store().all(ObjectKind::Step, id)?, &self.store().all(ObjectKind::Validation, id)?)?;
         let mut result_files = Vec::new();
         for (written, name) in [(monitor::CSV, "step_metrics.csv"), (monitor::PLOT, monitor::PLOT)] {
             let id = record::new_id("file-");
             let bytes = std::fs::copy(dir.join(written), self.store().file_path(&id))?;
-            let file = File::new(id.clone(), bytes, name.into(), "fine-tune-results");
-            self.store().put(Kind::File, &id, "", &file)?;
+            let file = FileObject::new(id.clone(), bytes, name.into(), "fine-tune-results");
+            self.store().put(ObjectKind::File, &id, "", &file)?;
             result_files.push(id);
         }
         self.note(id, "info", &format!("New fine-tuned model created: {model}"), None)?;
         self.update(id, |record| {
-            (record.status, record.finished_at) = (Status::Succeeded, Some(record::now()));
+            (record.status, record.finished_at) = (JobStatus::Succeeded, Some(record::now()));
             record.estimated_finish = None;
             record.fine_tuned_model = Some(model);
             record.result_files = result_files;
@@ -531,30 +540,30 @@ impl Manager {
             param: error.param,
         };
         self.update(id, |record| {
-            (record.status, record.finished_at) = (Status::Failed, Some(record::now()));
+            (record.status, record.finished_at) = (JobStatus::Failed, Some(record::now()));
             record.estimated_finish = None;
             record.error = Some(failed);
         })?;
         self.note(id, "error", &format!("The job failed: {}", error.message), None)
     }
 
-    fn update(&self, id: &str, change: impl FnOnce(&mut Record)) -> Result<Record> {
-        let mut record: Record = self.store().get(Kind::Job, id, "")?;
+    fn update(&self, id: &str, change: impl FnOnce(&mut JobRecord)) -> Result<JobRecord> {
+        let mut record: JobRecord = self.store().get(ObjectKind::Job, id, "")?;
         change(&mut record);
-        self.store().put(Kind::Job, id, "", &record)?;
+        self.store().put(ObjectKind::Job, id, "", &record)?;
         self.show(&record);
         Ok(record)
     }
 
     fn note(&self, job: &str, level: &str, message: &str, data: Option<Value>) -> Result<()> {
         let event = record::event(level, message, data);
-        self.store().put(Kind::Event, event["id"].as_str().unwrap_or_default(), job, &event)
+        self.store().put(ObjectKind::Event, event["id"].as_str().unwrap_or_default(), job, &event)
     }
 
     /// Puts a job on the metrics page, and takes ended ones off it where there are many.
-    fn show(&self, record: &Record) {
+    fn show(&self, record: &JobRecord) {
         let mut live = lock(&self.live);
-        let gauge = live.entry(record.id.clone()).or_insert_with(|| Gauge {
+        let gauge = live.entry(record.id.clone()).or_insert_with(|| JobGauge {
             id: record.id.clone(),
             status: record.status,
             step: 0,
@@ -572,22 +581,22 @@ impl Manager {
 }
 
 /// The trainer's line to the thread. It is dropped with the job, however that ends.
-struct Line {
-    sender: Sender<Message>,
+struct RunReporter {
+    sender: Sender<ManagerMessage>,
     id: String,
     run: u64,
 }
 
-impl Line {
-    fn tell(&self, report: Report) {
+impl RunReporter {
+    fn tell(&self, report: JobReport) {
         // Without the thread there is nobody to tell.
-        let _ = self.sender.send(Message::Report(self.id.clone(), self.run, report));
+        let _ = self.sender.send(ManagerMessage::Report(self.id.clone(), self.run, report));
     }
 }
 
-impl Drop for Line {
+impl Drop for RunReporter {
     fn drop(&mut self) {
-        let _ = self.sender.send(Message::Gone(std::mem::take(&mut self.id), self.run));
+        let _ = self.sender.send(ManagerMessage::Gone(std::mem::take(&mut self.id), self.run));
     }
 }
 
@@ -597,6 +606,6 @@ fn beside(work: impl FnOnce() + Send + 'static) -> Result<()> {
 }
 
 /// Gauges are whole between statements, whatever panicked.
-fn lock(live: &Live) -> MutexGuard<'_, BTreeMap<String, Gauge>> {
+fn lock(live: &Live) -> MutexGuard<'_, BTreeMap<String, JobGauge>> {
     live.lock().unwrap_or_else(PoisonError::into_inner)
 }

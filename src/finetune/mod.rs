@@ -1,6 +1,6 @@
 //! The life of a fine-tuning job: validated, queued, run by the trainer, published.
 
-pub mod host;
+pub mod context;
 pub mod jobs;
 pub mod monitor;
 pub mod prepare;

@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::plot::Chart;
-use crate::train::job::{Report, StepMetrics, Validation};
+use crate::train::job::{JobReport, StepMetrics, Validation};
 use crate::{Error, Result, files};
 
 /// A job's figures in a directory.
@@ -26,7 +26,7 @@ const EVENTS: &str = "events.out.tfevents.quiver";
 const HISTORY: &str = "metrics.jsonl";
 
 /// A job's figures, in a file too, so that a run that goes on has those of the runs before.
-pub struct History {
+pub struct MetricsHistory {
     path: PathBuf,
     /// Of all steps, in order.
     pub steps: Vec<StepMetrics>,
@@ -37,18 +37,18 @@ pub struct History {
 /// A line of the file.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Row {
+enum HistoryLine {
     Step(StepMetrics),
     Validation(Validation),
 }
 
-impl Row {
+impl HistoryLine {
     fn line(self) -> Result<String> {
         serde_json::to_string(&self).map(|line| line + "\n").map_err(|e| Error::internal(e.to_string()))
     }
 }
 
-impl History {
+impl MetricsHistory {
     /// The history of the job whose directory is `dir`, empty until a run starts.
     pub fn new(dir: &Path) -> Self {
         Self { path: dir.join(HISTORY), steps: Vec::new(), validations: Vec::new() }
@@ -56,21 +56,21 @@ impl History {
 
     /// Adds what is reported. A start brings back the figures up to the step from which it goes on. Errors: the file cannot be
     /// read or written.
-    pub fn take(&mut self, report: &Report) -> Result<()> {
+    pub fn take(&mut self, report: &JobReport) -> Result<()> {
         let row = match *report {
-            Report::Started { done, .. } => return self.go_on(done),
-            Report::Step(step) => Row::Step(step),
-            Report::Validation(validation) => Row::Validation(validation),
+            JobReport::Started { done, .. } => return self.go_on(done),
+            JobReport::Step(step) => HistoryLine::Step(step),
+            JobReport::Validation(validation) => HistoryLine::Validation(validation),
             _ => return Ok(()),
         };
         self.add(row);
         Ok(append(&self.path, row.line()?.as_bytes())?)
     }
 
-    fn add(&mut self, row: Row) {
+    fn add(&mut self, row: HistoryLine) {
         match row {
-            Row::Step(step) => self.steps.push(step),
-            Row::Validation(validation) => {
+            HistoryLine::Step(step) => self.steps.push(step),
+            HistoryLine::Validation(validation) => {
                 // One that a kill undid is done again at the same step.
                 self.validations.retain(|v| v.step != validation.step);
                 self.validations.push(validation);
@@ -84,10 +84,10 @@ impl History {
             text => text?,
         };
         // The last line of a run that was killed may be cut off.
-        let rows = text.lines().filter_map(|line| serde_json::from_str::<Row>(line).ok());
+        let rows = text.lines().filter_map(|line| serde_json::from_str::<HistoryLine>(line).ok());
         let mut kept = String::new();
         for row in rows {
-            let (Row::Step(StepMetrics { step, .. }) | Row::Validation(Validation { step, .. })) = row;
+            let (HistoryLine::Step(StepMetrics { step, .. }) | HistoryLine::Validation(Validation { step, .. })) = row;
             if step <= done {
                 self.add(row);
                 kept += &row.line()?;
@@ -98,7 +98,7 @@ impl History {
 }
 
 /// `report`, which goes to a TensorBoard file in `dir` too. A file that cannot be written is no reason to stop training.
-pub fn watched(dir: &Path, mut report: impl FnMut(Report) + Send + 'static) -> Box<dyn FnMut(Report) + Send> {
+pub fn watched(dir: &Path, mut report: impl FnMut(JobReport) + Send + 'static) -> Box<dyn FnMut(JobReport) + Send> {
     let (path, mut broken) = (dir.join(EVENTS), false);
     Box::new(move |told| {
         if let Some(events) = events(&told).filter(|_| !broken)
@@ -163,7 +163,7 @@ fn csv(steps: &[StepMetrics], validations: &[Validation]) -> String {
 }
 
 /// Frames for what is reported, if it has a place in TensorBoard.
-fn events(report: &Report) -> Option<Vec<u8>> {
+fn events(report: &JobReport) -> Option<Vec<u8>> {
     let scalars = |step: usize, values: &[(&str, f64)]| {
         let mut summary = Vec::new();
         for (tag, value) in values {
@@ -176,13 +176,13 @@ fn events(report: &Report) -> Option<Vec<u8>> {
         event(step, &message(5, &summary))
     };
     match report {
-        Report::Started { done, .. } => {
+        JobReport::Started { done, .. } => {
             let version = event(0, &message(3, b"brain.Event:2"));
             // SessionLog.status = START: what an interruption undid, from this step on, does not count.
             let start = event(done + 1, &message(7, &[1 << 3, 1]));
             Some([version, start].concat())
         }
-        Report::Step(m) => Some(scalars(
+        JobReport::Step(m) => Some(scalars(
             m.step,
             &[
                 ("train_loss", m.train_loss),
@@ -192,7 +192,7 @@ fn events(report: &Report) -> Option<Vec<u8>> {
                 ("tokens_per_second", m.tokens as f64 / m.seconds.max(1e-9)),
             ],
         )),
-        Report::Validation(v) => {
+        JobReport::Validation(v) => {
             Some(scalars(v.step, &[("valid_loss", v.valid_loss), ("valid_accuracy", v.valid_mean_token_accuracy)]))
         }
         _ => None,
@@ -266,8 +266,8 @@ mod tests {
         fields
     }
 
-    fn step(step: usize) -> Report {
-        Report::Step(StepMetrics {
+    fn step(step: usize) -> JobReport {
+        JobReport::Step(StepMetrics {
             step,
             train_loss: 1.5,
             train_mean_token_accuracy: 0.25,
@@ -282,10 +282,11 @@ mod tests {
     #[test]
     fn a_run_that_goes_on_has_the_figures_up_to_where_it_goes_on() {
         let dir = tempfile::tempdir().unwrap();
-        let valid = |step| Report::Validation(Validation { step, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 });
-        let run = |done, told: &[Report]| {
-            let mut history = History::new(dir.path());
-            history.take(&Report::Started { steps: 9, done, parameters: 1 }).unwrap();
+        let valid =
+            |step| JobReport::Validation(Validation { step, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 });
+        let run = |done, told: &[JobReport]| {
+            let mut history = MetricsHistory::new(dir.path());
+            history.take(&JobReport::Started { steps: 9, done, parameters: 1 }).unwrap();
             told.iter().for_each(|report| history.take(report).unwrap());
             let validations: Vec<usize> = history.validations.iter().map(|v| v.step).collect();
             (history.steps.iter().map(|m| m.step).collect::<Vec<_>>(), validations)
@@ -303,10 +304,10 @@ mod tests {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283, "the check value of CRC-32C");
         let dir = tempfile::tempdir().unwrap();
         let mut told = watched(dir.path(), |_| ());
-        told(Report::Started { steps: 300, done: 298, parameters: 1 });
+        told(JobReport::Started { steps: 300, done: 298, parameters: 1 });
         told(step(299));
-        told(Report::Validation(Validation { step: 299, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 }));
-        told(Report::Succeeded);
+        told(JobReport::Validation(Validation { step: 299, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 }));
+        told(JobReport::Succeeded);
 
         let file = fs::read(dir.path().join(EVENTS)).unwrap();
         let (mut left, mut read) = (&file[..], Vec::new());

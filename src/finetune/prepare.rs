@@ -9,13 +9,13 @@ use crate::fields::Fields;
 use crate::hub::hex;
 use crate::text::prompt::TextCodec;
 use crate::train::data::{self, Dataset};
-use crate::train::spec::Spec;
+use crate::train::spec::JobSpec;
 
 /// A job's files and settings.
 pub struct Prepared {
     pub train: Dataset,
     pub valid: Option<Dataset>,
-    pub spec: Spec,
+    pub spec: JobSpec,
 }
 
 /// Reads the files under `settings` (an object as [`settings::spec`] takes it) and chooses what is left open. `longest` bounds

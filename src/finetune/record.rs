@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::time::unix;
 use crate::train::job::{StepMetrics, Validation};
-use crate::train::spec::Spec;
+use crate::train::spec::JobSpec;
 
 /// Stands for the organisation in names of models: a server has one.
 const ORGANISATION: &str = "quiver";
@@ -15,7 +15,7 @@ const ORGANISATION: &str = "quiver";
 /// Where a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Status {
+pub enum JobStatus {
     ValidatingFiles,
     Queued,
     Running,
@@ -25,7 +25,7 @@ pub enum Status {
     Cancelled,
 }
 
-impl Status {
+impl JobStatus {
     /// As the API spells it.
     pub fn word(self) -> &'static str {
         match self {
@@ -55,11 +55,11 @@ pub struct JobError {
 
 /// A job.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Record {
+pub struct JobRecord {
     pub id: String,
     pub created_at: u64,
     pub finished_at: Option<u64>,
-    pub status: Status,
+    pub status: JobStatus,
     /// Name of the base.
     pub base: String,
     /// Id of a file.
@@ -73,7 +73,7 @@ pub struct Record {
     pub settings: Value,
     pub seed: u64,
     /// What came of it, once the files were read.
-    pub spec: Option<Spec>,
+    pub spec: Option<JobSpec>,
     /// Optimiser steps in all, once it runs, and those done.
     pub steps: usize,
     pub done: usize,
@@ -85,7 +85,7 @@ pub struct Record {
     pub error: Option<JobError>,
 }
 
-impl Record {
+impl JobRecord {
     /// Name of the model that it makes, or of a checkpoint after `step` steps.
     pub fn model_id(&self, step: Option<usize>) -> String {
         let suffix = self.suffix.as_deref().unwrap_or_default();
@@ -107,7 +107,7 @@ impl Record {
 
 /// A file, as the API shows it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct File {
+pub struct FileObject {
     pub id: String,
     pub object: String,
     pub bytes: u64,
@@ -119,7 +119,7 @@ pub struct File {
     pub status_details: Option<String>,
 }
 
-impl File {
+impl FileObject {
     /// A file that is ready to be used.
     pub fn new(id: String, bytes: u64, filename: String, purpose: &str) -> Self {
         Self {
@@ -165,7 +165,7 @@ pub fn event(level: &str, message: &str, data: Option<Value>) -> Value {
 }
 
 /// A checkpoint of a job, as the API shows it.
-pub fn checkpoint(record: &Record, step: usize, trained: Option<&StepMetrics>, valid: Option<&Validation>) -> Value {
+pub fn checkpoint(record: &JobRecord, step: usize, trained: Option<&StepMetrics>, valid: Option<&Validation>) -> Value {
     let valid_loss = valid.map(|v| v.valid_loss);
     let valid_accuracy = valid.map(|v| v.valid_mean_token_accuracy);
     json!({

@@ -1,4 +1,4 @@
-//! From the settings of a request to a [`Spec`]: what is given is checked, what is not ("auto", or left out) is chosen.
+//! From the settings of a request to a [`JobSpec`]: what is given is checked, what is not ("auto", or left out) is chosen.
 //!
 //! The API and the command line write the same object, so that both have the same names, limits and choices:
 //! `method.supervised.hyperparameters` (or `hyperparameters`), `seed`, `lora` and `training`.
@@ -18,7 +18,7 @@ use super::record::plain;
 use crate::arch::Module;
 use crate::fields::{self, Fields};
 use crate::train::data::{AlpacaEnding, DataOptions, Dataset};
-use crate::train::spec::{AdaLora, Init, Lora, Optimizer, OptimizerKind, Schedule, Spec};
+use crate::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
 use crate::{Error, Result};
 
 /// Top-level fields read here.
@@ -96,7 +96,7 @@ fn hyperparameters<'a>(body: &Fields<'a>) -> Result<Option<Fields<'a>>> {
 }
 
 /// How the files of a request are read.
-pub fn data_options(body: &Fields, spec: &Spec) -> Result<DataOptions> {
+pub fn data_options(body: &Fields, spec: &JobSpec) -> Result<DataOptions> {
     let alpaca_ending = word::<AlpacaEnding>(&Groups::of(body)?.training, "alpaca_ending")?.unwrap_or_default();
     Ok(DataOptions { max_length: spec.max_length, train_on_inputs: spec.train_on_inputs, alpaca_ending })
 }
@@ -106,7 +106,7 @@ pub fn data_options(body: &Fields, spec: &Spec) -> Result<DataOptions> {
 ///
 /// # Errors
 /// `Invalid`, with the field: a value of a wrong type or out of range, a misspelt field, settings that exclude each other.
-pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Spec> {
+pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<JobSpec> {
     let Groups { hyperparameters, lora, training } = Groups::of(body)?;
     let examples = data.map_or(1, |data| data.statistics.examples);
     let multiplier = auto(&hyperparameters, "learning_rate_multiplier", positive)?;
@@ -114,9 +114,9 @@ pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Spe
     let number_of = |name: &str, default: f64, read: fn(&Value, &str) -> Result<f64>| {
         Ok::<f32, Error>(number(&training, name, read)?.unwrap_or(default) as f32)
     };
-    let optimizer = Optimizer {
+    let optimizer = OptimizerConfig {
         learning_rate: rate as f32,
-        schedule: word(&training, "scheduler")?.unwrap_or(Schedule::Linear),
+        schedule: word(&training, "scheduler")?.unwrap_or(LrSchedule::Linear),
         warmup_steps: 0,
         weight_decay: number_of("weight_decay", 0.0, |v, path| fields::number(v, path, 0.0..=1.0))?,
         beta1: 0.9,
@@ -126,7 +126,7 @@ pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Spe
         kind: word(&training, "optim")?.unwrap_or(OptimizerKind::Adamw),
     };
     let count = |name: &str, most: i64| integer(&training, name, 1, most);
-    let mut spec = Spec {
+    let mut spec = JobSpec {
         epochs: auto(&hyperparameters, "n_epochs", |v, path| fields::integer(v, path, 1..=50))?
             .map_or_else(|| epochs(examples), |n| n as usize),
         max_steps: count("max_steps", i64::MAX)?,
@@ -152,7 +152,7 @@ pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Spe
 }
 
 /// The settings as a job shows them: `(hyperparameters, lora, training)`.
-pub fn describe(spec: &Spec) -> (Value, Value, Value) {
+pub fn describe(spec: &JobSpec) -> (Value, Value, Value) {
     let optimizer = &spec.optimizer;
     let rate = plain(&optimizer.learning_rate);
     let multiplier = rate.as_f64().unwrap_or_default() / LEARNING_RATE;
@@ -189,14 +189,14 @@ fn epochs(examples: usize) -> usize {
     }
 }
 
-fn lora_of(lora: &Option<Fields>) -> Result<Lora> {
+fn lora_of(lora: &Option<Fields>) -> Result<LoraConfig> {
     let r = integer(lora, "r", 1, MAX_RANK)?.unwrap_or(16);
     let modules =
         match lora.as_ref().and_then(|lora| Some((lora.get("target_modules")?, lora.path_of("target_modules")))) {
             Some((value, path)) => modules(value, &path)?,
             None => Module::BLOCK.to_vec(),
         };
-    Ok(Lora {
+    Ok(LoraConfig {
         r,
         alpha: number(lora, "alpha", positive)?.map_or(2.0 * r as f32, |alpha| alpha as f32),
         dropout: number(lora, "dropout", |v, path| fields::number(v, path, 0.0..=0.9))?.unwrap_or(0.0) as f32,
@@ -204,7 +204,7 @@ fn lora_of(lora: &Option<Fields>) -> Result<Lora> {
         use_rslora: flag(lora, "use_rslora")?,
         loraplus_lr_ratio: number(lora, "loraplus_lr_ratio", positive)?.map(|ratio| ratio as f32),
         use_dora: flag(lora, "use_dora")?,
-        init: word(lora, "init")?.unwrap_or(Init::Default),
+        init: word(lora, "init")?.unwrap_or(LoraInit::Default),
         adalora: None,
     })
 }
@@ -233,12 +233,12 @@ fn modules(value: &Value, path: &str) -> Result<Vec<Module>> {
     }
 }
 
-fn adalora(lora: &Fields, steps: usize) -> Result<Option<AdaLora>> {
+fn adalora(lora: &Fields, steps: usize) -> Result<Option<AdaLoraConfig>> {
     let given = lora.object("adalora")?;
     let Some(ada) = &given else { return Ok(None) };
     fields::check_only(ada, &ADALORA)?;
     let beta = |name: &str| number(&given, name, |v, path| fields::number(v, path, 0.0..=0.999));
-    Ok(Some(AdaLora {
+    Ok(Some(AdaLoraConfig {
         init_r: integer(&given, "init_r", 1, MAX_RANK)?.unwrap_or(12),
         target_r: integer(&given, "target_r", 1, MAX_RANK)?.unwrap_or(8),
         tinit: integer(&given, "tinit", 0, i64::MAX)?.unwrap_or(steps / 10),
@@ -264,7 +264,7 @@ fn warmup(training: &Option<Fields>, steps: usize) -> Result<usize> {
 }
 
 /// Settings that exclude each other.
-fn check(spec: &Spec) -> Result<()> {
+fn check(spec: &JobSpec) -> Result<()> {
     let lora = &spec.lora;
     let conflict = |message: &str, param: &str| Err(Error::invalid(message).param(param).code("conflicting_settings"));
     match &lora.adalora {
@@ -322,11 +322,11 @@ fn positive(value: &Value, path: &str) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::data::{Format, Statistics};
+    use crate::train::data::{DataFormat, DatasetStatistics};
 
-    fn chosen(body: Value, examples: usize) -> Result<Spec> {
-        let statistics = Statistics { examples, tokens: 10 * examples, ..Statistics::default() };
-        let data = Dataset { examples: Vec::new(), format: Format::Text, alpaca_ending: None, statistics };
+    fn chosen(body: Value, examples: usize) -> Result<JobSpec> {
+        let statistics = DatasetStatistics { examples, tokens: 10 * examples, ..DatasetStatistics::default() };
+        let data = Dataset { examples: Vec::new(), format: DataFormat::Text, alpaca_ending: None, statistics };
         spec(&Fields::of_body(&body)?, 1000, Some(&data))
     }
 

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 
 /// What an object is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum ObjectKind {
     /// An uploaded or resulting file.
     File,
     /// A fine-tuning job.
@@ -31,7 +31,7 @@ pub enum Kind {
     Validation,
 }
 
-impl Kind {
+impl ObjectKind {
     fn word(self) -> &'static str {
         match self {
             Self::File => "file",
@@ -46,7 +46,7 @@ impl Kind {
 
 /// Which objects of a list.
 #[derive(Debug, Clone, Default)]
-pub struct Page {
+pub struct PageQuery {
     /// Id of the last one that was seen.
     pub after: Option<String>,
     /// Most to give.
@@ -106,7 +106,7 @@ impl Store {
     }
 
     /// Adds an object, or replaces the one of that id.
-    pub fn put<T: Serialize>(&self, kind: Kind, id: &str, parent: &str, doc: &T) -> Result<()> {
+    pub fn put<T: Serialize>(&self, kind: ObjectKind, id: &str, parent: &str, doc: &T) -> Result<()> {
         let doc = serde_json::to_string(doc).map_err(|e| Error::internal(e.to_string()))?;
         // An update, not a replacement of the row: an object keeps its place in lists.
         self.db()
@@ -120,7 +120,7 @@ impl Store {
     }
 
     /// An object, if it is there.
-    pub fn find<T: DeserializeOwned>(&self, kind: Kind, id: &str) -> Result<Option<T>> {
+    pub fn find<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str) -> Result<Option<T>> {
         let doc = self
             .db()
             .prepare_cached("SELECT doc FROM objects WHERE id = ?1 AND kind = ?2")
@@ -130,15 +130,15 @@ impl Store {
     }
 
     /// An object, or 404 on `param`.
-    pub fn get<T: DeserializeOwned>(&self, kind: Kind, id: &str, param: &str) -> Result<T> {
+    pub fn get<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str, param: &str) -> Result<T> {
         self.find(kind, id)?.ok_or_else(|| {
-            let what = if kind == Kind::Job { "fine-tuning job" } else { kind.word() };
+            let what = if kind == ObjectKind::Job { "fine-tuning job" } else { kind.word() };
             Error::not_found(format!("there is no {what} {id:?}")).param(param)
         })
     }
 
     /// Removes an object; false if it was not there.
-    pub fn delete(&self, kind: Kind, id: &str) -> Result<bool> {
+    pub fn delete(&self, kind: ObjectKind, id: &str) -> Result<bool> {
         let removed = self.db().execute("DELETE FROM objects WHERE id = ?1 AND kind = ?2", [id, kind.word()]);
         removed.map(|rows| rows > 0).map_err(failed)
     }
@@ -146,9 +146,9 @@ impl Store {
     /// The objects of `parent` that `keep` lets through, and whether there are more. Errors: 400 for an unknown `after`.
     pub fn page<T: DeserializeOwned>(
         &self,
-        kind: Kind,
+        kind: ObjectKind,
         parent: &str,
-        page: &Page,
+        page: &PageQuery,
         keep: impl Fn(&T) -> bool,
     ) -> Result<(Vec<T>, bool)> {
         let db = self.db();
@@ -185,8 +185,8 @@ impl Store {
     }
 
     /// All objects of `parent`, oldest first.
-    pub fn all<T: DeserializeOwned>(&self, kind: Kind, parent: &str) -> Result<Vec<T>> {
-        let everything = Page { after: None, limit: usize::MAX, ascending: true };
+    pub fn all<T: DeserializeOwned>(&self, kind: ObjectKind, parent: &str) -> Result<Vec<T>> {
+        let everything = PageQuery { after: None, limit: usize::MAX, ascending: true };
         self.page(kind, parent, &everything, |_| true).map(|(all, _)| all)
     }
 
@@ -235,28 +235,31 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         for i in 0..5 {
-            store.put(Kind::Event, &format!("e{i}"), "job", &json!({"i": i})).unwrap();
+            store.put(ObjectKind::Event, &format!("e{i}"), "job", &json!({"i": i})).unwrap();
         }
-        store.put(Kind::Event, "other", "another job", &json!({"i": 9})).unwrap();
-        store.put(Kind::Event, "e2", "job", &json!({"i": 2, "again": true})).unwrap();
-        assert!(store.delete(Kind::Event, "e0").unwrap() && !store.delete(Kind::Event, "e0").unwrap());
+        store.put(ObjectKind::Event, "other", "another job", &json!({"i": 9})).unwrap();
+        store.put(ObjectKind::Event, "e2", "job", &json!({"i": 2, "again": true})).unwrap();
+        assert!(store.delete(ObjectKind::Event, "e0").unwrap() && !store.delete(ObjectKind::Event, "e0").unwrap());
         assert!(Store::open(dir.path()).err().unwrap().message.contains("another server"));
         drop(store);
 
         let store = Store::open(dir.path()).unwrap();
         let page = |after: Option<&str>, limit, ascending| {
-            let page = Page { after: after.map(str::to_owned), limit, ascending };
-            let (found, more) = store.page::<Value>(Kind::Event, "job", &page, |doc| doc["i"] != 3).unwrap();
+            let page = PageQuery { after: after.map(str::to_owned), limit, ascending };
+            let (found, more) = store.page::<Value>(ObjectKind::Event, "job", &page, |doc| doc["i"] != 3).unwrap();
             (found.iter().map(|doc| doc["i"].as_u64().unwrap()).collect::<Vec<_>>(), more)
         };
         assert_eq!(page(None, 2, false), (vec![4, 2], true));
         assert_eq!(page(Some("e2"), 2, false), (vec![1], false));
         assert_eq!(page(None, 3, true), (vec![1, 2, 4], false));
         assert_eq!(page(Some("e1"), 1, true), (vec![2], true));
-        let unknown = Page { after: Some("x".into()), limit: 1, ascending: false };
-        assert_eq!(store.page::<Value>(Kind::Event, "job", &unknown, |_| true).err().unwrap().param.unwrap(), "after");
-        assert_eq!(store.find::<Value>(Kind::Event, "e2").unwrap().unwrap()["again"], true);
-        assert!(store.find::<Value>(Kind::File, "e2").unwrap().is_none(), "an id of another kind");
-        assert_eq!(store.get::<Value>(Kind::Job, "x", "id").err().unwrap().status(), 404);
+        let unknown = PageQuery { after: Some("x".into()), limit: 1, ascending: false };
+        assert_eq!(
+            store.page::<Value>(ObjectKind::Event, "job", &unknown, |_| true).err().unwrap().param.unwrap(),
+            "after"
+        );
+        assert_eq!(store.find::<Value>(ObjectKind::Event, "e2").unwrap().unwrap()["again"], true);
+        assert!(store.find::<Value>(ObjectKind::File, "e2").unwrap().is_none(), "an id of another kind");
+        assert_eq!(store.get::<Value>(ObjectKind::Job, "x", "id").err().unwrap().status(), 404);
     }
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::failure::Failure;
 use crate::fields;
-use crate::finetune::store::Page;
+use crate::finetune::store::PageQuery;
 use crate::{Error, Result as OurResult};
 
 /// A body that is JSON, whatever its content type says. 413 over the limit, 400 with the position when malformed.
@@ -59,7 +59,7 @@ impl Query {
     }
 
     /// Which part of a list is wanted: `after`, `limit`, `order`.
-    pub fn page(&self, limit: usize, most: usize) -> OurResult<Page> {
+    pub fn page(&self, limit: usize, most: usize) -> OurResult<PageQuery> {
         let wrong = |name: &str, allowed: &str, got: &str| fields::wrong(name, allowed, &got.into());
         let limit = match self.get("limit") {
             None => limit,
@@ -74,6 +74,6 @@ impl Query {
             Some("asc") => true,
             Some(other) => return Err(wrong("order", "\"asc\" or \"desc\"", other)),
         };
-        Ok(Page { after: self.get("after").map(str::to_owned), limit, ascending })
+        Ok(PageQuery { after: self.get("after").map(str::to_owned), limit, ascending })
     }
 }

@@ -16,8 +16,8 @@ use super::extract::{Name, Query};
 use super::failure::Failure;
 use super::{Serving, SharedApp};
 use crate::error::{Error, ErrorKind, Result};
-use crate::finetune::record::{File, Record, new_id};
-use crate::finetune::store::{Kind, Store};
+use crate::finetune::record::{FileObject, JobRecord, new_id};
+use crate::finetune::store::{ObjectKind, Store};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 
 /// Purpose of a file to learn from.
@@ -66,9 +66,9 @@ pub async fn upload(
         let options =
             DataOptions { max_length: usize::MAX, train_on_inputs: false, alpaca_ending: AlpacaEnding::default() };
         data::parse(&bytes, &codec, &options).map_err(|e| e.param("file"))?;
-        let file = File::new(new_id("file-"), bytes.len() as u64, filename, FINE_TUNE);
+        let file = FileObject::new(new_id("file-"), bytes.len() as u64, filename, FINE_TUNE);
         content.persist(store.file_path(&file.id)).map_err(|e| Error::from(e.error))?;
-        store.put(Kind::File, &file.id, "", &file)?;
+        store.put(ObjectKind::File, &file.id, "", &file)?;
         Ok(file)
     };
     Ok(Json(json!(serving.jobs.store().run(keep).await?)))
@@ -100,21 +100,21 @@ fn broken(e: MultipartError) -> Error {
 pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, Failure> {
     let page = query.page(MAX_PAGE, MAX_PAGE)?;
     let purpose = query.get("purpose").map(str::to_owned);
-    let keep = move |file: &File| purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose);
-    let (files, more) = store(&app)?.run(move |store| store.page(Kind::File, "", &page, keep)).await?;
+    let keep = move |file: &FileObject| purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose);
+    let (files, more) = store(&app)?.run(move |store| store.page(ObjectKind::File, "", &page, keep)).await?;
     Ok(Json(super::finetune::list_object(files.iter().map(|file| json!(file)).collect(), more)))
 }
 
 /// `GET /v1/files/{id}`.
 pub async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
-    let file: File = store(&app)?.run(move |store| store.get(Kind::File, &id, "file_id")).await?;
+    let file: FileObject = store(&app)?.run(move |store| store.get(ObjectKind::File, &id, "file_id")).await?;
     Ok(Json(json!(file)))
 }
 
 /// `GET /v1/files/{id}/content`.
 pub async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Response, Failure> {
     let open = move |store: &Store| {
-        let file: File = store.get(Kind::File, &id, "file_id")?;
+        let file: FileObject = store.get(ObjectKind::File, &id, "file_id")?;
         Ok((std::fs::File::open(store.file_path(&id))?, file))
     };
     let (content, file) = store(&app)?.run(open).await?;
@@ -129,15 +129,15 @@ pub async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Res
 /// `DELETE /v1/files/{id}`; 409 while a job still needs it.
 pub async fn delete(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
     let remove = move |store: &Store| {
-        let _: File = store.get(Kind::File, &id, "file_id")?;
-        let needs = |job: &Record| {
+        let _: FileObject = store.get(ObjectKind::File, &id, "file_id")?;
+        let needs = |job: &JobRecord| {
             !job.status.ended() && (job.training_file == id || job.validation_file.as_deref() == Some(&id))
         };
-        if let Some(job) = store.all(Kind::Job, "")?.iter().find(|job| needs(job)) {
+        if let Some(job) = store.all(ObjectKind::Job, "")?.iter().find(|job| needs(job)) {
             let message = format!("file {id} is needed by job {}, which is {}", job.id, job.status.word());
             return Err(Error::new(ErrorKind::Conflict, message).param("file_id").code("file_in_use"));
         }
-        store.delete(Kind::File, &id)?;
+        store.delete(ObjectKind::File, &id)?;
         std::fs::remove_file(store.file_path(&id))?;
         Ok(json!({"id": id, "object": "file", "deleted": true}))
     };

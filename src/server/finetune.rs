@@ -12,11 +12,11 @@ use super::files::FINE_TUNE;
 use super::{Serving, SharedApp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fields::{self, Fields};
-use crate::finetune::jobs::Action;
+use crate::finetune::jobs::JobAction;
 use crate::finetune::prepare::prepare;
-use crate::finetune::record::{File, Record, Status, new_id, now};
+use crate::finetune::record::{FileObject, JobRecord, JobStatus, new_id, now};
 use crate::finetune::settings;
-use crate::finetune::store::{Kind, Page};
+use crate::finetune::store::{ObjectKind, PageQuery};
 
 /// Fields of a new job, beside those of [`settings`].
 const FIELDS: [&str; 7] =
@@ -45,7 +45,7 @@ pub async fn create(State(app): State<SharedApp>, extract::Json(body): extract::
         .store()
         .run(move |store| {
             for (id, param) in files.iter().filter_map(|(id, param)| Some((id.as_ref()?, *param))) {
-                let file: File = store.find(Kind::File, id)?.ok_or_else(|| {
+                let file: FileObject = store.find(ObjectKind::File, id)?.ok_or_else(|| {
                     Error::invalid(format!("`{param}`: there is no file {id:?}")).param(param).code("file_not_found")
                 })?;
                 if file.purpose != FINE_TUNE {
@@ -64,7 +64,7 @@ pub async fn create(State(app): State<SharedApp>, extract::Json(body): extract::
 }
 
 /// A job from a request; whether it is only a question.
-fn read(serving: &Serving, body: &Value) -> Result<(Record, bool)> {
+fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
     let fields = Fields::of_body(body)?;
     let known: Vec<&str> = FIELDS.iter().chain(&settings::FIELDS).copied().collect();
     fields::check_unknown(&fields, &known)?;
@@ -81,11 +81,11 @@ fn read(serving: &Serving, body: &Value) -> Result<(Record, bool)> {
     let chosen = Value::Object(chosen);
     let spec = settings::spec(&Fields::of_body(&chosen)?, serving.max_model_len, None)?;
     let file = fields.required("training_file", fields.string("training_file")?, "the id of an uploaded file")?;
-    let record = Record {
+    let record = JobRecord {
         id: new_id("ftjob-"),
         created_at: now(),
         finished_at: None,
-        status: Status::ValidatingFiles,
+        status: JobStatus::ValidatingFiles,
         base: serving.names[0].clone(),
         training_file: file.to_owned(),
         validation_file: fields.string("validation_file")?.map(str::to_owned),
@@ -157,7 +157,7 @@ fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
 }
 
 /// What a job would learn, and what it would take.
-async fn preview(serving: &Arc<Serving>, record: Record) -> Result<Value> {
+async fn preview(serving: &Arc<Serving>, record: JobRecord) -> Result<Value> {
     let (codec, longest, model) = (serving.codec.clone(), serving.max_model_len, record.base.clone());
     let speed = serving.jobs.gauges().iter().rev().find_map(|gauge| gauge.tokens_per_second);
     serving
@@ -186,7 +186,7 @@ async fn preview(serving: &Arc<Serving>, record: Record) -> Result<Value> {
 }
 
 /// A job as OpenAI's API shows it, and its settings.
-fn object(record: &Record) -> Value {
+fn object(record: &JobRecord) -> Value {
     let auto = || json!({"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"});
     let (hyperparameters, lora, training) = match &record.spec {
         Some(spec) => settings::describe(spec),
@@ -227,9 +227,10 @@ pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Val
             Some((name.strip_prefix("metadata[")?.strip_suffix(']')?.to_owned(), value.to_owned()))
         })
         .collect();
-    let keep = move |record: &Record| wanted.iter().all(|(key, value)| record.metadata.get(key) == Some(&json!(value)));
+    let keep =
+        move |record: &JobRecord| wanted.iter().all(|(key, value)| record.metadata.get(key) == Some(&json!(value)));
     let store = app.serving()?.jobs.store();
-    let (jobs, more) = store.run(move |store| store.page(Kind::Job, "", &page, keep)).await?;
+    let (jobs, more) = store.run(move |store| store.page(ObjectKind::Job, "", &page, keep)).await?;
     Ok(Json(list_object(jobs.iter().map(object).collect(), more)))
 }
 
@@ -240,40 +241,40 @@ pub async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Va
 
 /// `POST /v1/fine_tuning/jobs/{id}/cancel`.
 pub async fn cancel(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
-    Ok(Json(object(&app.serving()?.jobs.change(&id, Action::Cancel).await?)))
+    Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Cancel).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/pause`.
 pub async fn pause(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
-    Ok(Json(object(&app.serving()?.jobs.change(&id, Action::Pause).await?)))
+    Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Pause).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/resume`.
 pub async fn resume(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
-    Ok(Json(object(&app.serving()?.jobs.change(&id, Action::Resume).await?)))
+    Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Resume).await?)))
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/events`, newest first.
 pub async fn events(State(app): State<SharedApp>, Name(id): Name, query: Query) -> Result<Json<Value>, Failure> {
-    of_job(app.serving()?, id, Kind::Event, query.page(20, MAX_PAGE)?).await
+    of_job(app.serving()?, id, ObjectKind::Event, query.page(20, MAX_PAGE)?).await
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/checkpoints`, newest first.
 pub async fn checkpoints(State(app): State<SharedApp>, Name(id): Name, query: Query) -> Result<Json<Value>, Failure> {
-    of_job(app.serving()?, id, Kind::Checkpoint, query.page(10, MAX_PAGE)?).await
+    of_job(app.serving()?, id, ObjectKind::Checkpoint, query.page(10, MAX_PAGE)?).await
 }
 
-async fn of_job(serving: &Serving, id: String, kind: Kind, page: Page) -> Result<Json<Value>, Failure> {
+async fn of_job(serving: &Serving, id: String, kind: ObjectKind, page: PageQuery) -> Result<Json<Value>, Failure> {
     let read = move |store: &crate::finetune::store::Store| {
-        let _: Record = store.get(Kind::Job, &id, "fine_tuning_job_id")?;
+        let _: JobRecord = store.get(ObjectKind::Job, &id, "fine_tuning_job_id")?;
         store.page::<Value>(kind, &id, &page, |_| true)
     };
     let (objects, more) = serving.jobs.store().run(read).await?;
     Ok(Json(list_object(objects, more)))
 }
 
-async fn job(serving: &Serving, id: String) -> Result<Record> {
-    serving.jobs.store().run(move |store| store.get(Kind::Job, &id, "fine_tuning_job_id")).await
+async fn job(serving: &Serving, id: String) -> Result<JobRecord> {
+    serving.jobs.store().run(move |store| store.get(ObjectKind::Job, &id, "fine_tuning_job_id")).await
 }
 
 /// A page of a list.

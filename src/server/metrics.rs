@@ -111,7 +111,7 @@ pub struct Live<'a> {
     /// Tokens of a KV block.
     pub block_size: usize,
     /// Fine-tuning jobs.
-    pub jobs: &'a [jobs::Gauge],
+    pub jobs: &'a [jobs::JobGauge],
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> Result<C> {
@@ -353,7 +353,7 @@ impl Metrics {
 
 impl Training {
     /// Only the present jobs in their present states may stand there.
-    fn refresh(&self, jobs: &[jobs::Gauge]) {
+    fn refresh(&self, jobs: &[jobs::JobGauge]) {
         let all = [&self.state, &self.step, &self.steps, &self.train_loss, &self.valid_loss, &self.tokens_per_second];
         all.iter().for_each(|gauge| gauge.reset());
         for job in jobs {

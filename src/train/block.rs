@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::adapter::Adapter;
+use super::adapter::TrainableAdapter;
 use crate::arch::Site;
 use crate::model::decoder::Decoder;
 use crate::model::weights::LayerWeights;
@@ -36,7 +36,7 @@ pub struct Rows {
 /// Rows of one job.
 pub struct Segment {
     pub rows: Range<usize>,
-    pub adapter: Arc<Adapter>,
+    pub adapter: Arc<TrainableAdapter>,
     /// Probability, and a seed of its own for each pass; none while measuring.
     pub dropout: Option<(f32, u64)>,
 }
@@ -161,7 +161,7 @@ impl Block<'_> {
         for (segment, low) in self.rows.segments.iter().zip(&low) {
             let (Some(low), Some(pairs)) = (low, segment.adapter.site(self.layer, site)) else { continue };
             let (y, scale) = (segment.of(&y)?, segment.adapter.scale);
-            for (i, part) in pairs.parts.iter().enumerate() {
+            for (i, part) in pairs.modules.iter().enumerate() {
                 gemm(&y.narrow(1, part.offset, part.n)?, 1.0, &segment.low(low, i)?, &part.b.t()?, scale)?;
             }
         }
@@ -202,7 +202,7 @@ impl Block<'_> {
             let (Some(low), Some(pairs)) = (low, segment.adapter.site(self.layer, site)) else { continue };
             let (dy, scale) = (segment.of(&dy)?, segment.adapter.scale);
             let dlow = low.zeros_like()?;
-            for (i, part) in pairs.parts.iter().enumerate() {
+            for (i, part) in pairs.modules.iter().enumerate() {
                 let dy = dy.narrow(1, part.offset, part.n)?;
                 gemm(&segment.low(&dlow, i)?, 0.0, &dy, &part.b, scale)?;
                 gemm(&part.db, 1.0, &dy.t()?, &segment.low(low, i)?, scale)?;
@@ -247,7 +247,7 @@ impl Block<'_> {
             let Some(pairs) = segment.adapter.site(self.layer, site) else { continue };
             let products = (segment.of(y)?.to_dtype(DType::F32)? * segment.of(dy)?.to_dtype(DType::F32)?)?;
             let sums = products.sum_keepdim(0)?;
-            for part in &pairs.parts {
+            for part in &pairs.modules {
                 let Some(magnitude) = &part.magnitude else { continue };
                 let sums = (sums.narrow(1, part.offset, part.n)? * &magnitude.inverse_norm)?;
                 magnitude.grad.slice_set(&(&magnitude.grad + sums.t()?)?, 0, 0)?;

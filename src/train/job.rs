@@ -4,25 +4,17 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::spec::Spec;
+use super::data::Example;
+use super::spec::JobSpec;
 use crate::Error;
 use crate::lora::weights::AdapterWeights;
-
-/// A text to learn from, as tokens.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Example {
-    /// All tokens, prompt and completion.
-    pub tokens: Vec<u32>,
-    /// Whether each token is trained on: predicted from those before it. The first one never is.
-    pub trained: Vec<bool>,
-}
 
 /// A job, ready to run.
 pub struct Job {
     /// Its name in commands.
     pub id: String,
     /// Its settings.
-    pub spec: Spec,
+    pub spec: JobSpec,
     /// What it learns from.
     pub train: Vec<Example>,
     /// What its loss is measured on, which it does not learn from.
@@ -35,8 +27,8 @@ pub struct Job {
     pub from: Option<AdapterWeights>,
     /// Whether it goes on from the state in `dir`.
     pub resume: bool,
-    /// Told what happens, in order, on the thread that writes jobs' files.
-    pub report: Box<dyn FnMut(Report) + Send>,
+    /// ReporterState what happens, in order, on the thread that writes jobs' files.
+    pub report: Box<dyn FnMut(JobReport) + Send>,
 }
 
 /// What the trainer is told.
@@ -45,13 +37,13 @@ pub enum Command {
     Start(Box<Job>),
     /// Write the job's state and leave it.
     Pause(String),
-    /// Leave the job for good, and remove its state.
+    /// StopKind the job for good, and remove its state.
     Cancel(String),
 }
 
 /// What happens to a job.
 #[derive(Debug, Clone)]
-pub enum Report {
+pub enum JobReport {
     /// It runs.
     Started {
         /// Optimiser steps in all.
@@ -67,7 +59,7 @@ pub enum Report {
     Validation(Validation),
     /// An adapter is on disk.
     Checkpoint(Checkpoint),
-    /// After [`Report::Started`]: it goes on from a state with this last checkpoint, of which nobody may have heard.
+    /// After [`JobReport::Started`]: it goes on from a state with this last checkpoint, of which nobody may have heard.
     Resumed(Checkpoint),
     /// It stopped, and can resume.
     Paused,

@@ -4,14 +4,14 @@ use std::f64::consts::PI;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::params::Params;
-use super::spec::{self, OptimizerKind, Schedule};
+use super::adapter::TrainableParams;
+use super::spec::{self, LrSchedule, OptimizerKind};
 use crate::Result;
 use crate::ops::adamw::{self, AdamwStep};
 
 /// AdamW over a job's groups.
 pub struct Optimizer {
-    spec: spec::Optimizer,
+    spec: spec::OptimizerConfig,
     /// LoRA+'s rate of B over that of A, or 1.
     ratio: f32,
     /// Per group, the first and second moments.
@@ -20,7 +20,7 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Moments of zero for `params`. Errors: no memory.
-    pub fn new(spec: &spec::Optimizer, ratio: Option<f32>, params: &Params) -> Result<Self> {
+    pub fn new(spec: &spec::OptimizerConfig, ratio: Option<f32>, params: &TrainableParams) -> Result<Self> {
         let moments = params.groups.iter().map(|group| {
             let (n, device) = (group.values.elem_count(), group.values.device());
             let moment = || match (group.eight_bits, spec.kind) {
@@ -34,13 +34,13 @@ impl Optimizer {
     }
 
     /// Step `step` (from 1) of `steps`, by the sums in the gradients, which stay as they are.
-    pub fn step(&mut self, params: &Params, step: usize, steps: usize) -> Result<Moved> {
+    pub fn step(&mut self, params: &TrainableParams, step: usize, steps: usize) -> Result<OptimizerStep> {
         let squares = params.groups.iter().map(|g| Ok(f64::from(adamw::sum_of_squares(&g.grads)?)));
         let norm = squares.sum::<Result<f64>>()?.sqrt() as f32;
         // As torch's clip_grad_norm_.
         let clip = (self.spec.max_grad_norm / (norm + 1e-6)).min(1.0);
         let lr = learning_rate(&self.spec, step, steps);
-        let moved = Moved { learning_rate: lr, grad_norm: norm, clip };
+        let moved = OptimizerStep { learning_rate: lr, grad_norm: norm, clip };
         // A job whose gradients are not numbers keeps its values.
         if !norm.is_finite() {
             return Ok(moved);
@@ -70,7 +70,7 @@ impl Optimizer {
 
 /// What a step was.
 #[derive(Debug, Clone, Copy)]
-pub struct Moved {
+pub struct OptimizerStep {
     pub learning_rate: f32,
     /// Global norm before clipping.
     pub grad_norm: f32,
@@ -80,16 +80,16 @@ pub struct Moved {
 
 /// The learning rate of step `step` (from 1) of `steps`, as transformers' schedules give it: the first step of a warm-up
 /// has rate 0.
-fn learning_rate(spec: &spec::Optimizer, step: usize, steps: usize) -> f32 {
+fn learning_rate(spec: &spec::OptimizerConfig, step: usize, steps: usize) -> f32 {
     let (done, warmup) = ((step - 1) as f64, spec.warmup_steps as f64);
     let share = if done < warmup {
         done / warmup.max(1.0)
     } else {
         let progress = (done - warmup) / (steps as f64 - warmup).max(1.0);
         match spec.schedule {
-            Schedule::Constant => 1.0,
-            Schedule::Linear => (1.0 - progress).max(0.0),
-            Schedule::Cosine => 0.5 * (1.0 + (PI * progress.min(1.0)).cos()),
+            LrSchedule::Constant => 1.0,
+            LrSchedule::Linear => (1.0 - progress).max(0.0),
+            LrSchedule::Cosine => 0.5 * (1.0 + (PI * progress.min(1.0)).cos()),
         }
     };
     (f64::from(spec.learning_rate) * share) as f32
@@ -99,8 +99,8 @@ fn learning_rate(spec: &spec::Optimizer, step: usize, steps: usize) -> f32 {
 mod tests {
     use super::*;
 
-    fn spec(schedule: Schedule, warmup_steps: usize) -> spec::Optimizer {
-        spec::Optimizer {
+    fn spec(schedule: LrSchedule, warmup_steps: usize) -> spec::OptimizerConfig {
+        spec::OptimizerConfig {
             learning_rate: 1.0,
             schedule,
             warmup_steps,
@@ -121,11 +121,11 @@ mod tests {
         let cosine = [0.0, 0.25, 0.5, 0.75, 1.0, 0.933_012_7, 0.75, 0.5, 0.25, 0.066_987_3];
         let constant = [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
         for (schedule, expected) in
-            [(Schedule::Linear, linear), (Schedule::Cosine, cosine), (Schedule::Constant, constant)]
+            [(LrSchedule::Linear, linear), (LrSchedule::Cosine, cosine), (LrSchedule::Constant, constant)]
         {
             let rates = rates(schedule);
             assert!(rates.iter().zip(expected).all(|(a, b): (&f32, f32)| (a - b).abs() < 1e-6), "{rates:?}");
         }
-        assert_eq!(learning_rate(&spec(Schedule::Linear, 0), 1, 10), 1.0);
+        assert_eq!(learning_rate(&spec(LrSchedule::Linear, 0), 1, 10), 1.0);
     }
 }

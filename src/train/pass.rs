@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::adapter::Adapter;
+use super::adapter::TrainableAdapter;
 use super::block::{Activations, Block, Rows, Segment};
 use crate::Result;
 use crate::model::decoder::Decoder;
@@ -16,7 +16,7 @@ use crate::ops::quant;
 /// What a job puts into a pass.
 pub struct Part {
     pub batch: Batch,
-    pub adapter: Arc<Adapter>,
+    pub adapter: Arc<TrainableAdapter>,
     /// As in [`Segment`].
     pub dropout: Option<(f32, u64)>,
 }

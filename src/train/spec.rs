@@ -6,7 +6,7 @@ use crate::arch::Module;
 
 /// Settings of one job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Spec {
+pub struct JobSpec {
     /// Passes over the training file.
     pub epochs: usize,
     /// Ends after this many optimiser steps, whatever `epochs` says.
@@ -24,9 +24,9 @@ pub struct Spec {
     /// Seeds initial values, order of examples and dropout.
     pub seed: u64,
     /// What the adapter is.
-    pub lora: Lora,
+    pub lora: LoraConfig,
     /// How it is moved.
-    pub optimizer: Optimizer,
+    pub optimizer: OptimizerConfig,
     /// Optimiser steps between checkpoints; none: one an epoch.
     pub checkpoint_every: Option<usize>,
     /// Optimiser steps between validations; none: one a checkpoint.
@@ -39,7 +39,7 @@ pub struct Spec {
 
 /// Shape and method of the adapter (PEFT's LoraConfig).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Lora {
+pub struct LoraConfig {
     pub r: usize,
     pub alpha: f32,
     pub dropout: f32,
@@ -49,17 +49,17 @@ pub struct Lora {
     pub use_rslora: bool,
     /// Learning rate of B over that of A (LoRA+, Hayou et al., 2024).
     pub loraplus_lr_ratio: Option<f32>,
-    /// Magnitude and direction apart (DoRA, Liu et al., 2024).
+    /// TrainableMagnitude and direction apart (DoRA, Liu et al., 2024).
     pub use_dora: bool,
-    pub init: Init,
+    pub init: LoraInit,
     /// Ranks by importance (AdaLoRA, Zhang et al., 2023); `r` and `alpha / r` scaling are then its own.
-    pub adalora: Option<AdaLora>,
+    pub adalora: Option<AdaLoraConfig>,
 }
 
-/// Initial values of A (B is zero).
+/// PairInit values of A (B is zero).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
-pub enum Init {
+pub enum LoraInit {
     /// Uniform in ±1/sqrt(in): PEFT's Kaiming with a = sqrt(5).
     Default,
     /// Normal with deviation 1/r.
@@ -71,7 +71,7 @@ pub enum Init {
 /// PEFT's AdaLoraConfig; steps are optimiser steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct AdaLora {
+pub struct AdaLoraConfig {
     #[serde(rename = "init_r")]
     pub init_r: usize,
     #[serde(rename = "target_r")]
@@ -88,9 +88,9 @@ pub struct AdaLora {
 
 /// AdamW and its schedule.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Optimizer {
+pub struct OptimizerConfig {
     pub learning_rate: f32,
-    pub schedule: Schedule,
+    pub schedule: LrSchedule,
     /// Optimiser steps of linear warm-up.
     pub warmup_steps: usize,
     pub weight_decay: f32,
@@ -105,7 +105,7 @@ pub struct Optimizer {
 /// What happens to the learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
-pub enum Schedule {
+pub enum LrSchedule {
     /// To zero at the last step, in a line.
     Linear,
     /// To zero at the last step, as half a cosine.

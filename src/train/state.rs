@@ -13,13 +13,13 @@ use crate::{Error, Result, files};
 
 /// The file's name in a job's directory.
 const FILE: &str = "state.safetensors";
-/// Key of the file's metadata that has the [`Progress`].
+/// Key of the file's metadata that has the [`JobProgress`].
 const PROGRESS: &str = "progress";
 
 /// What is measured between two optimiser steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Measure {
+pub enum EvalPass {
     /// The loss on the validation examples.
     Validation,
     /// What the adapter says of one text, to be written with it.
@@ -28,11 +28,11 @@ pub enum Measure {
 
 /// Where a job is.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Progress {
+pub struct JobProgress {
     /// Optimiser steps done.
     pub step: usize,
     /// To be measured before the next step.
-    pub todo: VecDeque<Measure>,
+    pub todo: VecDeque<EvalPass>,
     /// Bits of the lowest validation loss so far (f64), which as a decimal may come back off by one.
     pub best_bits: Option<u64>,
     /// Validations since.
@@ -54,7 +54,7 @@ pub fn exists(dir: &Path) -> bool {
 
 /// Writes the state, of tensors on the CPU; whoever reads has the old one or the new one. Errors: the disk is full or may not
 /// be written.
-pub fn write(dir: &Path, progress: &Progress, tensors: &HashMap<String, Tensor>) -> Result<()> {
+pub fn write(dir: &Path, progress: &JobProgress, tensors: &HashMap<String, Tensor>) -> Result<()> {
     let text = serde_json::to_string(progress).map_err(|e| Error::internal(format!("a job's progress: {e}")))?;
     let metadata = HashMap::from([(PROGRESS.to_owned(), text)]);
     let serialize =
@@ -64,7 +64,7 @@ pub fn write(dir: &Path, progress: &Progress, tensors: &HashMap<String, Tensor>)
 }
 
 /// Reads it back. Errors: it is not there or not whole.
-pub fn read(dir: &Path, device: &Device) -> Result<(Progress, HashMap<String, Tensor>)> {
+pub fn read(dir: &Path, device: &Device) -> Result<(JobProgress, HashMap<String, Tensor>)> {
     let failed = |e: &dyn std::fmt::Display| Error::invalid(format!("{} cannot be read: {e}", path(dir).display()));
     let bytes = fs::read(path(dir)).map_err(|e| failed(&e))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;

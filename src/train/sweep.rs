@@ -4,8 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use super::job::{Command, Example, Job, Report, StepMetrics, Validation};
-use super::spec::Spec;
+use super::data::Example;
+use super::job::{Command, Job, JobReport, StepMetrics, Validation};
+use super::spec::JobSpec;
 use super::trainer::Trainer;
 use crate::engine::BackgroundWork;
 use crate::lora::weights::AdapterWeights;
@@ -17,7 +18,7 @@ const HELD_OUT: usize = 10;
 
 /// What came of a run.
 #[derive(Debug, Clone, Default)]
-pub struct Outcome {
+pub struct SweepOutcome {
     /// Values that were trained.
     pub parameters: usize,
     pub steps: Vec<StepMetrics>,
@@ -26,20 +27,24 @@ pub struct Outcome {
     pub error: Option<Error>,
 }
 
-impl Outcome {
+impl SweepOutcome {
     /// The last held-out loss, which is that of the adapter; none for a run that failed or diverged.
     pub fn loss(&self) -> Option<f64> {
         let last = self.validations.last().filter(|_| self.error.is_none());
         last.map(|v| v.valid_loss).filter(|loss| loss.is_finite())
     }
 
-    fn take(&mut self, report: Report) {
+    fn take(&mut self, report: JobReport) {
         match report {
-            Report::Started { parameters, .. } => self.parameters = parameters,
-            Report::Step(m) => self.steps.push(m),
-            Report::Validation(v) => self.validations.push(v),
-            Report::Failed(error) => self.error = Some(error),
-            Report::Checkpoint(_) | Report::Resumed(_) | Report::Paused | Report::Cancelled | Report::Succeeded => {}
+            JobReport::Started { parameters, .. } => self.parameters = parameters,
+            JobReport::Step(m) => self.steps.push(m),
+            JobReport::Validation(v) => self.validations.push(v),
+            JobReport::Failed(error) => self.error = Some(error),
+            JobReport::Checkpoint(_)
+            | JobReport::Resumed(_)
+            | JobReport::Paused
+            | JobReport::Cancelled
+            | JobReport::Succeeded => {}
         }
     }
 }
@@ -60,15 +65,15 @@ pub fn hold_out(examples: Vec<Example>) -> (Vec<Example>, Vec<Example>) {
 /// `dir` cannot be written. A run that fails says so in its outcome.
 pub fn run(
     model: &Arc<Decoder>,
-    runs: Vec<(Spec, Option<AdapterWeights>)>,
+    runs: Vec<(JobSpec, Option<AdapterWeights>)>,
     (train, valid): (&[Example], &[Example]),
     together: usize,
     dir: &Path,
-    mut told: impl FnMut(&Report),
-) -> Result<Vec<Outcome>> {
+    mut told: impl FnMut(&JobReport),
+) -> Result<Vec<SweepOutcome>> {
     let (commands, inbox) = channel();
     let mut trainer = Trainer::new(model.clone(), inbox)?;
-    let mut outcomes = vec![Outcome::default(); runs.len()];
+    let mut outcomes = vec![SweepOutcome::default(); runs.len()];
     let mut runs = runs.into_iter().enumerate().peekable();
     while runs.peek().is_some() {
         let (teller, reports) = channel();
@@ -105,7 +110,7 @@ pub fn run(
 }
 
 /// Indices of the outcomes, lowest held-out loss first, those without one last.
-pub fn ranked(outcomes: &[Outcome]) -> Vec<usize> {
+pub fn ranked(outcomes: &[SweepOutcome]) -> Vec<usize> {
     let loss = |i: &usize| outcomes[*i].loss().unwrap_or(f64::INFINITY);
     let mut order: Vec<usize> = (0..outcomes.len()).collect();
     order.sort_by(|a, b| loss(a).total_cmp(&loss(b)));
@@ -139,14 +144,14 @@ mod tests {
         let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(base) };
         let model = Arc::new(Decoder::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap());
         let runs = [f32::INFINITY, 1e-6, 1e-2].map(|rate| {
-            let mut spec = Spec { max_steps: Some(8), eval_every: Some(4), checkpoint_every: Some(100), ..spec() };
+            let mut spec = JobSpec { max_steps: Some(8), eval_every: Some(4), checkpoint_every: Some(100), ..spec() };
             spec.optimizer.learning_rate = rate;
             (spec, None)
         });
         let (train, valid) = hold_out(examples(12));
         let dir = tempfile::tempdir().unwrap();
         let mut steps = 0;
-        let told = |report: &Report| steps += usize::from(matches!(report, Report::Step(_)));
+        let told = |report: &JobReport| steps += usize::from(matches!(report, JobReport::Step(_)));
         let outcomes = run(&model, runs.into(), (&train, &valid), 2, dir.path(), told).unwrap();
         assert_eq!(ranked(&outcomes), [2, 1, 0], "{outcomes:?}");
         assert!(outcomes[0].loss().is_none() && outcomes[2].loss() < outcomes[1].loss());

@@ -1,11 +1,11 @@
 //! What the tests of training share.
 
-use super::spec::{Init, Lora, Optimizer, OptimizerKind, Schedule, Spec};
+use super::spec::{JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
 use crate::arch::Module;
 
 /// Plain LoRA on all linears.
-pub fn spec() -> Spec {
-    Spec {
+pub fn spec() -> JobSpec {
+    JobSpec {
         epochs: 1,
         max_steps: None,
         batch_size: 1,
@@ -14,7 +14,7 @@ pub fn spec() -> Spec {
         packing: false,
         train_on_inputs: false,
         seed: 7,
-        lora: Lora {
+        lora: LoraConfig {
             r: 4,
             alpha: 8.0,
             dropout: 0.0,
@@ -22,12 +22,12 @@ pub fn spec() -> Spec {
             use_rslora: false,
             loraplus_lr_ratio: None,
             use_dora: false,
-            init: Init::Default,
+            init: LoraInit::Default,
             adalora: None,
         },
-        optimizer: Optimizer {
+        optimizer: OptimizerConfig {
             learning_rate: 1e-3,
-            schedule: Schedule::Constant,
+            schedule: LrSchedule::Constant,
             warmup_steps: 0,
             weight_decay: 0.0,
             beta1: 0.9,

@@ -4,10 +4,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use super::job::{Command, Job, Report};
-use super::outbox::Outbox;
+use super::job::{Command, Job, JobReport};
 use super::pass::{Pass, Scores};
-use super::running::Running;
+use super::training_job::TrainingJob;
+use super::writer::JobWriter;
 use crate::engine::BackgroundWork;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
@@ -22,12 +22,12 @@ const KEPT_BYTES: usize = 1 << 30;
 pub struct Trainer {
     model: Arc<Decoder>,
     commands: Receiver<Command>,
-    outbox: Outbox,
+    outbox: JobWriter,
     /// In the order in which they are asked for rows.
-    jobs: Vec<Running>,
+    jobs: Vec<TrainingJob>,
     /// Jobs to stop once no pass has their rows, and how.
-    leaving: Vec<(String, Leave)>,
-    under_way: Option<UnderWay>,
+    leaving: Vec<(String, StopKind)>,
+    under_way: Option<ActivePass>,
     /// Jobs' results of the last pass that they have not taken yet.
     results: Vec<(String, Scores)>,
     /// Passes to come with one job each, to find out whose fault an error was.
@@ -35,13 +35,13 @@ pub struct Trainer {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Leave {
+enum StopKind {
     Pause,
     Cancel,
 }
 
 /// A pass and whose rows are in it.
-struct UnderWay {
+struct ActivePass {
     pass: Pass,
     jobs: Vec<String>,
 }
@@ -51,8 +51,8 @@ impl BackgroundWork for Trainer {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Start(job) => self.start(*job),
-                Command::Pause(id) => self.leaving.push((id, Leave::Pause)),
-                Command::Cancel(id) => self.leaving.push((id, Leave::Cancel)),
+                Command::Pause(id) => self.leaving.push((id, StopKind::Pause)),
+                Command::Cancel(id) => self.leaving.push((id, StopKind::Cancel)),
             }
         }
         self.turn()
@@ -63,7 +63,7 @@ impl Trainer {
     /// A trainer without jobs, which takes commands whenever it gets a slice. Errors: there can be no thread for files.
     pub fn new(model: Arc<Decoder>, commands: Receiver<Command>) -> Result<Self> {
         let (jobs, leaving, results) = Default::default();
-        let outbox = Outbox::start()?;
+        let outbox = JobWriter::start()?;
         Ok(Self { model, commands, outbox, jobs, leaving, under_way: None, results, alone: 0 })
     }
 
@@ -80,7 +80,7 @@ impl Trainer {
         let model = self.model.clone();
         let started = guarded(|| match taken {
             true => Err(Error::invalid(format!("a job {} runs already", job.id))),
-            false => Running::new(job, &line, model),
+            false => TrainingJob::new(job, &line, model),
         });
         match started {
             Ok(running) => {
@@ -88,7 +88,7 @@ impl Trainer {
                 // One that goes on may have had no more to do than to say so.
                 self.end(self.jobs.len() - 1);
             }
-            Err(error) => line.tell(Report::Failed(error)),
+            Err(error) => line.tell(JobReport::Failed(error)),
         }
     }
 
@@ -104,9 +104,9 @@ impl Trainer {
         let left = |id: &String| self.leaving.iter().any(|(leaving, _)| leaving == id);
         match self.under_way.take() {
             // Nobody waits for it.
-            Some(UnderWay { jobs, .. }) if jobs.iter().all(left) => self.restart(&jobs),
-            Some(UnderWay { mut pass, jobs }) => match guarded(|| pass.advance()) {
-                Ok(false) => self.under_way = Some(UnderWay { pass, jobs }),
+            Some(ActivePass { jobs, .. }) if jobs.iter().all(left) => self.restart(&jobs),
+            Some(ActivePass { mut pass, jobs }) => match guarded(|| pass.advance()) {
+                Ok(false) => self.under_way = Some(ActivePass { pass, jobs }),
                 Ok(true) => self.results = jobs.into_iter().zip(pass.scores()).rev().collect(),
                 Err(error) => self.pass_failed(error, &jobs),
             },
@@ -131,13 +131,13 @@ impl Trainer {
         if !self.jobs[i].ended() {
             return;
         }
-        self.jobs.remove(i).line().tell(Report::Succeeded);
+        self.jobs.remove(i).line().tell(JobReport::Succeeded);
     }
 
     fn fail(&mut self, i: usize, error: Error) {
         let running = self.jobs.remove(i);
         tracing::warn!(%error, job = running.id(), "failed");
-        running.line().tell(Report::Failed(error));
+        running.line().tell(JobReport::Failed(error));
     }
 
     /// A pass of one job fails the job. One of several is no job's fault yet: each does its passes since the last optimiser
@@ -168,10 +168,10 @@ impl Trainer {
         for (id, leave) in std::mem::take(&mut self.leaving) {
             let Some(i) = self.jobs.iter().position(|job| job.id() == id) else { continue };
             let (done, report) = match leave {
-                Leave::Pause => (self.jobs[i].save(), Report::Paused),
-                Leave::Cancel => {
+                StopKind::Pause => (self.jobs[i].save(), JobReport::Paused),
+                StopKind::Cancel => {
                     self.jobs[i].forget();
-                    (Ok(()), Report::Cancelled)
+                    (Ok(()), JobReport::Cancelled)
                 }
             };
             match done {
@@ -183,7 +183,7 @@ impl Trainer {
 
     /// Begins a pass; false without jobs that can go on. Measuring goes before learning.
     fn begin(&mut self) -> bool {
-        let ready: Vec<&Running> = self.jobs.iter().filter(|job| !job.waits()).collect();
+        let ready: Vec<&TrainingJob> = self.jobs.iter().filter(|job| !job.waits()).collect();
         let measuring = ready.iter().any(|job| job.measures());
         let (mut parts, mut ids, mut rows) = (Vec::new(), Vec::new(), 0);
         for running in ready.into_iter().filter(|job| job.measures() == measuring) {
@@ -203,7 +203,7 @@ impl Trainer {
         // Whoever had no room is first next time.
         self.jobs.sort_by_key(|job| ids.iter().any(|id| id == job.id()));
         let room = if self.model.weights().norm.device().is_cpu() { KEPT_BYTES } else { 0 };
-        self.under_way = Some(UnderWay { pass: Pass::new(self.model.clone(), parts, !measuring, room), jobs: ids });
+        self.under_way = Some(ActivePass { pass: Pass::new(self.model.clone(), parts, !measuring, room), jobs: ids });
         true
     }
 }
@@ -224,7 +224,7 @@ mod tests {
     use super::*;
     use crate::hub::{ModelFiles, ModelFormat};
     use crate::model::weights::Weights;
-    use crate::train::job::Example;
+    use crate::train::data::Example;
     use crate::train::testing::spec;
 
     /// Losses of two jobs; `fail` is called after every piece.
@@ -239,14 +239,14 @@ mod tests {
             let (own, losses) = (dir.path().join(id), losses.clone());
             std::fs::create_dir(&own).unwrap();
             let report = move |report| match report {
-                Report::Step(step) => losses.lock().unwrap().push((id.to_owned(), step.train_loss)),
-                Report::Failed(error) => losses.lock().unwrap().push((error.message, 0.0)),
+                JobReport::Step(step) => losses.lock().unwrap().push((id.to_owned(), step.train_loss)),
+                JobReport::Failed(error) => losses.lock().unwrap().push((error.message, 0.0)),
                 _ => {}
             };
             let train = (3..9).map(|n| Example { tokens: (5..5 + n).collect(), trained: vec![true; n as usize] });
             trainer.start(Job {
                 id: id.into(),
-                spec: crate::train::spec::Spec { gradient_accumulation: 2, ..spec() },
+                spec: crate::train::spec::JobSpec { gradient_accumulation: 2, ..spec() },
                 train: train.collect(),
                 valid: Vec::new(),
                 dir: own,
@@ -273,7 +273,7 @@ mod tests {
             pieces += 1;
             // In the backward of the second of two passes that make a step.
             let doomed = trainer.under_way.take_if(|_| pieces == 12);
-            if let Some(UnderWay { jobs, .. }) = doomed {
+            if let Some(ActivePass { jobs, .. }) = doomed {
                 assert_eq!(jobs.len(), 2);
                 trainer.pass_failed(Error::internal("out of memory"), &jobs);
             }
@@ -286,7 +286,7 @@ mod tests {
     fn a_pass_of_one_job_that_fails_is_the_end_of_the_job() {
         let mut alone = false;
         let losses = losses(|trainer| {
-            if !alone && let Some(UnderWay { jobs, .. }) = trainer.under_way.take() {
+            if !alone && let Some(ActivePass { jobs, .. }) = trainer.under_way.take() {
                 alone = true;
                 trainer.pass_failed(Error::internal("out of memory"), &jobs[..1]);
                 trainer.restart(&jobs[1..]);

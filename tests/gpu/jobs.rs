@@ -12,8 +12,9 @@ use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
 use quiver::model::decoder::Decoder;
 use quiver::model::weights::{Quantize, Weights};
-use quiver::train::job::{Command, Example, Job, Report};
-use quiver::train::spec::{AdaLora, Init, Lora, Optimizer, OptimizerKind, Schedule, Spec};
+use quiver::train::data::Example;
+use quiver::train::job::{Command, Job, JobReport};
+use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
 use quiver::train::trainer::Trainer;
 
 use crate::common::{device, relative_error};
@@ -24,8 +25,8 @@ const LOSS: f64 = 0.003;
 /// as those of others.
 const LEARNT: f64 = 0.06;
 
-fn spec(lora: Lora) -> Spec {
-    Spec {
+fn spec(lora: LoraConfig) -> JobSpec {
+    JobSpec {
         epochs: 2,
         max_steps: None,
         batch_size: 2,
@@ -35,9 +36,9 @@ fn spec(lora: Lora) -> Spec {
         train_on_inputs: false,
         seed: 7,
         lora,
-        optimizer: Optimizer {
+        optimizer: OptimizerConfig {
             learning_rate: 0.01,
-            schedule: Schedule::Constant,
+            schedule: LrSchedule::Constant,
             warmup_steps: 1,
             weight_decay: 0.0,
             beta1: 0.9,
@@ -53,8 +54,8 @@ fn spec(lora: Lora) -> Spec {
     }
 }
 
-fn lora() -> Lora {
-    Lora {
+fn lora() -> LoraConfig {
+    LoraConfig {
         r: 4,
         alpha: 8.0,
         dropout: 0.0,
@@ -62,7 +63,7 @@ fn lora() -> Lora {
         use_rslora: false,
         loraplus_lr_ratio: None,
         use_dora: false,
-        init: Init::Default,
+        init: LoraInit::Default,
         adalora: None,
     }
 }
@@ -77,7 +78,7 @@ struct Outcome {
 }
 
 /// Runs a job on sequences in which every token follows from the one before.
-fn run(spec: &Spec, device: &Device) -> Outcome {
+fn run(spec: &JobSpec, device: &Device) -> Outcome {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
     let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixtures) };
     let weights = Weights::load(&files, Some(Quantize::Nf4), device, |_| {}).unwrap();
@@ -107,11 +108,11 @@ fn run(spec: &Spec, device: &Device) -> Outcome {
     let (mut losses, mut adapters) = (Vec::new(), Vec::new());
     for report in reports.lock().unwrap().iter() {
         match report {
-            Report::Step(step) => losses.push(step.train_loss),
-            Report::Checkpoint(checkpoint) => {
+            JobReport::Step(step) => losses.push(step.train_loss),
+            JobReport::Checkpoint(checkpoint) => {
                 adapters.push(peft::read(&checkpoint.dir, model.config()).unwrap().0);
             }
-            Report::Failed(error) => panic!("the job failed: {error}"),
+            JobReport::Failed(error) => panic!("the job failed: {error}"),
             _ => {}
         }
     }
@@ -143,7 +144,7 @@ fn wide(values: &[f32]) -> Vec<f64> {
 }
 
 /// Trains on both, and compares losses and deltas, which are zero at the start.
-fn compare(name: &str, lora: Lora, steps: usize) -> (Outcome, Outcome) {
+fn compare(name: &str, lora: LoraConfig, steps: usize) -> (Outcome, Outcome) {
     let spec = spec(lora);
     let (cpu, gpu) = (run(&spec, &Device::Cpu), run(&spec, &device()));
     assert_eq!((cpu.losses.len(), gpu.losses.len()), (steps, steps));
@@ -157,12 +158,12 @@ fn compare(name: &str, lora: Lora, steps: usize) -> (Outcome, Outcome) {
 
 #[test]
 fn a_lora_is_that_of_the_cpu() {
-    compare("lora", Lora { dropout: 0.1, ..lora() }, 12);
+    compare("lora", LoraConfig { dropout: 0.1, ..lora() }, 12);
 }
 
 #[test]
 fn a_dora_is_that_of_the_cpu() {
-    let (cpu, gpu) = compare("dora", Lora { use_dora: true, ..lora() }, 12);
+    let (cpu, gpu) = compare("dora", LoraConfig { use_dora: true, ..lora() }, 12);
     let (start, own_start) = (magnitudes(&cpu.first), magnitudes(&gpu.first));
     // Rows of `down` do not end where a block of NF4 does: a GPU has them in bf16.
     let norms = relative_error(&own_start, &wide(&start));
@@ -175,7 +176,7 @@ fn a_dora_is_that_of_the_cpu() {
 
 #[test]
 fn an_adalora_is_that_of_the_cpu() {
-    let adalora = AdaLora {
+    let adalora = AdaLoraConfig {
         init_r: 4,
         target_r: 2,
         tinit: 2,
@@ -185,7 +186,7 @@ fn an_adalora_is_that_of_the_cpu() {
         beta2: 0.85,
         orth_reg_weight: 0.5,
     };
-    let (cpu, gpu) = compare("adalora", Lora { adalora: Some(adalora), ..lora() }, 12);
+    let (cpu, gpu) = compare("adalora", LoraConfig { adalora: Some(adalora), ..lora() }, 12);
     let ranks = |of: &AdapterWeights| of.modules.iter().map(|m| m.rank).sum::<usize>();
     for Outcome { first, last, .. } in [&cpu, &gpu] {
         assert!(ranks(last) < ranks(first), "no rank was taken away");

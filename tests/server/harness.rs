@@ -20,7 +20,7 @@ use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
 use quiver::arch::{ModelConfig, RopeScaling};
 use quiver::engine::{Engine, EngineConfig, InFlightStep, Runner};
-use quiver::finetune::host::Host;
+use quiver::finetune::context::JobContext;
 use quiver::finetune::jobs::Jobs;
 use quiver::finetune::store::Store;
 use quiver::hub::{ModelFiles, ModelFormat};
@@ -236,7 +236,7 @@ impl Server {
         runtime.block_on(registry.restore());
         let codec = Arc::new(TextCodec::load(&files).unwrap());
         let state = options.state.unwrap_or(dir.path().join("state"));
-        let host = Host {
+        let host = JobContext {
             engine: engine.clone(),
             registry: registry.clone(),
             codec: codec.clone(),

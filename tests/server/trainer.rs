@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use quiver::Error;
-use quiver::train::job::{Checkpoint, Command, Job, Probe, Report, StepMetrics, Validation};
+use quiver::train::job::{Checkpoint, Command, Job, JobReport, Probe, StepMetrics, Validation};
 
 use crate::harness::write_adapter;
 
@@ -57,10 +57,10 @@ fn run(inbox: &Receiver<Command>) {
                 let resumed = job.resume.then(|| std::fs::read_to_string(state(&job.dir)).expect("a state"));
                 let step = resumed.map_or(0, |text| text.parse().expect("a number"));
                 let steps = job.spec.max_steps.unwrap_or(STEPS);
-                (job.report)(Report::Started { steps, done: step, parameters: 64 });
+                (job.report)(JobReport::Started { steps, done: step, parameters: 64 });
                 let last = checkpoint(&job, step);
                 if last.dir.is_dir() {
-                    (job.report)(Report::Resumed(last));
+                    (job.report)(JobReport::Resumed(last));
                 }
                 jobs.push(Running { job: *job, step, steps });
             }
@@ -68,14 +68,14 @@ fn run(inbox: &Receiver<Command>) {
                 if let Some(i) = at(&jobs, &id) {
                     let mut running = jobs.remove(i);
                     std::fs::write(state(&running.job.dir), running.step.to_string()).expect("a state is written");
-                    (running.job.report)(Report::Paused);
+                    (running.job.report)(JobReport::Paused);
                 }
             }
             Some(Command::Cancel(id)) => {
                 if let Some(i) = at(&jobs, &id) {
                     let mut running = jobs.remove(i);
                     let _ = std::fs::remove_file(state(&running.job.dir));
-                    (running.job.report)(Report::Cancelled);
+                    (running.job.report)(JobReport::Cancelled);
                 }
             }
             None => {}
@@ -98,13 +98,13 @@ fn step(running: &mut Running) -> bool {
     let step = *step;
     match (step, job.spec.seed) {
         (2, DIVERGES) => {
-            (job.report)(Report::Failed(Error::invalid("the loss is NaN in step 2").code("training_diverged")));
+            (job.report)(JobReport::Failed(Error::invalid("the loss is NaN in step 2").code("training_diverged")));
             return false;
         }
         (2, VANISHES) => return false,
         _ => {}
     }
-    (job.report)(Report::Step(StepMetrics {
+    (job.report)(JobReport::Step(StepMetrics {
         step,
         train_loss: 1.0 / step as f64,
         train_mean_token_accuracy: 0.5,
@@ -116,16 +116,16 @@ fn step(running: &mut Running) -> bool {
     }));
     let last = step >= *steps;
     if !job.valid.is_empty() && last {
-        (job.report)(Report::Validation(Validation { step, valid_loss: 0.25, valid_mean_token_accuracy: 0.75 }));
+        (job.report)(JobReport::Validation(Validation { step, valid_loss: 0.25, valid_mean_token_accuracy: 0.75 }));
     }
     if last || job.spec.checkpoint_every.is_some_and(|every| step.is_multiple_of(every)) {
         let checkpoint = checkpoint(job, step);
         write_adapter(&checkpoint.dir, step as f32 / 10.0);
         std::fs::write(state(&job.dir), step.to_string()).expect("a state is written");
-        (job.report)(Report::Checkpoint(checkpoint));
+        (job.report)(JobReport::Checkpoint(checkpoint));
     }
     if last {
-        (job.report)(Report::Succeeded);
+        (job.report)(JobReport::Succeeded);
     }
     !last
 }

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use quiver::arch::Module;
-use quiver::train::adalora::Allocator;
-use quiver::train::dora::Norms;
+use quiver::train::adapter::DoraNorms;
+use quiver::train::adapter::RankAllocator;
+use quiver::train::adapter::{ParamLocation, TrainableParams};
 use quiver::train::optim::Optimizer;
-use quiver::train::params::{Params, Place};
 use quiver::train::pass::Batch;
-use quiver::train::spec::{self, AdaLora, Lora, Spec};
+use quiver::train::spec::{self, AdaLoraConfig, JobSpec, LoraConfig};
 
 use crate::{adapter, fixture, mean, model, run, spec};
 
@@ -29,10 +29,10 @@ fn batch(step: usize) -> Batch {
 }
 
 /// Every tensor's name in PEFT and place; of a site's stacked A and E, the rows of each module.
-fn named(params: &Params) -> Vec<(String, Place, std::ops::Range<usize>)> {
+fn named(params: &TrainableParams) -> Vec<(String, ParamLocation, std::ops::Range<usize>)> {
     let mut named = Vec::new();
     for site in &params.sites {
-        for (i, part) in site.parts.iter().enumerate() {
+        for (i, part) in site.modules.iter().enumerate() {
             let path = part.module.path(site.layer);
             let rows = i * params.rank..(i + 1) * params.rank;
             named.push((format!("{path}.lora_A"), site.a, rows.clone()));
@@ -44,12 +44,12 @@ fn named(params: &Params) -> Vec<(String, Place, std::ops::Range<usize>)> {
     named
 }
 
-fn golden(name: &str, lora: Lora, weight_decay: f32, steps: usize) {
+fn golden(name: &str, lora: LoraConfig, weight_decay: f32, steps: usize) {
     let model = model("peft-tiny/base");
-    let spec = Spec { lora, optimizer: spec::Optimizer { weight_decay, ..spec().optimizer }, ..spec() };
+    let spec = JobSpec { lora, optimizer: spec::OptimizerConfig { weight_decay, ..spec().optimizer }, ..spec() };
     let file = fixture(&format!("training/{name}.safetensors"));
     let golden: HashMap<String, Tensor> = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
-    let params = Params::new(&spec, model.config(), None, &Device::Cpu).unwrap();
+    let params = TrainableParams::new(&spec, model.config(), None, &Device::Cpu).unwrap();
     let named = named(&params);
     assert_eq!(golden.len(), 2 * named.len() + 2, "every tensor is compared");
     for (tensor, place, rows) in &named {
@@ -58,8 +58,8 @@ fn golden(name: &str, lora: Lora, weight_decay: f32, steps: usize) {
         whole.slice_set(&initial, 0, rows.start).unwrap();
         params.set_value(place, &whole).unwrap();
     }
-    let norms = spec.lora.use_dora.then(|| Norms::new(&params, &model).unwrap());
-    let mut allocator = spec.lora.adalora.as_ref().map(|ada| Allocator::new(ada, steps, &params).unwrap());
+    let norms = spec.lora.use_dora.then(|| DoraNorms::new(&params, &model).unwrap());
+    let mut allocator = spec.lora.adalora.as_ref().map(|ada| RankAllocator::new(ada, steps, &params).unwrap());
     let mut optimizer = Optimizer::new(&spec.optimizer, spec.lora.loraplus_lr_ratio, &params).unwrap();
     let (mut losses, mut lengths, mut kept) = (Vec::new(), Vec::new(), None);
     for step in 0..steps {
@@ -100,23 +100,23 @@ fn lora() {
 #[test]
 fn rslora() {
     let target_modules = vec![Module::Q, Module::Down];
-    golden("rslora", Lora { target_modules, use_rslora: true, ..spec().lora }, 0.1, 6);
+    golden("rslora", LoraConfig { target_modules, use_rslora: true, ..spec().lora }, 0.1, 6);
 }
 
 #[test]
 fn loraplus() {
     let target_modules = vec![Module::V, Module::O, Module::Up];
-    golden("loraplus", Lora { target_modules, loraplus_lr_ratio: Some(8.0), ..spec().lora }, 0.1, 6);
+    golden("loraplus", LoraConfig { target_modules, loraplus_lr_ratio: Some(8.0), ..spec().lora }, 0.1, 6);
 }
 
 #[test]
 fn dora() {
-    golden("dora", Lora { use_dora: true, ..spec().lora }, 0.0, 6);
+    golden("dora", LoraConfig { use_dora: true, ..spec().lora }, 0.0, 6);
 }
 
 #[test]
 fn adalora() {
-    let adalora = AdaLora {
+    let adalora = AdaLoraConfig {
         init_r: 3,
         target_r: 2,
         tinit: 2,
@@ -127,5 +127,5 @@ fn adalora() {
         orth_reg_weight: 0.3,
     };
     let target_modules = vec![Module::Q, Module::Gate, Module::Down];
-    golden("adalora", Lora { target_modules, alpha: 6.0, adalora: Some(adalora), ..spec().lora }, 0.0, 12);
+    golden("adalora", LoraConfig { target_modules, alpha: 6.0, adalora: Some(adalora), ..spec().lora }, 0.0, 12);
 }

@@ -2,11 +2,11 @@
 
 use candle_core::{Device, Tensor};
 use quiver::arch::Module;
-use quiver::train::adalora::Allocator;
-use quiver::train::dora::Norms;
-use quiver::train::params::{Params, Place};
+use quiver::train::adapter::DoraNorms;
+use quiver::train::adapter::RankAllocator;
+use quiver::train::adapter::{ParamLocation, TrainableParams};
 use quiver::train::pass::{Batch, Part, Pass};
-use quiver::train::spec::{AdaLora, Lora, Spec};
+use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig};
 
 use crate::{adapter, mean, model, run, spec};
 
@@ -23,12 +23,12 @@ fn batch(vocab: usize) -> Batch {
 }
 
 /// All trained tensors by name.
-fn places(params: &Params) -> Vec<(String, Place)> {
+fn places(params: &TrainableParams) -> Vec<(String, ParamLocation)> {
     let mut places = Vec::new();
     for site in &params.sites {
         places.push((format!("{} {:?} A", site.layer, site.site), site.a));
         places.extend(site.e.map(|e| (format!("{} {:?} E", site.layer, site.site), e)));
-        for part in &site.parts {
+        for part in &site.modules {
             places.push((format!("{} {:?} B", site.layer, part.module), part.b));
             places.extend(part.magnitude.map(|m| (format!("{} {:?} m", site.layer, part.module), m)));
         }
@@ -37,7 +37,7 @@ fn places(params: &Params) -> Vec<(String, Place)> {
 }
 
 /// Values that are nowhere zero, so that every gradient has something to come through.
-fn randomise(params: &Params) {
+fn randomise(params: &TrainableParams) {
     for (i, (name, place)) in places(params).into_iter().enumerate() {
         let (rows, columns) = place.shape;
         let wave = |j: usize| ((i * 131 + j * j * 17 + j * 29) % 199) as f32 / 99.5 - 1.0;
@@ -51,11 +51,11 @@ fn randomise(params: &Params) {
 
 /// For every tensor, the derivative of the loss along its own gradient must be the gradient's length. DoRA's gradients are
 /// not those of its loss but for magnitudes, as they hold norms fixed; PEFT's numbers check the rest.
-fn check(name: &str, spec: Spec, dropout: Option<(f32, u64)>) {
+fn check(name: &str, spec: JobSpec, dropout: Option<(f32, u64)>) {
     let model = model(name);
     let vocab = model.config().vocab_size;
-    let params = Params::new(&spec, model.config(), None, &Device::Cpu).unwrap();
-    let norms = spec.lora.use_dora.then(|| Norms::new(&params, &model).unwrap());
+    let params = TrainableParams::new(&spec, model.config(), None, &Device::Cpu).unwrap();
+    let norms = spec.lora.use_dora.then(|| DoraNorms::new(&params, &model).unwrap());
     if let Some(norms) = &norms {
         norms.start(&params).unwrap();
     }
@@ -68,8 +68,8 @@ fn check(name: &str, spec: Spec, dropout: Option<(f32, u64)>) {
     let mut checked = 0;
     if let Some(ada) = &spec.lora.adalora {
         // Without its penalty, what is left is the gradient of the loss.
-        let ada = AdaLora { orth_reg_weight: 0.0, ..ada.clone() };
-        Allocator::new(&ada, 10, &params).unwrap().finish_gradients(&params).unwrap();
+        let ada = AdaLoraConfig { orth_reg_weight: 0.0, ..ada.clone() };
+        RankAllocator::new(&ada, 10, &params).unwrap().finish_gradients(&params).unwrap();
     }
     for (tensor, place) in places(&params).into_iter().filter(|(tensor, _)| norms.is_none() || tensor.ends_with('m')) {
         let (values, gradient) = (params.value(&place).unwrap().copy().unwrap(), params.grad(&place).unwrap());
@@ -107,10 +107,10 @@ fn through_dropout() {
 #[test]
 fn with_room_for_none_some_and_all_activations() {
     for (name, use_dora) in [("peft-tiny/base", true), ("architectures/qwen3", false)] {
-        let spec = Spec { lora: Lora { use_dora, ..spec().lora }, ..spec() };
+        let spec = JobSpec { lora: LoraConfig { use_dora, ..spec().lora }, ..spec() };
         let model = model(name);
-        let params = Params::new(&spec, model.config(), None, &Device::Cpu).unwrap();
-        let norms = use_dora.then(|| Norms::new(&params, &model).unwrap());
+        let params = TrainableParams::new(&spec, model.config(), None, &Device::Cpu).unwrap();
+        let norms = use_dora.then(|| DoraNorms::new(&params, &model).unwrap());
         randomise(&params);
         let gradients = |room| {
             params.clear_grads().unwrap();
@@ -130,21 +130,21 @@ fn with_room_for_none_some_and_all_activations() {
 
 #[test]
 fn of_some_modules() {
-    let lora = Lora { target_modules: vec![Module::V, Module::Up], ..spec().lora };
-    check("peft-tiny/base", Spec { lora, ..spec() }, None);
+    let lora = LoraConfig { target_modules: vec![Module::V, Module::Up], ..spec().lora };
+    check("peft-tiny/base", JobSpec { lora, ..spec() }, None);
 }
 
 #[test]
 fn of_dora() {
-    let lora = Lora { use_dora: true, ..spec().lora };
-    check("architectures/qwen2", Spec { lora, ..spec() }, None);
-    let lora = Lora { use_dora: true, target_modules: vec![Module::K, Module::Down], ..spec().lora };
-    check("peft-tiny/base", Spec { lora, ..spec() }, Some((0.3, 5)));
+    let lora = LoraConfig { use_dora: true, ..spec().lora };
+    check("architectures/qwen2", JobSpec { lora, ..spec() }, None);
+    let lora = LoraConfig { use_dora: true, target_modules: vec![Module::K, Module::Down], ..spec().lora };
+    check("peft-tiny/base", JobSpec { lora, ..spec() }, Some((0.3, 5)));
 }
 
 #[test]
 fn of_adalora() {
-    let adalora = AdaLora {
+    let adalora = AdaLoraConfig {
         init_r: 3,
         target_r: 2,
         tinit: 0,
@@ -154,6 +154,6 @@ fn of_adalora() {
         beta2: 0.85,
         orth_reg_weight: 0.5,
     };
-    let lora = Lora { adalora: Some(adalora), ..spec().lora };
-    check("peft-tiny/base", Spec { lora, ..spec() }, None);
+    let lora = LoraConfig { adalora: Some(adalora), ..spec().lora };
+    check("peft-tiny/base", JobSpec { lora, ..spec() }, None);
 }

@@ -15,8 +15,9 @@ use quiver::lora::weights::AdapterWeights;
 use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
 use quiver::ops::batch::Batch;
-use quiver::train::job::{Checkpoint, Command, Example, Job, Report, StepMetrics, Validation};
-use quiver::train::spec::{AdaLora, Lora, Optimizer, OptimizerKind, Spec};
+use quiver::train::data::Example;
+use quiver::train::job::{Checkpoint, Command, Job, JobReport, StepMetrics, Validation};
+use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, OptimizerConfig, OptimizerKind};
 use quiver::train::trainer::Trainer;
 use tempfile::TempDir;
 
@@ -28,7 +29,7 @@ struct Harness {
     trainer: Trainer,
     commands: Sender<Command>,
     dir: TempDir,
-    reports: Arc<Mutex<Vec<(String, Report)>>>,
+    reports: Arc<Mutex<Vec<(String, JobReport)>>>,
 }
 
 impl Harness {
@@ -40,7 +41,7 @@ impl Harness {
     }
 
     /// A job on `examples(12)` with a directory of its own.
-    fn job(&self, id: &str, spec: Spec) -> Job {
+    fn job(&self, id: &str, spec: JobSpec) -> Job {
         let (reports, name) = (self.reports.clone(), id.to_owned());
         let dir = self.dir.path().join(id);
         std::fs::create_dir_all(&dir).unwrap();
@@ -76,40 +77,40 @@ impl Harness {
         self.run(|_| false);
     }
 
-    fn reports(&self, id: &str) -> Vec<Report> {
+    fn reports(&self, id: &str) -> Vec<JobReport> {
         self.reports.lock().unwrap().iter().filter(|(name, _)| name == id).map(|(_, report)| report.clone()).collect()
     }
 
-    fn last(&self, id: &str) -> Report {
+    fn last(&self, id: &str) -> JobReport {
         self.reports(id).pop().expect("a report")
     }
 
     fn error(&self, id: &str) -> Error {
         match self.last(id) {
-            Report::Failed(error) => error,
+            JobReport::Failed(error) => error,
             other => panic!("{id} is {other:?}"),
         }
     }
 
     fn steps(&self, id: &str) -> Vec<StepMetrics> {
         let step =
-            |report| if let Report::Step(step) = report { Some(StepMetrics { seconds: 0.0, ..step }) } else { None };
+            |report| if let JobReport::Step(step) = report { Some(StepMetrics { seconds: 0.0, ..step }) } else { None };
         self.reports(id).into_iter().filter_map(step).collect()
     }
 
     fn validations(&self, id: &str) -> Vec<Validation> {
-        let valid = |report| if let Report::Validation(v) = report { Some(v) } else { None };
+        let valid = |report| if let JobReport::Validation(v) = report { Some(v) } else { None };
         self.reports(id).into_iter().filter_map(valid).collect()
     }
 
     fn checkpoints(&self, id: &str) -> Vec<Checkpoint> {
-        let checkpoint = |report| if let Report::Checkpoint(c) = report { Some(c) } else { None };
+        let checkpoint = |report| if let JobReport::Checkpoint(c) = report { Some(c) } else { None };
         self.reports(id).into_iter().filter_map(checkpoint).collect()
     }
 
     /// Values of the job's last checkpoint, bit for bit.
     fn result(&self, id: &str) -> AdapterWeights {
-        assert!(matches!(self.last(id), Report::Succeeded), "{id}: {:?}", self.last(id));
+        assert!(matches!(self.last(id), JobReport::Succeeded), "{id}: {:?}", self.last(id));
         let checkpoint = self.checkpoints(id).pop().expect("a checkpoint");
         peft::read(&checkpoint.dir, self.model.config()).unwrap().0
     }
@@ -125,19 +126,19 @@ fn examples(count: usize) -> Vec<Example> {
     (0..count).map(example).collect()
 }
 
-fn dropout() -> Spec {
-    Spec { epochs: 2, lora: Lora { dropout: 0.2, ..spec().lora }, ..spec() }
+fn dropout() -> JobSpec {
+    JobSpec { epochs: 2, lora: LoraConfig { dropout: 0.2, ..spec().lora }, ..spec() }
 }
 
 #[test]
 fn learns_reports_and_writes() {
     let mut harness = Harness::new();
-    let optimizer = Optimizer { max_grad_norm: 10.0, ..spec().optimizer };
-    let mut job = harness.job("a", Spec { epochs: 8, batch_size: 3, gradient_accumulation: 2, optimizer, ..spec() });
+    let optimizer = OptimizerConfig { max_grad_norm: 10.0, ..spec().optimizer };
+    let mut job = harness.job("a", JobSpec { epochs: 8, batch_size: 3, gradient_accumulation: 2, optimizer, ..spec() });
     job.provenance.insert("base_model_name_or_path".into(), "tiny".into());
     harness.start(job);
     harness.finish();
-    assert!(matches!(harness.reports("a")[0], Report::Started { steps: 16, done: 0, parameters: 4480 }));
+    assert!(matches!(harness.reports("a")[0], JobReport::Started { steps: 16, done: 0, parameters: 4480 }));
     let steps = harness.steps("a");
     assert_eq!(steps.iter().map(|s| s.step).collect::<Vec<_>>(), (1..=16).collect::<Vec<_>>());
     let all: usize = examples(12).iter().map(|e| e.tokens.len()).sum();
@@ -175,7 +176,7 @@ fn served(model: &Decoder, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32>
 
 #[test]
 fn what_is_written_serves_as_it_was_trained() {
-    let adalora = AdaLora {
+    let adalora = AdaLoraConfig {
         init_r: 4,
         target_r: 2,
         tinit: 1,
@@ -187,13 +188,13 @@ fn what_is_written_serves_as_it_was_trained() {
     };
     let kinds = [
         ("lora", spec().lora),
-        ("rslora", Lora { use_rslora: true, target_modules: vec![Module::Q, Module::Up], ..spec().lora }),
-        ("adalora", Lora { adalora: Some(adalora), ..spec().lora }),
-        ("dora", Lora { use_dora: true, ..spec().lora }),
+        ("rslora", LoraConfig { use_rslora: true, target_modules: vec![Module::Q, Module::Up], ..spec().lora }),
+        ("adalora", LoraConfig { adalora: Some(adalora), ..spec().lora }),
+        ("dora", LoraConfig { use_dora: true, ..spec().lora }),
     ];
     let mut harness = Harness::new();
     for (id, lora) in &kinds {
-        harness.start(harness.job(id, Spec { epochs: 2, lora: lora.clone(), ..spec() }));
+        harness.start(harness.job(id, JobSpec { epochs: 2, lora: lora.clone(), ..spec() }));
     }
     harness.finish();
     for (id, _) in &kinds {
@@ -217,25 +218,25 @@ fn jobs_together_do_what_each_does_alone() {
         ("a", dropout()),
         (
             "b",
-            Spec {
+            JobSpec {
                 epochs: 1,
-                lora: Lora { r: 3, target_modules: vec![Module::V, Module::Down], ..spec().lora },
+                lora: LoraConfig { r: 3, target_modules: vec![Module::V, Module::Down], ..spec().lora },
                 ..spec()
             },
         ),
         (
             "c",
-            Spec {
+            JobSpec {
                 epochs: 2,
                 batch_size: 1,
                 gradient_accumulation: 3,
-                lora: Lora { use_dora: true, ..spec().lora },
+                lora: LoraConfig { use_dora: true, ..spec().lora },
                 ..spec()
             },
         ),
     ];
     let mut together = Harness::new();
-    let prepare = |harness: &Harness, (id, spec): &(&str, Spec)| {
+    let prepare = |harness: &Harness, (id, spec): &(&str, JobSpec)| {
         let mut job = harness.job(id, spec.clone());
         job.valid = examples(5);
         harness.start(job);
@@ -262,7 +263,7 @@ fn files_equal(a: &Path, b: &Path) -> bool {
 
 #[test]
 fn a_job_that_was_paused_goes_on_bit_for_bit() {
-    let adalora = AdaLora {
+    let adalora = AdaLoraConfig {
         init_r: 3,
         target_r: 1,
         tinit: 0,
@@ -272,13 +273,13 @@ fn a_job_that_was_paused_goes_on_bit_for_bit() {
         beta2: 0.85,
         orth_reg_weight: 0.5,
     };
-    let eight_bits = Optimizer { kind: OptimizerKind::Adamw8bit, ..spec().optimizer };
-    let every = Spec { checkpoint_every: Some(2), eval_every: Some(1), ..dropout() };
+    let eight_bits = OptimizerConfig { kind: OptimizerKind::Adamw8bit, ..spec().optimizer };
+    let every = JobSpec { checkpoint_every: Some(2), eval_every: Some(1), ..dropout() };
     let specs = [
         ("f32", every.clone()),
-        ("8bit", Spec { optimizer: eight_bits, lora: Lora { r: 32, ..dropout().lora }, ..every.clone() }),
-        ("adalora", Spec { lora: Lora { adalora: Some(adalora), ..spec().lora }, ..every.clone() }),
-        ("dora", Spec { lora: Lora { use_dora: true, ..spec().lora }, ..every }),
+        ("8bit", JobSpec { optimizer: eight_bits, lora: LoraConfig { r: 32, ..dropout().lora }, ..every.clone() }),
+        ("adalora", JobSpec { lora: LoraConfig { adalora: Some(adalora), ..spec().lora }, ..every.clone() }),
+        ("dora", JobSpec { lora: LoraConfig { use_dora: true, ..spec().lora }, ..every }),
     ];
     for (id, spec) in specs {
         let run = |pauses: &[usize]| {
@@ -295,7 +296,7 @@ fn a_job_that_was_paused_goes_on_bit_for_bit() {
                 (0..3).for_each(|_| assert!(harness.trainer.run_slice()));
                 harness.commands.send(Command::Pause(id.into())).unwrap();
                 harness.finish();
-                assert!(matches!(harness.last(id), Report::Paused), "{:?}", harness.last(id));
+                assert!(matches!(harness.last(id), JobReport::Paused), "{:?}", harness.last(id));
                 harness.start(Job { resume: true, ..prepare(&harness) });
             }
             harness.finish();
@@ -315,31 +316,33 @@ fn a_job_that_was_paused_goes_on_bit_for_bit() {
 #[test]
 fn a_job_that_goes_on_with_nothing_left_to_do_ends() {
     let mut harness = Harness::new();
-    let spec = Spec { checkpoint_every: Some(2), ..dropout() };
+    let spec = JobSpec { checkpoint_every: Some(2), ..dropout() };
     harness.start(harness.job("a", spec.clone()));
     harness.run(|h| h.checkpoints("a").len() == 1);
     harness.commands.send(Command::Pause("a".into())).unwrap();
     harness.finish();
-    harness.start(Job { resume: true, ..harness.job("a", Spec { max_steps: Some(2), ..spec }) });
+    harness.start(Job { resume: true, ..harness.job("a", JobSpec { max_steps: Some(2), ..spec }) });
     harness.finish();
     harness.result("a");
     assert_eq!((harness.steps("a").len(), harness.checkpoints("a").len()), (2, 1));
     // Whoever was to hear of the checkpoint may not have.
     let (made, reports) = (&harness.checkpoints("a")[0], harness.reports("a"));
-    let Report::Resumed(again) = &reports[reports.len() - 2] else { panic!("{reports:?}") };
+    let JobReport::Resumed(again) = &reports[reports.len() - 2] else { panic!("{reports:?}") };
     assert_eq!((again.step, &again.dir, &again.probe), (2, &made.dir, &made.probe));
 }
 
 #[test]
 fn accumulating_is_the_same_as_a_larger_batch() {
     let mut harness = Harness::new();
-    harness.start(harness.job("large", Spec { batch_size: 4, ..spec() }));
-    harness.start(harness.job("small", Spec { batch_size: 2, gradient_accumulation: 2, ..spec() }));
+    harness.start(harness.job("large", JobSpec { batch_size: 4, ..spec() }));
+    harness.start(harness.job("small", JobSpec { batch_size: 2, gradient_accumulation: 2, ..spec() }));
     harness.start(
-        harness
-            .job("packed", Spec { batch_size: 1, gradient_accumulation: 9, packing: true, max_length: 64, ..spec() }),
+        harness.job(
+            "packed",
+            JobSpec { batch_size: 1, gradient_accumulation: 9, packing: true, max_length: 64, ..spec() },
+        ),
     );
-    harness.start(harness.job("whole", Spec { batch_size: 12, ..spec() }));
+    harness.start(harness.job("whole", JobSpec { batch_size: 12, ..spec() }));
     harness.finish();
     for (a, b) in [("large", "small"), ("whole", "packed")] {
         let (a, b) = (harness.steps(a), harness.steps(b));
@@ -357,8 +360,8 @@ fn accumulating_is_the_same_as_a_larger_batch() {
 #[test]
 fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
     let mut harness = Harness::new();
-    let optimizer = Optimizer { learning_rate: 1e30, max_grad_norm: 1e30, warmup_steps: 0, ..spec().optimizer };
-    harness.start(harness.job("diverges", Spec { epochs: 4, optimizer, ..spec() }));
+    let optimizer = OptimizerConfig { learning_rate: 1e30, max_grad_norm: 1e30, warmup_steps: 0, ..spec().optimizer };
+    harness.start(harness.job("diverges", JobSpec { epochs: 4, optimizer, ..spec() }));
     let mut nothing = harness.job("nothing", spec());
     nothing.train.iter_mut().for_each(|e| e.trained.fill(false));
     harness.start(nothing);
@@ -382,14 +385,14 @@ fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
     assert!(harness.error("nowhere").message.contains("adapter cannot be written"));
     assert!(harness.error("stateless").message.contains("state cannot be written"));
     let reports = harness.reports("good");
-    let ends = reports.iter().filter(|r| matches!(r, Report::Succeeded)).count();
-    assert!(ends == 1 && reports.iter().any(|r| matches!(r, Report::Failed(e) if e.message.contains("already"))));
+    let ends = reports.iter().filter(|r| matches!(r, JobReport::Succeeded)).count();
+    assert!(ends == 1 && reports.iter().any(|r| matches!(r, JobReport::Failed(e) if e.message.contains("already"))));
     assert!(!harness.trainer.run_slice());
 }
 
 #[test]
 fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
-    let spec = Spec { checkpoint_every: Some(2), ..dropout() };
+    let spec = JobSpec { checkpoint_every: Some(2), ..dropout() };
     let mut plain = Harness::new();
     plain.start(plain.job("a", spec.clone()));
     plain.finish();
@@ -397,8 +400,8 @@ fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
     let mut harness = Harness::new();
     let (release, released) = channel::<()>();
     let Job { mut report, .. } = harness.job("a", spec.clone());
-    let hangs = move |told: Report| {
-        if matches!(told, Report::Checkpoint(_)) {
+    let hangs = move |told: JobReport| {
+        if matches!(told, JobReport::Checkpoint(_)) {
             // Until the test lets go; a slice that waits for it ends the test.
             assert_eq!(released.recv_timeout(Duration::from_secs(20)), Err(RecvTimeoutError::Disconnected));
         }
@@ -413,9 +416,9 @@ fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
     harness.finish();
 
     let order = |harness: &Harness| {
-        let word = |report: Report| match report {
-            Report::Step(m) => format!("step {}", m.step),
-            Report::Checkpoint(checkpoint) => format!("checkpoint {}", checkpoint.step),
+        let word = |report: JobReport| match report {
+            JobReport::Step(m) => format!("step {}", m.step),
+            JobReport::Checkpoint(checkpoint) => format!("checkpoint {}", checkpoint.step),
             other => format!("{other:?}"),
         };
         harness.reports("a").into_iter().map(word).collect::<Vec<_>>()
@@ -430,7 +433,7 @@ fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
 #[test]
 fn a_cancelled_job_leaves_at_once_and_its_state_goes() {
     let mut harness = Harness::new();
-    harness.start(harness.job("a", Spec { checkpoint_every: Some(1), ..dropout() }));
+    harness.start(harness.job("a", JobSpec { checkpoint_every: Some(1), ..dropout() }));
     harness.start(harness.job("b", spec()));
     harness.run(|h| h.checkpoints("a").len() == 2);
     let state = harness.dir.path().join("a/state.safetensors");
@@ -438,15 +441,16 @@ fn a_cancelled_job_leaves_at_once_and_its_state_goes() {
     harness.commands.send(Command::Cancel("a".into())).unwrap();
     harness.commands.send(Command::Cancel("no such job".into())).unwrap();
     harness.finish();
-    assert!(matches!(harness.last("a"), Report::Cancelled) && !state.exists());
-    assert!(matches!(harness.last("b"), Report::Succeeded));
+    assert!(matches!(harness.last("a"), JobReport::Cancelled) && !state.exists());
+    assert!(matches!(harness.last("b"), JobReport::Succeeded));
     assert_eq!(harness.checkpoints("a").len(), 2);
 }
 
 /// A job that stops early.
 fn overfits(harness: &Harness, checkpoint_every: Option<usize>) -> Job {
-    let optimizer = Optimizer { learning_rate: 0.3, max_grad_norm: 100.0, warmup_steps: 0, ..spec().optimizer };
-    let spec = Spec { epochs: 30, eval_every: Some(2), early_stopping: Some(2), optimizer, checkpoint_every, ..spec() };
+    let optimizer = OptimizerConfig { learning_rate: 0.3, max_grad_norm: 100.0, warmup_steps: 0, ..spec().optimizer };
+    let spec =
+        JobSpec { epochs: 30, eval_every: Some(2), early_stopping: Some(2), optimizer, checkpoint_every, ..spec() };
     let mut job = harness.job("a", spec);
     // What is learnt is of no use for these.
     job.valid = examples(3);
@@ -472,10 +476,10 @@ fn a_kill_after_the_validation_that_ends_a_job_does_not_undo_the_decision() {
         harness.start(Job { resume: true, ..overfits(&harness, Some(1000)) });
         harness.finish();
         let after = &harness.reports("a")[told..];
-        assert!(matches!(after[0], Report::Started { done, .. } if done == made[0].step), "{after:?}");
-        let again = |r: &&Report| matches!(r, Report::Step(_) | Report::Validation(_));
+        assert!(matches!(after[0], JobReport::Started { done, .. } if done == made[0].step), "{after:?}");
+        let again = |r: &&JobReport| matches!(r, JobReport::Step(_) | JobReport::Validation(_));
         assert_eq!(after.iter().filter(again).count(), 0, "{after:?}");
-        let new = after.iter().filter(|r| matches!(r, Report::Checkpoint(_))).count();
+        let new = after.iter().filter(|r| matches!(r, JobReport::Checkpoint(_))).count();
         assert_eq!(new, checkpoints, "{after:?}");
         assert!(files_equal(&harness.checkpoints("a")[0].dir, &made[0].dir));
         harness.result("a");
@@ -501,12 +505,12 @@ fn goes_on_from_an_adapter() {
     harness.start(harness.job("a", spec()));
     harness.finish();
     let weights = harness.result("a");
-    let mut next = harness.job("b", Spec { lora: Lora { alpha: 1.0, ..spec().lora }, ..spec() });
+    let mut next = harness.job("b", JobSpec { lora: LoraConfig { alpha: 1.0, ..spec().lora }, ..spec() });
     next.valid = examples(12);
     next.spec.optimizer.learning_rate = 1e-9;
     next.from = Some(weights.clone());
     harness.start(next);
-    let mut other = harness.job("c", Spec { lora: Lora { r: 8, ..spec().lora }, ..spec() });
+    let mut other = harness.job("c", JobSpec { lora: LoraConfig { r: 8, ..spec().lora }, ..spec() });
     other.from = Some(weights);
     harness.start(other);
     harness.finish();
@@ -522,7 +526,7 @@ fn goes_on_from_an_adapter() {
 #[test]
 fn goes_on_from_a_dora() {
     let mut harness = Harness::new();
-    let dora = Spec { lora: Lora { use_dora: true, ..spec().lora }, ..spec() };
+    let dora = JobSpec { lora: LoraConfig { use_dora: true, ..spec().lora }, ..spec() };
     harness.start(harness.job("a", dora.clone()));
     harness.finish();
     for (id, spec) in [("b", dora), ("c", spec())] {
@@ -543,8 +547,8 @@ fn goes_on_from_a_dora() {
 fn initial_values_follow_the_seed() {
     let first = |seed| {
         let mut harness = Harness::new();
-        let optimizer = Optimizer { learning_rate: 1e-12, ..spec().optimizer };
-        harness.start(harness.job("a", Spec { seed, max_steps: Some(1), optimizer, ..spec() }));
+        let optimizer = OptimizerConfig { learning_rate: 1e-12, ..spec().optimizer };
+        harness.start(harness.job("a", JobSpec { seed, max_steps: Some(1), optimizer, ..spec() }));
         harness.finish();
         let weights = harness.result("a");
         Tensor::new(weights.modules[0].a.to_f32(), &Device::Cpu).unwrap().to_vec1::<f32>().unwrap()

@@ -12,11 +12,11 @@ use quiver::arch::Module;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::model::decoder::Decoder;
 use quiver::model::weights::Weights;
-use quiver::train::adapter::Adapter;
-use quiver::train::dora::Norms;
-use quiver::train::params::Params;
+use quiver::train::adapter::DoraNorms;
+use quiver::train::adapter::TrainableAdapter;
+use quiver::train::adapter::TrainableParams;
 use quiver::train::pass::{Batch, Part, Pass, Scores};
-use quiver::train::spec::{Init, Lora, Optimizer, OptimizerKind, Schedule, Spec};
+use quiver::train::spec::{JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -29,8 +29,8 @@ fn model(name: &str) -> Arc<Decoder> {
 }
 
 /// LoRA on all linears.
-fn spec() -> Spec {
-    Spec {
+fn spec() -> JobSpec {
+    JobSpec {
         epochs: 1,
         max_steps: None,
         batch_size: 2,
@@ -39,7 +39,7 @@ fn spec() -> Spec {
         packing: false,
         train_on_inputs: false,
         seed: 7,
-        lora: Lora {
+        lora: LoraConfig {
             r: 2,
             alpha: 4.0,
             dropout: 0.0,
@@ -47,12 +47,12 @@ fn spec() -> Spec {
             use_rslora: false,
             loraplus_lr_ratio: None,
             use_dora: false,
-            init: Init::Default,
+            init: LoraInit::Default,
             adalora: None,
         },
-        optimizer: Optimizer {
+        optimizer: OptimizerConfig {
             learning_rate: 0.02,
-            schedule: Schedule::Cosine,
+            schedule: LrSchedule::Cosine,
             warmup_steps: 2,
             weight_decay: 0.0,
             beta1: 0.9,
@@ -69,15 +69,15 @@ fn spec() -> Spec {
 }
 
 /// What the values of `params` are now.
-fn adapter(params: &Params, norms: Option<&Norms>, model: &Decoder) -> Arc<Adapter> {
-    Arc::new(Adapter::new(params, norms, model.config(), DType::F32).unwrap())
+fn adapter(params: &TrainableParams, norms: Option<&DoraNorms>, model: &Decoder) -> Arc<TrainableAdapter> {
+    Arc::new(TrainableAdapter::new(params, norms, model.config(), DType::F32).unwrap())
 }
 
 /// Runs a whole pass of one job; gradients go to where the adapter has them.
 fn run(
     model: &Arc<Decoder>,
     batch: Batch,
-    adapter: Arc<Adapter>,
+    adapter: Arc<TrainableAdapter>,
     dropout: Option<(f32, u64)>,
     gradient: bool,
 ) -> Scores {

@@ -1,5 +1,6 @@
 //! Training and validation files, to examples.
 
+pub(super) mod order;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -10,12 +11,20 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
-pub use record::{AlpacaEnding, Format};
+pub use record::{AlpacaEnding, DataFormat};
 
-use super::job::Example;
-use super::spec::Spec;
+use super::spec::JobSpec;
 use crate::text::prompt::TextCodec;
 use crate::{Error, Result};
+
+/// A text to learn from, as tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Example {
+    /// All tokens, prompt and completion.
+    pub tokens: Vec<u32>,
+    /// Whether each token is trained on: predicted from those before it. The first one never is.
+    pub trained: Vec<bool>,
+}
 
 /// How a file is read.
 #[derive(Debug, Clone)]
@@ -33,15 +42,15 @@ pub struct DataOptions {
 pub struct Dataset {
     /// In the order of the file.
     pub examples: Vec<Example>,
-    pub format: Format,
+    pub format: DataFormat,
     /// To be kept with an adapter trained on this: its prompts must end so.
     pub alpaca_ending: Option<AlpacaEnding>,
-    pub statistics: Statistics,
+    pub statistics: DatasetStatistics,
 }
 
 /// Counts of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Statistics {
+pub struct DatasetStatistics {
     /// Records of the file.
     pub records: usize,
     /// Examples made from them.
@@ -78,16 +87,16 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
     let first = records.iter().find_map(|(place, record)| Some((place, record.as_ref().ok()?)));
     let (format, read_as) = match first {
         Some((place, first)) => {
-            let format = Format::of(first).map_err(|e| bad(format!("{place}: {e}")))?;
+            let format = DataFormat::of(first).map_err(|e| bad(format!("{place}: {e}")))?;
             (format, format!(" (read as {}, the format of the first)", format.words()))
         }
-        None => (Format::Text, String::new()),
+        None => (DataFormat::Text, String::new()),
     };
     let mut data = Dataset {
         examples: Vec::new(),
         format,
-        alpaca_ending: (format == Format::Alpaca).then_some(options.alpaca_ending),
-        statistics: Statistics { records: records.len(), ..Statistics::default() },
+        alpaca_ending: (format == DataFormat::Alpaca).then_some(options.alpaca_ending),
+        statistics: DatasetStatistics { records: records.len(), ..DatasetStatistics::default() },
     };
     let mut errors = Vec::new();
     for (place, record) in records {
@@ -121,10 +130,10 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
 }
 
 /// A record and where it stands.
-type Placed = (String, Result<Value>);
+type NumberedRecord = (String, Result<Value>);
 
 /// Cuts a file into records. The error is about the file as a whole.
-fn records(text: &str) -> Result<Vec<Placed>, String> {
+fn records(text: &str) -> Result<Vec<NumberedRecord>, String> {
     if text.trim_start().starts_with('[') {
         let list: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("the file is not valid JSON: {e}"))?;
         return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("record {}", i + 1), Ok(v))).collect());
@@ -159,12 +168,12 @@ impl Dataset {
     }
 
     /// The first `n` examples as the trainer sees them.
-    pub fn preview(&self, n: usize, codec: &TextCodec) -> Result<Vec<Preview>> {
-        self.examples.iter().take(n).map(|example| Preview::new(example, codec)).collect()
+    pub fn preview(&self, n: usize, codec: &TextCodec) -> Result<Vec<ExamplePreview>> {
+        self.examples.iter().take(n).map(|example| ExamplePreview::new(example, codec)).collect()
     }
 
     /// What a job over this file takes. `tokens_per_second` is a measured speed, where there is one.
-    pub fn estimate(&self, spec: &Spec, tokens_per_second: Option<f64>) -> Estimate {
+    pub fn estimate(&self, spec: &JobSpec, tokens_per_second: Option<f64>) -> Estimate {
         let counts = &self.statistics;
         let rows = if spec.packing { counts.tokens.div_ceil(spec.max_length) } else { counts.examples };
         let epoch = rows.div_ceil(spec.batch_size * spec.gradient_accumulation);
@@ -176,7 +185,7 @@ impl Dataset {
 
 /// An example, to look at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Preview {
+pub struct ExamplePreview {
     pub token_ids: Vec<u32>,
     /// Which of them are trained.
     pub trained: Vec<bool>,
@@ -184,7 +193,7 @@ pub struct Preview {
     pub text: String,
 }
 
-impl Preview {
+impl ExamplePreview {
     fn new(example: &Example, codec: &TextCodec) -> Result<Self> {
         let mut stream = codec.stream(false);
         let mut text = String::new();

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// How the records of a file are written: one form a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Format {
+pub enum DataFormat {
     /// OpenAI's: `{"messages": [{"role", "content"}]}`, assistant messages with a `weight` of 0 or 1.
     Chat,
     /// `{"prompt", "completion"}`.
@@ -37,7 +37,7 @@ pub enum AlpacaEnding {
 
 /// A record, whatever it was written as.
 #[derive(Debug, PartialEq)]
-pub enum Record {
+pub enum TrainingRecord {
     /// A conversation.
     Chat {
         /// As the chat template takes them.
@@ -54,7 +54,7 @@ pub enum Record {
 /// Keys that would change what is learnt, and that no format here has: to leave them out would train on something else.
 const REFUSED: [&str; 4] = ["tools", "functions", "system", "history"];
 
-impl Format {
+impl DataFormat {
     /// The format of a record.
     ///
     /// # Errors
@@ -92,7 +92,7 @@ impl Format {
     ///
     /// # Errors
     /// `Invalid` with the key and what is allowed.
-    pub fn read(self, record: &Value, ending: AlpacaEnding) -> Result<Record> {
+    pub fn read(self, record: &Value, ending: AlpacaEnding) -> Result<TrainingRecord> {
         if !record.is_object() {
             return Err(Error::invalid(format!("a record must be an object, not {}", fields::describe(record))));
         }
@@ -111,14 +111,16 @@ impl Format {
         match self {
             Self::Chat => chat(&record),
             Self::ShareGpt => sharegpt(&record),
-            Self::PromptCompletion => Ok(Record::Pair { prompt: text("prompt")?, completion: text("completion")? }),
+            Self::PromptCompletion => {
+                Ok(TrainingRecord::Pair { prompt: text("prompt")?, completion: text("completion")? })
+            }
             Self::Alpaca => {
                 // The one key that may be absent, so that its absence must be meant.
                 fields::check_unknown(&record, &["instruction", "input", "output"])?;
                 let prompt = alpaca(&text("instruction")?, record.string("input")?.unwrap_or_default(), ending);
-                Ok(Record::Pair { prompt, completion: text("output")? })
+                Ok(TrainingRecord::Pair { prompt, completion: text("output")? })
             }
-            Self::Text => Ok(Record::Text(text("text")?)),
+            Self::Text => Ok(TrainingRecord::Text(text("text")?)),
         }
     }
 
@@ -133,7 +135,7 @@ impl Format {
     }
 }
 
-fn chat(record: &Fields) -> Result<Record> {
+fn chat(record: &Fields) -> Result<TrainingRecord> {
     let list = turns(record, "messages", "an array of {\"role\", \"content\"}")?;
     let (mut messages, mut trained) = (Vec::new(), Vec::new());
     for (i, value) in list.iter().enumerate() {
@@ -143,10 +145,10 @@ fn chat(record: &Fields) -> Result<Record> {
         trained.push(is_trained(&turn, message["role"] == "assistant")? && i > 0);
         messages.push(message);
     }
-    Ok(Record::Chat { messages, trained })
+    Ok(TrainingRecord::Chat { messages, trained })
 }
 
-fn sharegpt(record: &Fields) -> Result<Record> {
+fn sharegpt(record: &Fields) -> Result<TrainingRecord> {
     let list = turns(record, "conversations", "an array of {\"from\", \"value\"}")?;
     let (mut messages, mut trained) = (Vec::new(), Vec::new());
     for (i, value) in list.iter().enumerate() {
@@ -161,7 +163,7 @@ fn sharegpt(record: &Fields) -> Result<Record> {
         trained.push(is_trained(&turn, role == "assistant")? && i > 0);
         messages.push(json!({"role": role, "content": turn.required("value", turn.string("value")?, "a string")?}));
     }
-    Ok(Record::Chat { messages, trained })
+    Ok(TrainingRecord::Chat { messages, trained })
 }
 
 fn turns<'a>(record: &Fields<'a>, key: &str, what: &str) -> Result<&'a [Value]> {

@@ -108,7 +108,7 @@ fn a_conversation_is_one_example_with_every_answer_trained() {
     let turns: Vec<Value> = turns.iter().map(|(from, value)| json!({"from": from, "value": value})).collect();
     let mut same = json!({"id": 7, "conversations": turns});
     let read_as = read(&[same.clone()], codec);
-    assert_eq!((read_as.examples, read_as.format), (data.examples, Format::ShareGpt));
+    assert_eq!((read_as.examples, read_as.format), (data.examples, DataFormat::ShareGpt));
     same["conversations"][1]["weight"] = 0.into();
     assert_eq!(trained_text(&read(&[same], codec).examples[0], codec), ["2<|im_end|>\n"]);
 }
@@ -157,7 +157,7 @@ fn completions_follow_the_prompts_own_tokens_and_end() {
     }
     let data = read(&[json!({"text": "Once upon a time"})], codec);
     assert_eq!(trained_text(&data.examples[0], codec), [" upon a time<|im_end|>"]);
-    assert_eq!(data.format, Format::Text);
+    assert_eq!(data.format, DataFormat::Text);
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn alpaca_prompts_are_the_published_ones() {
     for (alpaca_ending, end) in [(AlpacaEnding::Colon, ""), (AlpacaEnding::Newline, "\n")] {
         let options = DataOptions { alpaca_ending, ..options() };
         let data = parse(format!("{file:#}").as_bytes(), codec, &options).unwrap();
-        assert_eq!((data.format, data.alpaca_ending), (Format::Alpaca, Some(alpaca_ending)));
+        assert_eq!((data.format, data.alpaca_ending), (DataFormat::Alpaca, Some(alpaca_ending)));
         for (example, prompt) in data.examples.iter().zip(expected) {
             let start = spans(example)[0].0;
             assert_eq!(codec.decode(&example.tokens[..start], false).unwrap(), format!("{prompt}{end}"));
@@ -202,7 +202,8 @@ fn long_examples_are_cut_and_those_without_anything_to_train_dropped() {
     let options = DataOptions { max_length: 20, ..options() };
     let data = parse(file.as_bytes(), &SMOLLM2, &options).unwrap();
     let tokens = data.examples.iter().map(|e| e.tokens.len()).sum();
-    let expected = Statistics { records: 3, examples: 2, tokens, trained_tokens: tokens - 2, truncated: 2, dropped: 1 };
+    let expected =
+        DatasetStatistics { records: 3, examples: 2, tokens, trained_tokens: tokens - 2, truncated: 2, dropped: 1 };
     assert_eq!(data.statistics, expected);
     assert_eq!(data.examples[1].tokens.len(), 20);
 
@@ -267,7 +268,7 @@ fn a_preview_shows_what_is_trained_and_an_estimate_what_it_takes() {
     assert_eq!(preview[0].text, "Say é:⟦ é<|im_end|>⟧");
     assert_eq!(preview[0].token_ids, data.examples[0].tokens);
 
-    let mut spec: Spec = serde_json::from_value(json!({
+    let mut spec: JobSpec = serde_json::from_value(json!({
         "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "max_length": 16, "packing": false,
         "train_on_inputs": false, "seed": 0, "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": [],
         "use_rslora": false, "use_dora": false, "init": "default"}, "optimizer": {"learning_rate": 1e-4,

@@ -4,9 +4,9 @@
 //! that stops generation, are trained. What is trained is known by position, never by id: the id that ends an answer may also
 //! pad, open or separate.
 
-use super::record::Record;
+use super::Example;
+use super::record::TrainingRecord;
 use crate::text::prompt::TextCodec;
-use crate::train::job::Example;
 use crate::{Error, Result};
 
 /// Examples of a record: one, or one an answer where the chat template writes earlier turns differently once a conversation
@@ -14,21 +14,21 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// `Invalid`: the template refuses the messages, or its answers do not follow from its prompts.
-pub fn examples(record: &Record, codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
+pub fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
     let mut examples = match record {
-        Record::Text(text) => {
+        TrainingRecord::Text(text) => {
             let mut tokens = codec.encode_prompt(text, true)?;
             end(&mut tokens, codec);
             vec![Example { trained: vec![true; tokens.len()], tokens }]
         }
-        Record::Pair { prompt, completion } => {
+        TrainingRecord::Pair { prompt, completion } => {
             let mut example = Example { tokens: Vec::new(), trained: Vec::new() };
             let (prompt, answer) = answer(codec, prompt, &format!("{prompt}{completion}"), true)?;
             extend(&mut example, &prompt, inputs);
             extend(&mut example, &answer, true);
             vec![example]
         }
-        Record::Chat { messages, trained } => {
+        TrainingRecord::Chat { messages, trained } => {
             let mut examples: Vec<Example> = Vec::new();
             for turn in (0..messages.len()).filter(|&turn| trained[turn]) {
                 let opened = codec.apply_chat_template(&messages[..turn], true)?;

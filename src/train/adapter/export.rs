@@ -7,24 +7,24 @@ use std::{fs, io};
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::params::Params;
-use super::spec::{Init, Spec};
+use super::params::TrainableParams;
+use crate::train::spec::{JobSpec, LoraInit};
 use crate::{Error, Result, files};
 
 /// An adapter as it was at one time, on the CPU.
-pub struct Export {
+pub struct AdapterExport {
     /// `adapter_config.json`, keys sorted as PEFT sorts them.
     config: BTreeMap<String, Value>,
     /// f32, under PEFT's names.
     tensors: BTreeMap<String, Tensor>,
 }
 
-impl Export {
+impl AdapterExport {
     /// Copies the values. `kept` says which of AdaLoRA's ranks are left. AdaLoRA becomes plain LoRA with the same effect: A
     /// takes E and the scale, each module has a rank of its own. Errors: no memory.
     pub fn new(
-        spec: &Spec,
-        params: &Params,
+        spec: &JobSpec,
+        params: &TrainableParams,
         kept: Option<&[Vec<bool>]>,
         provenance: &Map<String, Value>,
     ) -> Result<Self> {
@@ -53,7 +53,7 @@ impl Export {
 type Ranks = BTreeMap<String, usize>;
 
 /// Copies of the tensors under PEFT's names, on the CPU, and AdaLoRA's ranks.
-fn tensors(params: &Params, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<String, Tensor>, Ranks)> {
+fn tensors(params: &TrainableParams, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<String, Tensor>, Ranks)> {
     let (mut tensors, mut ranks) = (BTreeMap::new(), Ranks::new());
     let rank = params.rank;
     for (index, site) in params.sites.iter().enumerate() {
@@ -62,7 +62,7 @@ fn tensors(params: &Params, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<Stri
         if let Some(e) = &site.e {
             a = (a.broadcast_mul(&host(params.value(e)?)?)? * f64::from(params.scale))?;
         }
-        for (i, part) in site.parts.iter().enumerate() {
+        for (i, part) in site.modules.iter().enumerate() {
             let path = part.module.path(site.layer);
             let (mut a, mut b) = (a.narrow(0, i * rank, rank)?, host(params.value(&part.b)?)?);
             if site.e.is_some() {
@@ -90,7 +90,7 @@ fn tensors(params: &Params, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<Stri
 }
 
 /// `adapter_config.json`, keys sorted as PEFT sorts them.
-fn config(spec: &Spec, ranks: &Ranks, provenance: &Map<String, Value>) -> BTreeMap<String, Value> {
+fn config(spec: &JobSpec, ranks: &Ranks, provenance: &Map<String, Value>) -> BTreeMap<String, Value> {
     let lora = &spec.lora;
     // AdaLoRA's scale is in A.
     let (r, alpha) = match &lora.adalora {
@@ -98,9 +98,9 @@ fn config(spec: &Spec, ranks: &Ranks, provenance: &Map<String, Value>) -> BTreeM
         None => (lora.r, lora.alpha),
     };
     let init = match lora.init {
-        Init::Default => json!(true),
-        Init::Gaussian => json!("gaussian"),
-        Init::Orthogonal => json!("orthogonal"),
+        LoraInit::Default => json!(true),
+        LoraInit::Gaussian => json!("gaussian"),
+        LoraInit::Orthogonal => json!("orthogonal"),
     };
     let Value::Object(config) = json!({
         "alora_invocation_tokens": null,

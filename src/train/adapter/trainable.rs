@@ -2,16 +2,16 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::dora::Norms;
-use super::params::Params;
+use super::dora::DoraNorms;
+use super::params::TrainableParams;
 use crate::Result;
 use crate::arch::ModelConfig;
 use crate::arch::Site;
 
 /// An adapter at one optimiser step.
-pub struct Adapter {
+pub struct TrainableAdapter {
     /// By layer, then [`Site`]; `None` where nothing is trained.
-    sites: Vec<[Option<SitePairs>; 4]>,
+    sites: Vec<[Option<TrainableSite>; 4]>,
     /// Rank of every pair.
     pub rank: usize,
     /// Factor of every delta.
@@ -19,19 +19,19 @@ pub struct Adapter {
 }
 
 /// Pairs that share an input.
-pub struct SitePairs {
+pub struct TrainableSite {
     /// `A [modules · rank, k]`.
     pub a: Tensor,
     /// Its gradient, f32.
     pub da: Tensor,
     /// In the order of the fused output row.
-    pub parts: Vec<Part>,
+    pub modules: Vec<TrainableModule>,
     /// DoRA's gains of the fused output row `[1, n]` f32, 1 where a module has none.
     pub gain: Option<Tensor>,
 }
 
 /// One module's B.
-pub struct Part {
+pub struct TrainableModule {
     /// First column of the fused output row.
     pub offset: usize,
     /// Output features.
@@ -41,48 +41,48 @@ pub struct Part {
     /// Its gradient, f32.
     pub db: Tensor,
     /// Of DoRA.
-    pub magnitude: Option<Magnitude>,
+    pub magnitude: Option<TrainableMagnitude>,
 }
 
 /// What the gradient of DoRA's magnitude needs.
-pub struct Magnitude {
+pub struct TrainableMagnitude {
     /// One over the norms of the changed weight's rows `[1, n]` f32.
     pub inverse_norm: Tensor,
     /// The gradient `[n, 1]` f32.
     pub grad: Tensor,
 }
 
-impl Adapter {
+impl TrainableAdapter {
     /// The pairs at a layer and site.
-    pub fn site(&self, layer: usize, site: Site) -> Option<&SitePairs> {
+    pub fn site(&self, layer: usize, site: Site) -> Option<&TrainableSite> {
         self.sites[layer][site as usize].as_ref()
     }
 
     /// What the values of `params` are now, for activations of `dtype`, under DoRA with the `norms` that they make. Views
     /// where no other values are needed: they see later steps.
-    pub fn new(params: &Params, norms: Option<&Norms>, model: &ModelConfig, dtype: DType) -> Result<Self> {
-        let mut sites: Vec<[Option<SitePairs>; 4]> = (0..model.num_layers).map(|_| Default::default()).collect();
+    pub fn new(params: &TrainableParams, norms: Option<&DoraNorms>, model: &ModelConfig, dtype: DType) -> Result<Self> {
+        let mut sites: Vec<[Option<TrainableSite>; 4]> = (0..model.num_layers).map(|_| Default::default()).collect();
         for (i, site) in params.sites.iter().enumerate() {
             let norms = norms.map(|norms| norms.of(params, i)).transpose()?;
             let mut a = params.value(&site.a)?;
             if let Some(e) = &site.e {
                 a = a.broadcast_mul(&params.value(e)?)?;
             }
-            let mut parts = Vec::new();
+            let mut modules = Vec::new();
             let mut gains = Vec::new();
-            for (i, part) in site.parts.iter().enumerate() {
+            for (i, part) in site.modules.iter().enumerate() {
                 let mut magnitude = None;
                 if let (Some(place), Some(norms)) = (&part.magnitude, &norms) {
                     let norm = &norms[i];
                     gains.push((part.offset, params.value(place)?.t()?.div(norm)?));
-                    magnitude = Some(Magnitude { inverse_norm: norm.recip()?, grad: params.grad(place)? });
+                    magnitude = Some(TrainableMagnitude { inverse_norm: norm.recip()?, grad: params.grad(place)? });
                 }
                 let (b, db) = (params.value(&part.b)?.to_dtype(dtype)?, params.grad(&part.b)?);
-                parts.push(Part { offset: part.offset, n: part.n, b, db, magnitude });
+                modules.push(TrainableModule { offset: part.offset, n: part.n, b, db, magnitude });
             }
             let width = site.site.modules().iter().map(|module| module.shape(model).0).sum();
             let gain = if gains.is_empty() { None } else { Some(row(gains, width, a.device())?) };
-            let pairs = SitePairs { a: a.to_dtype(dtype)?, da: params.grad(&site.a)?, parts, gain };
+            let pairs = TrainableSite { a: a.to_dtype(dtype)?, da: params.grad(&site.a)?, modules, gain };
             sites[site.layer][site.site as usize] = Some(pairs);
         }
         Ok(Self { sites, rank: params.rank, scale: params.scale })

@@ -4,22 +4,22 @@ use candle_core::{DType, Device, Tensor};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::SeedableRng;
 
-use super::init::{self, Initial};
-use super::spec::{OptimizerKind, Spec};
+use super::init::{self, PairInit};
 use crate::arch::ModelConfig;
 use crate::arch::{Module, Site};
 use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use crate::train::spec::{JobSpec, OptimizerKind};
 use crate::{Error, Result};
 
 /// Smaller tensors keep f32 moments, as in bitsandbytes.
 const MIN_8BIT: usize = 4096;
 
 /// The trained values of one job, f32.
-pub struct Params {
+pub struct TrainableParams {
     /// By layer, then in the order of [`Site`].
     pub sites: Vec<SiteParams>,
     /// The buffers that the sites' tensors are cut from.
-    pub groups: Vec<Group>,
+    pub groups: Vec<ParamGroup>,
     /// Rank of every pair.
     pub rank: usize,
     /// Factor of every delta.
@@ -33,29 +33,29 @@ pub struct SiteParams {
     /// Input features.
     pub k: usize,
     /// `A [modules · rank, k]`, the modules' stacked.
-    pub a: Place,
+    pub a: ParamLocation,
     /// AdaLoRA's `E [modules · rank, 1]`, which the rows of A are multiplied by.
-    pub e: Option<Place>,
+    pub e: Option<ParamLocation>,
     /// In the order of the fused output row.
-    pub parts: Vec<PartParams>,
+    pub modules: Vec<ModuleParams>,
 }
 
 /// One module.
-pub struct PartParams {
+pub struct ModuleParams {
     pub module: Module,
     /// Its first column in the site's output.
     pub offset: usize,
     /// Output features.
     pub n: usize,
     /// `B [n, rank]`.
-    pub b: Place,
+    pub b: ParamLocation,
     /// DoRA's norms of the changed weight's rows `[n]`.
-    pub magnitude: Option<Place>,
+    pub magnitude: Option<ParamLocation>,
 }
 
 /// Where a tensor lies in the groups.
 #[derive(Debug, Clone, Copy)]
-pub struct Place {
+pub struct ParamLocation {
     group: usize,
     offset: usize,
     /// Rows and columns.
@@ -63,7 +63,7 @@ pub struct Place {
 }
 
 /// Values that the optimiser treats alike.
-pub struct Group {
+pub struct ParamGroup {
     /// `[n]` f32.
     pub values: Tensor,
     /// `[n]` f32: sums over the passes of a step.
@@ -74,11 +74,11 @@ pub struct Group {
     pub eight_bits: bool,
 }
 
-/// Initial values of the groups to be.
+/// PairInit values of the groups to be.
 #[derive(Default)]
-struct Layout(Vec<(bool, bool, Vec<f32>)>);
+struct ParamGroups(Vec<(bool, bool, Vec<f32>)>);
 
-impl Layout {
+impl ParamGroups {
     /// Adds a tensor, in the group for its kind and for moments of a tensor of `each` values.
     fn add(
         &mut self,
@@ -87,7 +87,7 @@ impl Layout {
         optimizer: OptimizerKind,
         shape: (usize, usize),
         values: Vec<f32>,
-    ) -> Place {
+    ) -> ParamLocation {
         let eight_bits = optimizer != OptimizerKind::Adamw && each >= MIN_8BIT;
         let group = self.0.iter().position(|g| (g.0, g.1) == (fast, eight_bits)).unwrap_or_else(|| {
             self.0.push((fast, eight_bits, Vec::new()));
@@ -96,15 +96,15 @@ impl Layout {
         let flat = &mut self.0[group].2;
         let offset = flat.len();
         flat.extend(values);
-        Place { group, offset, shape }
+        ParamLocation { group, offset, shape }
     }
 }
 
-impl Params {
+impl TrainableParams {
     /// New values as the settings say, or those of the adapter to continue from. Modules of `spec` that `from` lacks start
-    /// new. DoRA's magnitudes that it lacks are zero until [`super::dora::Norms::start`] sets them. Errors: `from` has modules that `spec`
+    /// new. DoRA's magnitudes that it lacks are zero until [`super::dora::DoraNorms::start`] sets them. Errors: `from` has modules that `spec`
     /// does not train, other ranks, or biases.
-    pub fn new(spec: &Spec, model: &ModelConfig, from: Option<&AdapterWeights>, device: &Device) -> Result<Self> {
+    pub fn new(spec: &JobSpec, model: &ModelConfig, from: Option<&AdapterWeights>, device: &Device) -> Result<Self> {
         let lora = &spec.lora;
         let rank = lora.adalora.as_ref().map_or(lora.r, |ada| ada.init_r);
         let scale = match &lora.adalora {
@@ -118,9 +118,9 @@ impl Params {
             check_from(from, spec, rank)?;
         }
         let optimizer = spec.optimizer.kind;
-        let initial = if lora.adalora.is_some() { Initial::AdaLora } else { Initial::Lora(lora.init) };
+        let initial = if lora.adalora.is_some() { PairInit::AdaLora } else { PairInit::Lora(lora.init) };
         let mut rng = Pcg64::seed_from_u64(spec.seed);
-        let mut layout = Layout::default();
+        let mut layout = ParamGroups::default();
         let mut sites = Vec::new();
         for (layer, site) in (0..model.num_layers).flat_map(|layer| Site::ALL.map(|site| (layer, site))) {
             let modules: Vec<Module> =
@@ -138,7 +138,7 @@ impl Params {
             let a = pairs.iter().flat_map(|(a, _)| a.iter().copied()).collect();
             let a = layout.add(false, rank * k, optimizer, (rows, k), a);
             let e = lora.adalora.is_some().then(|| layout.add(false, rank, optimizer, (rows, 1), vec![0.0; rows]));
-            let mut parts = Vec::new();
+            let mut params = Vec::new();
             for (module, (_, b)) in modules.into_iter().zip(pairs) {
                 let n = module.shape(model).0;
                 let b = layout.add(true, n * rank, optimizer, (n, rank), b);
@@ -146,20 +146,20 @@ impl Params {
                     let values = continued(layer, module).and_then(|m| m.magnitude.as_ref().map(Values::to_f32));
                     layout.add(true, n, optimizer, (n, 1), values.unwrap_or_else(|| vec![0.0; n]))
                 });
-                parts.push(PartParams { module, offset: module.offset(model), n, b, magnitude });
+                params.push(ModuleParams { module, offset: module.offset(model), n, b, magnitude });
             }
-            sites.push(SiteParams { layer, site, k, a, e, parts });
+            sites.push(SiteParams { layer, site, k, a, e, modules: params });
         }
         if sites.is_empty() {
             return Err(
                 Error::invalid("target_modules names no linear layer of a decoder block").param("target_modules")
             );
         }
-        let group = |(fast, eight_bits, values): (bool, bool, Vec<f32>)| -> Result<Group> {
+        let group = |(fast, eight_bits, values): (bool, bool, Vec<f32>)| -> Result<ParamGroup> {
             let n = values.len();
             let values = Tensor::from_vec(values, n, device)?;
             let grads = Tensor::zeros(n, DType::F32, device)?;
-            Ok(Group { values, grads, fast, eight_bits })
+            Ok(ParamGroup { values, grads, fast, eight_bits })
         };
         let groups = layout.0.into_iter().map(group).collect::<Result<_>>()?;
         Ok(Self { sites, groups, rank, scale })
@@ -171,27 +171,27 @@ impl Params {
     }
 
     /// A tensor's values: a view, which sees what happens to them.
-    pub fn value(&self, place: &Place) -> Result<Tensor> {
+    pub fn value(&self, place: &ParamLocation) -> Result<Tensor> {
         cut(&self.groups[place.group].values, place)
     }
 
     /// A tensor's part of others that lie as the groups do.
-    pub fn cut(&self, groups: &[Tensor], place: &Place) -> Result<Tensor> {
+    pub fn cut(&self, groups: &[Tensor], place: &ParamLocation) -> Result<Tensor> {
         cut(&groups[place.group], place)
     }
 
     /// The gradient of a tensor, likewise.
-    pub fn grad(&self, place: &Place) -> Result<Tensor> {
+    pub fn grad(&self, place: &ParamLocation) -> Result<Tensor> {
         cut(&self.groups[place.group].grads, place)
     }
 
     /// Puts new values, of the place's shape, where a tensor lies.
-    pub fn set_value(&self, place: &Place, values: &Tensor) -> Result<()> {
+    pub fn set_value(&self, place: &ParamLocation, values: &Tensor) -> Result<()> {
         Ok(self.groups[place.group].values.slice_set(&values.flatten_all()?, 0, place.offset)?)
     }
 
     /// The same with a gradient.
-    pub fn set_grad(&self, place: &Place, grad: &Tensor) -> Result<()> {
+    pub fn set_grad(&self, place: &ParamLocation, grad: &Tensor) -> Result<()> {
         Ok(self.groups[place.group].grads.slice_set(&grad.flatten_all()?, 0, place.offset)?)
     }
 
@@ -201,7 +201,7 @@ impl Params {
     }
 }
 
-fn cut(flat: &Tensor, place: &Place) -> Result<Tensor> {
+fn cut(flat: &Tensor, place: &ParamLocation) -> Result<Tensor> {
     let (rows, columns) = place.shape;
     Ok(flat.narrow(0, place.offset, rows * columns)?.reshape(place.shape)?)
 }
@@ -212,7 +212,7 @@ fn rescaled(weights: &ModuleWeights, scale: f32) -> Vec<f32> {
     weights.b.to_f32().into_iter().map(|b| b * ratio).collect()
 }
 
-fn check_from(from: &AdapterWeights, spec: &Spec, rank: usize) -> Result<()> {
+fn check_from(from: &AdapterWeights, spec: &JobSpec, rank: usize) -> Result<()> {
     let refused =
         |why: String| Err(Error::invalid(format!("cannot continue from that adapter: {why}")).param("from_checkpoint"));
     if spec.lora.adalora.is_some() {

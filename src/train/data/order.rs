@@ -5,12 +5,12 @@ use rand::seq::SliceRandom;
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::SeedableRng;
 
-use super::job::Example;
-use super::spec::Spec;
+use super::Example;
+use crate::train::spec::JobSpec;
 use crate::{Error, Result};
 
 /// Examples that may be learnt from, and their order.
-pub struct Order {
+pub struct ExampleOrder {
     /// Cut to the longest length, with at least one trained token each.
     pub examples: Vec<Example>,
     /// Examples that share a row, by index; one a row unless packed.
@@ -22,9 +22,9 @@ pub struct Order {
     shuffled: Option<(usize, Vec<usize>)>,
 }
 
-impl Order {
+impl ExampleOrder {
     /// Errors: `batch_size`, `gradient_accumulation` or `max_length` of 0, no token to train on.
-    pub fn new(spec: &Spec, examples: Vec<Example>) -> Result<Self> {
+    pub fn new(spec: &JobSpec, examples: Vec<Example>) -> Result<Self> {
         for (name, value) in [
             ("batch_size", spec.batch_size),
             ("gradient_accumulation", spec.gradient_accumulation),
@@ -123,8 +123,8 @@ mod tests {
 
     #[test]
     fn an_epoch_has_every_example_once_in_an_order_of_its_own() {
-        let spec = Spec { batch_size: 2, gradient_accumulation: 3, ..spec() };
-        let mut order = Order::new(&spec, examples(&[5; 14])).unwrap();
+        let spec = JobSpec { batch_size: 2, gradient_accumulation: 3, ..spec() };
+        let mut order = ExampleOrder::new(&spec, examples(&[5; 14])).unwrap();
         assert_eq!(order.steps_per_epoch(), 3);
         let mut epochs = Vec::new();
         for epoch in 0..2 {
@@ -138,14 +138,14 @@ mod tests {
             epochs.push(all);
         }
         assert_ne!(epochs[0], epochs[1]);
-        let again = Order::new(&spec, examples(&[5; 14])).unwrap().window(4);
+        let again = ExampleOrder::new(&spec, examples(&[5; 14])).unwrap().window(4);
         assert_eq!(again, order.window(4));
     }
 
     #[test]
     fn packing_fills_rows_and_loses_nothing() {
-        let spec = Spec { packing: true, max_length: 10, ..spec() };
-        let order = Order::new(&spec, examples(&[3, 7, 10, 2, 5, 5, 6, 12, 4])).unwrap();
+        let spec = JobSpec { packing: true, max_length: 10, ..spec() };
+        let order = ExampleOrder::new(&spec, examples(&[3, 7, 10, 2, 5, 5, 6, 12, 4])).unwrap();
         let tokens = |row: &Vec<usize>| row.iter().map(|&i| order.examples[i].tokens.len()).sum::<usize>();
         assert_eq!(order.rows.iter().map(tokens).collect::<Vec<_>>(), [10, 10, 10, 10, 10, 2]);
         let mut all: Vec<usize> = order.rows.iter().flatten().copied().collect();
@@ -157,12 +157,12 @@ mod tests {
     fn what_trains_nothing_is_dropped_and_nothing_at_all_is_an_error() {
         let mut some = examples(&[5, 5, 1]);
         some[0].trained = vec![true, false, false, false, true];
-        let spec = Spec { max_length: 4, ..spec() };
-        let order = Order::new(&spec, some.clone()).unwrap();
+        let spec = JobSpec { max_length: 4, ..spec() };
+        let order = ExampleOrder::new(&spec, some.clone()).unwrap();
         assert_eq!(order.examples.len(), 1);
         some.remove(1);
-        let error = Order::new(&spec, some).err().expect("nothing to train on");
+        let error = ExampleOrder::new(&spec, some).err().expect("nothing to train on");
         assert!(error.message.contains("no example has a token to train on"), "{error}");
-        assert!(Order::new(&Spec { batch_size: 0, ..spec }, examples(&[5])).is_err());
+        assert!(ExampleOrder::new(&JobSpec { batch_size: 0, ..spec }, examples(&[5])).is_err());
     }
 }

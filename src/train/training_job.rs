@@ -7,18 +7,14 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::adalora;
-use super::adalora::Allocator;
-use super::adapter::Adapter;
-use super::dora::Norms;
-use super::export::Export;
-use super::job::{Checkpoint, Example, Job, Probe, Report, StepMetrics, Validation};
+use super::adapter::{AdapterExport, DoraNorms, RankAllocator, TrainableAdapter, TrainableParams, adalora};
+use super::data::Example;
+use super::data::order::{self, ExampleOrder};
+use super::job::{Checkpoint, Job, JobReport, Probe, StepMetrics, Validation};
 use super::optim::Optimizer;
-use super::order::{self, Order};
-use super::outbox::Line;
-use super::params::Params;
 use super::pass::{Batch, Part, Scores};
-use super::state::{self, Measure, Progress};
+use super::state::{self, EvalPass, JobProgress};
+use super::writer::JobReporter;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
@@ -26,32 +22,32 @@ use crate::{Error, Result};
 const PROBE_TOKENS: usize = 64;
 
 /// A job that runs.
-pub struct Running {
+pub struct TrainingJob {
     job: Job,
     /// Takes what is written and told.
-    line: Line,
+    line: JobReporter,
     model: Arc<Decoder>,
-    order: Order,
+    order: ExampleOrder,
     valid: Vec<Example>,
-    params: Params,
+    params: TrainableParams,
     optimizer: Optimizer,
-    allocator: Option<Allocator>,
-    norms: Option<Norms>,
+    allocator: Option<RankAllocator>,
+    norms: Option<DoraNorms>,
     /// The values as passes use them.
-    adapter: Arc<Adapter>,
-    progress: Progress,
+    adapter: Arc<TrainableAdapter>,
+    progress: JobProgress,
     /// Optimiser steps in all.
     steps: usize,
-    window: Window,
-    /// Sums over the validation under way.
-    validation: Sums,
+    window: AccumulationWindow,
+    /// LossSums over the validation under way.
+    validation: LossSums,
     /// Examples of it that are measured.
     validated: usize,
 }
 
 /// The passes of one optimiser step.
 #[derive(Default)]
-struct Window {
+struct AccumulationWindow {
     /// Examples of each pass, by index.
     passes: Vec<Vec<usize>>,
     /// Passes done.
@@ -59,18 +55,18 @@ struct Window {
     /// One over the targets of all passes: what each one's gradient counts.
     scale: f32,
     tokens: usize,
-    sums: Sums,
+    sums: LossSums,
     started: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Sums {
+struct LossSums {
     nll: f64,
     correct: usize,
     targets: usize,
 }
 
-impl Sums {
+impl LossSums {
     fn add(&mut self, scores: &Scores) {
         self.nll += scores.nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
         self.correct += scores.correct.iter().filter(|correct| **correct).count();
@@ -86,24 +82,24 @@ impl Sums {
     }
 }
 
-impl Running {
+impl TrainingJob {
     /// Makes a job ready to run, or to go on. It tells `line`, first that it runs. Errors: settings or examples that cannot be
     /// trained with, a state that cannot be read, no memory.
-    pub fn new(mut job: Job, line: &Line, model: Arc<Decoder>) -> Result<Self> {
+    pub fn new(mut job: Job, line: &JobReporter, model: Arc<Decoder>) -> Result<Self> {
         let (spec, config) = (&job.spec, model.config());
         check(&job, &model)?;
         let device = model.weights().norm.device();
-        let order = Order::new(spec, std::mem::take(&mut job.train))?;
+        let order = ExampleOrder::new(spec, std::mem::take(&mut job.train))?;
         let given = !job.valid.is_empty();
         let valid = order::cut(std::mem::take(&mut job.valid), spec.max_length);
         if given && valid.is_empty() {
             return Err(Error::invalid("no example has a token to measure").param("validation_file"));
         }
-        let params = Params::new(spec, config, job.from.take().as_ref(), device)?;
+        let params = TrainableParams::new(spec, config, job.from.take().as_ref(), device)?;
         let optimizer = Optimizer::new(&spec.optimizer, spec.lora.loraplus_lr_ratio, &params)?;
         let steps = spec.max_steps.unwrap_or(spec.epochs * order.steps_per_epoch());
-        let allocator = spec.lora.adalora.as_ref().map(|ada| Allocator::new(ada, steps, &params)).transpose()?;
-        let norms = spec.lora.use_dora.then(|| Norms::new(&params, &model)).transpose()?;
+        let allocator = spec.lora.adalora.as_ref().map(|ada| RankAllocator::new(ada, steps, &params)).transpose()?;
+        let norms = spec.lora.use_dora.then(|| DoraNorms::new(&params, &model)).transpose()?;
         if let Some(norms) = &norms {
             norms.start(&params)?;
         }
@@ -118,10 +114,10 @@ impl Running {
             optimizer,
             allocator,
             norms,
-            progress: Progress::default(),
+            progress: JobProgress::default(),
             steps,
-            window: Window::default(),
-            validation: Sums::default(),
+            window: AccumulationWindow::default(),
+            validation: LossSums::default(),
             validated: 0,
         };
         if running.job.resume {
@@ -129,9 +125,9 @@ impl Running {
         }
         running.restart()?;
         let (steps, done, parameters) = (running.steps, running.progress.step, running.params.count());
-        running.line.tell(Report::Started { steps, done, parameters });
+        running.line.tell(JobReport::Started { steps, done, parameters });
         if let Some((step, probe)) = running.progress.checkpoint.clone() {
-            running.line.tell(Report::Resumed(Checkpoint { step, dir: running.checkpoint_dir(step), probe }));
+            running.line.tell(JobReport::Resumed(Checkpoint { step, dir: running.checkpoint_dir(step), probe }));
         }
         Ok(running)
     }
@@ -141,13 +137,13 @@ impl Running {
     }
 
     /// Where it writes and reports.
-    pub fn line(&self) -> &Line {
+    pub fn line(&self) -> &JobReporter {
         &self.line
     }
 
     /// Whether its next pass must wait until what is written is: one copy of the values beside them is enough.
     pub fn waits(&self) -> bool {
-        self.progress.todo.front() == Some(&Measure::Checkpoint) && self.line.writes()
+        self.progress.todo.front() == Some(&EvalPass::Checkpoint) && self.line.writes()
     }
 
     /// Whether its next pass is without gradients.
@@ -170,13 +166,13 @@ impl Running {
         let mut batch = Batch::default();
         let mut dropout = None;
         match self.progress.todo.front() {
-            Some(Measure::Validation) => {
+            Some(EvalPass::Validation) => {
                 let end = self.valid.len().min(self.validated + self.job.spec.batch_size);
                 for example in &self.valid[self.validated..end] {
                     batch.push(&example.tokens, 1.0, |i| example.trained[i]);
                 }
             }
-            Some(Measure::Checkpoint) => batch.push(self.probe(), 1.0, |_| true),
+            Some(EvalPass::Checkpoint) => batch.push(self.probe(), 1.0, |_| true),
             None => {
                 for &i in &self.window.passes[self.window.done] {
                     let example = &self.order.examples[i];
@@ -190,12 +186,12 @@ impl Running {
         Part { batch, adapter: self.adapter.clone(), dropout }
     }
 
-    /// Takes what a pass over [`Running::part`] has found, and does what is due then: an optimiser step, or a checkpoint.
+    /// Takes what a pass over [`TrainingJob::part`] has found, and does what is due then: an optimiser step, or a checkpoint.
     /// Errors end the job.
     pub fn absorb(&mut self, scores: Scores) -> Result<()> {
         match self.progress.todo.front() {
-            Some(Measure::Validation) => self.validate(&scores),
-            Some(Measure::Checkpoint) => self.checkpoint(&scores),
+            Some(EvalPass::Validation) => self.validate(&scores),
+            Some(EvalPass::Checkpoint) => self.checkpoint(&scores),
             None => {
                 self.window.sums.add(&scores);
                 if !self.window.sums.nll.is_finite() {
@@ -224,7 +220,7 @@ impl Running {
         let targets: usize = examples().map(|e| e.trained.iter().skip(1).filter(|t| **t).count()).sum();
         let tokens = examples().map(|e| e.tokens.len()).sum();
         let (scale, started) = (1.0 / targets as f32, Some(Instant::now()));
-        self.window = Window { passes, scale, tokens, started, ..Window::default() };
+        self.window = AccumulationWindow { passes, scale, tokens, started, ..AccumulationWindow::default() };
         Ok(())
     }
 
@@ -281,12 +277,12 @@ impl Running {
         let every = |n: usize| step.is_multiple_of(n) || step == self.steps;
         let checkpoint = every(spec.checkpoint_every.unwrap_or(self.order.steps_per_epoch()));
         if !self.valid.is_empty() && spec.eval_every.map_or(checkpoint, every) {
-            self.progress.todo.push_back(Measure::Validation);
+            self.progress.todo.push_back(EvalPass::Validation);
         }
         if checkpoint {
-            self.progress.todo.push_back(Measure::Checkpoint);
+            self.progress.todo.push_back(EvalPass::Checkpoint);
         }
-        self.line.tell(Report::Step(metrics));
+        self.line.tell(JobReport::Step(metrics));
         self.restart()
     }
 
@@ -306,9 +302,9 @@ impl Running {
             self.progress.stale += 1;
         }
         if self.learnt() && self.progress.todo.is_empty() {
-            self.progress.todo.push_back(Measure::Checkpoint);
+            self.progress.todo.push_back(EvalPass::Checkpoint);
         }
-        self.line.tell(Report::Validation(validation));
+        self.line.tell(JobReport::Validation(validation));
         // The run that goes on after a kill is not to decide again.
         if self.learnt() { self.save() } else { Ok(()) }
     }
@@ -327,7 +323,8 @@ impl Running {
             return Err(Error::invalid(message + ": a lower learning rate may help").code("training_diverged"));
         }
         let dir = self.checkpoint_dir(step);
-        let export = Export::new(&self.job.spec, &self.params, self.progress.kept.as_deref(), &self.job.provenance)?;
+        let export =
+            AdapterExport::new(&self.job.spec, &self.params, self.progress.kept.as_deref(), &self.job.provenance)?;
         self.measured();
         self.progress.checkpoint = Some((step, probe.clone()));
         let save = self.snapshot()?;
@@ -335,7 +332,7 @@ impl Running {
             export.write(&dir)?;
             // Remembered before it is told: where the process ends in between, the run that goes on tells it.
             save()?;
-            tell(Report::Checkpoint(Checkpoint { step, dir, probe }));
+            tell(JobReport::Checkpoint(Checkpoint { step, dir, probe }));
             Ok(())
         });
         Ok(())
@@ -359,7 +356,7 @@ impl Running {
                 [("values", &group.values), ("m", m), ("v", v)].map(|(name, t)| (format!("{name}.{i}"), t.clone()))
             })
             .collect();
-        tensors.extend(self.allocator.iter().flat_map(Allocator::tensors));
+        tensors.extend(self.allocator.iter().flat_map(RankAllocator::tensors));
         tensors
     }
 
@@ -383,10 +380,10 @@ impl Running {
 }
 
 /// The values as passes use them.
-fn adapter(params: &Params, norms: Option<&Norms>, model: &Decoder) -> Result<Adapter> {
+fn adapter(params: &TrainableParams, norms: Option<&DoraNorms>, model: &Decoder) -> Result<TrainableAdapter> {
     let norm = model.weights().norm.clone();
     let dtype = if norm.device().is_cuda() { DType::BF16 } else { DType::F32 };
-    Adapter::new(params, norms, model.config(), dtype)
+    TrainableAdapter::new(params, norms, model.config(), dtype)
 }
 
 /// What can be said before anything is made.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::params::Params;
+use super::params::TrainableParams;
 use crate::Result;
 use crate::lora::BaseMatrices;
 use crate::lora::magnitude::{changed_norms, row_squares};
@@ -14,7 +14,7 @@ use crate::model::decoder::Decoder;
 use crate::ops::quant::{self, QMatrix};
 
 /// What norms are made of.
-pub struct Norms {
+pub struct DoraNorms {
     /// By site of the job's parameters.
     sites: Vec<SiteNorms>,
 }
@@ -26,9 +26,9 @@ struct SiteNorms {
     squares: Tensor,
 }
 
-impl Norms {
+impl DoraNorms {
     /// Of the base rows of the modules in `params`.
-    pub fn new(params: &Params, model: &Decoder) -> Result<Self> {
+    pub fn new(params: &TrainableParams, model: &Decoder) -> Result<Self> {
         let sites = params.sites.iter().map(|site| {
             let weight = model.weights().matrix(site.layer, site.site);
             Ok(SiteNorms { weight: weight.clone(), squares: row_squares(weight)? })
@@ -36,15 +36,15 @@ impl Norms {
         Ok(Self { sites: sites.collect::<Result<_>>()? })
     }
 
-    /// Norms of the changed rows of each module at a site of `params` (by index), `[1, n]` f32.
-    pub fn of(&self, params: &Params, site: usize) -> Result<Vec<Tensor>> {
+    /// DoraNorms of the changed rows of each module at a site of `params` (by index), `[1, n]` f32.
+    pub fn of(&self, params: &TrainableParams, site: usize) -> Result<Vec<Tensor>> {
         let (SiteNorms { weight, squares }, site) = (&self.sites[site], &params.sites[site]);
         let a = params.value(&site.a)?;
         let dtype = if a.device().is_cuda() { DType::BF16 } else { DType::F32 };
         // `[modules · rank, n]`.
         let crossed = quant::matmul(weight, &a.to_dtype(dtype)?, DType::F32)?;
         let rank = params.rank;
-        let norms = site.parts.iter().enumerate().map(|(i, part)| {
+        let norms = site.modules.iter().enumerate().map(|(i, part)| {
             let (a, b) = (a.narrow(0, i * rank, rank)?, params.value(&part.b)?);
             let crossed = crossed.narrow(0, i * rank, rank)?.narrow(1, part.offset, part.n)?;
             changed_norms(&squares.narrow(1, part.offset, part.n)?, &a, &b, &crossed, params.scale)
@@ -53,9 +53,9 @@ impl Norms {
     }
 
     /// Sets the magnitudes that are zero, which none is that was trained, to the norms as they are: they change nothing then.
-    pub fn start(&self, params: &Params) -> Result<()> {
+    pub fn start(&self, params: &TrainableParams) -> Result<()> {
         for (i, site) in params.sites.iter().enumerate() {
-            for (part, norm) in site.parts.iter().zip(self.of(params, i)?) {
+            for (part, norm) in site.modules.iter().zip(self.of(params, i)?) {
                 let Some(place) = &part.magnitude else { continue };
                 if params.value(place)?.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
                     params.set_value(place, &norm)?;

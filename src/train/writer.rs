@@ -9,29 +9,30 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::job::Report;
+use super::job::JobReport;
 use crate::{Error, Result};
 
-type Task = Box<dyn FnOnce() + Send>;
-type Tell = Box<dyn FnMut(Report) + Send>;
+type WriterTask = Box<dyn FnOnce() + Send>;
+type ReportFn = Box<dyn FnMut(JobReport) + Send>;
 
 /// The queue. The thread ends when all is done and nobody can add to it.
-pub struct Outbox {
-    tasks: Sender<Task>,
+pub struct JobWriter {
+    tasks: Sender<WriterTask>,
 }
 
-impl Outbox {
+impl JobWriter {
     /// Starts the thread. Errors: there can be no more threads.
     pub fn start() -> Result<Self> {
-        let (tasks, inbox) = channel::<Task>();
+        let (tasks, inbox) = channel::<WriterTask>();
         thread::Builder::new().name("train files".into()).spawn(move || inbox.into_iter().for_each(|task| task()))?;
         Ok(Self { tasks })
     }
 
     /// A job's way to whoever hears its reports.
-    pub fn line(&self, report: Tell) -> Line {
-        let told = Told { report: Mutex::new(report), writing: AtomicUsize::new(0), failed: AtomicBool::new(false) };
-        Line { tasks: self.tasks.clone(), told: Arc::new(told) }
+    pub fn line(&self, report: ReportFn) -> JobReporter {
+        let told =
+            ReporterState { report: Mutex::new(report), writing: AtomicUsize::new(0), failed: AtomicBool::new(false) };
+        JobReporter { tasks: self.tasks.clone(), told: Arc::new(told) }
     }
 
     /// Waits until everything that was given is written and told. Not for the engine's thread.
@@ -45,23 +46,23 @@ impl Outbox {
 
 /// A job's part of the queue; clones share it.
 #[derive(Clone)]
-pub struct Line {
-    tasks: Sender<Task>,
-    told: Arc<Told>,
+pub struct JobReporter {
+    tasks: Sender<WriterTask>,
+    told: Arc<ReporterState>,
 }
 
 /// What the job's tasks share.
-struct Told {
-    report: Mutex<Tell>,
+struct ReporterState {
+    report: Mutex<ReportFn>,
     /// Writes that are not done.
     writing: AtomicUsize,
     /// One of them failed, which was the last report.
     failed: AtomicBool,
 }
 
-impl Line {
+impl JobReporter {
     /// Reports after everything before.
-    pub fn tell(&self, report: Report) {
+    pub fn tell(&self, report: JobReport) {
         self.add(|told| {
             told(report);
             Ok(())
@@ -69,7 +70,7 @@ impl Line {
     }
 
     /// Writes after everything before; `work` may report. An error is the job's last report.
-    pub fn write(&self, work: impl FnOnce(&mut Tell) -> Result<()> + Send + 'static) {
+    pub fn write(&self, work: impl FnOnce(&mut ReportFn) -> Result<()> + Send + 'static) {
         let told = self.told.clone();
         told.writing.fetch_add(1, SeqCst);
         self.add(move |tell| {
@@ -89,7 +90,7 @@ impl Line {
         self.told.failed.load(SeqCst)
     }
 
-    fn add(&self, work: impl FnOnce(&mut Tell) -> Result<()> + Send + 'static) {
+    fn add(&self, work: impl FnOnce(&mut ReportFn) -> Result<()> + Send + 'static) {
         let told = self.told.clone();
         let task = move || {
             if told.failed.load(SeqCst) {
@@ -101,7 +102,7 @@ impl Line {
             if let Err(error) = done.unwrap_or_else(panicked) {
                 tracing::warn!(%error, "a job's files");
                 told.failed.store(true, SeqCst);
-                (*tell)(Report::Failed(error));
+                (*tell)(JobReport::Failed(error));
             }
         };
         // Without the thread there is nobody to tell.

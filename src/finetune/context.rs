@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 
 use super::monitor;
 use super::prepare::{self, Prepared};
-use super::record::Record;
+use super::record::JobRecord;
 use super::store::Store;
 use crate::adapter::peft;
 use crate::adapter::registry::Registry;
@@ -13,13 +13,13 @@ use crate::arch::ModelConfig;
 use crate::engine::Engine;
 use crate::lora::weights::AdapterWeights;
 use crate::text::prompt::TextCodec;
-use crate::train::job::{Command, Job, Report};
-use crate::train::spec::Spec;
+use crate::train::job::{Command, Job, JobReport};
+use crate::train::spec::JobSpec;
 use crate::train::state;
 use crate::{Error, Result};
 
 /// The parts of a server that jobs touch.
-pub struct Host {
+pub struct JobContext {
     /// Scores probes.
     pub engine: Engine,
     /// Gets the adapters.
@@ -44,9 +44,9 @@ pub struct Host {
     pub lasting: bool,
 }
 
-impl Host {
+impl JobContext {
     /// Reads a job's files.
-    pub fn read(&self, record: &Record) -> Result<Prepared> {
+    pub fn read(&self, record: &JobRecord) -> Result<Prepared> {
         let content = |id: &str, param: &str| {
             let unreadable = |e| Error::invalid(format!("file {id:?} cannot be read: {e}")).param(param);
             std::fs::read(self.store.file_path(id)).map_err(unreadable)
@@ -57,14 +57,14 @@ impl Host {
     }
 
     /// The adapter that a job continues from.
-    pub fn from(&self, spec: &Spec) -> Result<Option<AdapterWeights>> {
+    pub fn from(&self, spec: &JobSpec) -> Result<Option<AdapterWeights>> {
         let Some(name) = &spec.from_checkpoint else { return Ok(None) };
         let read = || peft::read(&self.registry.get(name)?.source, &self.model).map(|(weights, _)| weights);
         read().map(Some).map_err(|e| e.param("training.from_checkpoint"))
     }
 
     /// Everything that the trainer needs of a job.
-    pub fn job(&self, record: &Record, report: Box<dyn FnMut(Report) + Send>) -> Result<Job> {
+    pub fn job(&self, record: &JobRecord, report: Box<dyn FnMut(JobReport) + Send>) -> Result<Job> {
         let Prepared { train, valid, spec } = self.read(record)?;
         // Chosen once: a job that goes on must not find other settings.
         let spec = record.spec.clone().unwrap_or(spec);

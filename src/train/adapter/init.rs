@@ -1,30 +1,30 @@
-//! Initial values of a pair, in the distributions that PEFT draws them from.
+//! PairInit values of a pair, in the distributions that PEFT draws them from.
 
 use rand::RngExt;
 use rand_pcg::Pcg64;
 
-use super::spec::Init;
+use crate::train::spec::LoraInit;
 use crate::{Error, Result};
 
 /// How a pair starts.
 #[derive(Debug, Clone, Copy)]
-pub enum Initial {
+pub enum PairInit {
     /// As LoRA's settings say.
-    Lora(Init),
+    Lora(LoraInit),
     /// A and B normal with deviation 0.02; E, which is zero, makes the delta so.
     AdaLora,
 }
 
 /// `A [rank, k]` and `B [n, rank]`, row-major, of a module `[n, k]`. Errors: orthogonal values for an odd rank.
-pub fn pair(initial: Initial, rank: usize, (n, k): (usize, usize), rng: &mut Pcg64) -> Result<(Vec<f32>, Vec<f32>)> {
+pub fn pair(initial: PairInit, rank: usize, (n, k): (usize, usize), rng: &mut Pcg64) -> Result<(Vec<f32>, Vec<f32>)> {
     Ok(match initial {
-        Initial::Lora(Init::Default) => {
+        PairInit::Lora(LoraInit::Default) => {
             let bound = 1.0 / (k as f32).sqrt();
             ((0..rank * k).map(|_| rng.random_range(-bound..=bound)).collect(), vec![0.0; n * rank])
         }
-        Initial::Lora(Init::Gaussian) => (normal(rng, rank * k, 1.0 / rank as f64), vec![0.0; n * rank]),
-        Initial::Lora(Init::Orthogonal) => orthogonal(rank, (n, k), rng)?,
-        Initial::AdaLora => (normal(rng, rank * k, 0.02), normal(rng, n * rank, 0.02)),
+        PairInit::Lora(LoraInit::Gaussian) => (normal(rng, rank * k, 1.0 / rank as f64), vec![0.0; n * rank]),
+        PairInit::Lora(LoraInit::Orthogonal) => orthogonal(rank, (n, k), rng)?,
+        PairInit::AdaLora => (normal(rng, rank * k, 0.02), normal(rng, n * rank, 0.02)),
     })
 }
 
@@ -94,16 +94,16 @@ mod tests {
         let mut rng = Pcg64::seed_from_u64(1);
         let (rank, n, k) = (16, 48, 400);
         let mut draw = |initial| pair(initial, rank, (n, k), &mut rng).unwrap();
-        let (a, b) = draw(Initial::Lora(Init::Default));
+        let (a, b) = draw(PairInit::Lora(LoraInit::Default));
         assert_eq!((a.len(), b.len()), (rank * k, n * rank));
         let (mean, deviation) = moments(&a);
         assert!(
             a.iter().all(|x| x.abs() <= 0.05) && mean.abs() < 2e-3 && (deviation - 0.05 / 3f64.sqrt()).abs() < 1e-3
         );
         assert!(b.iter().all(|x| *x == 0.0));
-        let (a, b) = draw(Initial::Lora(Init::Gaussian));
+        let (a, b) = draw(PairInit::Lora(LoraInit::Gaussian));
         assert!((moments(&a).1 - 1.0 / 16.0).abs() < 2e-3 && b.iter().all(|x| *x == 0.0));
-        let (a, b) = draw(Initial::AdaLora);
+        let (a, b) = draw(PairInit::AdaLora);
         assert!((moments(&a).1 - 0.02).abs() < 1e-3 && (moments(&b).1 - 0.02).abs() < 3e-3);
     }
 
@@ -111,7 +111,7 @@ mod tests {
     fn orthogonal_pairs_have_no_product_and_are_not_zero() {
         let mut rng = Pcg64::seed_from_u64(2);
         let (rank, n, k) = (6, 10, 30);
-        let (a, b) = pair(Initial::Lora(Init::Orthogonal), rank, (n, k), &mut rng).unwrap();
+        let (a, b) = pair(PairInit::Lora(LoraInit::Orthogonal), rank, (n, k), &mut rng).unwrap();
         for i in 0..n {
             for j in 0..k {
                 let product: f32 = (0..rank).map(|r| b[i * rank + r] * a[r * k + j]).sum();
@@ -122,6 +122,6 @@ mod tests {
         for values in [&a, &b] {
             assert!((moments(values).1 - 0.1 / 2f64.sqrt()).abs() < 0.02, "{:?}", moments(values));
         }
-        assert!(pair(Initial::Lora(Init::Orthogonal), 5, (n, k), &mut rng).is_err());
+        assert!(pair(PairInit::Lora(LoraInit::Orthogonal), 5, (n, k), &mut rng).is_err());
     }
 }

@@ -3,13 +3,13 @@
 
 use candle_core::{DType, Tensor};
 
-use super::params::{Params, Place, SiteParams};
-use super::spec::{AdaLora, Lora};
+use super::params::{ParamLocation, SiteParams, TrainableParams};
+use crate::train::spec::{AdaLoraConfig, LoraConfig};
 use crate::{Error, Result};
 
 /// Shares ranks out.
-pub struct Allocator {
-    config: AdaLora,
+pub struct RankAllocator {
+    config: AdaLoraConfig,
     /// Optimiser steps in all.
     steps: usize,
     /// Per group of the parameters, smoothed `|value · gradient|` and how far it strays, `[n]` f32 each.
@@ -17,7 +17,7 @@ pub struct Allocator {
 }
 
 /// What can be said of the settings alone.
-pub fn check(ada: &AdaLora, lora: &Lora) -> Result<()> {
+pub fn check(ada: &AdaLoraConfig, lora: &LoraConfig) -> Result<()> {
     let refused = |why: String, field: &str| Err(Error::invalid(why).param(format!("adalora.{field}")));
     if lora.use_dora || lora.use_rslora {
         return refused("AdaLoRA cannot be joined with DoRA or rsLoRA".into(), "init_r");
@@ -45,9 +45,9 @@ pub fn check(ada: &AdaLora, lora: &Lora) -> Result<()> {
     Ok(())
 }
 
-impl Allocator {
+impl RankAllocator {
     /// Errors: `tinit` and `tfinal` leave no step of `steps` to share ranks out.
-    pub fn new(config: &AdaLora, steps: usize, params: &Params) -> Result<Self> {
+    pub fn new(config: &AdaLoraConfig, steps: usize, params: &TrainableParams) -> Result<Self> {
         if config.tinit + config.tfinal >= steps {
             return Err(Error::invalid(format!(
                 "tinit {} and tfinal {} must leave steps between them, of {steps} in all",
@@ -69,15 +69,15 @@ impl Allocator {
 
     /// Turns the gradients of `E ⊙ A` that passes gave into those of A and E, and adds those of the penalty that keeps A's
     /// rows and B's columns orthonormal: `weight` times the mean of `‖A·Aᵀ - I‖` and `‖Bᵀ·B - I‖` (Frobenius) over all.
-    pub fn finish_gradients(&self, params: &Params) -> Result<()> {
-        let matrices = 2 * params.sites.iter().map(|site| site.parts.len()).sum::<usize>();
+    pub fn finish_gradients(&self, params: &TrainableParams) -> Result<()> {
+        let matrices = 2 * params.sites.iter().map(|site| site.modules.len()).sum::<usize>();
         let weight = f64::from(self.config.orth_reg_weight) / matrices as f64;
         for site in &params.sites {
             let (a, product) = (params.value(&site.a)?, params.grad(&site.a)?.copy()?);
             let e = value_of_e(params, site)?;
             params.set_grad(e_of(site)?, &(&product * &a)?.sum_keepdim(1)?)?;
             let mut da = Vec::new();
-            for (i, part) in site.parts.iter().enumerate() {
+            for (i, part) in site.modules.iter().enumerate() {
                 let a = a.narrow(0, i * params.rank, params.rank)?;
                 let along = orthogonal(&a.matmul(&a.t()?)?, weight)?;
                 da.push(along.matmul(&a)?);
@@ -94,7 +94,7 @@ impl Allocator {
     /// where the budget has no rank left. `kept` says which ranks have one, site by site.
     pub fn allocate(
         &mut self,
-        params: &Params,
+        params: &TrainableParams,
         step: usize,
         clip: f32,
         kept: &mut Option<Vec<Vec<bool>>>,
@@ -122,7 +122,7 @@ impl Allocator {
         Ok(())
     }
 
-    fn observe(&mut self, params: &Params, clip: f32) -> Result<()> {
+    fn observe(&mut self, params: &TrainableParams, clip: f32) -> Result<()> {
         let (beta1, beta2) = (f64::from(self.config.beta1), f64::from(self.config.beta2));
         for (group, [importance, uncertainty]) in params.groups.iter().zip(&mut self.importance) {
             let now = ((&group.values * &group.grads)? * f64::from(clip))?.abs()?;
@@ -134,9 +134,9 @@ impl Allocator {
     }
 
     /// Ranks left after a step, and whether they are shared out at it.
-    fn budget(&self, step: usize, total: usize, params: &Params) -> (usize, bool) {
-        let AdaLora { tinit, tfinal, delta_t, target_r, .. } = self.config;
-        let target = target_r * params.sites.iter().map(|site| site.parts.len()).sum::<usize>();
+    fn budget(&self, step: usize, total: usize, params: &TrainableParams) -> (usize, bool) {
+        let AdaLoraConfig { tinit, tfinal, delta_t, target_r, .. } = self.config;
+        let target = target_r * params.sites.iter().map(|site| site.modules.len()).sum::<usize>();
         if step <= tinit {
             return (total, false);
         }
@@ -146,14 +146,14 @@ impl Allocator {
     }
 
     /// Which ranks stay when the `drop` least important ones go, and those that are no better.
-    fn choose(&self, params: &Params, drop: usize) -> Result<Vec<Vec<bool>>> {
+    fn choose(&self, params: &TrainableParams, drop: usize) -> Result<Vec<Vec<bool>>> {
         let scores = self.importance.iter().map(|[importance, uncertainty]| Ok((importance * uncertainty)?));
         let scores = scores.collect::<Result<Vec<_>>>()?;
-        let score = |place: &Place| params.cut(&scores, place);
+        let score = |place: &ParamLocation| params.cut(&scores, place);
         let mut sites = Vec::new();
         for site in &params.sites {
             let own = (score(e_of(site)?)?.flatten_all()? + score(&site.a)?.mean(1)?)?;
-            let columns = site.parts.iter().map(|part| Ok(score(&part.b)?.mean(0)?)).collect::<Result<Vec<_>>>()?;
+            let columns = site.modules.iter().map(|part| Ok(score(&part.b)?.mean(0)?)).collect::<Result<Vec<_>>>()?;
             sites.push((own + Tensor::cat(&columns, 0)?)?.to_dtype(DType::F32)?.to_vec1::<f32>()?);
         }
         let mut sorted: Vec<f32> = sites.iter().flatten().copied().collect();
@@ -171,10 +171,10 @@ fn orthogonal(gram: &Tensor, weight: f64) -> Result<Tensor> {
     Ok((off.broadcast_div(&norm)? * (2.0 * weight))?)
 }
 
-fn e_of(site: &SiteParams) -> Result<&Place> {
+fn e_of(site: &SiteParams) -> Result<&ParamLocation> {
     site.e.as_ref().ok_or_else(|| Error::internal("AdaLoRA without E"))
 }
 
-fn value_of_e(params: &Params, site: &SiteParams) -> Result<Tensor> {
+fn value_of_e(params: &TrainableParams, site: &SiteParams) -> Result<Tensor> {
     params.value(e_of(site)?)
 }
