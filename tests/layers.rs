@@ -8,7 +8,7 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 /// The top-level modules of `src`, from the ground up. A module may import those before it, and no other.
 const FLOORS: &[&str] = &[
     "error", "files", "time", "fields", "plot", "hub", "arch", "gpu", "ops", "lora", "model", "adapter", "engine",
-    "text", "train", "finetune", "eval", "merge", "config", "runtime", "server", "bench", "cli",
+    "text", "train", "config", "runtime", "finetune", "eval", "merge", "server", "bench", "cli",
 ];
 
 /// What `src/lib.rs` exports again under the name of the crate, and where it is from.

@@ -206,6 +206,11 @@ impl Registry {
         Tiers::new(self.0.model.clone(), self.0.host.clone(), &self.0.config.device, self.0.config.slot_budget)
     }
 
+    /// Bytes that adapters in slots may take.
+    pub fn slot_budget(&self) -> usize {
+        self.0.config.slot_budget
+    }
+
     /// Counters that the metrics page reads.
     pub fn stats(&self) -> &TierStats {
         &self.0.host.stats

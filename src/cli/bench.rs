@@ -27,7 +27,7 @@ use crate::bench::traffic::Popularity;
 use crate::config::ServeConfig;
 use crate::engine::request::{Event, Request, SamplingParams};
 use crate::model::kv::KvCache;
-use crate::runtime::Backend;
+use crate::runtime::Runtime;
 use crate::{Error, Result};
 
 /// What to measure.
@@ -122,10 +122,10 @@ impl EngineBench {
         self.serve.max_running = self.serve.max_running.max(most);
         self.serve.max_model_len = self.serve.max_model_len.or(Some(self.input + self.output + 1));
         let started = Instant::now();
-        let backend = Backend::load(&self.serve, None, |_| {}).await?;
+        let runtime = Runtime::load(&self.serve).await?;
         eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
-        let cases = self.cases(&backend.registry.list())?;
-        let bandwidth = bandwidth::measure(&backend.device)?;
+        let cases = self.cases(&runtime.registry.list())?;
+        let bandwidth = bandwidth::measure(&runtime.base.device)?;
         eprintln!("memory: {:.1} GB/s", bandwidth / 1e9);
         println!(
             "| batch | adapters | rank | of | ms a step | tok/s | MB a step | of bandwidth | prompt ms | prompt tok/s |\n\
@@ -135,10 +135,10 @@ impl EngineBench {
         for Case { mix, rank, adapters, batch } in &cases {
             let mut draws = Draws { mix: *mix, adapters, random: Pcg64::seed_from_u64(0), turn: 0 };
             // Once unmeasured: adapters come into their slots.
-            self.measure(&backend, *batch, &mut draws).await?;
+            self.measure(&runtime, *batch, &mut draws).await?;
             let mut samples = Vec::new();
             for _ in 0..self.repeat.max(1) {
-                samples.push(self.measure(&backend, *batch, &mut draws).await?);
+                samples.push(self.measure(&runtime, *batch, &mut draws).await?);
             }
             let step = median(samples.iter().map(|s| s.step).collect());
             let prompt = median(samples.iter().map(|s| s.prompt.as_secs_f64()).collect());
@@ -202,31 +202,32 @@ impl EngineBench {
     }
 
     /// Time to the first tokens, and of a step.
-    async fn measure(&self, backend: &Backend, batch: usize, draws: &mut Draws<'_>) -> Result<Sample> {
+    async fn measure(&self, runtime: &Runtime, batch: usize, draws: &mut Draws<'_>) -> Result<Sample> {
         let mut adapters = draws.adapters(batch);
-        let prompt = self.time(backend, &adapters, 1).await?;
+        let prompt = self.time(runtime, &adapters, 1).await?;
         if draws.mix == Mix::Turns {
             adapters = draws.adapters(batch);
         }
-        let all = self.time(backend, &adapters, self.output + 1).await?;
+        let all = self.time(runtime, &adapters, self.output + 1).await?;
         let step = all.saturating_sub(prompt).as_secs_f64() * 1e3 / self.output as f64;
         let distinct: HashMap<&str, usize> = adapters.iter().flatten().map(|a| (a.name.as_str(), a.bytes)).collect();
-        let token = backend.plan.kv_bytes as f64 / (backend.plan.kv_blocks * KvCache::BLOCK_SIZE) as f64;
+        let base = &runtime.base;
+        let token = KvCache::bytes_per_block(&base.shape, &base.device) as f64 / KvCache::BLOCK_SIZE as f64;
         // The first of the steps sees one token more than the prompt, the last one all of them.
         let kept = batch as f64 * (self.input as f64 + (self.output as f64 + 1.0) / 2.0) * token;
-        let bytes = (backend.step_bytes + distinct.values().sum::<usize>()) as f64 + kept;
+        let bytes = (base.step_bytes + distinct.values().sum::<usize>()) as f64 + kept;
         Ok(Sample { prompt, step, bytes })
     }
 
     /// Time until all of a batch have their tokens.
-    async fn time(&self, backend: &Backend, adapters: &[Option<&AdapterInfo>], tokens: usize) -> Result<Duration> {
-        let vocab = backend.codec.vocab_size().min(30_000) as u32;
+    async fn time(&self, runtime: &Runtime, adapters: &[Option<&AdapterInfo>], tokens: usize) -> Result<Duration> {
+        let vocab = runtime.codec.vocab_size().min(30_000) as u32;
         let mut replies = Vec::new();
         let mut requests = Vec::new();
         for adapter in adapters {
             let (events, receiver) = unbounded_channel();
             let adapters = match adapter {
-                Some(adapter) => vec![(backend.registry.lease(&adapter.name)?, 1.0)],
+                Some(adapter) => vec![(runtime.registry.lease(&adapter.name)?, 1.0)],
                 None => Vec::new(),
             };
             let params =
@@ -237,7 +238,7 @@ impl EngineBench {
         }
         let started = Instant::now();
         for request in requests {
-            backend.engine.submit(request)?;
+            runtime.engine.submit(request)?;
         }
         for reply in &mut replies {
             loop {

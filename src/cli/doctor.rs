@@ -1,8 +1,8 @@
 //! `quiver doctor`: what this machine is, and which models fit.
 
-use crate::runtime::memory;
 use bytesize::ByteSize;
 
+use crate::runtime::memory::HostMemory;
 use crate::{Result, gpu};
 
 /// Bits a weight costs in memory, scales and the parts that stay wider included.
@@ -19,7 +19,7 @@ pub fn run() -> Result<()> {
     let brand = system.cpus().first().map_or("unknown", |cpu| cpu.brand().trim());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let cores = sysinfo::System::physical_core_count();
-    let (memory, free) = memory::machine();
+    let memory = HostMemory::read();
 
     println!("quiver   {}", env!("CARGO_PKG_VERSION"));
     println!("cpu      {brand}");
@@ -28,7 +28,7 @@ pub fn run() -> Result<()> {
         cores.map_or(String::new(), |cores| format!(", {cores} physical in the machine"))
     );
     println!("simd     {}", simd().join(" "));
-    println!("memory   {} in all, {} free", ByteSize(memory), ByteSize(free));
+    println!("memory   {} in total, {} free", ByteSize(memory.total), ByteSize(memory.free));
     println!("gpu      {}", gpu::describe());
     println!();
     println!("In 4 bits, in {:.0}% of memory:", MODEL_SHARE * 100.0);
@@ -42,7 +42,7 @@ pub fn run() -> Result<()> {
         ("Llama-3.1-405B", 405.9),
     ] {
         let bytes = billions * 1e9 * BITS_PER_WEIGHT / 8.0;
-        let fits = if bytes <= memory as f64 * MODEL_SHARE { "fits" } else { "too large" };
+        let fits = if bytes <= memory.total as f64 * MODEL_SHARE { "fits" } else { "too large" };
         println!("  {name:<16} {:>10}  {fits}", ByteSize(bytes as u64).to_string());
     }
     Ok(())

@@ -9,7 +9,7 @@ use super::serve::start_logs;
 use crate::config::ServeConfig;
 use crate::engine::request::SamplingParams;
 use crate::eval::{self, Scores};
-use crate::runtime::Backend;
+use crate::runtime::Runtime;
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
 
@@ -60,13 +60,13 @@ impl EvalArgs {
         let path = self.file.display();
         let of_file = |e: &dyn std::fmt::Display| Error::invalid(format!("{path}: {e}"));
         let bytes = std::fs::read(&self.file).map_err(|e| of_file(&e))?;
-        let backend = Backend::load(&self.serve, None, |_| {}).await?;
+        let runtime = Runtime::load(&self.serve).await?;
         let options = DataOptions {
-            max_length: backend.plan.max_model_len,
+            max_length: runtime.engine.config().max_model_len,
             train_on_inputs: false,
             alpaca_ending: self.alpaca_ending,
         };
-        let dataset = data::parse(&bytes, &backend.codec, &options).map_err(|e| of_file(&e))?;
+        let dataset = data::parse(&bytes, &runtime.codec, &options).map_err(|e| of_file(&e))?;
         let examples = &dataset.examples[..dataset.examples.len().min(self.limit.unwrap_or(usize::MAX))];
         let sampling = SamplingParams {
             temperature: self.temperature,
@@ -76,27 +76,27 @@ impl EvalArgs {
         };
         let names = match &self.only[..] {
             [] => {
-                let adapters = backend.registry.list().into_iter().map(|adapter| adapter.name);
+                let adapters = runtime.registry.list().into_iter().map(|adapter| adapter.name);
                 std::iter::once(BASE.to_owned()).chain(adapters).collect()
             }
             names => names.to_vec(),
         };
         let leases = names.iter().map(|name| match name.as_str() {
             BASE => Ok(Vec::new()),
-            name => Ok(vec![(backend.registry.lease(name)?, 1.0)]),
+            name => Ok(vec![(runtime.registry.lease(name)?, 1.0)]),
         });
         let leases = leases.collect::<Result<Vec<_>>>()?;
         let mut scores = Map::new();
         println!("{HEAD}");
         for (name, adapters) in names.iter().zip(&leases) {
-            let result = eval::evaluate(&backend.engine, &backend.codec, adapters, examples, &sampling).await?;
+            let result = eval::evaluate(&runtime.engine, &runtime.codec, adapters, examples, &sampling).await?;
             println!("{}", row(name, &result));
             scores.insert(name.clone(), json!(result));
         }
         if let Some(out) = &self.out {
             let report = json!({
                 "file": path.to_string(), "format": dataset.format, "alpaca_ending": dataset.alpaca_ending,
-                "model": backend.names[0], "examples": examples.len(), "max_tokens": self.max_tokens,
+                "model": runtime.base.name(), "examples": examples.len(), "max_tokens": self.max_tokens,
                 "temperature": self.temperature, "seed": self.seed, "scores": scores,
             });
             std::fs::write(out, format!("{report:#}\n"))?;

@@ -10,7 +10,7 @@ use crate::config::{NamedPath, ServeConfig};
 use crate::engine::request::SamplingParams;
 use crate::eval;
 use crate::merge::{self, Format};
-use crate::runtime::{Backend, Base};
+use crate::runtime::{BaseModel, Runtime};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
 
@@ -44,7 +44,7 @@ impl MergeArgs {
         start_logs(&self.serve)?;
         let adapter = self.directory()?;
         {
-            let Base { files, weights, .. } = Base::load(&self.serve.base)?;
+            let BaseModel { files, weights, .. } = BaseModel::load(&self.serve.base)?;
             let (adapter, _) = peft::read(&adapter, &weights.config)?;
             merge::write(&files, &weights, &adapter, self.format, &self.out)?;
         }
@@ -80,21 +80,21 @@ impl MergeArgs {
         // What is measured here is not to be remembered.
         serve.state_dir = None;
         let (examples, base, beside) = {
-            let backend = Backend::load(&serve, None, |_| {}).await?;
-            let max_length = backend.plan.max_model_len;
+            let runtime = Runtime::load(&serve).await?;
+            let max_length = runtime.engine.config().max_model_len;
             let options = DataOptions { max_length, train_on_inputs: false, alpaca_ending: AlpacaEnding::Colon };
-            let mut examples = data::parse(&bytes, &backend.codec, &options).map_err(|e| of_file(&e))?.examples;
+            let mut examples = data::parse(&bytes, &runtime.codec, &options).map_err(|e| of_file(&e))?.examples;
             examples.truncate(self.limit.unwrap_or(usize::MAX));
-            let lease = [(backend.registry.lease(ADAPTER)?, 1.0)];
-            let base = eval::evaluate(&backend.engine, &backend.codec, &[], &examples, &sampling).await?;
-            let beside = eval::evaluate(&backend.engine, &backend.codec, &lease, &examples, &sampling).await?;
+            let lease = [(runtime.registry.lease(ADAPTER)?, 1.0)];
+            let base = eval::evaluate(&runtime.engine, &runtime.codec, &[], &examples, &sampling).await?;
+            let beside = eval::evaluate(&runtime.engine, &runtime.codec, &lease, &examples, &sampling).await?;
             (examples, base.loss, beside.loss)
         };
         serve.adapter.clear();
         serve.base.model = self.out.to_string_lossy().into_owned();
         serve.base.quantize = None;
-        let backend = Backend::load(&serve, None, |_| {}).await?;
-        let merged = eval::evaluate(&backend.engine, &backend.codec, &[], &examples, &sampling).await?.loss;
+        let runtime = Runtime::load(&serve).await?;
+        let merged = eval::evaluate(&runtime.engine, &runtime.codec, &[], &examples, &sampling).await?.loss;
         println!("{}", table(base, beside, merged));
         Ok(())
     }

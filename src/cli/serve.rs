@@ -15,7 +15,7 @@ use crate::finetune::jobs::Jobs;
 use crate::finetune::store::Store;
 use crate::model::kv::KvCache;
 use crate::ops::quant::kernel_name;
-use crate::runtime::{Backend, Loaded};
+use crate::runtime::LoadedModel;
 use crate::server::{self, App, HttpConfig, Serving};
 use crate::{Error, Result};
 
@@ -54,45 +54,27 @@ async fn serve(config: ServeConfig) -> Result<()> {
     ended(server.await)
 }
 
-/// Brings the model up and makes the server ready.
+/// Loads the model and makes the server ready.
 async fn load(config: &ServeConfig, app: &App, store: Arc<Store>, address: SocketAddr) -> Result<()> {
-    let checkpoint_root = Some(store.jobs_dir());
-    let backend = Backend::load(config, checkpoint_root, |loaded| announce(config, loaded, address)).await?;
-    let codec = Arc::new(backend.codec);
+    let loaded = LoadedModel::load(config, Some(store.jobs_dir())).await?;
+    announce(config, &loaded, address);
+    let runtime = Arc::new(loaded.start(config).await?);
     let host = JobContext {
-        engine: backend.engine.clone(),
-        registry: backend.registry.clone(),
-        codec: codec.clone(),
-        model: backend.shape,
-        base: backend.names[0].clone(),
-        fingerprint: backend.fingerprint,
-        max_model_len: backend.plan.max_model_len,
+        runtime: runtime.clone(),
         max_running: config.max_training_jobs,
-        commands: backend.commands,
         store,
         lasting: config.state_dir.is_some(),
     };
-    app.set_serving(Serving {
-        engine: backend.engine,
-        registry: backend.registry,
-        jobs: Jobs::start(host, Handle::current())?,
-        codec,
-        names: backend.names,
-        root: backend.files.path().to_owned(),
-        max_model_len: backend.plan.max_model_len,
-        max_waiting: config.max_waiting,
-        block_size: KvCache::BLOCK_SIZE,
-        slot_budget: config.adapter_memory,
-    });
+    app.set_serving(Serving { runtime, jobs: Jobs::start(host, Handle::current())? });
     Ok(())
 }
 
-/// Says what was loaded and where memory goes, and how to try it.
-fn announce(config: &ServeConfig, loaded: &Loaded, address: SocketAddr) {
-    let Loaded { files, registry, weight_bytes, plan, device } = loaded;
+/// Prints what was loaded, where memory goes, and a request to try.
+fn announce(config: &ServeConfig, loaded: &LoadedModel, address: SocketAddr) {
+    let LoadedModel { base, registry, plan, .. } = loaded;
     let adapters = registry.list();
-    let kernels = if device.is_cuda() { "CUDA" } else { kernel_name() };
-    println!("model     {}: weights {}, {kernels} kernels", files.name, ByteSize(*weight_bytes as u64));
+    let kernels = if base.device.is_cuda() { "CUDA" } else { kernel_name() };
+    println!("model     {}: weights {}, {kernels} kernels", base.files.name, ByteSize(base.weight_bytes as u64));
     println!(
         "memory    KV cache {} ({} tokens, {} a sequence), adapter slots {}, adapters on the host {}",
         ByteSize(plan.kv_bytes as u64),

@@ -12,7 +12,7 @@ use crate::fields::Fields;
 use crate::finetune::prepare::{Prepared, prepare};
 use crate::finetune::{monitor, settings};
 use crate::model::decoder::Decoder;
-use crate::runtime::Base;
+use crate::runtime::BaseModel;
 use crate::train::job::JobReport;
 use crate::train::sweep::{self, SweepOutcome};
 use crate::{Error, Result};
@@ -71,7 +71,7 @@ impl SweepArgs {
         let short = self.points().into_iter().map(|point| self.settings.json(&point)).collect::<Vec<_>>();
         let Some(first) = short.first() else { return Err(Error::invalid("there is nothing to try")) };
 
-        let Base { codec, weights, .. } = Base::load(&self.base)?;
+        let BaseModel { codec, weights, .. } = BaseModel::load(&self.base)?;
         let longest = weights.config.max_position_embeddings;
         let file = read(&self.file)?;
         let valid = self.validation_file.as_deref().map(read).transpose()?;

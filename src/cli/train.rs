@@ -19,7 +19,7 @@ use crate::finetune::prepare::{Prepared, prepare, provenance};
 use crate::finetune::settings;
 use crate::lora::weights::AdapterWeights;
 use crate::model::decoder::Decoder;
-use crate::runtime::Base;
+use crate::runtime::BaseModel;
 use crate::text::prompt::TextCodec;
 use crate::train::data::AlpacaEnding;
 use crate::train::job::{Command, Job, JobReport, StepMetrics};
@@ -223,7 +223,7 @@ impl Settings {
 impl TrainArgs {
     /// Trains, and says where the adapter is.
     pub fn run(self) -> Result<()> {
-        let Base { files, codec, weights, .. } = Base::load(&self.base)?;
+        let BaseModel { files, codec, weights, .. } = BaseModel::load(&self.base)?;
         let longest = weights.config.max_position_embeddings;
         let train = read(&self.file)?;
         let valid = self.validation_file.as_deref().map(read).transpose()?;

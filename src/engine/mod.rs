@@ -256,6 +256,11 @@ impl Engine {
         }
     }
 
+    /// The limits it was started with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
     /// Live counters.
     pub fn stats(&self) -> &EngineStats {
         &self.stats

@@ -1,43 +1,25 @@
 //! What jobs need of the server that they run in.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use super::monitor;
 use super::prepare::{self, Prepared};
 use super::record::JobRecord;
 use super::store::Store;
 use crate::adapter::peft;
-use crate::adapter::registry::Registry;
-use crate::arch::ModelConfig;
-use crate::engine::Engine;
 use crate::lora::weights::AdapterWeights;
-use crate::text::prompt::TextCodec;
-use crate::train::job::{Command, Job, JobReport};
+use crate::runtime::Runtime;
+use crate::train::job::{Job, JobReport};
 use crate::train::spec::JobSpec;
 use crate::train::state;
 use crate::{Error, Result};
 
 /// The parts of a server that jobs touch.
 pub struct JobContext {
-    /// Scores probes.
-    pub engine: Engine,
-    /// Gets the adapters.
-    pub registry: Registry,
-    /// Reads files.
-    pub codec: Arc<TextCodec>,
-    /// Shape of the base, for adapters to continue from.
-    pub model: Arc<ModelConfig>,
-    /// Name of the base.
-    pub base: String,
-    /// Of the base's tensors.
-    pub fingerprint: String,
-    /// Longest text that the server answers.
-    pub max_model_len: usize,
+    /// The base, the engine that scores probes, the registry that gets the adapters, and the trainer.
+    pub runtime: Arc<Runtime>,
     /// Jobs that run at once.
     pub max_running: usize,
-    /// To the trainer.
-    pub commands: Sender<Command>,
     /// Keeps everything.
     pub store: Arc<Store>,
     /// Whether it is still there at the next start.
@@ -53,13 +35,15 @@ impl JobContext {
         };
         let train = content(&record.training_file, "training_file")?;
         let valid = record.validation_file.as_ref().map(|id| content(id, "validation_file")).transpose()?;
-        prepare::prepare(&self.codec, &record.settings, self.max_model_len, &train, valid.as_deref())
+        let longest = self.runtime.engine.config().max_model_len;
+        prepare::prepare(&self.runtime.codec, &record.settings, longest, &train, valid.as_deref())
     }
 
     /// The adapter that a job continues from.
     pub fn from(&self, spec: &JobSpec) -> Result<Option<AdapterWeights>> {
         let Some(name) = &spec.from_checkpoint else { return Ok(None) };
-        let read = || peft::read(&self.registry.get(name)?.source, &self.model).map(|(weights, _)| weights);
+        let Runtime { base, registry, .. } = &*self.runtime;
+        let read = || peft::read(&registry.get(name)?.source, &base.shape).map(|(weights, _)| weights);
         read().map(Some).map_err(|e| e.param("training.from_checkpoint"))
     }
 
@@ -69,10 +53,11 @@ impl JobContext {
         // Chosen once: a job that goes on must not find other settings.
         let spec = record.spec.clone().unwrap_or(spec);
         let dir = self.store.job_dir(&record.id);
+        let Runtime { base, codec, .. } = &*self.runtime;
         std::fs::create_dir_all(&dir)?;
         Ok(Job {
             id: record.id.clone(),
-            provenance: prepare::provenance(&self.base, &self.fingerprint, &self.codec, &train)?,
+            provenance: prepare::provenance(base.name(), &base.fingerprint, codec, &train)?,
             from: self.from(&spec)?,
             resume: state::exists(&dir),
             train: train.examples,

@@ -76,10 +76,10 @@ enum ManagerMessage {
 
 impl Jobs {
     /// Starts the thread, which takes up what the last process left.
-    pub fn start(host: JobContext, runtime: Handle) -> Result<Self> {
+    pub fn start(host: JobContext, tokio: Handle) -> Result<Self> {
         let (sender, inbox) = channel();
         let jobs = Self { store: host.store.clone(), inbox: sender.clone(), live: Live::default() };
-        let publisher = Publisher { engine: host.engine.clone(), registry: host.registry.clone(), runtime };
+        let publisher = Publisher { runtime: host.runtime.clone(), tokio };
         let (active, queue, runs, stopping) = Default::default();
         let manager = JobManager {
             host: Arc::new(host),
@@ -242,7 +242,7 @@ impl JobManager {
 
     /// To the trainer. One that has ended has dropped its jobs, which tells enough.
     fn command(&self, command: Command) {
-        let _ = self.host.commands.send(command);
+        let _ = self.host.runtime.trainer.send(command);
     }
 
     fn create(&mut self, record: &JobRecord) -> Result<()> {
@@ -408,7 +408,7 @@ impl JobManager {
             JobReport::Resumed(checkpoint) => {
                 let known =
                     self.store().find::<Value>(ObjectKind::Checkpoint, &record.checkpoint_id(checkpoint.step))?;
-                let served = self.host.registry.get(&record.model_id(Some(checkpoint.step))).is_ok();
+                let served = self.host.runtime.registry.get(&record.model_id(Some(checkpoint.step))).is_ok();
                 // The last process ended before it was served, and nobody has deleted it since.
                 let missed = checkpoint.dir.is_dir() && !(known.is_some() && served);
                 if missed { self.checkpoint(&record, &checkpoint) } else { Ok(()) }

@@ -1,6 +1,7 @@
 //! From an adapter on disk to a model that answers, once trainer and server agree on what it says.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,10 +9,9 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::adapter::Lease;
-use crate::adapter::registry::Registry;
-use crate::engine::Engine;
 use crate::engine::request::{Event, Request, SamplingParams};
 use crate::error::ErrorKind;
+use crate::runtime::Runtime;
 use crate::train::job::{Checkpoint, Probe};
 use crate::{Error, Result};
 
@@ -24,17 +24,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Brings adapters of jobs into service. Its calls block.
 pub struct Publisher {
-    pub engine: Engine,
-    pub registry: Registry,
-    /// Runs what is async in the registry.
-    pub runtime: Handle,
+    pub runtime: Arc<Runtime>,
+    /// Runs the registry's async calls.
+    pub tokio: Handle,
 }
 
 impl Publisher {
     /// Compares the server's log-probabilities under the checkpoint with the trainer's, and gives it the name. The mean
     /// difference, nats a token. Errors: it cannot be loaded, or they differ.
     pub fn checkpoint(&self, name: &str, checkpoint: &Checkpoint) -> Result<f64> {
-        let staged = self.runtime.block_on(self.registry.load_unpublished(name, path(&checkpoint.dir)?))?;
+        let staged = self.tokio.block_on(self.runtime.registry.load_unpublished(name, path(&checkpoint.dir)?))?;
         let served = self.score(staged.lease(), &checkpoint.probe)?;
         let trained = &checkpoint.probe.logprobs;
         let off = trained.iter().zip(&served).map(|(a, b)| f64::from((a - b).abs()));
@@ -42,7 +41,7 @@ impl Publisher {
         let mean = sum / served.len().max(1) as f64;
         // Not `>`: NaN is no agreement.
         if served.len() == trained.len() && mean <= MAX_DIFFERENCE {
-            self.registry.publish(staged);
+            self.runtime.registry.publish(staged);
             return Ok(mean);
         }
         let message = format!(
@@ -56,8 +55,8 @@ impl Publisher {
 
     /// Gives what has been compared before a name, or another name.
     pub fn again(&self, name: &str, dir: &Path) -> Result<()> {
-        let staged = self.runtime.block_on(self.registry.load_unpublished(name, path(dir)?))?;
-        self.registry.publish(staged);
+        let staged = self.tokio.block_on(self.runtime.registry.load_unpublished(name, path(dir)?))?;
+        self.runtime.registry.publish(staged);
         Ok(())
     }
 
@@ -67,7 +66,7 @@ impl Publisher {
         loop {
             let (events, mut replies) = unbounded_channel();
             let params = SamplingParams { max_tokens: 0, prompt_logprobs: Some(0), ..SamplingParams::default() };
-            let submitted = self.engine.submit(Request {
+            let submitted = self.runtime.engine.submit(Request {
                 id: "probe".into(),
                 prompt: probe.tokens.clone(),
                 params,

@@ -71,7 +71,7 @@ fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
     let mut chosen: Map<String, Value> =
         settings::FIELDS.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(name)?.clone()))).collect();
     let model = fields.required("model", fields.string("model")?, "the base to fine-tune")?;
-    if !serving.names.iter().any(|name| name == model) {
+    if !serving.base.names.iter().any(|name| name == model) {
         continue_from(serving, model, &mut chosen)?;
     }
     if fields.array("integrations")?.is_some_and(|list| !list.is_empty()) {
@@ -79,14 +79,14 @@ fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
         return Err(Error::invalid(message).param("integrations").code("unsupported_parameter"));
     }
     let chosen = Value::Object(chosen);
-    let spec = settings::spec(&Fields::of_body(&chosen)?, serving.max_model_len, None)?;
+    let spec = settings::spec(&Fields::of_body(&chosen)?, serving.limits().max_model_len, None)?;
     let file = fields.required("training_file", fields.string("training_file")?, "the id of an uploaded file")?;
     let record = JobRecord {
         id: new_id("ftjob-"),
         created_at: now(),
         finished_at: None,
         status: JobStatus::ValidatingFiles,
-        base: serving.names[0].clone(),
+        base: serving.base.name().to_owned(),
         training_file: file.to_owned(),
         validation_file: fields.string("validation_file")?.map(str::to_owned),
         suffix: suffix(&fields)?,
@@ -158,7 +158,7 @@ fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
 
 /// What a job would learn, and what it would take.
 async fn preview(serving: &Arc<Serving>, record: JobRecord) -> Result<Value> {
-    let (codec, longest, model) = (serving.codec.clone(), serving.max_model_len, record.base.clone());
+    let (codec, longest, model) = (serving.codec.clone(), serving.limits().max_model_len, record.base.clone());
     let speed = serving.jobs.gauges().iter().rev().find_map(|gauge| gauge.tokens_per_second);
     serving
         .jobs
@@ -288,7 +288,7 @@ pub async fn delete_model(State(app): State<SharedApp>, Name(id): Name) -> Resul
     let serving = app.serving()?;
     let forbidden =
         |message: String| Error::new(ErrorKind::Forbidden, message).param("model").code("model_not_deletable");
-    if serving.names.contains(&id) {
+    if serving.base.names.contains(&id) {
         return Err(forbidden(format!("`{id}` is the base: it stays as long as the server")).into());
     }
     let info = serving.registry.get(&id).map_err(|_| super::info::no_model(&id))?;

@@ -116,7 +116,7 @@ fn submit(app: &SharedApp, serving: &Serving, job: &Job, id: &str) -> Result<Seq
                 events,
             })?;
             sequences
-                .push((receiver, app.metrics.track(&serving.names[0], &job.leased.label, prompt.len(), job.arrived)));
+                .push((receiver, app.metrics.track(serving.base.name(), &job.leased.label, prompt.len(), job.arrived)));
         }
     }
     Ok(sequences)

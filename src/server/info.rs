@@ -25,7 +25,7 @@ pub async fn health() -> Json<Value> {
 /// `GET /ready`: 200 once the model is loaded, 503 before and while draining.
 pub async fn ready(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
-    Ok(Json(json!({"status": "ready", "model": serving.names[0]})))
+    Ok(Json(json!({"status": "ready", "model": serving.base.name()})))
 }
 
 /// `GET /version`.
@@ -38,12 +38,12 @@ pub async fn metrics(State(app): State<SharedApp>) -> Result<Response, Failure> 
     let page = match app.serving.get() {
         None => app.metrics.render(None)?,
         Some(serving) => app.metrics.render(Some(Live {
-            model: &serving.names[0],
+            model: serving.base.name(),
             stats: serving.engine.stats(),
             adapters: &serving.registry.list(),
             tiers: serving.registry.stats(),
-            slot_budget: serving.slot_budget,
-            block_size: serving.block_size,
+            slot_budget: serving.registry.slot_budget(),
+            block_size: serving.limits().block_size,
             jobs: &serving.jobs.gauges(),
         }))?,
     };
@@ -53,7 +53,7 @@ pub async fn metrics(State(app): State<SharedApp>) -> Result<Response, Failure> 
 /// `GET /v1/models`: the base's names, then the adapters.
 pub async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
-    let bases = serving.names.iter().map(|name| base_card(&app, serving, name));
+    let bases = serving.base.names.iter().map(|name| base_card(&app, serving, name));
     let adapters = serving.registry.list();
     let data: Vec<Value> = bases.chain(adapters.iter().map(|info| adapter_card(serving, info))).collect();
     Ok(Json(json!({"object": "list", "data": data})))
@@ -62,7 +62,7 @@ pub async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, Failure
 /// `GET /v1/models/{id}`; names of bases may have slashes in them.
 pub async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
     let serving = app.serving()?;
-    if serving.names.contains(&id) {
+    if serving.base.names.contains(&id) {
         return Ok(Json(base_card(&app, serving, &id)));
     }
     match serving.registry.get(&id) {
@@ -77,11 +77,11 @@ pub fn no_model(id: &str) -> Error {
 }
 
 fn base_card(app: &App, serving: &Serving, name: &str) -> Value {
-    card(serving, name, unix(app.started), json!(serving.root), Value::Null)
+    card(serving, name, unix(app.started), json!(serving.base.files.path()), Value::Null)
 }
 
 fn adapter_card(serving: &Serving, info: &AdapterInfo) -> Value {
-    card(serving, &info.name, unix(info.loaded_at), json!(info.source), json!(serving.names[0]))
+    card(serving, &info.name, unix(info.loaded_at), json!(info.source), json!(serving.base.name()))
 }
 
 /// vLLM's model card.
@@ -93,7 +93,7 @@ fn card(serving: &Serving, id: &str, created: u64, root: Value, parent: Value) -
         "owned_by": "quiver",
         "root": root,
         "parent": parent,
-        "max_model_len": serving.max_model_len,
+        "max_model_len": serving.limits().max_model_len,
         "permission": [{
             "id": format!("modelperm-{id}"),
             "object": "model_permission",
@@ -136,7 +136,7 @@ pub async fn tokenize(
     let codec = serving.codec.clone();
     let work = tokio::task::spawn_blocking(move || codec.encode(&text, special));
     let tokens = work.await.map_err(|e| Error::internal(e.to_string()))??;
-    Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.max_model_len, "tokens": tokens})))
+    Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.limits().max_model_len, "tokens": tokens})))
 }
 
 /// `POST /detokenize`: `tokens` to text.

@@ -19,7 +19,7 @@ mod stream;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -30,11 +30,10 @@ use axum::serve::ListenerExt;
 use axum::{Router, middleware};
 use tokio::net::TcpListener;
 
-use crate::adapter::registry::Registry;
-use crate::engine::Engine;
+use crate::engine::EngineConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::finetune::jobs::Jobs;
-use crate::text::prompt::TextCodec;
+use crate::runtime::Runtime;
 use layers::Keys;
 use metrics::Metrics;
 
@@ -53,37 +52,34 @@ pub struct HttpConfig {
 
 /// A loaded model with all that answers requests for it.
 pub struct Serving {
-    /// Runs requests.
-    pub engine: Engine,
-    /// Finds adapters.
-    pub registry: Registry,
-    /// Makes adapters.
+    /// The model, its adapters and the engine.
+    pub runtime: Arc<Runtime>,
+    /// The fine-tuning jobs.
     pub jobs: Jobs,
-    /// Text to tokens and back.
-    pub codec: Arc<TextCodec>,
-    /// Names of the base, the first is the one in responses.
-    pub names: Vec<String>,
-    /// Where the base came from.
-    pub root: PathBuf,
-    /// Longest prompt plus output, tokens.
-    pub max_model_len: usize,
-    /// Requests that the engine lets wait, which bounds the sequences of one request.
-    pub max_waiting: usize,
-    /// Tokens of a KV block, for the metrics page.
-    pub block_size: usize,
-    /// Bytes that adapter slots may take, for the metrics page.
-    pub slot_budget: usize,
+}
+
+impl Deref for Serving {
+    type Target = Runtime;
+
+    fn deref(&self) -> &Runtime {
+        &self.runtime
+    }
 }
 
 impl Serving {
+    /// Limits of the engine.
+    fn limits(&self) -> &EngineConfig {
+        self.engine.config()
+    }
+
     /// 400 when one request wants more sequences than the queue could ever take; `param` is the field to lower.
     fn check_sequences(&self, sequences: usize, param: &str) -> Result<()> {
-        if sequences <= self.max_waiting {
+        let most = self.limits().max_waiting;
+        if sequences <= most {
             return Ok(());
         }
         let message = format!(
-            "this request makes {sequences} sequences (prompts times choices), and this server takes {} at once: split it",
-            self.max_waiting
+            "this request makes {sequences} sequences (prompts times choices), and this server takes {most} at once: split it"
         );
         Err(Error::invalid(message).param(param).code("too_many_sequences"))
     }

@@ -58,14 +58,14 @@ async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, Fa
     let body = Fields::of_body(body)?;
     let known = [SHARED, if kind == Kind::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS }, IGNORED].concat();
     fields::check_unknown(&body, &known)?;
-    let selection = Selection::parse(&body, &serving.names, |name| serving.registry.get(name).is_ok())?;
+    let selection = Selection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
     let leased = selection.lease(&serving.registry)?;
     let label = leased.label.clone();
     let parsed = match kind {
         Kind::Completion => Parsed::completion(&body, &serving),
         Kind::Chat => Parsed::chat(&body, &serving),
     };
-    let model = body.get("model").and_then(Value::as_str).unwrap_or(&serving.names[0]).to_owned();
+    let model = body.get("model").and_then(Value::as_str).unwrap_or(serving.base.name()).to_owned();
     let run = async {
         let Parsed { shared, best_of, logprobs, echo, inputs } = parsed?;
         let (prompts, echo) = encode(&serving, inputs, echo).await?;
@@ -91,7 +91,7 @@ async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, Fa
 
 /// How many tokens a prompt may still make; an error when it does not fit.
 fn room(serving: &Serving, prompt: usize, asked: Option<usize>, kind: Kind) -> Result<usize> {
-    let limit = serving.max_model_len;
+    let limit = serving.limits().max_model_len;
     let too_long = |message: String, param| Err(Error::invalid(message).param(param).code("context_length_exceeded"));
     let (default, param) = match kind {
         Kind::Completion => (DEFAULT_MAX_TOKENS, "prompt"),

@@ -25,6 +25,7 @@ use quiver::finetune::jobs::Jobs;
 use quiver::finetune::store::Store;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::ops::batch::Batch;
+use quiver::runtime::{BaseInfo, Runtime};
 use quiver::server::{App, HttpConfig, Serving, SharedApp};
 use quiver::text::prompt::TextCodec;
 use safetensors::tensor::{Dtype, TensorView};
@@ -236,31 +237,24 @@ impl Server {
         runtime.block_on(registry.restore());
         let codec = Arc::new(TextCodec::load(&files).unwrap());
         let state = options.state.unwrap_or(dir.path().join("state"));
-        let host = JobContext {
-            engine: engine.clone(),
-            registry: registry.clone(),
-            codec: codec.clone(),
-            model: Arc::new(tiny_model()),
-            base: BASE.into(),
+        let base = BaseInfo {
+            names: vec![BASE.into()],
+            files,
+            shape: Arc::new(tiny_model()),
             fingerprint: "of the base".into(),
-            max_model_len: options.max_model_len,
+            device: Device::Cpu,
+            weight_bytes: 0,
+            step_bytes: 0,
+        };
+        let trainer = trainer::start();
+        let model = Arc::new(Runtime { base, codec, registry, engine: engine.clone(), trainer });
+        let host = JobContext {
+            runtime: model.clone(),
             max_running: 2,
-            commands: trainer::start(),
             store: Arc::new(Store::open(&state).unwrap()),
             lasting: true,
         };
-        let serving = Serving {
-            engine: engine.clone(),
-            registry,
-            jobs: Jobs::start(host, runtime.handle().clone()).unwrap(),
-            codec,
-            names: vec![BASE.into()],
-            root: dir.path().to_owned(),
-            max_model_len: options.max_model_len,
-            max_waiting: options.max_waiting,
-            block_size: 16,
-            slot_budget: 1 << 20,
-        };
+        let serving = Serving { runtime: model, jobs: Jobs::start(host, runtime.handle().clone()).unwrap() };
         let (stop, stopped) = oneshot::channel();
         let stopping = async {
             let _ = stopped.await;
