@@ -1,8 +1,10 @@
 //! What a decoder looks like: its shape, its attention heads, and the linear layers that adapters may change. No tensors.
 
 mod module;
+mod rope;
 
 pub use module::{Module, Site};
+pub use rope::RopeScaling;
 
 /// Shape of a Llama-family decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,29 +60,4 @@ impl Heads {
     pub fn qkv_width(&self) -> usize {
         (self.query + 2 * self.kv) * self.dim
     }
-}
-
-/// Rotary frequency scaling, as Hugging Face's `rope_scaling`.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Plain RoPE.
-    None,
-    /// All frequencies divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f32,
-    },
-    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, smooth between.
-    Llama3 {
-        /// The divisor.
-        factor: f32,
-        /// Wavelengths above `original / low_freq_factor` are divided.
-        low_freq_factor: f32,
-        /// Wavelengths below `original / high_freq_factor` are kept.
-        high_freq_factor: f32,
-        /// Context length before the extension.
-        original_max_position_embeddings: usize,
-    },
-    /// Frequency i divided by the i-th of `head_dim / 2` factors (how GGUF files carry Llama 3.1's).
-    Factors(Vec<f32>),
 }

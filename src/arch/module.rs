@@ -106,4 +106,10 @@ impl Site {
             Self::Head => &[Module::LmHead],
         }
     }
+
+    /// Output and input features of the fused linear: its weight is `[n, k]`.
+    pub fn shape(self, model: &ModelConfig) -> (usize, usize) {
+        let modules = self.modules();
+        (modules.iter().map(|module| module.shape(model).0).sum(), modules[0].shape(model).1)
+    }
 }

@@ -15,7 +15,6 @@ use candle_core::{Device, Tensor};
 use super::{Entry, Format, Merged, Origin};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat};
-use crate::model::decoder::inverse_frequencies;
 use crate::model::weights::gguf::{self, Metadata};
 use crate::text::tokenizer;
 use crate::{Error, Result};
@@ -146,8 +145,8 @@ fn of_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<Others> 
             None
         }
         RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {
-            let plain = inverse_frequencies(&ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() });
-            let factors = plain.iter().zip(inverse_frequencies(config)).map(|(plain, scaled)| plain / scaled);
+            let plain = ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() }.inverse_frequencies();
+            let factors = plain.iter().zip(config.inverse_frequencies()).map(|(plain, scaled)| plain / scaled);
             Some((ROPE_FACTORS.into(), Tensor::from_iter(factors, &Device::Cpu)?))
         }
     };

@@ -1,6 +1,6 @@
-//! The decoder: weights from a file, and a forward pass over a flat batch.
+//! The decoder: weights from files, the paged KV cache, the decoder block, and the forward pass over a flat batch.
 
+pub mod block;
 pub mod decoder;
 pub mod kv;
-mod linear;
 pub mod weights;

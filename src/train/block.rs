@@ -1,7 +1,8 @@
-//! A decoder block, forward and backward, on flat rows of several jobs.
+//! A decoder block in training: what the backward pass needs of the forward, and the backward pass itself.
 //!
-//! Between forward and backward a block's input is kept (checkpointing, Chen et al., 2016), and the rest where there is memory
-//! for it. Else the backward makes it again, short of the last product, whose result no gradient needs, unless DoRA does.
+//! The forward is [`crate::model::block`]'s, as in serving. Its input is always kept (gradient checkpointing, Chen et al.,
+//! 2016), and its activations where there is memory for them. Else the backward computes them again, except for the last
+//! product: no gradient needs its result unless DoRA scales it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,213 +10,261 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::adapter::TrainableAdapter;
-use crate::arch::Site;
+use crate::arch::{Heads, Site};
+use crate::model::block::{BlockActivations, BlockHook};
 use crate::model::decoder::Decoder;
 use crate::model::weights::LayerWeights;
 use crate::ops::attention::{causal, causal_backward};
 use crate::ops::blas::gemm;
 use crate::ops::dropout::dropout;
 use crate::ops::heads;
-use crate::ops::norm::{add_rms_norm, rms_norm, rms_norm_backward};
+use crate::ops::norm::{rms_norm, rms_norm_backward};
 use crate::ops::quant::{self, QMatrix};
 use crate::ops::rope::turn;
-use crate::ops::swiglu::{swiglu, swiglu_backward};
+use crate::ops::swiglu::swiglu_backward;
 use crate::{Error, Result};
 
-/// Flat rows and whose they are.
+/// The rows of a pass: sequences of several jobs, back to back.
 #[derive(Default)]
-pub struct Rows {
+pub struct PassRows {
     /// Rows of each sequence; together they are all rows, in order.
     pub sequences: Vec<Range<usize>>,
     /// Position of each row in its sequence.
     pub positions: Vec<u32>,
     /// Rows of each job; together they are all rows, in order.
-    pub segments: Vec<Segment>,
+    pub segments: Vec<TrainSegment>,
 }
 
 /// Rows of one job.
-pub struct Segment {
+pub struct TrainSegment {
     pub rows: Range<usize>,
     pub adapter: Arc<TrainableAdapter>,
-    /// Probability, and a seed of its own for each pass; none while measuring.
+    /// Dropout's probability and a seed that is unique to the pass; `None` when measuring.
     pub dropout: Option<(f32, u64)>,
 }
 
-/// One block of a model on some rows.
-pub struct Block<'a> {
+/// One block of a model on the rows of a pass.
+pub struct TrainBlock<'a> {
     pub model: &'a Decoder,
     pub layer: usize,
-    pub rows: &'a Rows,
+    pub rows: &'a PassRows,
 }
 
-/// What a linear's backward needs beside its input.
-struct Saved {
-    /// `x · Aᵀ` of each segment, where it has pairs.
-    low: Vec<Option<Tensor>>,
-    /// The output before DoRA's gains, where there are any.
-    plain: Option<Tensor>,
-}
-
-/// What the backward needs of a forward.
-pub struct Activations {
-    /// Normed input.
-    x: Tensor,
-    qkv: Tensor,
-    /// q and k before their norms, where the model has them.
-    unnormed: Option<Tensor>,
-    attended: Tensor,
-    lse: Tensor,
-    /// The residual stream between attention and feed-forward.
-    middle: Tensor,
-    /// `middle`, normed.
-    normed: Tensor,
-    gate_up: Tensor,
-    /// Input of the last product.
-    hidden: Tensor,
+/// The activations of a block that its backward pass needs.
+pub struct SavedActivations {
     /// In the order of [`Site`].
-    saved: [Saved; 4],
+    linears: Vec<SavedLinear>,
+    attention: SavedAttention,
+    /// Residual stream between attention and MLP.
+    residual: Tensor,
+    /// Input of SwiGLU.
+    gate_up: Tensor,
 }
 
-impl Activations {
-    /// Bytes of what grows with the rows, the low-rank rest aside.
+/// What the backward of a linear with adapters needs.
+struct SavedLinear {
+    /// The input.
+    x: Tensor,
+    /// `x · Aᵀ` of each segment, where it has pairs.
+    shrunk: Vec<Option<Tensor>>,
+    /// The output before DoRA's gains, where there are any.
+    ungained: Option<Tensor>,
+}
+
+/// What the backward of attention needs besides its output.
+struct SavedAttention {
+    /// After RoPE.
+    qkv: Tensor,
+    /// `qkv` before the QK norms, where the model has them.
+    unnormed: Option<Tensor>,
+    /// Log-sum-exp of each query's scores.
+    lse: Tensor,
+}
+
+impl SavedActivations {
+    /// Bytes of what grows with the rows, without `x · Aᵀ`.
     pub fn bytes(&self) -> usize {
-        let Self { x, qkv, unnormed, attended, lse, middle, normed, gate_up, hidden, saved } = self;
-        let plain = saved.iter().filter_map(|saved| saved.plain.as_ref());
-        let all = [x, qkv, attended, lse, middle, normed, gate_up, hidden].into_iter().chain(unnormed).chain(plain);
+        let Self { linears, attention: SavedAttention { qkv, unnormed, lse }, residual, gate_up } = self;
+        let linears = linears.iter().flat_map(|linear| [&linear.x].into_iter().chain(&linear.ungained));
+        let all = [qkv, lse, residual, gate_up].into_iter().chain(unnormed).chain(linears);
         all.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 }
 
-impl Block<'_> {
+/// The decoder block in training: trainable pairs, causal attention within each sequence, and activations for the backward.
+struct TrainingHook<'a> {
+    block: &'a TrainBlock<'a>,
+    /// Of the sites so far.
+    linears: Vec<SavedLinear>,
+    unnormed: Option<Tensor>,
+    attention: Option<SavedAttention>,
+}
+
+impl BlockHook for TrainingHook<'_> {
+    fn linear(&mut self, weight: &Arc<QMatrix>, x: &Tensor, site: Site) -> Result<Tensor> {
+        let (y, saved) = self.block.linear(weight, x, site)?;
+        self.linears.push(saved);
+        Ok(y)
+    }
+
+    fn bias_and_qk_norm(
+        &mut self,
+        qkv: &Tensor,
+        bias: Option<&Tensor>,
+        norms: Option<(&Tensor, &Tensor)>,
+        heads: Heads,
+        eps: f32,
+    ) -> Result<()> {
+        heads::finish(qkv, bias, None, heads, eps)?;
+        self.unnormed = norms.map(|_| qkv.copy()).transpose()?;
+        heads::finish(qkv, None, norms, heads, eps)
+    }
+
+    fn attention(&mut self, qkv: &Tensor, residual: Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        let TrainBlock { model, rows, .. } = self.block;
+        let heads = model.config().heads();
+        turn(qkv, heads.query + heads.kv, &rows.positions, model.rope(), false)?;
+        let (attended, lse) = causal(qkv, &rows.sequences, heads)?;
+        self.attention = Some(SavedAttention { qkv: qkv.clone(), unnormed: self.unnormed.take(), lse });
+        Ok(Some((attended, residual)))
+    }
+}
+
+impl TrainingHook<'_> {
+    fn forward_before_down(&mut self, residual: &Tensor, x: Tensor) -> Result<BlockActivations> {
+        let block = self.block.model.block(self.block.layer);
+        let activations = block.forward_before_down(self, residual.clone(), x)?;
+        activations.ok_or_else(|| Error::internal("a training block without rows"))
+    }
+
+    fn saved(self, activations: BlockActivations) -> Result<SavedActivations> {
+        let BlockActivations { residual, gate_up, .. } = activations;
+        let attention = self.attention.ok_or_else(|| Error::internal("a training block without attention"))?;
+        Ok(SavedActivations { linears: self.linears, attention, residual, gate_up })
+    }
+}
+
+impl TrainBlock<'_> {
     fn weights(&self) -> &LayerWeights {
         &self.model.weights().layers[self.layer]
     }
 
-    fn eps(&self) -> f32 {
-        self.model.config().rms_norm_eps
+    /// Runs the block on the residual stream and its norm. Returns the activations for the backward, and the residual stream
+    /// and its norm after the block.
+    pub fn forward(&self, residual: &Tensor, x: Tensor) -> Result<(SavedActivations, Tensor, Tensor)> {
+        let mut hook = TrainingHook { block: self, linears: Vec::new(), unnormed: None, attention: None };
+        let activations = hook.forward_before_down(residual, x)?;
+        let block = self.model.block(self.layer);
+        let (residual, x) = block.forward_down(&mut hook, &activations.residual, &activations.hidden)?;
+        Ok((hook.saved(activations)?, residual, x))
     }
 
-    /// From the residual stream before the block and its norm, what the backward needs, and `(residual, x)` after the block,
-    /// `x` normed for what follows.
-    pub fn forward(&self, residual: &Tensor, x: &Tensor) -> Result<(Activations, Tensor, Tensor)> {
-        let weights = self.model.weights();
-        let next_norm = weights.layers.get(self.layer + 1).map_or(&weights.norm, |next| &next.attn_norm);
-        let (activations, down) = self.run(residual, x.clone(), true)?;
-        let down = down.ok_or_else(|| Error::internal("a block without its last product"))?;
-        let (residual, x) = add_rms_norm(&activations.middle, &down, next_norm, self.eps())?;
-        Ok((activations, residual, x))
+    /// The activations of [`Self::forward`] again, without the last product unless the backward needs its result.
+    fn recompute(&self, residual: &Tensor) -> Result<SavedActivations> {
+        let weights = self.weights();
+        let x = rms_norm(residual, &weights.attn_norm, self.model.config().rms_norm_eps)?;
+        let mut hook = TrainingHook { block: self, linears: Vec::new(), unnormed: None, attention: None };
+        let activations = hook.forward_before_down(residual, x)?;
+        let hidden = &activations.hidden;
+        if self.has_gain(Site::Down) {
+            hook.linear(&weights.down, hidden, Site::Down)?;
+        } else {
+            let shrunk = self.shrink(hidden, Site::Down)?;
+            hook.linears.push(SavedLinear { x: hidden.clone(), shrunk, ungained: None });
+        }
+        hook.saved(activations)
     }
 
-    /// From the residual stream before the block and the gradient of that after it, the gradient of the first; adds to
-    /// those of the pairs. What the forward gave is made again unless it was `kept`.
-    pub fn backward(&self, residual: &Tensor, kept: Option<Activations>, gradient: &Tensor) -> Result<Tensor> {
-        let (weights, heads, eps) = (self.weights(), self.model.config().heads(), self.eps());
-        let a = match kept {
-            Some(activations) => activations,
-            None => self.run(residual, rms_norm(residual, &weights.attn_norm, eps)?, false)?.0,
-        };
-        let dtype = a.hidden.dtype();
-        let linear = |weight, x, dy, site: Site| self.linear_backward(weight, x, &a.saved[site as usize], dy, site);
+    /// From the residual stream before the block and the gradient of the one after it, the gradient of the one before it. Adds
+    /// to the gradients of the pairs. Without `saved`, the activations are computed again.
+    pub fn backward(&self, residual: &Tensor, saved: Option<SavedActivations>, gradient: &Tensor) -> Result<Tensor> {
+        let (weights, config) = (self.weights(), self.model.config());
+        let (heads, eps) = (config.heads(), config.rms_norm_eps);
+        let saved = saved.map_or_else(|| self.recompute(residual), Ok)?;
+        let SavedAttention { qkv, unnormed, lse } = &saved.attention;
+        let dtype = qkv.dtype();
+        let linear = |weight, dy, site: Site| self.linear_backward(weight, &saved.linears[site as usize], dy, site);
 
-        let dhidden = linear(&weights.down, &a.hidden, gradient.to_dtype(dtype)?, Site::Down)?;
-        let dgate_up = swiglu_backward(&a.gate_up, &dhidden)?;
-        let dnormed = linear(&weights.gate_up, &a.normed, dgate_up, Site::GateUp)?;
-        let gradient = rms_norm_backward(&a.middle, &weights.ffn_norm, &dnormed, Some(gradient), eps)?;
+        let dhidden = linear(&weights.down, gradient.to_dtype(dtype)?, Site::Down)?;
+        let dgate_up = swiglu_backward(&saved.gate_up, &dhidden)?;
+        let dnormed = linear(&weights.gate_up, dgate_up, Site::GateUp)?;
+        let gradient = rms_norm_backward(&saved.residual, &weights.ffn_norm, &dnormed, Some(gradient), eps)?;
 
-        let dattended = linear(&weights.o, &a.attended, gradient.to_dtype(dtype)?, Site::O)?;
-        let dqkv = causal_backward(&a.qkv, &a.attended, &a.lse, &dattended, &self.rows.sequences, heads)?;
+        let dattended = linear(&weights.o, gradient.to_dtype(dtype)?, Site::O)?;
+        let attended = &saved.linears[Site::O as usize].x;
+        let dqkv = causal_backward(qkv, attended, lse, &dattended, &self.rows.sequences, heads)?;
         turn(&dqkv, heads.query + heads.kv, &self.rows.positions, self.model.rope(), true)?;
-        if let (Some(unnormed), Some((q, k))) = (&a.unnormed, &weights.qk_norm) {
+        if let (Some(unnormed), Some((q, k))) = (unnormed, &weights.qk_norm) {
             heads::finish_backward(&dqkv, unnormed, (q, k), heads, eps)?;
         }
-        let dx = linear(&weights.qkv, &a.x, dqkv, Site::Qkv)?;
+        let dx = linear(&weights.qkv, dqkv, Site::Qkv)?;
         rms_norm_backward(residual, &weights.attn_norm, &dx, Some(&gradient), eps)
     }
 
-    /// Goes through the block up to the last product, whose result comes too if it is `whole`.
-    fn run(&self, residual: &Tensor, x: Tensor, whole: bool) -> Result<(Activations, Option<Tensor>)> {
-        let (weights, heads, eps) = (self.weights(), self.model.config().heads(), self.eps());
-        let (qkv, saved_qkv) = self.linear(&weights.qkv, &x, Site::Qkv)?;
-        let norms = weights.qk_norm.as_ref().map(|(q, k)| (q, k));
-        heads::finish(&qkv, weights.qkv_bias.as_ref(), None, heads, eps)?;
-        let unnormed = norms.map(|_| qkv.copy()).transpose()?;
-        heads::finish(&qkv, None, norms, heads, eps)?;
-        turn(&qkv, heads.query + heads.kv, &self.rows.positions, self.model.rope(), false)?;
-        let (attended, lse) = causal(&qkv, &self.rows.sequences, heads)?;
-        let (o, saved_o) = self.linear(&weights.o, &attended, Site::O)?;
-        let (middle, normed) = add_rms_norm(residual, &o, &weights.ffn_norm, eps)?;
-        let (gate_up, saved_gate_up) = self.linear(&weights.gate_up, &normed, Site::GateUp)?;
-        let hidden = swiglu(&gate_up)?;
-        let (down, saved_down) = match whole || self.has_gain(Site::Down) {
-            true => self.linear(&weights.down, &hidden, Site::Down).map(|(down, saved)| (Some(down), saved))?,
-            false => (None, Saved { low: self.low(&hidden, Site::Down)?, plain: None }),
-        };
-        let saved = [saved_qkv, saved_o, saved_gate_up, saved_down];
-        Ok((Activations { x, qkv, unnormed, attended, lse, middle, normed, gate_up, hidden, saved }, down))
-    }
-
     /// `x · Wᵀ` plus the pairs' deltas, times DoRA's gains.
-    fn linear(&self, weight: &QMatrix, x: &Tensor, site: Site) -> Result<(Tensor, Saved)> {
+    fn linear(&self, weight: &QMatrix, x: &Tensor, site: Site) -> Result<(Tensor, SavedLinear)> {
         let y = quant::matmul(weight, x, x.dtype())?;
-        let low = self.low(x, site)?;
-        for (segment, low) in self.rows.segments.iter().zip(&low) {
-            let (Some(low), Some(pairs)) = (low, segment.adapter.site(self.layer, site)) else { continue };
-            let (y, scale) = (segment.of(&y)?, segment.adapter.scale);
+        let shrunk = self.shrink(x, site)?;
+        for (segment, shrunk) in self.rows.segments.iter().zip(&shrunk) {
+            let (Some(shrunk), Some(pairs)) = (shrunk, segment.adapter.site(self.layer, site)) else { continue };
+            let (y, scale) = (segment.rows_of(&y)?, segment.adapter.scale);
             for (i, part) in pairs.modules.iter().enumerate() {
-                gemm(&y.narrow(1, part.offset, part.n)?, 1.0, &segment.low(low, i)?, &part.b.t()?, scale)?;
+                let y = y.narrow(1, part.offset, part.n)?;
+                gemm(&y, 1.0, &segment.columns_of(shrunk, i)?, &part.b.t()?, scale)?;
             }
         }
+        let x = x.clone();
         match self.has_gain(site) {
-            true => Ok((self.gained(&y, site)?, Saved { low, plain: Some(y) })),
-            false => Ok((y, Saved { low, plain: None })),
+            true => Ok((self.gained(&y, site)?, SavedLinear { x, shrunk, ungained: Some(y) })),
+            false => Ok((y, SavedLinear { x, shrunk, ungained: None })),
         }
     }
 
     /// `x · Aᵀ` of every segment with pairs.
-    fn low(&self, x: &Tensor, site: Site) -> Result<Vec<Option<Tensor>>> {
-        let low = |segment: &Segment| {
+    fn shrink(&self, x: &Tensor, site: Site) -> Result<Vec<Option<Tensor>>> {
+        let shrink = |segment: &TrainSegment| {
             let Some(pairs) = segment.adapter.site(self.layer, site) else { return Ok(None) };
-            let low = Tensor::zeros((segment.rows.len(), pairs.a.dims()[0]), x.dtype(), x.device())?;
-            gemm(&low, 0.0, &self.dropped(segment.of(x)?, segment, site)?, &pairs.a.t()?, 1.0)?;
-            Ok(Some(low))
+            let shrunk = Tensor::zeros((segment.rows.len(), pairs.a.dims()[0]), x.dtype(), x.device())?;
+            gemm(&shrunk, 0.0, &self.dropped(segment.rows_of(x)?, segment, site)?, &pairs.a.t()?, 1.0)?;
+            Ok(Some(shrunk))
         };
-        self.rows.segments.iter().map(low).collect()
+        self.rows.segments.iter().map(shrink).collect()
     }
 
     /// A segment's input of the pairs, or the gradient that comes through them, after dropout.
-    fn dropped(&self, x: Tensor, segment: &Segment, site: Site) -> Result<Tensor> {
+    fn dropped(&self, x: Tensor, segment: &TrainSegment, site: Site) -> Result<Tensor> {
         let Some((p, seed)) = segment.dropout else { return Ok(x) };
         dropout(&x, p, seed.wrapping_add((Site::ALL.len() * self.layer + site as usize) as u64))
     }
 
-    /// The gradient of a linear's input, given that of its output; adds to the pairs' gradients.
-    fn linear_backward(&self, weight: &QMatrix, x: &Tensor, saved: &Saved, dy: Tensor, site: Site) -> Result<Tensor> {
-        let dy = match &saved.plain {
-            Some(plain) => {
-                self.magnitudes_backward(plain, &dy, site)?;
+    /// The gradient of a linear's input, given that of its output. Adds to the gradients of the pairs.
+    fn linear_backward(&self, weight: &QMatrix, saved: &SavedLinear, dy: Tensor, site: Site) -> Result<Tensor> {
+        let dy = match &saved.ungained {
+            Some(ungained) => {
+                self.magnitudes_backward(ungained, &dy, site)?;
                 self.gained(&dy, site)?
             }
             None => dy,
         };
         let dx = quant::matmul_transposed(weight, &dy, dy.dtype())?;
-        for (segment, low) in self.rows.segments.iter().zip(&saved.low) {
-            let (Some(low), Some(pairs)) = (low, segment.adapter.site(self.layer, site)) else { continue };
-            let (dy, scale) = (segment.of(&dy)?, segment.adapter.scale);
-            let dlow = low.zeros_like()?;
+        for (segment, shrunk) in self.rows.segments.iter().zip(&saved.shrunk) {
+            let (Some(shrunk), Some(pairs)) = (shrunk, segment.adapter.site(self.layer, site)) else { continue };
+            let (dy, scale) = (segment.rows_of(&dy)?, segment.adapter.scale);
+            let dshrunk = shrunk.zeros_like()?;
             for (i, part) in pairs.modules.iter().enumerate() {
                 let dy = dy.narrow(1, part.offset, part.n)?;
-                gemm(&segment.low(&dlow, i)?, 0.0, &dy, &part.b, scale)?;
-                gemm(&part.db, 1.0, &dy.t()?, &segment.low(low, i)?, scale)?;
+                gemm(&segment.columns_of(&dshrunk, i)?, 0.0, &dy, &part.b, scale)?;
+                gemm(&part.db, 1.0, &dy.t()?, &segment.columns_of(shrunk, i)?, scale)?;
             }
-            let x = segment.of(x)?;
-            let dx = segment.of(&dx)?;
+            let x = segment.rows_of(&saved.x)?;
+            let dx = segment.rows_of(&dx)?;
             if segment.dropout.is_none() {
-                gemm(&pairs.da, 1.0, &dlow.t()?, &x, 1.0)?;
-                gemm(&dx, 1.0, &dlow, &pairs.a, 1.0)?;
+                gemm(&pairs.da, 1.0, &dshrunk.t()?, &x, 1.0)?;
+                gemm(&dx, 1.0, &dshrunk, &pairs.a, 1.0)?;
             } else {
                 let through = x.zeros_like()?;
-                gemm(&through, 0.0, &dlow, &pairs.a, 1.0)?;
-                gemm(&pairs.da, 1.0, &dlow.t()?, &self.dropped(x, segment, site)?, 1.0)?;
+                gemm(&through, 0.0, &dshrunk, &pairs.a, 1.0)?;
+                gemm(&pairs.da, 1.0, &dshrunk.t()?, &self.dropped(x, segment, site)?, 1.0)?;
                 dx.slice_set(&(&dx + self.dropped(through, segment, site)?)?, 0, 0)?;
             }
         }
@@ -229,8 +278,8 @@ impl Block<'_> {
 
     /// `y`, or its gradient, times DoRA's gains.
     fn gained(&self, y: &Tensor, site: Site) -> Result<Tensor> {
-        let gained = |segment: &Segment| {
-            let y = segment.of(y)?;
+        let gained = |segment: &TrainSegment| {
+            let y = segment.rows_of(y)?;
             match segment.adapter.site(self.layer, site).and_then(|pairs| pairs.gain.as_ref()) {
                 // A gain is close to 1, where bf16 has 8 bits.
                 Some(gain) => Ok(y.to_dtype(DType::F32)?.broadcast_mul(gain)?.to_dtype(y.dtype())?),
@@ -241,11 +290,11 @@ impl Block<'_> {
         Ok(Tensor::cat(&pieces, 0)?)
     }
 
-    /// Adds to the gradients of DoRA's magnitudes: `Σ dy · y / norm` over the rows, `y` being the output before its gain.
+    /// Adds to the gradients of DoRA's magnitudes: `Σ dy · y / norm` over the rows, where `y` is the output before its gain.
     fn magnitudes_backward(&self, y: &Tensor, dy: &Tensor, site: Site) -> Result<()> {
         for segment in &self.rows.segments {
             let Some(pairs) = segment.adapter.site(self.layer, site) else { continue };
-            let products = (segment.of(y)?.to_dtype(DType::F32)? * segment.of(dy)?.to_dtype(DType::F32)?)?;
+            let products = (segment.rows_of(y)?.to_dtype(DType::F32)? * segment.rows_of(dy)?.to_dtype(DType::F32)?)?;
             let sums = products.sum_keepdim(0)?;
             for part in &pairs.modules {
                 let Some(magnitude) = &part.magnitude else { continue };
@@ -257,15 +306,15 @@ impl Block<'_> {
     }
 }
 
-impl Segment {
-    /// Its rows of a tensor of all rows: a view.
-    fn of(&self, all: &Tensor) -> Result<Tensor> {
+impl TrainSegment {
+    /// The segment's rows of a tensor of all rows: a view.
+    fn rows_of(&self, all: &Tensor) -> Result<Tensor> {
         Ok(all.narrow(0, self.rows.start, self.rows.len())?)
     }
 
-    /// Its columns of the `i`-th part of a site in `x · Aᵀ`: a view.
-    fn low(&self, low: &Tensor, i: usize) -> Result<Tensor> {
+    /// The columns of a site's `i`-th module in `x · Aᵀ`: a view.
+    fn columns_of(&self, shrunk: &Tensor, i: usize) -> Result<Tensor> {
         let rank = self.adapter.rank;
-        Ok(low.narrow(1, i * rank, rank)?)
+        Ok(shrunk.narrow(1, i * rank, rank)?)
     }
 }

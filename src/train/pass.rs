@@ -1,4 +1,4 @@
-//! One forward pass, and backward pass if gradients are wanted, of sequences of several jobs, in bounded pieces.
+//! A forward pass over sequences of several jobs, and a backward pass if gradients are wanted, in bounded pieces.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,34 +6,34 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::adapter::TrainableAdapter;
-use super::block::{Activations, Block, Rows, Segment};
+use super::block::{PassRows, SavedActivations, TrainBlock, TrainSegment};
 use crate::Result;
 use crate::model::decoder::Decoder;
 use crate::ops::loss::{Target, cross_entropy};
-use crate::ops::norm::{rms_norm, rms_norm_backward};
-use crate::ops::quant;
+use crate::ops::norm::rms_norm_backward;
 
-/// What a job puts into a pass.
-pub struct Part {
-    pub batch: Batch,
+/// The rows of one job in a pass.
+pub struct JobBatch {
+    pub batch: TrainBatch,
     pub adapter: Arc<TrainableAdapter>,
-    /// As in [`Segment`].
+    /// As [`TrainSegment::dropout`].
     pub dropout: Option<(f32, u64)>,
 }
 
-/// Sequences and what they should predict.
+/// Sequences and their targets.
 #[derive(Default)]
-pub struct Batch {
+pub struct TrainBatch {
     /// Of all sequences, back to back.
     pub tokens: Vec<u32>,
     /// Rows of each sequence.
     pub sequences: Vec<Range<usize>>,
-    /// What is predicted where; rows ascend.
+    /// The tokens to predict, by ascending row.
     pub targets: Vec<Target>,
 }
 
-impl Batch {
-    /// Adds a sequence. `scaled` says, for each token after the first, whether it is a target; its gradient gets `scale`.
+impl TrainBatch {
+    /// Adds a sequence. `target` says of each token after the first, by index, whether it is a target; `scale` multiplies
+    /// the gradient of each target's loss.
     pub fn push(&mut self, tokens: &[u32], scale: f32, target: impl Fn(usize) -> bool) {
         let start = self.tokens.len();
         self.tokens.extend_from_slice(tokens);
@@ -43,119 +43,121 @@ impl Batch {
     }
 }
 
-/// What a pass finds of its targets, in their order.
+/// What a pass measures, with one entry per target of a job's [`TrainBatch`].
 #[derive(Debug, Default)]
-pub struct Scores {
+pub struct TargetScores {
     /// Negative log-likelihoods, nats.
     pub nll: Vec<f32>,
-    /// Whether the target was the likeliest.
+    /// Whether the target was the likeliest token.
     pub correct: Vec<bool>,
 }
 
-/// A pass under way.
+/// A pass in progress.
 pub struct Pass {
     model: Arc<Decoder>,
-    rows: Rows,
+    rows: PassRows,
     tokens: Vec<u32>,
     targets: Vec<Target>,
     /// Where each job's targets end.
     ends: Vec<usize>,
-    stage: Stage,
+    stage: PassStage,
     gradient: bool,
-    /// The residual stream before each block, as far as the forward has come and the backward not; the last one is now's.
+    /// The residual stream before each block that the forward has reached and the backward has not. The last is the current
+    /// one.
     residuals: Vec<Tensor>,
-    /// What the backward needs of each block, where it was kept.
-    kept: Vec<Option<Activations>>,
-    /// Bytes that may still be kept.
+    /// The activations of each block that the forward has run, where there was room for them.
+    saved: Vec<Option<SavedActivations>>,
+    /// Bytes of activations that may still be saved.
     room: usize,
-    /// Input of the next block or of the head; then the gradient of the residual stream.
+    /// Input of the next block or of the head; in the backward, the gradient of the residual stream.
     x: Option<Tensor>,
     /// Gradients of the head's input, chunk by chunk.
     dx: Vec<Tensor>,
-    scores: Scores,
+    scores: TargetScores,
 }
 
-/// What comes next.
+/// The next piece of a pass.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Stage {
+enum PassStage {
+    /// The forward of a block.
     Forward(usize),
-    /// From this row on.
+    /// The loss of the rows from this one on.
     Loss(usize),
+    /// The backward of a block.
     Backward(usize),
     Done,
 }
 
 impl Pass {
-    /// A pass over what some jobs put in. Of activations, up to `room` bytes are kept for the backward.
-    pub fn new(model: Arc<Decoder>, parts: Vec<Part>, gradient: bool, room: usize) -> Self {
-        let (mut rows, mut tokens, mut targets, mut ends) = (Rows::default(), Vec::new(), Vec::new(), Vec::new());
-        for Part { batch, adapter, dropout } in parts {
+    /// A pass over the rows of some jobs. It saves up to `room` bytes of activations for the backward.
+    pub fn new(model: Arc<Decoder>, batches: Vec<JobBatch>, gradient: bool, room: usize) -> Self {
+        let (mut rows, mut tokens, mut targets, mut ends) = (PassRows::default(), Vec::new(), Vec::new(), Vec::new());
+        for JobBatch { batch, adapter, dropout } in batches {
             let first = tokens.len();
             for sequence in batch.sequences {
                 rows.positions.extend(0..sequence.len() as u32);
                 rows.sequences.push(first + sequence.start..first + sequence.end);
             }
             tokens.extend(batch.tokens);
-            rows.segments.push(Segment { rows: first..tokens.len(), adapter, dropout });
+            rows.segments.push(TrainSegment { rows: first..tokens.len(), adapter, dropout });
             targets.extend(batch.targets.into_iter().map(|t| Target { row: t.row + first as u32, ..t }));
             ends.push(targets.len());
         }
-        let stage = Stage::Forward(0);
-        let (residuals, kept, x, dx, scores) = Default::default();
-        Self { model, rows, tokens, targets, ends, stage, gradient, residuals, kept, room, x, dx, scores }
+        let stage = PassStage::Forward(0);
+        let (residuals, saved, x, dx, scores) = Default::default();
+        Self { model, rows, tokens, targets, ends, stage, gradient, residuals, saved, room, x, dx, scores }
     }
 
-    /// Runs one piece, and waits for it: a block forward, some rows' loss, or a block backward. True when that was the last.
+    /// Runs one piece and waits for the device: the forward of a block, the loss of some rows, or the backward of a block. True
+    /// after the last piece.
     pub fn advance(&mut self) -> Result<bool> {
         self.stage = match self.stage {
-            Stage::Forward(layer) => self.forward(layer)?,
-            Stage::Loss(row) => self.loss(row)?,
-            Stage::Backward(layer) => self.backward(layer)?,
-            Stage::Done => Stage::Done,
+            PassStage::Forward(layer) => self.forward(layer)?,
+            PassStage::Loss(row) => self.loss(row)?,
+            PassStage::Backward(layer) => self.backward(layer)?,
+            PassStage::Done => PassStage::Done,
         };
         self.model.weights().norm.device().synchronize()?;
-        Ok(self.stage == Stage::Done)
+        Ok(self.stage == PassStage::Done)
     }
 
-    /// What was found, job by job.
-    pub fn scores(self) -> Vec<Scores> {
+    /// The scores of each job's targets, in the order of the jobs.
+    pub fn scores(self) -> Vec<TargetScores> {
         let mut start = 0;
-        let part = |end: usize| {
+        let job = |end: usize| {
             let range = std::mem::replace(&mut start, end)..end;
-            Scores { nll: self.scores.nll[range.clone()].to_vec(), correct: self.scores.correct[range].to_vec() }
+            TargetScores { nll: self.scores.nll[range.clone()].to_vec(), correct: self.scores.correct[range].to_vec() }
         };
-        self.ends.iter().copied().map(part).collect()
+        self.ends.iter().copied().map(job).collect()
     }
 
-    fn forward(&mut self, layer: usize) -> Result<Stage> {
-        let weights = self.model.weights();
-        let eps = weights.config.rms_norm_eps;
+    fn forward(&mut self, layer: usize) -> Result<PassStage> {
         let (residual, x) = match (self.residuals.last(), self.x.take()) {
             (Some(residual), Some(x)) => (residual.clone(), x),
             _ => {
-                let residual = quant::gather_rows(&weights.embedding, &self.tokens, None)?;
-                let x = rms_norm(&residual, &weights.layers[0].attn_norm, eps)?;
+                let (residual, x) = self.model.embed(&self.tokens, None)?;
                 self.residuals.push(residual.clone());
                 (residual, x)
             }
         };
-        let (made, residual, x) = Block { model: &self.model, layer, rows: &self.rows }.forward(&residual, &x)?;
+        let (activations, residual, x) = self.block(layer).forward(&residual, x)?;
         if self.gradient {
-            let left = self.room.checked_sub(made.bytes());
+            let left = self.room.checked_sub(activations.bytes());
             self.room = left.unwrap_or(self.room);
-            self.kept.push(left.map(|_| made));
+            self.saved.push(left.map(|_| activations));
         } else {
             self.residuals.clear();
         }
         self.residuals.push(residual);
         self.x = Some(x);
-        Ok(if layer + 1 < weights.layers.len() { Stage::Forward(layer + 1) } else { Stage::Loss(0) })
+        let last = layer + 1 == self.model.config().num_layers;
+        Ok(if last { PassStage::Loss(0) } else { PassStage::Forward(layer + 1) })
     }
 
-    fn loss(&mut self, start: usize) -> Result<Stage> {
+    fn loss(&mut self, start: usize) -> Result<PassStage> {
         let weights = self.model.weights();
-        let Some(x) = &self.x else { return Ok(Stage::Done) };
-        // On a CPU a block's worth of time; a GPU needs as many rows to be busy.
+        let Some(x) = &self.x else { return Ok(PassStage::Done) };
+        // On a CPU, these rows take about as long as a block. A GPU needs more rows to be busy.
         let end = self.tokens.len().min(start + if x.device().is_cpu() { 128 } else { 2048 });
         let within = |row: usize| self.targets.partition_point(|t| (t.row as usize) < row);
         let targets = self.targets[within(start)..within(end)].iter();
@@ -166,18 +168,24 @@ impl Pass {
         self.scores.correct.extend(loss.correct);
         self.dx.extend(loss.dx);
         if end < self.tokens.len() {
-            return Ok(Stage::Loss(end));
+            return Ok(PassStage::Loss(end));
         }
-        let Some(residual) = self.residuals.pop().filter(|_| self.gradient) else { return Ok(Stage::Done) };
+        let Some(residual) = self.residuals.pop().filter(|_| self.gradient) else { return Ok(PassStage::Done) };
         let dx = Tensor::cat(&std::mem::take(&mut self.dx), 0)?;
         self.x = Some(rms_norm_backward(&residual, &weights.norm, &dx, None, weights.config.rms_norm_eps)?);
-        Ok(Stage::Backward(weights.layers.len() - 1))
+        Ok(PassStage::Backward(weights.layers.len() - 1))
     }
 
-    fn backward(&mut self, layer: usize) -> Result<Stage> {
-        let (Some(residual), Some(gradient)) = (self.residuals.pop(), self.x.take()) else { return Ok(Stage::Done) };
-        let (block, kept) = (Block { model: &self.model, layer, rows: &self.rows }, self.kept.pop().flatten());
-        self.x = Some(block.backward(&residual, kept, &gradient)?);
-        Ok(if layer > 0 { Stage::Backward(layer - 1) } else { Stage::Done })
+    fn backward(&mut self, layer: usize) -> Result<PassStage> {
+        let (Some(residual), Some(gradient)) = (self.residuals.pop(), self.x.take()) else {
+            return Ok(PassStage::Done);
+        };
+        let saved = self.saved.pop().flatten();
+        self.x = Some(self.block(layer).backward(&residual, saved, &gradient)?);
+        Ok(if layer > 0 { PassStage::Backward(layer - 1) } else { PassStage::Done })
+    }
+
+    fn block(&self, layer: usize) -> TrainBlock<'_> {
+        TrainBlock { model: &self.model, layer, rows: &self.rows }
     }
 }

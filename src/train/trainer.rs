@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use super::job::{Command, Job, JobReport};
-use super::pass::{Pass, Scores};
+use super::pass::{Pass, TargetScores};
 use super::training_job::TrainingJob;
 use super::writer::JobWriter;
 use crate::engine::BackgroundWork;
@@ -29,7 +29,7 @@ pub struct Trainer {
     leaving: Vec<(String, StopKind)>,
     under_way: Option<ActivePass>,
     /// Jobs' results of the last pass that they have not taken yet.
-    results: Vec<(String, Scores)>,
+    results: Vec<(String, TargetScores)>,
     /// Passes to come with one job each, to find out whose fault an error was.
     alone: usize,
 }
@@ -118,7 +118,7 @@ impl Trainer {
         true
     }
 
-    fn take_result(&mut self, i: usize, scores: Scores) {
+    fn take_result(&mut self, i: usize, scores: TargetScores) {
         let running = &mut self.jobs[i];
         match guarded(|| running.absorb(scores)) {
             Ok(()) => self.end(i),
@@ -187,7 +187,7 @@ impl Trainer {
         let measuring = ready.iter().any(|job| job.measures());
         let (mut parts, mut ids, mut rows) = (Vec::new(), Vec::new(), 0);
         for running in ready.into_iter().filter(|job| job.measures() == measuring) {
-            let part = running.part();
+            let part = running.job_batch();
             let more = part.batch.tokens.len();
             if !parts.is_empty() && (rows + more > MAX_ROWS || self.alone > 0) {
                 break;

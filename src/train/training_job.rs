@@ -12,7 +12,7 @@ use super::data::Example;
 use super::data::order::{self, ExampleOrder};
 use super::job::{Checkpoint, Job, JobReport, Probe, StepMetrics, Validation};
 use super::optim::Optimizer;
-use super::pass::{Batch, Part, Scores};
+use super::pass::{JobBatch, TargetScores, TrainBatch};
 use super::state::{self, EvalPass, JobProgress};
 use super::writer::JobReporter;
 use crate::model::decoder::Decoder;
@@ -67,7 +67,7 @@ struct LossSums {
 }
 
 impl LossSums {
-    fn add(&mut self, scores: &Scores) {
+    fn add(&mut self, scores: &TargetScores) {
         self.nll += scores.nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
         self.correct += scores.correct.iter().filter(|correct| **correct).count();
         self.targets += scores.nll.len();
@@ -162,8 +162,8 @@ impl TrainingJob {
     }
 
     /// What it puts into the next pass.
-    pub fn part(&self) -> Part {
-        let mut batch = Batch::default();
+    pub fn job_batch(&self) -> JobBatch {
+        let mut batch = TrainBatch::default();
         let mut dropout = None;
         match self.progress.todo.front() {
             Some(EvalPass::Validation) => {
@@ -183,12 +183,12 @@ impl TrainingJob {
                 dropout = (p > 0.0).then(|| (p, self.job.spec.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ pass));
             }
         }
-        Part { batch, adapter: self.adapter.clone(), dropout }
+        JobBatch { batch, adapter: self.adapter.clone(), dropout }
     }
 
-    /// Takes what a pass over [`TrainingJob::part`] has found, and does what is due then: an optimiser step, or a checkpoint.
+    /// Takes what a pass over [`TrainingJob::job_batch`] has found, and does what is due then: an optimiser step, or a checkpoint.
     /// Errors end the job.
-    pub fn absorb(&mut self, scores: Scores) -> Result<()> {
+    pub fn absorb(&mut self, scores: TargetScores) -> Result<()> {
         match self.progress.todo.front() {
             Some(EvalPass::Validation) => self.validate(&scores),
             Some(EvalPass::Checkpoint) => self.checkpoint(&scores),
@@ -286,7 +286,7 @@ impl TrainingJob {
         self.restart()
     }
 
-    fn validate(&mut self, scores: &Scores) -> Result<()> {
+    fn validate(&mut self, scores: &TargetScores) -> Result<()> {
         self.validation.add(scores);
         self.validated = self.valid.len().min(self.validated + self.job.spec.batch_size);
         if self.validated < self.valid.len() {
@@ -315,7 +315,7 @@ impl TrainingJob {
         self.window.started = Some(Instant::now());
     }
 
-    fn checkpoint(&mut self, scores: &Scores) -> Result<()> {
+    fn checkpoint(&mut self, scores: &TargetScores) -> Result<()> {
         let (step, tokens) = (self.progress.step, self.probe().to_vec());
         let probe = Probe { tokens, logprobs: scores.nll.iter().map(|nll| -nll).collect() };
         if probe.logprobs.iter().any(|logprob| !logprob.is_finite()) {

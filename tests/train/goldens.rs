@@ -8,7 +8,7 @@ use quiver::train::adapter::DoraNorms;
 use quiver::train::adapter::RankAllocator;
 use quiver::train::adapter::{ParamLocation, TrainableParams};
 use quiver::train::optim::Optimizer;
-use quiver::train::pass::Batch;
+use quiver::train::pass::TrainBatch;
 use quiver::train::spec::{self, AdaLoraConfig, JobSpec, LoraConfig};
 
 use crate::{adapter, fixture, mean, model, run, spec};
@@ -16,10 +16,10 @@ use crate::{adapter, fixture, mean, model, run, spec};
 /// The sequences of `make.py`, and how many tokens of each are not trained on.
 const SEQUENCES: [(usize, usize); 4] = [(19, 7), (12, 3), (24, 10), (9, 1)];
 
-fn batch(step: usize) -> Batch {
+fn batch(step: usize) -> TrainBatch {
     let rows = [2 * step % 4, (2 * step + 1) % 4];
     let targets: usize = rows.iter().map(|&s| SEQUENCES[s].0 - SEQUENCES[s].1).sum();
-    let mut batch = Batch::default();
+    let mut batch = TrainBatch::default();
     for s in rows {
         let (n, prompt) = SEQUENCES[s];
         let tokens: Vec<u32> = (0..n).map(|i| ((i * i * 7 + i * 13 + s * 31 + 5) % 97) as u32).collect();

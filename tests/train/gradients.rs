@@ -5,14 +5,14 @@ use quiver::arch::Module;
 use quiver::train::adapter::DoraNorms;
 use quiver::train::adapter::RankAllocator;
 use quiver::train::adapter::{ParamLocation, TrainableParams};
-use quiver::train::pass::{Batch, Part, Pass};
+use quiver::train::pass::{JobBatch, Pass, TrainBatch};
 use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig};
 
 use crate::{adapter, mean, model, run, spec};
 
 /// Three sequences of different lengths; some tokens are not trained on.
-fn batch(vocab: usize) -> Batch {
-    let mut batch = Batch::default();
+fn batch(vocab: usize) -> TrainBatch {
+    let mut batch = TrainBatch::default();
     let lengths = [21, 1, 13];
     let targets: usize = lengths.iter().map(|&n| (1..n).filter(|i| i % 4 != 1).count()).sum();
     for (s, n) in lengths.into_iter().enumerate() {
@@ -115,7 +115,7 @@ fn with_room_for_none_some_and_all_activations() {
         let gradients = |room| {
             params.clear_grads().unwrap();
             let adapter = adapter(&params, norms.as_ref(), &model);
-            let part = Part { batch: batch(model.config().vocab_size), adapter, dropout: Some((0.3, 5)) };
+            let part = JobBatch { batch: batch(model.config().vocab_size), adapter, dropout: Some((0.3, 5)) };
             let mut pass = Pass::new(model.clone(), vec![part], true, room);
             while !pass.advance().unwrap() {}
             params.groups.iter().map(|g| g.grads.to_vec1::<f32>().unwrap()).collect::<Vec<_>>()

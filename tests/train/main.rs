@@ -15,7 +15,7 @@ use quiver::model::weights::Weights;
 use quiver::train::adapter::DoraNorms;
 use quiver::train::adapter::TrainableAdapter;
 use quiver::train::adapter::TrainableParams;
-use quiver::train::pass::{Batch, Part, Pass, Scores};
+use quiver::train::pass::{JobBatch, Pass, TargetScores, TrainBatch};
 use quiver::train::spec::{JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
 
 fn fixture(name: &str) -> PathBuf {
@@ -76,17 +76,17 @@ fn adapter(params: &TrainableParams, norms: Option<&DoraNorms>, model: &Decoder)
 /// Runs a whole pass of one job; gradients go to where the adapter has them.
 fn run(
     model: &Arc<Decoder>,
-    batch: Batch,
+    batch: TrainBatch,
     adapter: Arc<TrainableAdapter>,
     dropout: Option<(f32, u64)>,
     gradient: bool,
-) -> Scores {
-    let mut pass = Pass::new(model.clone(), vec![Part { batch, adapter, dropout }], gradient, 0);
+) -> TargetScores {
+    let mut pass = Pass::new(model.clone(), vec![JobBatch { batch, adapter, dropout }], gradient, 0);
     while !pass.advance().unwrap() {}
     pass.scores().pop().unwrap()
 }
 
 /// Mean of the targets' negative log-likelihoods.
-fn mean(scores: &Scores) -> f64 {
+fn mean(scores: &TargetScores) -> f64 {
     scores.nll.iter().map(|&nll| f64::from(nll)).sum::<f64>() / scores.nll.len() as f64
 }

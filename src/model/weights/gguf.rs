@@ -11,8 +11,9 @@ use std::path::Path;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 
+use super::Opened;
+use super::check::check_config;
 use super::checkpoint::{Checkpoint, Entry, Form};
-use super::{Opened, check};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
@@ -159,7 +160,7 @@ fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
     // Up to its length, a window is full attention; beyond it no sequence goes.
     let window = meta.integer(&key("attention.sliding_window"))?.filter(|&w| w > 0).unwrap_or(usize::MAX);
     let epsilon = key("attention.layer_norm_rms_epsilon");
-    let config = check(ModelConfig {
+    let config = ModelConfig {
         hidden_size,
         intermediate_size: meta.required(&key("feed_forward_length"))?,
         num_layers: meta.required(&key("block_count"))?,
@@ -173,7 +174,8 @@ fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
         qkv_bias: architecture == "qwen2",
         qk_norm: architecture == "qwen3",
         max_position_embeddings: meta.required(&key("context_length"))?.min(window),
-    })?;
+    };
+    check_config(&config)?;
     Ok(Opened { config, checkpoint, tied })
 }
 

@@ -10,8 +10,9 @@ use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::check::check_config;
 use super::checkpoint::{Checkpoint, Entry, Form};
-use super::{Opened, bnb, check};
+use super::{Opened, bnb};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
@@ -165,7 +166,7 @@ fn describe(architecture: Architecture, c: Config) -> Result<ModelConfig> {
         None if c.num_attention_heads > 0 => c.hidden_size / c.num_attention_heads,
         None => 0,
     };
-    check(ModelConfig {
+    let config = ModelConfig {
         hidden_size: c.hidden_size,
         intermediate_size: c.intermediate_size,
         num_layers: c.num_hidden_layers,
@@ -179,7 +180,9 @@ fn describe(architecture: Architecture, c: Config) -> Result<ModelConfig> {
         qkv_bias: architecture == Architecture::Qwen2,
         qk_norm: architecture == Architecture::Qwen3,
         max_position_embeddings: c.max_position_embeddings.min(window),
-    })
+    };
+    check_config(&config)?;
+    Ok(config)
 }
 
 fn rope_scaling(rope: Rope) -> Result<RopeScaling> {

@@ -5,6 +5,7 @@
 //! for all. Tensors are read one matrix at a time and packed, so that the peak is the packed model and one matrix beside it.
 
 mod bnb;
+mod check;
 mod checkpoint;
 pub(crate) mod dummy;
 pub(crate) mod gguf;
@@ -17,8 +18,7 @@ use sha2::{Digest, Sha256};
 
 use self::checkpoint::Checkpoint;
 use self::dummy::Dummy;
-use crate::arch::Site;
-use crate::arch::{ModelConfig, RopeScaling};
+use crate::arch::{ModelConfig, Site};
 use crate::hub::{ModelFiles, ModelFormat, hex};
 use crate::lora::BaseMatrices;
 use crate::ops::quant::nf4::Nf4;
@@ -314,51 +314,4 @@ fn fingerprint(config: &ModelConfig, quantize: Option<Quantize>, tensors: &dyn T
     ));
     tensors.sample(&mut |bytes| hash.update(bytes))?;
     Ok(hex(&hash.finalize()))
-}
-
-/// Refuses shapes that no decoder has, before anything is computed from them.
-fn check(config: ModelConfig) -> Result<ModelConfig> {
-    for (name, value) in [
-        ("hidden size", config.hidden_size),
-        ("intermediate size", config.intermediate_size),
-        ("number of layers", config.num_layers),
-        ("number of heads", config.num_heads),
-        ("number of key-value heads", config.num_kv_heads),
-        ("head dimension", config.head_dim),
-        ("vocabulary size", config.vocab_size),
-        ("context length", config.max_position_embeddings),
-    ] {
-        if value == 0 || value > 1 << 28 {
-            return Err(Error::invalid(format!("{name} is {value}")));
-        }
-    }
-    if !config.num_heads.is_multiple_of(config.num_kv_heads) {
-        return Err(Error::invalid(format!(
-            "{} heads cannot share {} key-value heads evenly",
-            config.num_heads, config.num_kv_heads
-        )));
-    }
-    if !config.head_dim.is_multiple_of(2) {
-        return Err(Error::invalid(format!("head dimension {} is odd: rotary embedding needs pairs", config.head_dim)));
-    }
-    let positive = |v: f32| v.is_finite() && v > 0.0;
-    let scaling = match &config.rope_scaling {
-        RopeScaling::None => true,
-        RopeScaling::Linear { factor } => positive(*factor),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-            positive(*factor)
-                && positive(*low_freq_factor)
-                && positive(*high_freq_factor)
-                && low_freq_factor < high_freq_factor
-                && *original_max_position_embeddings > 0
-        }
-        RopeScaling::Factors(factors) => factors.iter().all(|&f| positive(f)),
-    };
-    if !(positive(config.rms_norm_eps) && positive(config.rope_theta) && scaling) {
-        return Err(Error::invalid(format!(
-            "RMSNorm epsilon {}, RoPE base {} and RoPE scaling {:?} must be positive numbers",
-            config.rms_norm_eps, config.rope_theta, config.rope_scaling
-        )));
-    }
-    Ok(config)
 }
