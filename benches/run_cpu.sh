@@ -77,7 +77,7 @@ run overload "--adapters adapters --max-waiting 32 --max-model-len 1024 --kv-mem
 run soak "--adapters adapters --max-model-len 1024 --kv-memory 64MiB --adapter-memory 24MiB --host-adapter-memory 12MiB" --grid soak \
     --duration $soak
 if [ -e "$out/load.json" ] && [ -e "$out/growth.json" ]; then
-    $quiver bench page "$out/load.json" "$out/growth.json" --out "$out/page.html" --svg "$out"
+    $quiver bench page "$out/load.json" "$out/growth.json" --out "$work/page.html" --svg "$out"
 fi
 python3 benches/readme.py summary "$out"
 case $(realpath "$out") in "$PWD"/benches/results/*) python3 benches/readme.py readme ;; esac
