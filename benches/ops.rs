@@ -13,13 +13,13 @@ use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::ops::adamw::{AdamwStep, adamw_step, adamw8bit_step, sum_of_squares, zero_moments};
 use quiver::ops::attention::{BLOCK, append, attention, block_len, causal, causal_backward};
 use quiver::ops::batch::{Batch, Segment};
-use quiver::ops::blas::gemm;
 use quiver::ops::dropout::dropout;
-use quiver::ops::heads::{finish, finish_backward};
-use quiver::ops::loss::{Target, cross_entropy};
+use quiver::ops::gemm::gemm;
+use quiver::ops::heads::{QkNorm, bias_and_qk_norm, qk_norm_backward};
+use quiver::ops::loss::{LossTarget, cross_entropy};
 use quiver::ops::norm::{add_rms_norm, rms_norm, rms_norm_backward};
 use quiver::ops::quant::{Codec, QMatrix, Source, gather_rows, matmul, matmul_transposed};
-use quiver::ops::rope::{RopeTable, turn};
+use quiver::ops::rope::{RopeTable, apply_rope};
 use quiver::ops::swiglu::{swiglu, swiglu_backward};
 
 /// The attention of the default model, its width, and rows of a decode step, a mixed step and a prompt.
@@ -79,6 +79,7 @@ fn rows(c: &mut Criterion) {
     let table = RopeTable::new(&[0.01; HEADS.dim / 2], 2048, &Device::Cpu).expect("a table");
     let embedding = matrix(Codec::Q8_0, 49152, HIDDEN, 34);
     let (weight, head) = (values(HIDDEN), values(HEADS.dim));
+    let qk_norm = QkNorm { query: &head, key: &head, eps: 1e-5 };
     let mut group = c.benchmark_group("rows");
     for m in ROWS {
         let (x, gate_up, qkv) = (values((m, HIDDEN)), values((m, 3072)), values((m, HEADS.qkv_width())));
@@ -90,8 +91,8 @@ fn rows(c: &mut Criterion) {
         bench("rms_norm", &x, &mut || must(rms_norm(&x, &weight, 1e-5)));
         bench("add_rms_norm", &x, &mut || must(add_rms_norm(&x, &x, &weight, 1e-5)));
         bench("swiglu", &gate_up, &mut || must(swiglu(&gate_up)));
-        bench("rope", &qkv, &mut || must(turn(&qkv, HEADS.query + HEADS.kv, &positions, &table, false)));
-        bench("heads", &qkv, &mut || must(finish(&qkv, None, Some((&head, &head)), HEADS, 1e-5)));
+        bench("rope", &qkv, &mut || must(apply_rope(&qkv, HEADS.query + HEADS.kv, &positions, &table)));
+        bench("heads", &qkv, &mut || must(bias_and_qk_norm(&qkv, None, Some(qk_norm), HEADS)));
         bench("gather_rows", &x, &mut || must(gather_rows(&embedding, &positions, None)));
     }
 }
@@ -184,7 +185,7 @@ fn train(c: &mut Criterion) {
         (values((T, HEADS.qkv_width())), values((T, HEADS.qkv_width())), values(HIDDEN), values(HEADS.dim));
     let sequences = [0..T / 2, T / 2..T];
     let (out, lse) = causal(&qkv, &sequences, HEADS).expect("it fits");
-    let targets: Vec<Target> = (0..32).map(|i| Target { row: i * 16, id: i, scale: 1.0 }).collect();
+    let targets: Vec<LossTarget> = (0..32).map(|i| LossTarget { row: i * 16, id: i, scale: 1.0 }).collect();
     let (a, shrunk) = (values((16, HIDDEN)), values((T, 16)));
     let at = a.t().expect("a matrix");
     let (params, grads, m, v) = (values(PARAMETERS), values(PARAMETERS), values(PARAMETERS), values(PARAMETERS));
@@ -192,6 +193,7 @@ fn train(c: &mut Criterion) {
     let (m8, v8) = (moments(), moments());
     let step =
         AdamwStep { step: 1, lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, grad_scale: 1.0 };
+    let qk_norm = QkNorm { query: &norm, key: &norm, eps: 1e-5 };
     let mut group = c.benchmark_group("train");
     group.sample_size(20);
     let mut bench = |name: &str, f: &mut dyn FnMut()| {
@@ -200,7 +202,7 @@ fn train(c: &mut Criterion) {
     bench("matmul_transposed", &mut || must(matmul_transposed(&down, &x, DType::F32)));
     bench("rms_norm_backward", &mut || must(rms_norm_backward(&x, &weight, &x, Some(&x), 1e-5)));
     bench("swiglu_backward", &mut || must(swiglu_backward(&gate_up, &h)));
-    bench("heads_backward", &mut || must(finish_backward(&dqkv, &qkv, (&norm, &norm), HEADS, 1e-5)));
+    bench("heads_backward", &mut || must(qk_norm_backward(&dqkv, &qkv, qk_norm, HEADS)));
     bench("causal", &mut || must(causal(&qkv, &sequences, HEADS)));
     bench("causal_backward", &mut || must(causal_backward(&qkv, &out, &lse, &out, &sequences, HEADS)));
     bench("cross_entropy of 32", &mut || must(cross_entropy(&head, &x, &targets, true)));

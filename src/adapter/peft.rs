@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::peft_config::{PeftConfig, PeftType, invalid};
 use crate::arch::{ModelConfig, Module};
-use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use crate::{Error, Result};
 
 /// Problems that one message lists; more are counted.
@@ -197,7 +197,7 @@ impl ReadPlan {
         let mut hash = Sha256::new();
         hash.update(b"quiver adapter generation 1");
         let mut problems = Vec::new();
-        let mut load = |(name, info): &(String, TensorInfo), hash: &mut Sha256| -> Result<Values> {
+        let mut load = |(name, info): &(String, TensorInfo), hash: &mut Sha256| -> Result<FloatVec> {
             let bytes = file.bytes(info)?;
             hash_text(hash, &info.dtype.to_string());
             for dim in &info.shape {
@@ -206,7 +206,7 @@ impl ReadPlan {
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(&bytes);
             // `step` has refused other dtypes.
-            let values = Values::read(info.dtype, &bytes).ok_or_else(|| invalid(wrong_dtype(name, info)))?;
+            let values = FloatVec::read(info.dtype, &bytes).ok_or_else(|| invalid(wrong_dtype(name, info)))?;
             if let Some(at) = values.first_not_finite() {
                 problems.push(format!("{name} has a NaN or infinity at position {at}"));
             }
@@ -319,13 +319,13 @@ fn step(
 }
 
 /// `A * E` row by row, in f32 as PEFT computes it.
-fn times_rows(a: &Values, e: &Values) -> Values {
+fn times_rows(a: &FloatVec, e: &FloatVec) -> FloatVec {
     let (mut a, e) = (a.to_f32(), e.to_f32());
     let k = a.len() / e.len().max(1);
     for (row, factor) in a.chunks_mut(k.max(1)).zip(&e) {
         row.iter_mut().for_each(|x| *x *= factor);
     }
-    Values::F32(a.into())
+    FloatVec::F32(a.into())
 }
 
 fn hash_text(hash: &mut Sha256, text: &str) {

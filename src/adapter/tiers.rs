@@ -19,7 +19,7 @@ use super::peft;
 use super::{Generation, GenerationState, Lease};
 use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
-use crate::lora::slots::{Form, Laid, SlotPool};
+use crate::lora::slots::{SlotPool, SlotStager, StagedWeights};
 use crate::lora::weights::AdapterWeights;
 use crate::{Error, Result};
 
@@ -168,7 +168,7 @@ pub struct Tiers {
     /// The value of `TierStats::retirements` up to which retired generations have been freed.
     swept: u64,
     jobs: Sender<Arc<Generation>>,
-    done: Receiver<(u64, Result<Laid>)>,
+    done: Receiver<(u64, Result<StagedWeights>)>,
     /// Generations that were put into their slot, but may not have arrived there.
     arriving: Vec<u64>,
     stats: Arc<TierStats>,
@@ -206,12 +206,12 @@ impl Tiers {
         let stats = host.stats.clone();
         for i in 0..LOADERS {
             let (queue, results, model, host) = (queue.clone(), results.clone(), model.clone(), host.clone());
-            let form = pool.form();
+            let stager = pool.stager();
             let run = move || {
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(generation) = next else { return };
-                    let loaded = catch_unwind(AssertUnwindSafe(|| load(&generation, &host, &model, &form)))
+                    let loaded = catch_unwind(AssertUnwindSafe(|| load(&generation, &host, &model, &stager)))
                         .unwrap_or_else(|_| Err(Error::internal("the adapter loader panicked")));
                     if results.send((generation.key, loaded)).is_err() {
                         return;
@@ -406,7 +406,7 @@ impl Tiers {
 }
 
 /// A loader thread's work: host memory or disk -> the layout of a slot.
-fn load(generation: &Generation, host: &HostTier, model: &ModelConfig, form: &Form) -> Result<Laid> {
+fn load(generation: &Generation, host: &HostTier, model: &ModelConfig, stager: &SlotStager) -> Result<StagedWeights> {
     let weights = match host.get(generation.key) {
         Some(weights) => weights,
         None => {
@@ -428,5 +428,5 @@ fn load(generation: &Generation, host: &HostTier, model: &ModelConfig, form: &Fo
             weights
         }
     };
-    form.lay_out(&weights, model)
+    stager.stage(&weights, model)
 }

@@ -21,7 +21,7 @@ use rand_pcg::Pcg64;
 
 use super::request::{Logprobs, SamplingParams};
 use crate::ops::pool::parallel_for;
-use crate::ops::sample::{self as on_device, Penalties, Picked, Report};
+use crate::ops::sample::{self as on_device, LogitReport, Penalties, PickedToken};
 use crate::{Error, Result};
 
 /// Logits are scanned in chunks of this size: sixteen lanes that a compiler keeps in registers, times four.
@@ -119,17 +119,17 @@ pub fn answer(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<Sample
 
 impl LogitsTask<'_> {
     /// The same for a GPU.
-    fn row(&self, vocab: usize) -> on_device::Row<'_> {
+    fn row(&self, vocab: usize) -> on_device::RowSampling<'_> {
         let choice = match self {
             Self::Score(id, top) if (*id as usize) < vocab => {
-                let choice = on_device::Choice::Given(*id);
-                return on_device::Row { choice, top: Some(*top), ..Default::default() };
+                let choice = on_device::TokenChoice::Given(*id);
+                return on_device::RowSampling { choice, top: Some(*top), ..Default::default() };
             }
-            Self::Score(..) => return on_device::Row::default(),
+            Self::Score(..) => return on_device::RowSampling::default(),
             Self::Next(choice) => choice,
         };
         let SamplingParams { temperature, top_p, top_k, min_p, .. } = *choice.params;
-        on_device::Row {
+        on_device::RowSampling {
             bias: &choice.params.logit_bias,
             penalties: choice.counts.on.then_some(Penalties {
                 counts: &choice.counts.by_id,
@@ -139,15 +139,15 @@ impl LogitsTask<'_> {
             }),
             masked: choice.masked,
             choice: match temperature {
-                0.0 => on_device::Choice::Best,
-                _ => on_device::Choice::Draw { temperature, min_p, top_k, top_p, uniform: choice.uniform() },
+                0.0 => on_device::TokenChoice::Best,
+                _ => on_device::TokenChoice::Draw { temperature, min_p, top_k, top_p, uniform: choice.uniform() },
             },
             top: choice.params.logprobs,
         }
     }
 
     /// What a GPU's answer means.
-    fn outcome(&self, picked: Picked, vocab: usize) -> Result<SampledToken> {
+    fn outcome(&self, picked: PickedToken, vocab: usize) -> Result<SampledToken> {
         if picked.max.is_nan() {
             return Err(not_finite());
         }
@@ -155,7 +155,7 @@ impl LogitsTask<'_> {
             return Err(all_masked());
         }
         let logprobs = picked.report.map(|report| {
-            let Report { logit, rank, total, top } = report;
+            let LogitReport { logit, rank, total, top } = report;
             let logprob = |logit| logprob(logit, picked.max, total);
             Logprobs {
                 logprob: logprob(logit),

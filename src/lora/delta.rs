@@ -97,7 +97,13 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
                 if gains.is_some() && (segment.terms.len() > 1 || weight != 1.0) {
                     return Err(Error::internal("DoRA adapters have no weights and share no rows"));
                 }
-                deltas.push(Delta { rows: segment.rows.clone(), pair, weight: weight * pair.scale, gains, hidden });
+                deltas.push(SegmentDelta {
+                    rows: segment.rows.clone(),
+                    pair,
+                    weight: weight * pair.scale,
+                    gains,
+                    hidden,
+                });
                 hidden += segment.rows.len() * pair.rank;
             }
         }
@@ -136,7 +142,7 @@ impl LoraPair {
 }
 
 /// One pair under one segment.
-struct Delta<'a> {
+struct SegmentDelta<'a> {
     /// The segment's rows.
     rows: Range<usize>,
     pair: &'a LoraPair,
@@ -150,7 +156,7 @@ struct Delta<'a> {
 
 struct AddDelta<'a> {
     /// By segment; within one, in the order of its terms.
-    deltas: Vec<Delta<'a>>,
+    deltas: Vec<SegmentDelta<'a>>,
     /// Intermediate values in all.
     hidden: usize,
 }
@@ -219,7 +225,7 @@ fn chunks(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>
 
 /// Some rows and ranks of one delta's `weight · x · Aᵀ`.
 struct Shrink<'a> {
-    delta: &'a Delta<'a>,
+    delta: &'a SegmentDelta<'a>,
     rows: Range<usize>,
     ranks: Range<usize>,
     x: &'a [f32],
@@ -291,7 +297,7 @@ impl Shrink<'_> {
 
 /// Some rows and columns of `y += hidden · B + weight · bias`, and `y`'s gains.
 struct Expand<'a> {
-    delta: &'a Delta<'a>,
+    delta: &'a SegmentDelta<'a>,
     rows: Range<usize>,
     /// Of `y`.
     columns: Range<usize>,

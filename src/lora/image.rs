@@ -15,7 +15,7 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use crate::arch::ModelConfig;
 use crate::arch::{Module, Site};
-use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use crate::{Error, Result};
 
 /// 16-bit values of an entry of the slot table: the block's address, the ranks of its modules and which have a bias (one
@@ -36,9 +36,9 @@ const STEP: usize = 256;
 
 /// Where everything of one adapter is in its image.
 #[derive(Debug)]
-pub struct Layout {
+pub struct ImageLayout {
     /// By entry: four of each decoder block, then the head's.
-    blocks: BTreeMap<usize, Block>,
+    blocks: BTreeMap<usize, SiteBlock>,
     /// Bytes of the image.
     pub bytes: usize,
     /// Most ranks of all modules together, in any decoder block, by site.
@@ -47,7 +47,7 @@ pub struct Layout {
 
 /// The weights of one site.
 #[derive(Debug)]
-pub struct Block {
+pub struct SiteBlock {
     /// First value.
     pub at: usize,
     /// Input features.
@@ -76,7 +76,7 @@ fn entry(layer: usize, module: Module, model: &ModelConfig) -> (usize, usize) {
     (entry, site.modules().iter().position(|m| *m == module).unwrap_or_default())
 }
 
-impl Layout {
+impl ImageLayout {
     /// The layout of an adapter that was read for this model. Errors: a rank beyond 16 bits.
     pub fn new(weights: &AdapterWeights, model: &ModelConfig) -> Result<Self> {
         let mut blocks = BTreeMap::new();
@@ -87,7 +87,7 @@ impl Layout {
                 let mut n = [0; 3];
                 n.iter_mut().zip(m.module.site().modules()).for_each(|(n, module)| *n = module.shape(model).0);
                 let (biases, magnitudes) = ([false; 3], [false; 3]);
-                Block { at: 0, k, n, ranks: [0; 3], biases, scales: [0.0; 3], magnitudes }
+                SiteBlock { at: 0, k, n, ranks: [0; 3], biases, scales: [0.0; 3], magnitudes }
             });
             let rank = m.rank.next_multiple_of(RANK_STEP);
             if rank > usize::from(u16::MAX) {
@@ -150,7 +150,7 @@ impl Layout {
     }
 
     /// The block of an entry.
-    pub fn block(&self, entry: usize) -> Option<&Block> {
+    pub fn block(&self, entry: usize) -> Option<&SiteBlock> {
         self.blocks.get(&entry)
     }
 
@@ -160,7 +160,7 @@ impl Layout {
     }
 }
 
-impl Block {
+impl SiteBlock {
     /// Writes module `i` to the block's image.
     fn write(&self, i: usize, m: &ModuleWeights, image: &mut [u16]) {
         let (k, n, padded) = (self.k, self.n[i], self.ranks[i]);
@@ -227,12 +227,12 @@ fn halves(bits: u32) -> [u16; 2] {
 }
 
 /// Some values as bf16.
-fn round(values: &Values, range: Range<usize>, to: &mut [u16]) {
+fn round(values: &FloatVec, range: Range<usize>, to: &mut [u16]) {
     let to = to.reinterpret_cast_mut::<bf16>();
     match values {
-        Values::F32(v) => to.convert_from_f32_slice(&v[range]),
-        Values::F16(v) => to.iter_mut().zip(&v[range]).for_each(|(to, v)| *to = bf16::from_f32(v.to_f32())),
-        Values::BF16(v) => to.copy_from_slice(&v[range]),
+        FloatVec::F32(v) => to.convert_from_f32_slice(&v[range]),
+        FloatVec::F16(v) => to.iter_mut().zip(&v[range]).for_each(|(to, v)| *to = bf16::from_f32(v.to_f32())),
+        FloatVec::BF16(v) => to.copy_from_slice(&v[range]),
     }
 }
 
@@ -266,9 +266,9 @@ mod tests {
         let values = |seed: u64, len: usize| {
             let v: Vec<f32> = (0..len).map(|i| ((i * 37 + seed as usize * 101) % 127) as f32 / 64.0 - 1.0).collect();
             match seed % 3 {
-                0 => Values::F32(v.into()),
-                1 => Values::F16(v.into_iter().map(half::f16::from_f32).collect()),
-                _ => Values::BF16(v.into_iter().map(bf16::from_f32).collect()),
+                0 => FloatVec::F32(v.into()),
+                1 => FloatVec::F16(v.into_iter().map(half::f16::from_f32).collect()),
+                _ => FloatVec::BF16(v.into_iter().map(bf16::from_f32).collect()),
             }
         };
         ModuleWeights {
@@ -289,7 +289,7 @@ mod tests {
         let model = model();
         let scaled = |m: ModuleWeights| {
             let n = m.module.shape(&model).0;
-            ModuleWeights { magnitude: Some(Values::F32((0..n).map(|i| i as f32 + 0.5).collect())), ..m }
+            ModuleWeights { magnitude: Some(FloatVec::F32((0..n).map(|i| i as f32 + 0.5).collect())), ..m }
         };
         let weights = AdapterWeights {
             modules: vec![
@@ -302,7 +302,7 @@ mod tests {
                 module(2, Module::LmHead, 2, true),
             ],
         };
-        let layout = Layout::new(&weights, &model).unwrap();
+        let layout = ImageLayout::new(&weights, &model).unwrap();
         assert_eq!(layout.ranks, [24, 0, 24, 8, 8]);
         assert_eq!(layout.bytes % STEP, 0);
         assert_eq!(layout.gained().collect::<Vec<_>>(), [3, 6]);
@@ -333,7 +333,7 @@ mod tests {
             let mut bias = b + n.iter().zip(&ranks).map(|(n, r)| n * r).sum::<usize>();
             for (i, module) in site.modules().iter().enumerate() {
                 let found = weights.modules.iter().find(|m| m.module == *module && entry_of(m, &model) == e);
-                let magnitude = found.and_then(|m| m.magnitude.as_ref()).map(Values::to_f32);
+                let magnitude = found.and_then(|m| m.magnitude.as_ref()).map(FloatVec::to_f32);
                 for j in (0..n[i]).filter(|_| gains > 0) {
                     assert_eq!(float(gains + 2 * (first + j)), magnitude.as_ref().map_or(1.0, |m| m[j]));
                 }

@@ -1,13 +1,13 @@
 //! Slots: the adapters that a forward pass can use, addressed by index.
 
-mod space;
+mod allocator;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Device;
 
-use self::space::Space;
+use self::allocator::RangeAllocator;
 use super::BaseMatrices;
 use super::cuda::slots::{self, DeviceSlots, Image, SLOTS, Staging};
 use super::delta::LoraPair;
@@ -79,7 +79,7 @@ pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device
 
 /// How adapters are laid out for a pool's slots; loader threads have a clone.
 #[derive(Clone)]
-pub enum Form {
+pub enum SlotStager {
     /// As [`SlotWeights`].
     Host,
     /// In page-locked memory, as they will be on a GPU.
@@ -87,17 +87,17 @@ pub enum Form {
 }
 
 /// An adapter laid out for a slot.
-pub enum Laid {
+pub enum StagedWeights {
     Host(SlotWeights),
     Gpu(Image),
 }
 
-impl Form {
+impl SlotStager {
     /// Lays an adapter out. Errors: no memory.
-    pub fn lay_out(&self, weights: &AdapterWeights, model: &ModelConfig) -> Result<Laid> {
+    pub fn stage(&self, weights: &AdapterWeights, model: &ModelConfig) -> Result<StagedWeights> {
         match self {
-            Self::Host => Ok(Laid::Host(SlotWeights::from_adapter(weights, model))),
-            Self::Gpu(staging) => staging.image(weights, model).map(Laid::Gpu),
+            Self::Host => Ok(StagedWeights::Host(SlotWeights::from_adapter(weights, model))),
+            Self::Gpu(staging) => staging.image(weights, model).map(StagedWeights::Gpu),
         }
     }
 }
@@ -106,13 +106,13 @@ impl Form {
 /// Whom to keep is decided in [`crate::adapter::tiers`].
 #[derive(Default)]
 pub struct SlotPool {
-    slots: Vec<Option<Slot>>,
-    gpu: Option<Gpu>,
+    slots: Vec<Option<ReservedSlot>>,
+    gpu: Option<GpuSlots>,
 }
 
 /// An index that is taken.
 #[derive(Default)]
-struct Slot {
+struct ReservedSlot {
     /// Empty until they come, and on a GPU.
     weights: SlotWeights,
     /// Where they are in a GPU's arena, in bytes.
@@ -120,21 +120,22 @@ struct Slot {
 }
 
 /// What a pool on a GPU has beside its indices.
-struct Gpu {
-    space: Space,
+struct GpuSlots {
+    allocator: RangeAllocator,
     slots: DeviceSlots,
 }
 
 impl SlotPool {
     /// Slots on this device; on a GPU in an arena of `budget` bytes, allocated now. Errors: no memory.
     pub fn on(device: &Device, model: &ModelConfig, budget: usize) -> Result<Self> {
-        let gpu = slots::open(device, model, budget)?.map(|slots| Gpu { space: Space::new(budget), slots });
+        let gpu =
+            slots::open(device, model, budget)?.map(|slots| GpuSlots { allocator: RangeAllocator::new(budget), slots });
         Ok(Self { slots: Vec::new(), gpu })
     }
 
     /// How its adapters are laid out.
-    pub fn form(&self) -> Form {
-        self.gpu.as_ref().map_or(Form::Host, |gpu| Form::Gpu(gpu.slots.staging().clone()))
+    pub fn stager(&self) -> SlotStager {
+        self.gpu.as_ref().map_or(SlotStager::Host, |gpu| SlotStager::Gpu(gpu.slots.staging().clone()))
     }
 
     /// The memory on a GPU.
@@ -146,12 +147,12 @@ impl SlotPool {
     /// too few. The CPU's memory needs no piece.
     pub fn evictions(&self, bytes: usize, victims: impl IntoIterator<Item = u32>) -> Option<usize> {
         let Some(gpu) = &self.gpu else { return Some(0) };
-        let (mut space, mut victims) = (gpu.space.clone(), victims.into_iter());
+        let (mut allocator, mut victims) = (gpu.allocator.clone(), victims.into_iter());
         let mut taken = self.slots.iter().flatten().count();
         let mut gone = 0;
-        while taken == SLOTS || !space.fits(bytes) {
+        while taken == SLOTS || !allocator.fits(bytes) {
             let slot = self.slots.get(victims.next()? as usize)?.as_ref()?;
-            space.give(slot.place.clone());
+            allocator.free(slot.place.clone());
             (taken, gone) = (taken - 1, gone + 1);
         }
         Some(gone)
@@ -162,27 +163,27 @@ impl SlotPool {
         let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let place = match &mut self.gpu {
             Some(_) if free == SLOTS => return None,
-            Some(gpu) => gpu.space.take(bytes)?,
+            Some(gpu) => gpu.allocator.allocate(bytes)?,
             None => 0..0,
         };
         if free == self.slots.len() {
             self.slots.push(None);
         }
-        self.slots[free] = Some(Slot { place, ..Slot::default() });
+        self.slots[free] = Some(ReservedSlot { place, ..ReservedSlot::default() });
         Some(free as u32)
     }
 
     /// Gives a reserved slot its weights, which on a GPU start to be copied: [`SlotPool::arrived`] tells when the slot
     /// can be used.
-    pub fn put(&mut self, slot: u32, laid: Laid) -> Result<()> {
+    pub fn put(&mut self, slot: u32, staged: StagedWeights) -> Result<()> {
         let held = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
-        match (held, laid, &mut self.gpu) {
-            (Some(held), Laid::Host(weights), None) => {
+        match (held, staged, &mut self.gpu) {
+            (Some(held), StagedWeights::Host(weights), None) => {
                 held.weights = weights;
                 Ok(())
             }
-            (Some(held), Laid::Gpu(image), Some(gpu)) => gpu.slots.put(slot, held.place.clone(), image),
-            _ => Err(Error::internal(format!("slot {slot} is not reserved for what was laid out"))),
+            (Some(held), StagedWeights::Gpu(image), Some(gpu)) => gpu.slots.put(slot, held.place.clone(), image),
+            _ => Err(Error::internal(format!("slot {slot} is not reserved for these staged weights"))),
         }
     }
 
@@ -205,14 +206,14 @@ impl SlotPool {
 
     /// Puts an adapter into a free slot, and waits until it is there. Errors: no room.
     pub fn load(&mut self, weights: &AdapterWeights, model: &ModelConfig) -> Result<u32> {
-        let laid = self.form().lay_out(weights, model)?;
-        let device_bytes = match &laid {
-            Laid::Host(_) => 0,
-            Laid::Gpu(image) => image.bytes(),
+        let staged = self.stager().stage(weights, model)?;
+        let device_bytes = match &staged {
+            StagedWeights::Host(_) => 0,
+            StagedWeights::Gpu(image) => image.bytes(),
         };
         let full = || Error::new(ErrorKind::Unavailable, format!("no slot has room for {device_bytes} bytes"));
         let slot = self.reserve(device_bytes).ok_or_else(full)?;
-        self.put(slot, laid)?;
+        self.put(slot, staged)?;
         while !self.arrived(slot)? {
             std::thread::yield_now();
         }
@@ -225,7 +226,7 @@ impl SlotPool {
             self.slots.push(None);
             self.slots.len() - 1
         });
-        self.slots[free] = Some(Slot { weights, ..Slot::default() });
+        self.slots[free] = Some(ReservedSlot { weights, ..ReservedSlot::default() });
         free as u32
     }
 
@@ -234,13 +235,13 @@ impl SlotPool {
         let held = self.slots.get_mut(slot as usize).and_then(Option::take);
         if let (Some(held), Some(gpu)) = (held, &mut self.gpu) {
             gpu.slots.remove(slot);
-            gpu.space.give(held.place);
+            gpu.allocator.free(held.place);
         }
     }
 
     /// Pairs of `slot` at a site; empty where the adapter does not touch it, the slot is free or on a GPU.
     pub fn pairs(&self, slot: u32, layer: usize, site: Site) -> &[LoraPair] {
-        let Some(Some(Slot { weights, .. })) = self.slots.get(slot as usize) else { return &[] };
+        let Some(Some(ReservedSlot { weights, .. })) = self.slots.get(slot as usize) else { return &[] };
         match site {
             Site::Head => &weights.head,
             _ => weights.layers.get(layer).map_or(&[], |sites| &sites[site as usize]),

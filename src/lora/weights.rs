@@ -25,24 +25,24 @@ pub struct ModuleWeights {
     /// Factor of the delta.
     pub scale: f32,
     /// `A [rank, k]` row-major; for AdaLoRA already times E.
-    pub a: Values,
+    pub a: FloatVec,
     /// `B [n, rank]` row-major.
-    pub b: Values,
+    pub b: FloatVec,
     /// `lora_B.bias [n]`, scaled with the delta.
-    pub bias: Option<Values>,
+    pub bias: Option<FloatVec>,
     /// DoRA's norms of the changed weight's rows `[n]`.
-    pub magnitude: Option<Values>,
+    pub magnitude: Option<FloatVec>,
 }
 
 /// Numbers in the precision of the file.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Values {
+pub enum FloatVec {
     F32(Box<[f32]>),
     F16(Box<[f16]>),
     BF16(Box<[bf16]>),
 }
 
-impl Values {
+impl FloatVec {
     /// From little-endian bytes; `None` for a dtype that adapters do not have.
     pub fn read(dtype: Dtype, bytes: &[u8]) -> Option<Self> {
         // `chunks_exact` gives slices of the array's length, so the conversions cannot fail.
@@ -87,7 +87,7 @@ impl Values {
 
 impl ModuleWeights {
     /// Numbers in all tensors.
-    fn numbers(&self, width: impl Fn(&Values) -> usize) -> usize {
+    fn numbers(&self, width: impl Fn(&FloatVec) -> usize) -> usize {
         [Some(&self.a), Some(&self.b), self.bias.as_ref(), self.magnitude.as_ref()]
             .into_iter()
             .flatten()
@@ -99,7 +99,7 @@ impl ModuleWeights {
 impl AdapterWeights {
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
-        self.modules.iter().map(|m| m.numbers(Values::bytes)).sum()
+        self.modules.iter().map(|m| m.numbers(FloatVec::bytes)).sum()
     }
 
     /// Whether any module has DoRA's magnitudes, with which an adapter is used alone and at weight 1.
@@ -109,8 +109,8 @@ impl AdapterWeights {
 
     /// Bytes in a slot, where everything is f32.
     pub fn slot_bytes(&self) -> usize {
-        let f32_bytes = |v: &Values| match v {
-            Values::F32(v) => v.len() * 4,
+        let f32_bytes = |v: &FloatVec| match v {
+            FloatVec::F32(v) => v.len() * 4,
             half => half.bytes() * 2,
         };
         self.modules.iter().map(|m| m.numbers(f32_bytes)).sum()

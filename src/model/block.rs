@@ -14,7 +14,7 @@ use candle_core::Tensor;
 use super::weights::{LayerWeights, Weights};
 use crate::Result;
 use crate::arch::{Heads, Site};
-use crate::ops::heads;
+use crate::ops::heads::{self, QkNorm};
 use crate::ops::norm::add_rms_norm;
 use crate::ops::quant::QMatrix;
 use crate::ops::swiglu::swiglu;
@@ -29,11 +29,10 @@ pub trait BlockHook {
         &mut self,
         qkv: &Tensor,
         bias: Option<&Tensor>,
-        norms: Option<(&Tensor, &Tensor)>,
+        norm: Option<QkNorm>,
         heads: Heads,
-        eps: f32,
     ) -> Result<()> {
-        heads::finish(qkv, bias, norms, heads, eps)
+        heads::bias_and_qk_norm(qkv, bias, norm, heads)
     }
 
     /// Applies RoPE to the queries and keys of `qkv [T, (heads + 2·kv_heads)·head_dim]` and attends. Returns attention's
@@ -86,8 +85,8 @@ impl<'a> DecoderBlock<'a> {
     ) -> Result<Option<BlockActivations>> {
         let LayerWeights { qkv, qkv_bias, qk_norm, o, ffn_norm, gate_up, .. } = self.weights;
         let qkv = hook.linear(qkv, &x, Site::Qkv)?;
-        let norms = qk_norm.as_ref().map(|(q, k)| (q, k));
-        hook.bias_and_qk_norm(&qkv, qkv_bias.as_ref(), norms, self.heads, self.eps)?;
+        let qk_norm = qk_norm.as_ref().map(|(query, key)| QkNorm { query, key, eps: self.eps });
+        hook.bias_and_qk_norm(&qkv, qkv_bias.as_ref(), qk_norm, self.heads)?;
         let Some((attended, residual)) = hook.attention(&qkv, residual)? else { return Ok(None) };
         let o = hook.linear(o, &attended, Site::O)?;
         let (residual, normed) = add_rms_norm(&residual, &o, ffn_norm, self.eps)?;

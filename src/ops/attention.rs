@@ -82,7 +82,7 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
     if qkv.device().is_cuda() {
         return cuda::append(cache, qkv, batch, table, heads);
     }
-    rope::turn(qkv, heads.query + heads.kv, &batch.positions, table, false)?;
+    rope::apply_rope(qkv, heads.query + heads.kv, &batch.positions, table)?;
     Ok(cache.inplace_op2(qkv, &Append { slots, heads })?)
 }
 
@@ -196,7 +196,7 @@ impl CustomOp2 for Attention<'_> {
         let mut out = vec![0.0; rows * heads.query * heads.dim];
         let shared = SharedMut::new(&mut out);
         cpu::for_each(tasks.len(), multiply_adds, |task| {
-            simd::run(Tile { heads, qkv, cache, tile: &tasks[task], out: shared });
+            simd::run(AttendTile { heads, qkv, cache, tile: &tasks[task], out: shared });
         });
         Ok((CpuStorage::F32(out), (rows, heads.query * heads.dim).into()))
     }
@@ -214,7 +214,7 @@ struct QueryTile<'a> {
 }
 
 /// Attends one [`QueryTile`]; its query rows, position by position and within one head by head, are numbered from 0.
-struct Tile<'a> {
+struct AttendTile<'a> {
     heads: Heads,
     qkv: &'a [f32],
     cache: &'a [f32],
@@ -222,7 +222,7 @@ struct Tile<'a> {
     out: SharedMut<f32>,
 }
 
-impl Kernel for Tile<'_> {
+impl Kernel for AttendTile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { heads, qkv, cache, tile, out } = self;
@@ -441,13 +441,13 @@ mod tests {
     use crate::ops::reference::{assert_close, random};
 
     /// A sequence with random queries, keys and values for each position, and the cache blocks that are its own.
-    struct Sequence {
+    struct TestSequence {
         heads: Heads,
         qkv: Vec<f32>,
         table: Vec<u32>,
     }
 
-    impl Sequence {
+    impl TestSequence {
         fn new(seed: u64, len: usize, heads: Heads, table: Vec<u32>) -> Self {
             let qkv = random(seed, len * heads.qkv_width()).iter().map(|x| x * 3.0).collect();
             Self { heads, qkv, table }
@@ -497,7 +497,7 @@ mod tests {
     }
 
     /// Runs the sequences' `parts` as one batch.
-    fn step(cache: &Tensor, parts: &[(&Sequence, Range<usize>)]) -> Vec<Vec<f32>> {
+    fn step(cache: &Tensor, parts: &[(&TestSequence, Range<usize>)]) -> Vec<Vec<f32>> {
         let heads = parts[0].0.heads;
         let (mut qkv, mut batch) = (vec![], Batch::default());
         for (sequence, positions) in parts {
@@ -517,7 +517,7 @@ mod tests {
             let heads = Heads { query, kv, dim };
             for len in [1, 2, 15, 16, 17, 63, 64, 65, 130, 200] {
                 let table = (0..13).rev().collect();
-                let sequence = Sequence::new(len as u64, len, heads, table);
+                let sequence = TestSequence::new(len as u64, len, heads, table);
                 let cache = Tensor::zeros((13, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
                 let out = step(&cache, &[(&sequence, 0..len)]);
                 assert_close(&out[0], &sequence.reference(), 1e-5);
@@ -529,8 +529,8 @@ mod tests {
     fn chunks_decode_steps_and_neighbours_change_no_bit() {
         let heads = Heads { query: 6, kv: 2, dim: 20 };
         let len = 150;
-        let a = Sequence::new(1, len, heads, (0..10).map(|b| b * 2).collect());
-        let b = Sequence::new(2, 90, heads, (0..10).map(|b| b * 2 + 1).collect());
+        let a = TestSequence::new(1, len, heads, (0..10).map(|b| b * 2).collect());
+        let b = TestSequence::new(2, 90, heads, (0..10).map(|b| b * 2 + 1).collect());
         let fresh = || Tensor::zeros((20, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let whole = step(&fresh(), &[(&a, 0..len)]).concat();
         for chunk in [1, 3, 7, 16, 61] {
@@ -549,7 +549,7 @@ mod tests {
     #[test]
     fn what_others_left_in_a_block_is_not_seen() {
         let heads = Heads { query: 3, kv: 1, dim: 16 };
-        let sequence = Sequence::new(1, 70, heads, vec![3, 0, 4, 1, 2]);
+        let sequence = TestSequence::new(1, 70, heads, vec![3, 0, 4, 1, 2]);
         let clean = Tensor::zeros((5, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
         let whole = step(&clean, &[(&sequence, 0..70)]);
         assert_eq!(whole, step(&stale_cache(5, heads), &[(&sequence, 0..70)]));

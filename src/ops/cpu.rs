@@ -29,16 +29,16 @@ pub fn values<'a>(op: &'static str, tensor: &'a Tensor) -> Result<impl Deref<Tar
     if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
         candle_core::bail!("{op} takes f32 tensors on the CPU");
     }
-    Ok(Values { storage, range: start..end })
+    Ok(TensorValues { storage, range: start..end })
 }
 
 /// `S` is candle's lock guard, whose type is not public.
-struct Values<S> {
+struct TensorValues<S> {
     storage: S,
     range: Range<usize>,
 }
 
-impl<S: Deref<Target = Storage>> Deref for Values<S> {
+impl<S: Deref<Target = Storage>> Deref for TensorValues<S> {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {

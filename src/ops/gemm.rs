@@ -1,116 +1,167 @@
-//! Products of f32 matrices inside a task: what attention's and the linears' gradients are made of.
+//! Products of strided views, added to a view in place: what training does with the low-rank matrices, which is made of
+//! columns of activations and pieces of flat buffers.
+//!
+//! On the CPU the `gemm` crate multiplies, which candle uses too; on a GPU cuBLAS.
 
-use super::simd::{Kernel, LANES, Lanes};
+#[cfg(feature = "cuda")]
+mod cuda;
 
-/// `c [rows, columns] += a [rows, inner] · b [inner, columns]`, columns in vectors. An element's sum over `inner` runs in order
-/// and is then added to `c`, whatever the other sizes.
-pub struct Product<'a> {
-    pub rows: usize,
-    pub inner: usize,
-    /// In vectors.
-    pub columns: usize,
-    pub a: &'a [f32],
-    /// From one row of `a` to the next, and from one column to the next.
-    pub a_strides: (usize, usize),
-    pub b: &'a [[f32; LANES]],
-    /// Vectors from one row of `b` to the next.
-    pub b_stride: usize,
-    pub c: &'a mut [[f32; LANES]],
-    /// Vectors from one row of `c` to the next.
-    pub c_stride: usize,
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, InplaceOp3, Layout, Tensor};
+use gemm::Parallelism;
+
+use super::pool::threads;
+use crate::{Error, Result};
+
+/// Multiply-adds that are worth a second thread.
+const PARALLEL: usize = 1 << 18;
+
+/// `c = beta · c + alpha · a · b` in place, `c [m, n]`, `a [m, k]`, `b [k, n]`: views with any strides, of which one is 1,
+/// and `c` with storage of its own. f32; on a GPU `a` and `b` are bf16, `c` bf16 or f32, rows of `c` contiguous. `beta` 0
+/// writes over whatever is there. The bits depend on shapes and values alone.
+pub fn gemm(c: &Tensor, beta: f32, a: &Tensor, b: &Tensor, alpha: f32) -> Result<()> {
+    let ((m, n), (rows, k), (inner, columns)) = (c.dims2()?, a.dims2()?, b.dims2()?);
+    if (m, n, k) != (rows, columns, inner) {
+        return Err(Error::internal(format!("[{m}, {n}] from [{rows}, {k}] times [{inner}, {columns}]")));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    Ok(c.inplace_op3(a, b, &Gemm { beta, alpha })?)
 }
 
-impl Kernel for Product<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(mut self) {
-        for start in (0..self.rows).step_by(L::ROWS) {
-            match L::ROWS.min(self.rows - start) {
-                1 => self.rows::<L, 1>(start),
-                2 => self.rows::<L, 2>(start),
-                3 => self.rows::<L, 3>(start),
-                _ => self.rows::<L, 4>(start),
-            }
-        }
-    }
+struct Gemm {
+    beta: f32,
+    alpha: f32,
 }
 
-impl Product<'_> {
-    #[inline(always)]
-    fn rows<L: Lanes, const R: usize>(&mut self, start: usize) {
-        let mut column = 0;
-        while column + 4 <= self.columns {
-            self.tile::<L, R, 4>(start, column);
-            column += 4;
-        }
-        while column < self.columns {
-            self.tile::<L, R, 1>(start, column);
-            column += 1;
-        }
+/// The values of a view `[rows, columns]` from its first on, and its strides. Errors unless all of it is inside.
+fn view<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<(&'a [f32], [isize; 2])> {
+    let values = storage.as_slice::<f32>()?;
+    check(values.len(), layout)?;
+    Ok((&values[layout.start_offset()..], strides(layout)))
+}
+
+fn strides(layout: &Layout) -> [isize; 2] {
+    let strides = layout.stride();
+    [strides[0] as isize, strides[1] as isize]
+}
+
+fn check(len: usize, layout: &Layout) -> candle_core::Result<()> {
+    let last: usize =
+        layout.dims().iter().zip(layout.stride()).map(|(dim, stride)| dim.saturating_sub(1) * stride).sum();
+    if layout.start_offset() + last >= len {
+        candle_core::bail!("gemm: {layout:?} in {len} values");
+    }
+    Ok(())
+}
+
+impl InplaceOp3 for Gemm {
+    fn name(&self) -> &'static str {
+        "gemm"
     }
 
-    /// `R` rows by `C` vectors of columns.
-    #[inline(always)]
-    fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, start: usize, column: usize) {
-        let (row, step) = self.a_strides;
-        let a = &self.a[start * row..];
-        let mut sum = [[L::splat(0.0); C]; R];
-        for i in 0..self.inner {
-            let from = &self.b[i * self.b_stride + column..][..C];
-            let mut b = [L::splat(0.0); C];
-            for c in 0..C {
-                b[c] = L::load(&from[c]);
-            }
-            for r in 0..R {
-                let a = L::splat(a[r * row + i * step]);
-                for c in 0..C {
-                    sum[r][c] = a.mul_add(b[c], sum[r][c]);
-                }
-            }
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<()> {
+        let ((m, n), (_, k)) = (l1.shape().dims2()?, l2.shape().dims2()?);
+        let CpuStorage::F32(c) = s1 else { candle_core::bail!("gemm takes f32 tensors") };
+        check(c.len(), l1)?;
+        let (c, [c_row, c_column]) = (&mut c[l1.start_offset()..], strides(l1));
+        let (a, [a_row, a_column]) = view(s2, l2)?;
+        let (b, [b_row, b_column]) = view(s3, l3)?;
+        let parallelism = match threads() {
+            1 => Parallelism::None,
+            _ if m * n * k < PARALLEL => Parallelism::None,
+            threads => Parallelism::Rayon(threads),
+        };
+        // SAFETY: `view` and `check` have seen that every element of the three views is inside its slice, and the first is
+        // borrowed for writing, so it is none of the others.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                c.as_mut_ptr(),
+                c_column,
+                c_row,
+                self.beta != 0.0,
+                a.as_ptr(),
+                a_column,
+                a_row,
+                b.as_ptr(),
+                b_column,
+                b_row,
+                self.beta,
+                self.alpha,
+                false,
+                false,
+                false,
+                parallelism,
+            );
         }
-        for r in 0..R {
-            let to = &mut self.c[(start + r) * self.c_stride + column..][..C];
-            for c in 0..C {
-                L::load(&to[c]).add(sum[r][c]).store(&mut to[c]);
-            }
-        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &mut CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<()> {
+        cuda::gemm(self, (s1, l1), (s2, l2), (s3, l3))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
     use crate::ops::reference::{assert_close, random};
-    use crate::ops::simd;
 
     #[test]
-    fn matches_f64_whatever_the_strides() {
-        for (rows, inner, columns) in [(1, 1, 1), (4, 3, 4), (5, 64, 7), (7, 17, 3), (66, 130, 9)] {
-            let (a, b) = (random(1, rows * inner), random(2, inner * (columns + 1) * LANES));
-            let c = random(3, rows * (columns + 2) * LANES);
-            for a_strides in [(inner, 1), (1, rows)] {
-                let mut out = c.clone();
-                simd::run(Product {
-                    rows,
-                    inner,
-                    columns,
-                    a: &a,
-                    a_strides,
-                    b: b.as_chunks().0,
-                    b_stride: columns + 1,
-                    c: out.as_chunks_mut().0,
-                    c_stride: columns + 2,
-                });
-                let mut expected: Vec<f64> = c.iter().map(|&c| c.into()).collect();
-                for (row, expected) in expected.chunks_mut((columns + 2) * LANES).enumerate() {
-                    for (column, expected) in expected[..columns * LANES].iter_mut().enumerate() {
-                        for i in 0..inner {
-                            let a = a[row * a_strides.0 + i * a_strides.1];
-                            *expected += f64::from(a) * f64::from(b[i * (columns + 1) * LANES + column]);
-                        }
-                    }
+    fn matches_f64_on_views_and_leaves_the_rest_alone() {
+        // c is columns 3.. of rows 2.. of a wider tensor, a is transposed, b a piece of a flat buffer.
+        for (m, n, k) in [(1, 1, 1), (5, 7, 3), (70, 8, 130), (33, 100, 16)] {
+            let (wide, at, flat) = (random(1, (m + 2) * (n + 5)), random(2, k * m), random(3, 11 + k * n));
+            let tensor = |v: &[f32], shape: (usize, usize)| Tensor::from_slice(v, shape, &Device::Cpu).unwrap();
+            let whole = tensor(&wide, (m + 2, n + 5));
+            let c = whole.narrow(0, 2, m).unwrap().narrow(1, 3, n).unwrap();
+            let a = tensor(&at, (k, m)).t().unwrap();
+            let b = tensor(&flat, (1, 11 + k * n)).flatten_all().unwrap();
+            let b = b.narrow(0, 11, k * n).unwrap().reshape((k, n)).unwrap();
+            gemm(&c, 0.5, &a, &b, 2.0).unwrap();
+            let mut expected: Vec<f64> = wide.iter().map(|&x| f64::from(x)).collect();
+            for i in 0..m {
+                for j in 0..n {
+                    let sum: f64 = (0..k).map(|l| f64::from(at[l * m + i]) * f64::from(flat[11 + l * n + j])).sum();
+                    let c = &mut expected[(i + 2) * (n + 5) + 3 + j];
+                    *c = 0.5 * *c + 2.0 * sum;
                 }
-                assert_close(&out, &expected, 1e-6);
             }
+            assert_close(&whole.flatten_all().unwrap().to_vec1().unwrap(), &expected, 1e-6);
         }
+    }
+
+    #[test]
+    fn writes_over_what_is_there_without_beta_and_refuses_other_shapes() {
+        let c = Tensor::full(f32::NAN, (2, 3), &Device::Cpu).unwrap();
+        let ones = |m: usize, n: usize| Tensor::ones((m, n), candle_core::DType::F32, &Device::Cpu).unwrap();
+        gemm(&c, 0.0, &ones(2, 4), &ones(4, 3), 1.0).unwrap();
+        assert_eq!(c.to_vec2::<f32>().unwrap(), [[4.0; 3]; 2]);
+        assert!(gemm(&c, 0.0, &ones(2, 4), &ones(5, 3), 1.0).is_err());
+        assert!(gemm(&c, 0.0, &ones(3, 4), &ones(4, 3), 1.0).is_err());
     }
 }

@@ -1,9 +1,9 @@
-//! What some models do to the projected heads before they are turned: biases (Qwen2), norms of query and key heads (Qwen3).
+//! What some models do to the heads of a qkv row before RoPE: biases (Qwen2), RMS norms of query and key heads (Qwen3).
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
 use super::cpu;
-use super::norm::{self, RowBackward};
+use super::norm::{self, RmsNormRowBackward};
 use super::pool::SharedMut;
 use super::simd::{self, Kernel, Lanes};
 use crate::arch::Heads;
@@ -15,83 +15,98 @@ mod cuda;
 /// Rows a task takes.
 const ROWS: usize = 16;
 
-/// Its name in errors.
-const OP: &str = "finish-heads";
+/// The op's name in errors.
+const OP: &str = "bias-and-qk-norm";
 
-/// Changes `qkv [T, (heads + 2·kv_heads)·dim]` in place: adds `bias` (of that width), then gives each query head the RMS
-/// norm with the first weights `[dim]` and each key head that with the second. `qkv` is f32, on a GPU bf16; the rest is f32.
-pub fn finish(
-    qkv: &Tensor,
-    bias: Option<&Tensor>,
-    norms: Option<(&Tensor, &Tensor)>,
-    heads: Heads,
-    eps: f32,
-) -> Result<()> {
+/// The RMS norms of query and key heads: Qwen3's `q_norm` and `k_norm`.
+#[derive(Debug, Clone, Copy)]
+pub struct QkNorm<'a> {
+    /// Weights of every query head `[dim]`, f32.
+    pub query: &'a Tensor,
+    /// Weights of every key head `[dim]`, f32.
+    pub key: &'a Tensor,
+    /// Added to the mean of the squares.
+    pub eps: f32,
+}
+
+impl QkNorm<'_> {
+    fn fits(&self, heads: Heads) -> bool {
+        self.query.dims() == [heads.dim] && self.key.dims() == [heads.dim]
+    }
+}
+
+/// Adds `bias [width]` to each row of `qkv [T, width]`, where `width = (query + 2·kv)·dim`, then normalises each query and key head.
+/// In place. `qkv` is f32, on a GPU bf16; the rest is f32. Errors: shapes that do not fit.
+pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm>, heads: Heads) -> Result<()> {
     let width = heads.qkv_width();
     let fits = qkv.dims2()?.1 == width
         && bias.is_none_or(|b| b.dims() == [width])
-        && norms.is_none_or(|(q, k)| q.dims() == [heads.dim] && k.dims() == [heads.dim]);
+        && norm.as_ref().is_none_or(|norm| norm.fits(heads));
     if !fits {
         return Err(Error::internal(format!(
-            "heads {heads:?} of {:?} with biases {:?} and norms {:?}",
-            qkv.shape(),
+            "biases {:?} and norms {:?} for qkv {:?} of {heads:?}",
             bias.map(Tensor::shape),
-            norms.map(|(q, k)| (q.shape(), k.shape()))
+            norm.map(|norm| (norm.query.shape(), norm.key.shape())),
+            qkv.shape()
         )));
     }
-    if bias.is_none() && norms.is_none() {
+    if bias.is_none() && norm.is_none() {
         return Ok(());
     }
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
-        return cuda::finish(qkv, bias, norms, heads, eps);
+        return cuda::bias_and_qk_norm(qkv, bias, norm, heads);
     }
     let bias = bias.map(|b| cpu::values(OP, b)).transpose()?;
-    let norms = norms.map(|(q, k)| Ok::<_, Error>((cpu::values(OP, q)?, cpu::values(OP, k)?))).transpose()?;
-    let norms = norms.as_ref().map(|(q, k)| (&q[..], &k[..]));
-    Ok(qkv.inplace_op1(&Finish { bias: bias.as_deref(), norms, heads, eps })?)
+    let weights = norm
+        .map(|norm| Ok::<_, Error>((cpu::values(OP, norm.query)?, cpu::values(OP, norm.key)?, norm.eps)))
+        .transpose()?;
+    let norm = weights.as_ref().map(|(query, key, eps)| NormWeights { query, key, eps: *eps });
+    Ok(qkv.inplace_op1(&BiasAndQkNorm { bias: bias.as_deref(), norm, heads })?)
 }
 
-/// Turns the gradient of what [`finish`] gives with `norms`, `dqkv [T, (heads + 2·kv_heads)·dim]`, into that of `qkv_raw`, in
-/// place; `qkv_raw`, of that shape, is what the norms are taken of: with the bias, whose gradient passes as it is. Both are
-/// f32, on a GPU bf16.
-pub fn finish_backward(
-    dqkv: &Tensor,
-    qkv_raw: &Tensor,
-    norms: (&Tensor, &Tensor),
-    heads: Heads,
-    eps: f32,
-) -> Result<()> {
-    let norm = [heads.dim];
-    if dqkv.dims2()?.1 != heads.qkv_width()
-        || qkv_raw.dims() != dqkv.dims()
-        || norms.0.dims() != norm
-        || norms.1.dims() != norm
-    {
+/// Turns the gradient of the normalised `dqkv [T, width]` into that of `qkv_raw [T, width]`, in place. `qkv_raw` is the input of the
+/// norms, with the bias already added, whose gradient is the same. Both are f32, on a GPU bf16. Errors: shapes that do not fit.
+pub fn qk_norm_backward(dqkv: &Tensor, qkv_raw: &Tensor, norm: QkNorm, heads: Heads) -> Result<()> {
+    if dqkv.dims2()?.1 != heads.qkv_width() || qkv_raw.dims() != dqkv.dims() || !norm.fits(heads) {
         return Err(Error::internal(format!(
-            "backward of heads {heads:?} of {:?} from {:?} with norms {:?}",
-            qkv_raw.shape(),
+            "gradients {:?} of norms {:?} for qkv {:?} of {heads:?}",
             dqkv.shape(),
-            (norms.0.shape(), norms.1.shape())
+            (norm.query.shape(), norm.key.shape()),
+            qkv_raw.shape()
         )));
     }
     #[cfg(feature = "cuda")]
     if dqkv.device().is_cuda() {
-        return cuda::finish_backward(dqkv, qkv_raw, norms, heads, eps);
+        return cuda::qk_norm_backward(dqkv, qkv_raw, norm, heads);
     }
-    let norms = (cpu::values(OP, norms.0)?, cpu::values(OP, norms.1)?);
-    Ok(dqkv.inplace_op2(qkv_raw, &FinishBackward { norms: (&norms.0, &norms.1), heads, eps })?)
+    let (query, key) = (cpu::values(OP, norm.query)?, cpu::values(OP, norm.key)?);
+    let norm = NormWeights { query: &query, key: &key, eps: norm.eps };
+    Ok(dqkv.inplace_op2(qkv_raw, &QkNormBackward { norm, heads })?)
 }
 
-struct Finish<'a> {
-    /// Frozen, hence not operands.
-    bias: Option<&'a [f32]>,
-    norms: Option<(&'a [f32], &'a [f32])>,
-    heads: Heads,
+/// A [`QkNorm`] on the CPU. The weights are frozen, so they are no operands of the ops.
+#[derive(Clone, Copy)]
+struct NormWeights<'a> {
+    query: &'a [f32],
+    key: &'a [f32],
     eps: f32,
 }
 
-impl InplaceOp1 for Finish<'_> {
+impl NormWeights<'_> {
+    /// Weights of head `i` of a row, counted over the query heads, then the key heads.
+    fn of_head(&self, i: usize, heads: Heads) -> &[f32] {
+        if i < heads.query { self.query } else { self.key }
+    }
+}
+
+struct BiasAndQkNorm<'a> {
+    bias: Option<&'a [f32]>,
+    norm: Option<NormWeights<'a>>,
+    heads: Heads,
+}
+
+impl InplaceOp1 for BiasAndQkNorm<'_> {
     fn name(&self) -> &'static str {
         OP
     }
@@ -103,48 +118,46 @@ impl InplaceOp1 for Finish<'_> {
             for row in cpu::chunk(task, ROWS, t) {
                 // SAFETY: inside the tensor, and each row belongs to one task.
                 let x = unsafe { x.slice(row * width, width) };
-                simd::run(Row { x, op: self });
+                simd::run(BiasAndQkNormRow { x, op: self });
             }
         });
         Ok(())
     }
 }
 
-struct Row<'a> {
+struct BiasAndQkNormRow<'a> {
     x: &'a mut [f32],
-    op: &'a Finish<'a>,
+    op: &'a BiasAndQkNorm<'a>,
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for BiasAndQkNormRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Finish { bias, norms, heads, eps } = self.op;
+        let BiasAndQkNorm { bias, norm, heads } = self.op;
         if let Some(bias) = bias {
             self.x.iter_mut().zip(*bias).for_each(|(x, b)| *x += b);
         }
-        let Some((query, key)) = norms else { return };
+        let Some(norm) = norm else { return };
         for (i, head) in self.x.chunks_exact_mut(heads.dim).take(heads.query + heads.kv).enumerate() {
-            let weight = if i < heads.query { *query } else { *key };
-            let scale = norm::scale::<L>(head, *eps);
+            let scale = norm::scale::<L>(head, norm.eps);
+            let weight = norm.of_head(i, *heads);
             head.iter_mut().zip(weight).for_each(|(x, w)| *x = *x * scale * w);
         }
     }
 }
 
-struct FinishBackward<'a> {
-    /// Frozen, hence not operands.
-    norms: (&'a [f32], &'a [f32]),
+struct QkNormBackward<'a> {
+    norm: NormWeights<'a>,
     heads: Heads,
-    eps: f32,
 }
 
-impl InplaceOp2 for FinishBackward<'_> {
+impl InplaceOp2 for QkNormBackward<'_> {
     fn name(&self) -> &'static str {
         OP
     }
 
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
-        let Self { norms, heads, eps } = *self;
+        let Self { norm, heads } = *self;
         let (t, width) = l1.shape().dims2()?;
         let (d, x) = (SharedMut::new(cpu::slice_mut(OP, s1, l1)?), cpu::slice(OP, s2, l2)?);
         cpu::for_each(t.div_ceil(ROWS), 2 * t * width, |task| {
@@ -153,8 +166,8 @@ impl InplaceOp2 for FinishBackward<'_> {
                     let start = row * width + head * heads.dim;
                     // SAFETY: a head of one row of the tensor, and each row belongs to one task.
                     let d = unsafe { d.slice(start, heads.dim) };
-                    let weight = if head < heads.query { norms.0 } else { norms.1 };
-                    simd::run(RowBackward { x: &x[start..start + heads.dim], weight, eps, d });
+                    let (weight, eps) = (norm.of_head(head, heads), norm.eps);
+                    simd::run(RmsNormRowBackward { x: &x[start..start + heads.dim], weight, eps, d });
                 }
             }
         });
@@ -180,7 +193,8 @@ mod tests {
             for (with_bias, with_norms) in [(true, false), (false, true), (true, true), (false, false)] {
                 let run = |x: &[f32]| {
                     let y = Tensor::from_slice(x, (x.len() / width, width), &Device::Cpu).unwrap();
-                    finish(&y, with_bias.then_some(&bias_t), with_norms.then_some((&q_t, &k_t)), heads, 1e-6).unwrap();
+                    let norm = QkNorm { query: &q_t, key: &k_t, eps: 1e-6 };
+                    bias_and_qk_norm(&y, with_bias.then_some(&bias_t), with_norms.then_some(norm), heads).unwrap();
                     y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
                 };
                 let y = run(&x);
@@ -207,12 +221,13 @@ mod tests {
         let heads = Heads { query: 2, kv: 1, dim: 4 };
         let zeros = |n: usize| Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap();
         let qkv = zeros(48).reshape((3, 16)).unwrap();
-        assert!(finish(&qkv, Some(&zeros(16)), None, heads, 1e-6).is_ok());
-        assert!(finish(&qkv, Some(&zeros(15)), None, heads, 1e-6).is_err());
-        assert!(finish(&qkv, None, Some((&zeros(4), &zeros(5))), heads, 1e-6).is_err());
-        assert!(finish(&qkv, None, None, Heads { dim: 6, ..heads }, 1e-6).is_err());
-        let norm = zeros(4);
-        assert!(finish_backward(&qkv, &qkv.narrow(0, 0, 1).unwrap(), (&norm, &norm), heads, 1e-6).is_err());
+        let (query, key) = (&zeros(4), &zeros(5));
+        assert!(bias_and_qk_norm(&qkv, Some(&zeros(16)), None, heads).is_ok());
+        assert!(bias_and_qk_norm(&qkv, Some(&zeros(15)), None, heads).is_err());
+        assert!(bias_and_qk_norm(&qkv, None, Some(QkNorm { query, key, eps: 1e-6 }), heads).is_err());
+        assert!(bias_and_qk_norm(&qkv, None, None, Heads { dim: 6, ..heads }).is_err());
+        let norm = QkNorm { query, key: query, eps: 1e-6 };
+        assert!(qk_norm_backward(&qkv, &qkv.narrow(0, 0, 1).unwrap(), norm, heads).is_err());
     }
 
     #[test]
@@ -235,7 +250,8 @@ mod tests {
             let tensor = |v: &[f32]| Tensor::from_slice(v, v.len(), &Device::Cpu).unwrap();
             let rows = |v: &[f32]| tensor(v).reshape((t, width)).unwrap();
             let dqkv = rows(&d);
-            finish_backward(&dqkv, &rows(&raw), (&tensor(&q), &tensor(&k)), heads, 1e-6).unwrap();
+            let norm = QkNorm { query: &tensor(&q), key: &tensor(&k), eps: 1e-6 };
+            qk_norm_backward(&dqkv, &rows(&raw), norm, heads).unwrap();
             let dqkv = dqkv.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_close(&dqkv, &gradient(&raw, 0..t * width, loss), 1e-6);
         }

@@ -18,7 +18,7 @@ const ROWS: usize = 256;
 
 /// What a row should predict.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Target {
+pub struct LossTarget {
     /// The row.
     pub row: u32,
     /// The token.
@@ -39,7 +39,7 @@ pub struct Loss {
 
 /// Loss of `targets`, whose rows ascend, under the logits `x [T, hidden] · headᵀ`; with `gradient`, `dx [T, hidden]` too, zero in
 /// rows without a target. f32; on a GPU `x` and `dx` are bf16. Errors: a target that is outside `x` or `head`, or not ascending.
-pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[Target], gradient: bool) -> Result<Loss> {
+pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradient: bool) -> Result<Loss> {
     let (t, hidden) = x.dims2()?;
     let ascending = targets.is_sorted_by(|a, b| a.row < b.row) && targets.last().is_none_or(|l| (l.row as usize) < t);
     if !ascending || hidden != head.k() {
@@ -61,7 +61,7 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[Target], gradient: b
     let mut dx = if gradient { vec![0.0; t * hidden] } else { Vec::new() };
     let values = cpu::values("cross-entropy", x)?;
     for (targets, rows) in targets.chunks(ROWS).zip(rows.chunks_mut(ROWS)) {
-        let at = |target: &Target| target.row as usize * hidden..(target.row as usize + 1) * hidden;
+        let at = |target: &LossTarget| target.row as usize * hidden..(target.row as usize + 1) * hidden;
         let x: Vec<f32> = targets.iter().flat_map(|target| &values[at(target)]).copied().collect();
         let x = Tensor::from_vec(x, (targets.len(), hidden), &Device::Cpu)?;
         let logits = quant::matmul(head, &x, DType::F32)?;
@@ -79,7 +79,7 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[Target], gradient: b
 
 /// Loss of each row of logits, which become, if asked for, the gradient.
 struct Softmax<'a> {
-    targets: &'a [Target],
+    targets: &'a [LossTarget],
     gradient: bool,
     /// Negative log-likelihood and whether it was the likeliest, a target.
     rows: SharedMut<(f32, bool)>,
@@ -97,23 +97,28 @@ impl InplaceOp1 for Softmax<'_> {
         cpu::for_each(rows, 16 * rows * n, |row| {
             // SAFETY: inside the logits; a row of them and its result are one task's.
             let (logits, result) = unsafe { (logits.slice(row * n, n), self.rows.slice(row, 1)) };
-            simd::run(Row { logits, target: self.targets[row], gradient: self.gradient, result: &mut result[0] });
+            simd::run(SoftmaxRow {
+                logits,
+                target: self.targets[row],
+                gradient: self.gradient,
+                result: &mut result[0],
+            });
         });
         Ok(())
     }
 }
 
-struct Row<'a> {
+struct SoftmaxRow<'a> {
     logits: &'a mut [f32],
-    target: Target,
+    target: LossTarget,
     gradient: bool,
     result: &'a mut (f32, bool),
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for SoftmaxRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { logits, target: Target { id, scale, .. }, gradient, result } = self;
+        let Self { logits, target: LossTarget { id, scale, .. }, gradient, result } = self;
         let id = id as usize;
         let target = logits[id];
         let (body, tail) = logits.as_chunks::<LANES>();
@@ -160,7 +165,7 @@ mod tests {
         (QMatrix::dense(vocab, HIDDEN, rows.clone()).unwrap(), rows)
     }
 
-    fn loss(head: &QMatrix, x: &[f32], targets: &[Target], gradient: bool) -> Result<Loss> {
+    fn loss(head: &QMatrix, x: &[f32], targets: &[LossTarget], gradient: bool) -> Result<Loss> {
         let x = Tensor::from_slice(x, (x.len() / HIDDEN, HIDDEN), &Device::Cpu)?;
         cross_entropy(head, &x, targets, gradient)
     }
@@ -181,13 +186,13 @@ mod tests {
         {
             let (head, rows) = head(vocab);
             let x: Vec<f32> = random(2, t * HIDDEN).iter().map(|x| x * 4.0).collect();
-            let target = |row: usize| Target {
+            let target = |row: usize| LossTarget {
                 row: row as u32,
                 id: (row * 7 % vocab) as u32,
                 scale: 0.5 + row as f32 / t as f32,
             };
-            let targets: Vec<Target> = (0..t).step_by(every).map(target).collect();
-            let of = |x: &[f64], target: &Target| {
+            let targets: Vec<LossTarget> = (0..t).step_by(every).map(target).collect();
+            let of = |x: &[f64], target: &LossTarget| {
                 let row = target.row as usize;
                 log_probabilities(&rows, &x[row * HIDDEN..(row + 1) * HIDDEN])
             };
@@ -218,7 +223,7 @@ mod tests {
     #[test]
     fn of_equal_logits_the_first_is_the_likeliest() {
         let head = QMatrix::dense(3, HIDDEN, vec![0.5; 3 * HIDDEN]).unwrap();
-        let targets: Vec<Target> = (0..3).map(|row| Target { row, id: row, scale: 1.0 }).collect();
+        let targets: Vec<LossTarget> = (0..3).map(|row| LossTarget { row, id: row, scale: 1.0 }).collect();
         let found = loss(&head, &[1.0; 3 * HIDDEN], &targets, false).unwrap();
         assert_eq!(found.correct, [true, false, false]);
         assert_close(&found.nll, &[3f64.ln(); 3], 1e-6);
@@ -237,7 +242,8 @@ mod tests {
         let (head, _) = head(5);
         let x = random(1, 2 * HIDDEN);
         let run = |targets: &[(u32, u32)]| {
-            let targets: Vec<Target> = targets.iter().map(|&(row, id)| Target { row, id, scale: 1.0 }).collect();
+            let targets: Vec<LossTarget> =
+                targets.iter().map(|&(row, id)| LossTarget { row, id, scale: 1.0 }).collect();
             loss(&head, &x, &targets, true)
         };
         assert!(run(&[(0, 4), (1, 0)]).is_ok());

@@ -6,10 +6,9 @@
 pub mod adamw;
 pub mod attention;
 pub mod batch;
-pub mod blas;
 pub(crate) mod cpu;
 pub mod dropout;
-mod gemm;
+pub mod gemm;
 pub mod heads;
 pub mod loss;
 pub mod norm;
@@ -21,3 +20,4 @@ pub mod rope;
 pub mod sample;
 pub(crate) mod simd;
 pub mod swiglu;
+mod task_gemm;

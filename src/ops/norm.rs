@@ -70,7 +70,7 @@ pub fn rms_norm_backward(
             // SAFETY: inside the gradient, and each row belongs to one task.
             let d = unsafe { out.slice(row * n, n) };
             d.copy_from_slice(&dy[range.clone()]);
-            simd::run(RowBackward { x: &x[range.clone()], weight, eps, d });
+            simd::run(RmsNormRowBackward { x: &x[range.clone()], weight, eps, d });
             if let Some(residual) = residual {
                 d.iter_mut().zip(&residual[range]).for_each(|(d, r)| *d += r);
             }
@@ -156,7 +156,7 @@ impl RmsNorm<'_> {
                         &*sum
                     }
                 };
-                simd::run(Row { x, weight, eps: self.eps, y });
+                simd::run(RmsNormRow { x, weight, eps: self.eps, y });
             }
         });
         Ok(())
@@ -164,14 +164,14 @@ impl RmsNorm<'_> {
 }
 
 /// One row's norm.
-struct Row<'a> {
+struct RmsNormRow<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     eps: f32,
     y: &'a mut [f32],
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for RmsNormRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let scale = scale::<L>(self.x, self.eps);
@@ -189,14 +189,14 @@ pub(super) fn scale<L: Lanes>(x: &[f32], eps: f32) -> f32 {
 }
 
 /// One row's gradient: `d` is that of its norm before, and that of `x` after.
-pub(super) struct RowBackward<'a> {
+pub(super) struct RmsNormRowBackward<'a> {
     pub x: &'a [f32],
     pub weight: &'a [f32],
     pub eps: f32,
     pub d: &'a mut [f32],
 }
 
-impl Kernel for RowBackward<'_> {
+impl Kernel for RmsNormRowBackward<'_> {
     /// With `s` the scale and `g = d · weight`, `dx = s · g - s³ · x · mean(g · x)`.
     #[inline(always)]
     fn run<L: Lanes>(self) {

@@ -59,7 +59,7 @@ impl Region<'_> {
 }
 
 /// What workers watch.
-struct Shared {
+struct PoolState {
     /// The region to work on, or null. Its lifetime is erased: see `parallel_for`.
     region: AtomicPtr<Region<'static>>,
     /// Counts regions, so that a worker enters each once.
@@ -71,7 +71,7 @@ struct Shared {
 }
 
 struct Pool {
-    shared: &'static Shared,
+    shared: &'static PoolState,
     workers: Vec<Thread>,
     /// Held while a region runs: a second caller works alone instead of waiting.
     busy: Mutex<()>,
@@ -81,7 +81,7 @@ fn pool() -> &'static Pool {
     static POOL: OnceLock<Pool> = OnceLock::new();
     POOL.get_or_init(|| {
         let workers = threads() - 1;
-        let shared: &'static Shared = Box::leak(Box::new(Shared {
+        let shared: &'static PoolState = Box::leak(Box::new(PoolState {
             region: AtomicPtr::new(ptr::null_mut()),
             epoch: AtomicUsize::new(0),
             inside: AtomicUsize::new(0),
@@ -98,7 +98,7 @@ fn pool() -> &'static Pool {
     })
 }
 
-fn worker(shared: &'static Shared, index: usize) {
+fn worker(shared: &'static PoolState, index: usize) {
     let mut seen = 0;
     loop {
         let mut spins = 0;

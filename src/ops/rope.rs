@@ -57,10 +57,37 @@ impl RopeTable {
     }
 }
 
-/// Turns the first `heads` heads of each row of `x [T, >= heads·head_dim]` in place by their `positions [T]`, or `back`, which
-/// is the gradient. In a fused qkv row these are the query and key heads. f32, on a GPU bf16; there, serving turns in
-/// [`super::attention::append`] on the way.
-pub fn turn(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, back: bool) -> Result<()> {
+/// Rotates the first `heads` heads of each row of `x [T, >= heads·head_dim]` in place by their `positions [T]`. In a fused qkv
+/// row these are the query and key heads. f32; bf16 on a GPU, where serving rotates in [`super::attention::append`] instead.
+/// Errors: shapes that do not fit, a position outside the table.
+pub fn apply_rope(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable) -> Result<()> {
+    rotate(x, heads, positions, table, Direction::Forward)
+}
+
+/// Turns the gradient of the result of [`apply_rope`] into that of its input, in place: the rotation by the negative angle, which is
+/// also the inverse. Shapes, dtypes and errors are those of [`apply_rope`].
+pub fn apply_rope_backward(dx: &Tensor, heads: usize, positions: &[u32], table: &RopeTable) -> Result<()> {
+    rotate(dx, heads, positions, table, Direction::Backward)
+}
+
+/// The sign of the angles.
+#[derive(Clone, Copy)]
+enum Direction {
+    Forward,
+    Backward,
+}
+
+impl Direction {
+    /// Factor of the sines.
+    fn sign(self) -> f32 {
+        match self {
+            Self::Forward => 1.0,
+            Self::Backward => -1.0,
+        }
+    }
+}
+
+fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<()> {
     let (t, width) = x.dims2()?;
     if positions.len() != t || width < heads * table.head_dim() {
         return Err(Error::internal(format!(
@@ -73,19 +100,20 @@ pub fn turn(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, back
     table.check(positions)?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return cuda::turn(x, heads, positions, table, back);
+        return cuda::rotate(x, heads, positions, table, direction);
     }
-    Ok(x.inplace_op1(&Turn { heads, positions, table, back })?)
+    Ok(x.inplace_op1(&Rotate { heads, positions, table, sign: direction.sign() })?)
 }
 
-struct Turn<'a> {
+struct Rotate<'a> {
     heads: usize,
     positions: &'a [u32],
     table: &'a RopeTable,
-    back: bool,
+    /// Factor of the sines.
+    sign: f32,
 }
 
-impl InplaceOp1 for Turn<'_> {
+impl InplaceOp1 for Rotate<'_> {
     fn name(&self) -> &'static str {
         "rope"
     }
@@ -93,36 +121,36 @@ impl InplaceOp1 for Turn<'_> {
     fn cpu_fwd(&self, s: &mut CpuStorage, l: &Layout) -> candle_core::Result<()> {
         let (t, width) = l.shape().dims2()?;
         let head_dim = self.table.head_dim();
-        let turned = self.heads * head_dim;
+        let rotated = self.heads * head_dim;
         let table = cpu::values("rope", &self.table.values)?;
-        let (table, sign) = (&table[..], if self.back { -1.0 } else { 1.0 });
+        let table = &table[..];
         let x = SharedMut::new(cpu::slice_mut("rope", s, l)?);
-        cpu::for_each(t.div_ceil(ROWS), t * turned, |task| {
+        cpu::for_each(t.div_ceil(ROWS), t * rotated, |task| {
             for row in cpu::chunk(task, ROWS, t) {
-                let turn = &table[self.positions[row] as usize * head_dim..][..head_dim];
-                // SAFETY: inside the tensor, since `turned <= width`, and each row belongs to one task.
-                let x = unsafe { x.slice(row * width, turned) };
-                simd::run(Row { x, turn, sign });
+                let angles = &table[self.positions[row] as usize * head_dim..][..head_dim];
+                // SAFETY: inside the tensor, since `rotated <= width`, and each row belongs to one task.
+                let x = unsafe { x.slice(row * width, rotated) };
+                simd::run(RopeRow { x, angles, sign: self.sign });
             }
         });
         Ok(())
     }
 }
 
-struct Row<'a> {
+struct RopeRow<'a> {
     x: &'a mut [f32],
     /// Cosines, then sines.
-    turn: &'a [f32],
-    /// Of the sines: -1 turns back.
+    angles: &'a [f32],
+    /// Factor of the sines: -1 rotates back.
     sign: f32,
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for RopeRow<'_> {
     /// Plain loops: the compiler vectorises them for the instruction set it is inlined into.
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let half = self.turn.len() / 2;
-        let (cos, sin) = self.turn.split_at(half);
+        let half = self.angles.len() / 2;
+        let (cos, sin) = self.angles.split_at(half);
         for head in self.x.chunks_exact_mut(2 * half) {
             let (a, b) = head.split_at_mut(half);
             for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
@@ -150,7 +178,7 @@ mod tests {
             let x = random(1, t * width);
             let positions: Vec<u32> = (0..t as u32).map(|i| (i * 97 + 5) % 300).collect();
             let y = Tensor::from_slice(&x, (t, width), &Device::Cpu).unwrap();
-            turn(&y, heads, &positions, &table, false).unwrap();
+            apply_rope(&y, heads, &positions, &table).unwrap();
             let y = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let mut expected: Vec<f64> = x.iter().map(|&x| x.into()).collect();
             for (row, &position) in positions.iter().enumerate() {
@@ -176,26 +204,28 @@ mod tests {
     fn a_position_past_the_table_is_refused() {
         let table = RopeTable::new(&[1.0, 0.1], 8, &Device::Cpu).unwrap();
         let x = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(turn(&x, 1, &[7], &table, false).is_ok());
-        let error = turn(&x, 1, &[8], &table, false).unwrap_err();
+        assert!(apply_rope(&x, 1, &[7], &table).is_ok());
+        let error = apply_rope(&x, 1, &[8], &table).unwrap_err();
         assert!(error.message.contains("position 8"), "{error}");
     }
 
     #[test]
-    fn turning_back_is_the_gradient_and_the_inverse() {
+    fn backward_is_the_gradient_and_the_inverse() {
         let (heads, head_dim, t) = (3, 12, 20);
         let table = RopeTable::new(&[1.0, 0.5, 0.2, 0.1, 0.03, 0.01], 300, &Device::Cpu).unwrap();
         let positions: Vec<u32> = (0..t as u32).map(|i| (i * 97 + 5) % 300).collect();
-        let turned = |x: &[f32], back: bool| -> Vec<f32> {
+        let rotated = |x: &[f32], direction| -> Vec<f32> {
             let y = Tensor::from_slice(x, (t, (heads + 1) * head_dim), &Device::Cpu).unwrap();
-            turn(&y, heads, &positions, &table, back).unwrap();
+            rotate(&y, heads, &positions, &table, direction).unwrap();
             y.flatten_all().unwrap().to_vec1().unwrap()
         };
+        let forward = |x: &[f32]| rotated(x, Direction::Forward);
+        let backward = |x: &[f32]| rotated(x, Direction::Backward);
         let (x, dy) = (random(1, t * (heads + 1) * head_dim), random(2, t * (heads + 1) * head_dim));
         let exact = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-        assert_close(&turned(&turned(&x, false), true), &exact(&x), 1e-6);
-        // It is linear, so that the gradient is what keeps the product: dy · turn(x) = back(dy) · x.
-        let (forward, backward) = (dot(&exact(&turned(&x, false)), &dy), dot(&exact(&turned(&dy, true)), &x));
+        assert_close(&backward(&forward(&x)), &exact(&x), 1e-6);
+        // The rotation is linear, so its gradient is its adjoint: dy · forward(x) = backward(dy) · x.
+        let (forward, backward) = (dot(&exact(&forward(&x)), &dy), dot(&exact(&backward(&dy)), &x));
         assert!((forward - backward).abs() < 1e-5 * forward.abs().max(1.0), "{forward} and {backward}");
     }
 }

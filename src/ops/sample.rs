@@ -25,7 +25,7 @@ const TASK: usize = 18;
 
 /// What is asked of a row of logits. The default is the best token.
 #[derive(Default)]
-pub struct Row<'a> {
+pub struct RowSampling<'a> {
     /// Added to logits, by id.
     pub bias: &'a [(u32, f32)],
     /// Applied after that.
@@ -33,7 +33,7 @@ pub struct Row<'a> {
     /// Ids that may not come.
     pub masked: &'a [u32],
     /// Which token.
-    pub choice: Choice,
+    pub choice: TokenChoice,
     /// Report the token, and this many of the most likely ones.
     pub top: Option<usize>,
 }
@@ -52,7 +52,7 @@ pub struct Penalties<'a> {
 
 /// Which token of a row.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub enum Choice {
+pub enum TokenChoice {
     /// The one with the largest logit.
     #[default]
     Best,
@@ -75,18 +75,18 @@ pub enum Choice {
 
 /// What came of a row.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Picked {
+pub struct PickedToken {
     /// The token; without meaning if `max` is not finite.
     pub id: u32,
     /// The largest logit; NaN where one is NaN or infinite, minus infinity where all are masked.
     pub max: f32,
     /// Where asked for, and `max` is finite.
-    pub report: Option<Report>,
+    pub report: Option<LogitReport>,
 }
 
 /// What log-probabilities are made of.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Report {
+pub struct LogitReport {
     /// The token's logit.
     pub logit: f32,
     /// One more than there are larger logits.
@@ -98,48 +98,48 @@ pub struct Report {
 }
 
 /// Kernels on their way.
-pub struct Launched {
+pub struct SampleLaunch {
     /// `u32`: id and largest logit of each row, then a record for each task. A captured graph writes it at each replay.
     words: Tensor,
-    plan: Plan,
+    plan: SamplePlan,
 }
 
 /// Launches what is asked of the rows of `logits [rows, vocab]` f32, on a GPU; nothing waits for it. Biases, penalties and
 /// masks are applied to `logits` in place. Rows that only want the best token need no parameters: then nothing is uploaded
 /// and every launch depends on the shape alone, so that it can be part of a graph. Errors: shapes, or more is asked than
 /// the kernels can do.
-pub fn launch(logits: &Tensor, rows: &[Row]) -> Result<Launched> {
+pub fn launch(logits: &Tensor, rows: &[RowSampling]) -> Result<SampleLaunch> {
     let (count, vocab) = logits.dims2()?;
     if count != rows.len() {
         return Err(Error::internal(format!("{} tasks for {count} rows of logits", rows.len())));
     }
-    let plan = Plan::new(rows, vocab)?;
+    let plan = SamplePlan::new(rows, vocab)?;
     let words = logits.apply_op1_no_bwd(&plan)?;
-    Ok(Launched { words, plan })
+    Ok(SampleLaunch { words, plan })
 }
 
-impl Launched {
+impl SampleLaunch {
     /// Waits, and brings what came of each row.
-    pub fn read(&self) -> Result<Vec<Picked>> {
+    pub fn read(&self) -> Result<Vec<PickedToken>> {
         let words = self.words.to_vec1::<u32>()?;
         let (best, records) = words.split_at(2 * self.plan.rows.len());
-        let picked = |(place, best): (&Place, &[u32])| {
+        let picked = |(place, best): (&ResultLocation, &[u32])| {
             let max = f32::from_bits(best[1]);
-            let Place { record: Some(record), top } = *place else {
-                return Picked { id: best[0], max, report: None };
+            let ResultLocation { record: Some(record), top } = *place else {
+                return PickedToken { id: best[0], max, report: None };
             };
             // Without a finite maximum nothing was picked.
             if !max.is_finite() {
-                return Picked { id: 0, max, report: None };
+                return PickedToken { id: 0, max, report: None };
             }
             let record = &records[record * self.plan.stride..];
-            let report = top.map(|top| Report {
+            let report = top.map(|top| LogitReport {
                 logit: f32::from_bits(record[2]),
                 rank: record[1],
                 total: f64::from_bits(u64::from(record[4]) | u64::from(record[5]) << 32),
                 top: record[6..6 + 2 * top].chunks_exact(2).map(|pair| (pair[0], f32::from_bits(pair[1]))).collect(),
             });
-            Picked { id: record[0], max, report }
+            PickedToken { id: record[0], max, report }
         };
         Ok(self.plan.rows.iter().zip(best.chunks_exact(2)).map(picked).collect())
     }
@@ -147,7 +147,7 @@ impl Launched {
 
 /// Where a row's results are.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct ResultLocation {
     /// Which of the records; none for the best token alone.
     record: Option<usize>,
     /// Alternatives in it, where it reports.
@@ -155,8 +155,8 @@ struct Place {
 }
 
 /// Parameters as the kernels read them.
-struct Plan {
-    rows: Vec<Place>,
+struct SamplePlan {
+    rows: Vec<ResultLocation>,
     /// A record of each row with edits or picks, then their lists.
     words: Vec<u32>,
     /// How many such rows there are.
@@ -169,27 +169,27 @@ struct Plan {
     stride: usize,
 }
 
-impl Plan {
-    fn new(rows: &[Row], vocab: usize) -> Result<Self> {
+impl SamplePlan {
+    fn new(rows: &[RowSampling], vocab: usize) -> Result<Self> {
         if vocab == 0 || vocab > MAX_VOCAB {
             return Err(Error::internal(format!("sampling from {vocab} tokens; there may be 1 to {MAX_VOCAB}")));
         }
         let mut plan = Self { rows: Vec::new(), words: Vec::new(), tasks: 0, edits: false, picks: false, stride: 0 };
-        let asks = |row: &Row| row.edits() || row.picks();
+        let asks = |row: &RowSampling| row.edits() || row.picks();
         let mut lists = Vec::new();
         let records = rows.iter().filter(|row| asks(row)).count();
         let mut most = 0;
         for (index, row) in rows.iter().enumerate() {
             let top = row.top.map(|top| top.min(vocab));
             let record = row.picks().then_some(plan.tasks);
-            plan.rows.push(Place { record, top });
+            plan.rows.push(ResultLocation { record, top });
             if !asks(row) {
                 continue;
             }
             if top.is_some_and(|top| top > SMALL) {
                 return Err(Error::internal(format!("{top:?} alternatives; there may be {SMALL}")));
             }
-            if matches!(row.choice, Choice::Given(id) if id as usize >= vocab) {
+            if matches!(row.choice, TokenChoice::Given(id) if id as usize >= vocab) {
                 return Err(Error::internal(format!("{:?} is outside the vocabulary of {vocab}", row.choice)));
             }
             most = most.max(top.unwrap_or(0));
@@ -204,7 +204,7 @@ impl Plan {
     }
 }
 
-impl Row<'_> {
+impl RowSampling<'_> {
     /// Whether logits change.
     fn edits(&self) -> bool {
         !self.bias.is_empty() || self.penalties.is_some() || !self.masked.is_empty()
@@ -212,7 +212,7 @@ impl Row<'_> {
 
     /// Whether more than the best token is wanted.
     fn picks(&self) -> bool {
-        self.choice != Choice::Best || self.top.is_some()
+        self.choice != TokenChoice::Best || self.top.is_some()
     }
 
     /// Adds the record of row `index` to `words`, and its lists to `lists`, which start at word `start`.
@@ -223,11 +223,11 @@ impl Row<'_> {
         let (mut uniform, mut temperature, mut min_p, mut top_p, mut top_k) = (0.0_f64, 1.0_f32, 0.0_f32, 1.0_f32, 0);
         let mut target = u32::MAX;
         match self.choice {
-            Choice::Best => {}
-            Choice::Given(id) => target = id,
-            Choice::Draw { .. } => flags |= DRAW,
+            TokenChoice::Best => {}
+            TokenChoice::Given(id) => target = id,
+            TokenChoice::Draw { .. } => flags |= DRAW,
         }
-        if let Choice::Draw { temperature: t, min_p: m, top_k: k, top_p: p, uniform: u } = self.choice {
+        if let TokenChoice::Draw { temperature: t, min_p: m, top_k: k, top_p: p, uniform: u } = self.choice {
             (uniform, temperature, min_p, top_p) = (u, t, m, p);
             top_k = if k < vocab { k as u32 } else { 0 };
         }
@@ -255,7 +255,7 @@ impl Row<'_> {
     }
 }
 
-impl CustomOp1 for Plan {
+impl CustomOp1 for SamplePlan {
     fn name(&self) -> &'static str {
         "sample"
     }

@@ -29,7 +29,7 @@ pub fn run(kernel: impl Kernel) {
             return unsafe { x86::run_avx2(kernel) };
         }
     }
-    kernel.run::<Plain>();
+    kernel.run::<PortableLanes>();
 }
 
 /// A vector of [`LANES`] f32.
@@ -127,16 +127,16 @@ fn power_of_two(n: f32) -> f32 {
 
 /// Arrays that the compiler turns into whatever vectors the target has.
 #[derive(Clone, Copy)]
-struct Plain([f32; LANES]);
+struct PortableLanes([f32; LANES]);
 
-impl Plain {
+impl PortableLanes {
     #[inline(always)]
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         Self(std::array::from_fn(|i| f(self.0[i], other.0[i])))
     }
 }
 
-impl Lanes for Plain {
+impl Lanes for PortableLanes {
     const ROWS: usize = 2;
 
     #[inline(always)]
@@ -412,7 +412,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
-        let plain = results(|all| all.run::<Plain>());
+        let plain = results(|all| all.run::<PortableLanes>());
         assert_eq!(plain, results(|all| run(all)));
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -425,7 +425,7 @@ mod tests {
     fn powers_of_two_are_close_and_exact_where_it_matters() {
         let exp2 = |x: f32| {
             let mut to = [0.0; LANES];
-            Plain::splat(x).exp2().store(&mut to);
+            PortableLanes::splat(x).exp2().store(&mut to);
             to[0]
         };
         for x in (-126_400..127_000).map(|i| i as f32 / 1000.0).chain(random(2, 10_000)) {

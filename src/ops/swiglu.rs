@@ -46,7 +46,7 @@ pub fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<Tensor> {
             let (gate, up) = gate_up[row * width..(row + 1) * width].split_at(n);
             // SAFETY: inside the gradient, and each row belongs to one task.
             let (dgate, dup) = unsafe { out.slice(row * width, width) }.split_at_mut(n);
-            simd::run(RowBackward { gate, up, dh: &dh[row * n..(row + 1) * n], dgate, dup });
+            simd::run(SwiGluRowBackward { gate, up, dh: &dh[row * n..(row + 1) * n], dgate, dup });
         }
     });
     Ok(Tensor::from_vec(d, shape, &Device::Cpu)?)
@@ -74,20 +74,20 @@ impl CustomOp1 for SwiGlu {
                 let (gate, up) = x[row * width..(row + 1) * width].split_at(n);
                 // SAFETY: inside the output, and each row belongs to one task.
                 let y = unsafe { out.slice(row * n, n) };
-                simd::run(Row { gate, up, y });
+                simd::run(SwiGluRow { gate, up, y });
             }
         });
         Ok((CpuStorage::F32(y), (t, n).into()))
     }
 }
 
-struct Row<'a> {
+struct SwiGluRow<'a> {
     gate: &'a [f32],
     up: &'a [f32],
     y: &'a mut [f32],
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for SwiGluRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (gate, gate_tail) = self.gate.as_chunks::<LANES>();
@@ -107,7 +107,7 @@ fn silu<L: Lanes>(x: L) -> L {
     x.div(x.mul(L::splat(-LOG2_E)).exp2().add(L::splat(1.0)))
 }
 
-struct RowBackward<'a> {
+struct SwiGluRowBackward<'a> {
     gate: &'a [f32],
     up: &'a [f32],
     dh: &'a [f32],
@@ -115,7 +115,7 @@ struct RowBackward<'a> {
     dup: &'a mut [f32],
 }
 
-impl Kernel for RowBackward<'_> {
+impl Kernel for SwiGluRowBackward<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (gate, gate_tail) = self.gate.as_chunks::<LANES>();

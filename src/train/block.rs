@@ -15,12 +15,12 @@ use crate::model::block::{BlockActivations, BlockHook};
 use crate::model::decoder::Decoder;
 use crate::model::weights::LayerWeights;
 use crate::ops::attention::{causal, causal_backward};
-use crate::ops::blas::gemm;
 use crate::ops::dropout::dropout;
-use crate::ops::heads;
+use crate::ops::gemm::gemm;
+use crate::ops::heads::{self, QkNorm};
 use crate::ops::norm::{rms_norm, rms_norm_backward};
 use crate::ops::quant::{self, QMatrix};
-use crate::ops::rope::turn;
+use crate::ops::rope::{apply_rope, apply_rope_backward};
 use crate::ops::swiglu::swiglu_backward;
 use crate::{Error, Result};
 
@@ -111,19 +111,18 @@ impl BlockHook for TrainingHook<'_> {
         &mut self,
         qkv: &Tensor,
         bias: Option<&Tensor>,
-        norms: Option<(&Tensor, &Tensor)>,
+        norm: Option<QkNorm>,
         heads: Heads,
-        eps: f32,
     ) -> Result<()> {
-        heads::finish(qkv, bias, None, heads, eps)?;
-        self.unnormed = norms.map(|_| qkv.copy()).transpose()?;
-        heads::finish(qkv, None, norms, heads, eps)
+        heads::bias_and_qk_norm(qkv, bias, None, heads)?;
+        self.unnormed = norm.map(|_| qkv.copy()).transpose()?;
+        heads::bias_and_qk_norm(qkv, None, norm, heads)
     }
 
     fn attention(&mut self, qkv: &Tensor, residual: Tensor) -> Result<Option<(Tensor, Tensor)>> {
         let TrainBlock { model, rows, .. } = self.block;
         let heads = model.config().heads();
-        turn(qkv, heads.query + heads.kv, &rows.positions, model.rope(), false)?;
+        apply_rope(qkv, heads.query + heads.kv, &rows.positions, model.rope())?;
         let (attended, lse) = causal(qkv, &rows.sequences, heads)?;
         self.attention = Some(SavedAttention { qkv: qkv.clone(), unnormed: self.unnormed.take(), lse });
         Ok(Some((attended, residual)))
@@ -193,9 +192,9 @@ impl TrainBlock<'_> {
         let dattended = linear(&weights.o, gradient.to_dtype(dtype)?, Site::O)?;
         let attended = &saved.linears[Site::O as usize].x;
         let dqkv = causal_backward(qkv, attended, lse, &dattended, &self.rows.sequences, heads)?;
-        turn(&dqkv, heads.query + heads.kv, &self.rows.positions, self.model.rope(), true)?;
-        if let (Some(unnormed), Some((q, k))) = (unnormed, &weights.qk_norm) {
-            heads::finish_backward(&dqkv, unnormed, (q, k), heads, eps)?;
+        apply_rope_backward(&dqkv, heads.query + heads.kv, &self.rows.positions, self.model.rope())?;
+        if let (Some(unnormed), Some((query, key))) = (unnormed, &weights.qk_norm) {
+            heads::qk_norm_backward(&dqkv, unnormed, QkNorm { query, key, eps }, heads)?;
         }
         let dx = linear(&weights.qkv, dqkv, Site::Qkv)?;
         rms_norm_backward(residual, &weights.attn_norm, &dx, Some(&gradient), eps)

@@ -9,7 +9,7 @@ use super::adapter::TrainableAdapter;
 use super::block::{PassRows, SavedActivations, TrainBlock, TrainSegment};
 use crate::Result;
 use crate::model::decoder::Decoder;
-use crate::ops::loss::{Target, cross_entropy};
+use crate::ops::loss::{LossTarget, cross_entropy};
 use crate::ops::norm::rms_norm_backward;
 
 /// The rows of one job in a pass.
@@ -28,7 +28,7 @@ pub struct TrainBatch {
     /// Rows of each sequence.
     pub sequences: Vec<Range<usize>>,
     /// The tokens to predict, by ascending row.
-    pub targets: Vec<Target>,
+    pub targets: Vec<LossTarget>,
 }
 
 impl TrainBatch {
@@ -39,7 +39,7 @@ impl TrainBatch {
         self.tokens.extend_from_slice(tokens);
         self.sequences.push(start..self.tokens.len());
         let targets = (1..tokens.len()).filter(|&i| target(i));
-        self.targets.extend(targets.map(|i| Target { row: (start + i - 1) as u32, id: tokens[i], scale }));
+        self.targets.extend(targets.map(|i| LossTarget { row: (start + i - 1) as u32, id: tokens[i], scale }));
     }
 }
 
@@ -57,7 +57,7 @@ pub struct Pass {
     model: Arc<Decoder>,
     rows: PassRows,
     tokens: Vec<u32>,
-    targets: Vec<Target>,
+    targets: Vec<LossTarget>,
     /// Where each job's targets end.
     ends: Vec<usize>,
     stage: PassStage,
@@ -100,7 +100,7 @@ impl Pass {
             }
             tokens.extend(batch.tokens);
             rows.segments.push(TrainSegment { rows: first..tokens.len(), adapter, dropout });
-            targets.extend(batch.targets.into_iter().map(|t| Target { row: t.row + first as u32, ..t }));
+            targets.extend(batch.targets.into_iter().map(|t| LossTarget { row: t.row + first as u32, ..t }));
             ends.push(targets.len());
         }
         let stage = PassStage::Forward(0);
@@ -161,7 +161,7 @@ impl Pass {
         let end = self.tokens.len().min(start + if x.device().is_cpu() { 128 } else { 2048 });
         let within = |row: usize| self.targets.partition_point(|t| (t.row as usize) < row);
         let targets = self.targets[within(start)..within(end)].iter();
-        let targets: Vec<Target> = targets.map(|t| Target { row: t.row - start as u32, ..*t }).collect();
+        let targets: Vec<LossTarget> = targets.map(|t| LossTarget { row: t.row - start as u32, ..*t }).collect();
         let rows = x.narrow(0, start, end - start)?;
         let loss = cross_entropy(&weights.head, &rows, &targets, self.gradient)?;
         self.scores.nll.extend(loss.nll);

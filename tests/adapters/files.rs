@@ -4,7 +4,7 @@ use quiver::adapter::dummy;
 use quiver::adapter::peft;
 use quiver::arch::Module;
 use quiver::lora::slots::SlotWeights;
-use quiver::lora::weights::{AdapterWeights, Values};
+use quiver::lora::weights::{AdapterWeights, FloatVec};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -430,7 +430,7 @@ fn half_precision_is_widened_exactly() {
     for (dtype, bytes) in [(Dtype::F16, f16), (Dtype::BF16, bf16)] {
         draft.tensors.insert(name.into(), (dtype, vec![4, 64], bytes));
         let a = reread(&draft).unwrap().0.modules[0].a.clone();
-        assert!(!matches!(a, Values::F32(_)));
+        assert!(!matches!(a, FloatVec::F32(_)));
         assert_eq!(a.bytes(), 512);
         assert_eq!(a.to_f32(), numbers);
     }
@@ -448,7 +448,7 @@ fn made_up_adapters_are_adapters() {
     let (weights, id) = read("dummy-0000", &Module::BLOCK, 8);
     assert_eq!(weights.modules.len(), 14);
     assert!(weights.modules.iter().all(|m| m.rank == 8 && m.scale == 2.0));
-    let size = |v: &Values| v.to_f32().iter().map(|x| x * x).sum::<f32>() / v.to_f32().len() as f32;
+    let size = |v: &FloatVec| v.to_f32().iter().map(|x| x * x).sum::<f32>() / v.to_f32().len() as f32;
     let q = &weights.modules[0];
     assert!((size(&q.a) * 64.0 - 1.0).abs() < 0.1 && (size(&q.b) * 1e4 - 1.0).abs() < 0.1);
     assert_eq!(read("dummy-0000", &Module::BLOCK, 8).1, id);

@@ -9,7 +9,7 @@ use quiver::engine::request::{Event, FinishReason, SamplingParams};
 use quiver::engine::worker::Tick;
 use quiver::engine::{Engine, EngineConfig};
 use quiver::error::ErrorKind;
-use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::fake::{Answer, Bench, EOS, Fake, config, greedy, lease, lease_of, reference};
@@ -233,7 +233,7 @@ fn a_cancelled_request_lets_go_at_once() {
 #[test]
 fn a_dora_is_used_alone_and_whole() {
     let bench = Bench::new(&config());
-    let values = || Values::F32([1.0].into());
+    let values = || FloatVec::F32([1.0].into());
     let module = ModuleWeights {
         layer: 0,
         module: Module::Q,

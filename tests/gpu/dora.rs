@@ -12,7 +12,7 @@ use quiver::engine::cuda::Steps;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::delta::{Adapters, add_delta};
 use quiver::lora::slots::SlotPool;
-use quiver::lora::weights::{AdapterWeights, Values};
+use quiver::lora::weights::{AdapterWeights, FloatVec};
 use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
 use quiver::model::weights::{LayerWeights, Weights};
@@ -93,10 +93,10 @@ fn dora(model: &ModelConfig, seed: u64, modules: &[(Module, usize)]) -> AdapterW
         m.scale *= (k as f32).sqrt() / 4.0;
         let mut b = m.b.to_f32();
         b[(n - 1) * m.rank..].fill(0.0);
-        m.b = Values::F32(b.into());
+        m.b = FloatVec::F32(b.into());
         let mut magnitudes: Vec<f32> = random(seed + 9, n).iter().map(|v| (1.0 + v.to_f32()) * 10.0).collect();
         (magnitudes[0], magnitudes[1]) = (0.0, -3.0);
-        m.magnitude = Some(Values::F32(magnitudes.into()));
+        m.magnitude = Some(FloatVec::F32(magnitudes.into()));
     }
     adapter
 }
@@ -305,7 +305,7 @@ fn recorded_steps_see_slots_change_hands() {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny");
         let mut weights = peft::read(&fixtures.join(name), &config).unwrap().0;
         for magnitude in weights.modules.iter_mut().filter_map(|m| m.magnitude.as_mut()) {
-            *magnitude = Values::F32(magnitude.to_f32().iter().map(|m| m * factor).collect());
+            *magnitude = FloatVec::F32(magnitude.to_f32().iter().map(|m| m * factor).collect());
         }
         weights
     };

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use quiver::arch::Heads;
-use quiver::ops::heads::finish;
+use quiver::ops::heads::{QkNorm, bias_and_qk_norm};
 
 use crate::common::{device, random, relative_error};
 
@@ -16,7 +16,8 @@ fn run(x: &[bf16], heads: Heads, bias: Option<&[bf16]>, norms: Option<[&[bf16]; 
     }
     let bias = bias.map(floats);
     let norms = norms.map(|n| n.map(floats));
-    finish(&qkv, bias.as_ref(), norms.as_ref().map(|[q, k]| (q, k)), heads, 1e-6).unwrap();
+    let norm = norms.as_ref().map(|[query, key]| QkNorm { query, key, eps: 1e-6 });
+    bias_and_qk_norm(&qkv, bias.as_ref(), norm, heads).unwrap();
     qkv.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 

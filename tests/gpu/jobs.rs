@@ -9,7 +9,7 @@ use quiver::adapter::peft;
 use quiver::arch::Module;
 use quiver::engine::BackgroundWork;
 use quiver::hub::{ModelFiles, ModelFormat};
-use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use quiver::model::decoder::Decoder;
 use quiver::model::weights::{Quantize, Weights};
 use quiver::train::data::Example;
@@ -136,7 +136,7 @@ fn deltas(of: &AdapterWeights, like: &AdapterWeights) -> Vec<f32> {
 }
 
 fn magnitudes(of: &AdapterWeights) -> Vec<f32> {
-    of.modules.iter().filter_map(|m| m.magnitude.as_ref()).flat_map(Values::to_f32).collect()
+    of.modules.iter().filter_map(|m| m.magnitude.as_ref()).flat_map(FloatVec::to_f32).collect()
 }
 
 fn wide(values: &[f32]) -> Vec<f64> {

@@ -14,7 +14,7 @@ use quiver::arch::{Module, Site};
 use quiver::engine::cuda::{Bucket, StepBuffers};
 use quiver::lora::delta::{Adapters, add_delta, gained};
 use quiver::lora::slots::SlotPool;
-use quiver::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use quiver::ops::batch::Capacity;
 use quiver::ops::batch::{Batch, Segment};
 
@@ -54,7 +54,7 @@ pub fn adapter(model: &ModelConfig, seed: u64, modules: &[(Module, usize, bool)]
     let module = |(i, &(module, rank, bias)): (usize, &(Module, usize, bool))| {
         let (n, k) = module.shape(model);
         let seed = 1000 * seed + 10 * i as u64;
-        let values = |seed: u64, len: usize| Values::BF16(random(seed, len).into());
+        let values = |seed: u64, len: usize| FloatVec::BF16(random(seed, len).into());
         ModuleWeights {
             layer: if module == Module::LmHead { model.num_layers } else { 0 },
             module,
@@ -172,7 +172,7 @@ pub fn reference(
         for m in adapters[slot as usize].modules.iter().filter(|m| m.module.site() == site) {
             let (n, k) = m.module.shape(model);
             let (a, b) = (m.a.to_f32(), m.b.to_f32());
-            let bias = m.bias.as_ref().map(Values::to_f32);
+            let bias = m.bias.as_ref().map(FloatVec::to_f32);
             let h: Vec<f64> =
                 (0..m.rank).map(|r| x.iter().zip(&a[r * k..]).map(|(x, a)| x.to_f64() * f64::from(*a)).sum()).collect();
             let scale = f64::from(weight) * f64::from(m.scale);

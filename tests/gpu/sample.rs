@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use quiver::Result;
 use quiver::engine::request::{Logprobs, SamplingParams};
 use quiver::engine::sampler::{LogitsTask, SampledToken, SamplingMetadata, TokenCounts, answer, sample, score};
-use quiver::ops::sample::{Row, SMALL, launch};
+use quiver::ops::sample::{RowSampling, SMALL, launch};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_pcg::Pcg64;
 
@@ -367,7 +367,7 @@ fn the_best_alone_needs_no_parameters() {
     let cases: Vec<_> = (0..rows).map(|_| Case::new(logits(&mut rng, vocab), greedy())).collect();
     let values: Vec<f32> = cases.iter().flat_map(|case| case.logits.clone()).collect();
     let tensor = Tensor::from_vec(values, (rows, vocab), &device()).unwrap();
-    let asked: Vec<_> = (0..rows).map(|_| Row::default()).collect();
+    let asked: Vec<_> = (0..rows).map(|_| RowSampling::default()).collect();
     let launched = launch(&tensor, &asked).unwrap();
     let picked = launched.read().unwrap();
     assert_eq!(launched.read().unwrap(), picked);

@@ -6,11 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use quiver::ops::adamw::{AdamwStep, adamw_step, adamw8bit_step, sum_of_squares, zero_moments};
 use quiver::ops::attention::{Heads, causal, causal_backward};
-use quiver::ops::heads::finish_backward;
-use quiver::ops::loss::{Target, cross_entropy};
+use quiver::ops::heads::{QkNorm, qk_norm_backward};
+use quiver::ops::loss::{LossTarget, cross_entropy};
 use quiver::ops::norm::rms_norm_backward;
 use quiver::ops::quant::{Codec, QMatrix, matmul_transposed};
-use quiver::ops::rope::{RopeTable, turn};
+use quiver::ops::rope::{RopeTable, apply_rope, apply_rope_backward};
 use quiver::ops::swiglu::swiglu_backward;
 
 use crate::common::{device, random, relative_error};
@@ -73,6 +73,8 @@ fn swiglu_equals_the_cpu() {
     }
 }
 
+type Rope = fn(&Tensor, usize, &[u32], &RopeTable) -> quiver::Result<()>;
+
 #[test]
 fn turns_equal_the_cpu_and_go_back() {
     for (heads, spare, dim, t) in [(1, 0, 2, 3), (6, 2, 12, 5), (5, 1, 64, 33), (40, 8, 128, 70)] {
@@ -81,14 +83,19 @@ fn turns_equal_the_cpu_and_go_back() {
         let positions: Vec<u32> = (0..t as u32).map(|i| i * 97 % 3000).collect();
         let start = random(1, t * width);
         for back in [false, true] {
+            let (rotate, undo) = if back {
+                (apply_rope_backward as Rope, apply_rope as Rope)
+            } else {
+                (apply_rope as Rope, apply_rope_backward as Rope)
+            };
             let x = both(&start, (t, width));
             for x in &x {
                 let table = RopeTable::new(&inv_freq, 3000, x.device()).unwrap();
-                turn(x, heads, &positions, &table, back).unwrap();
+                rotate(x, heads, &positions, &table).unwrap();
             }
             assert_close(&x[1], &x[0], ROUNDED, &format!("{heads} heads of {dim}, back: {back}"));
             let table = RopeTable::new(&inv_freq, 3000, &device()).unwrap();
-            turn(&x[1], heads, &positions, &table, !back).unwrap();
+            undo(&x[1], heads, &positions, &table).unwrap();
             assert_close(&x[1], &both(&start, (t, width))[1], 2.0 * ROUNDED, "there and back");
         }
     }
@@ -102,7 +109,8 @@ fn norms_of_heads_equal_the_cpu() {
         let (raw, dqkv) = (both(&random(1, shape.0 * shape.1), shape), both(&random(2, shape.0 * shape.1), shape));
         let norms = [random(3, dim), random(4, dim)].map(|norm| both_f32(&norm, &[dim]));
         for i in 0..2 {
-            finish_backward(&dqkv[i], &raw[i], (&norms[0][i], &norms[1][i]), heads, 1e-6).unwrap();
+            let norm = QkNorm { query: &norms[0][i], key: &norms[1][i], eps: 1e-6 };
+            qk_norm_backward(&dqkv[i], &raw[i], norm, heads).unwrap();
         }
         assert_close(&dqkv[1], &dqkv[0], ROUNDED, &format!("{heads:?}"));
     }
@@ -247,9 +255,12 @@ fn losses_equal_the_cpu() {
         let source = source(Codec::BF16, vocab, hidden, 1);
         let [cpu, gpu] = [Device::Cpu, device()].map(|d| QMatrix::pack(std::slice::from_ref(&source), &d).unwrap());
         let x = both(&random(2, t * hidden), (t, hidden));
-        let target =
-            |row: usize| Target { row: row as u32, id: (row * 7919 % vocab) as u32, scale: 0.25 + (row % 5) as f32 };
-        let targets: Vec<Target> = (0..t).filter(|row| row % 7 != 3).map(target).collect();
+        let target = |row: usize| LossTarget {
+            row: row as u32,
+            id: (row * 7919 % vocab) as u32,
+            scale: 0.25 + (row % 5) as f32,
+        };
+        let targets: Vec<LossTarget> = (0..t).filter(|row| row % 7 != 3).map(target).collect();
         let want = cross_entropy(&cpu, &x[0], &targets, true).unwrap();
         let got = cross_entropy(&gpu, &x[1], &targets, true).unwrap();
         let farthest = got.nll.iter().zip(&want.nll).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
@@ -281,7 +292,7 @@ fn likeliest_ids_are_correct() {
     let source = quiver::ops::quant::Source::Blocks { codec: Codec::BF16, n, k: n, bytes: bytes.into() };
     let head = QMatrix::pack(&[source], &device()).unwrap();
     let x = Tensor::from_vec(unit, (n, n), &device()).unwrap().to_dtype(DType::BF16).unwrap();
-    let target = |row: usize| Target { row: row as u32, id: (row - row % 2) as u32, scale: 1.0 };
+    let target = |row: usize| LossTarget { row: row as u32, id: (row - row % 2) as u32, scale: 1.0 };
     let loss = cross_entropy(&head, &x, &(0..n).map(target).collect::<Vec<_>>(), false).unwrap();
     assert_eq!(loss.correct, (0..n).map(|row| row % 2 == 0).collect::<Vec<_>>());
 }

@@ -12,7 +12,7 @@ use half::bf16;
 
 use crate::arch::Site;
 use crate::lora::BaseMatrices;
-use crate::lora::image::{Block, Layout};
+use crate::lora::image::{ImageLayout, SiteBlock};
 use crate::lora::magnitude::{changed_norms, row_squares};
 use crate::ops::quant;
 use crate::{Error, Result};
@@ -31,14 +31,14 @@ struct Scaled {
     /// Where its image starts in the arena, in values.
     start: usize,
     /// Where everything is in its image.
-    layout: Layout,
+    layout: ImageLayout,
     /// Entries whose magnitudes are not gains yet.
     left: Vec<usize>,
 }
 
 impl Gains {
     /// An adapter is in its slot, at `start` of the arena.
-    pub fn arrived(&mut self, slot: u32, start: usize, layout: Layout) {
+    pub fn arrived(&mut self, slot: u32, start: usize, layout: ImageLayout) {
         let left: Vec<usize> = layout.gained().collect();
         if !left.is_empty() {
             self.slots.insert(slot, Scaled { start, layout, left });
@@ -94,7 +94,7 @@ impl Gains {
 /// Gains `[1, n]` of each module of a block at `at` of the arena that has magnitudes, given its A `[Σ rank, k]`, the product
 /// of A and the base `[Σ rank, Σ n]`, and the squared norms of the base's rows `[1, Σ n]`.
 fn gains(
-    block: &Block,
+    block: &SiteBlock,
     arena: &CudaSlice<u16>,
     at: usize,
     [a, crossed, squares]: [&Tensor; 3],

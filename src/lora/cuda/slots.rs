@@ -19,7 +19,7 @@ use crate::arch::ModelConfig;
 use crate::arch::Site;
 use crate::gpu::address;
 use crate::lora::BaseMatrices;
-use crate::lora::image::{self, Layout};
+use crate::lora::image::{self, ImageLayout};
 use crate::lora::weights::AdapterWeights;
 use crate::{Error, Result};
 
@@ -43,7 +43,7 @@ pub struct SiteShape {
 
 /// The bytes that an adapter takes in a slot on this device; `None` on the CPU. Errors: it cannot be there.
 pub fn image_bytes(device: &Device, weights: &AdapterWeights, model: &ModelConfig) -> Result<Option<usize>> {
-    device.is_cuda().then(|| Ok(Layout::new(weights, model)?.bytes)).transpose()
+    device.is_cuda().then(|| Ok(ImageLayout::new(weights, model)?.bytes)).transpose()
 }
 
 /// The memory of the slots on one GPU.
@@ -56,7 +56,7 @@ pub struct DeviceSlots {
     copies: Arc<CudaStream>,
     staging: Arc<Staging>,
     uploads: HashMap<u32, Upload>,
-    /// Ranks of the slots that are ready, by site; see [`Layout::ranks`].
+    /// Ranks of the slots that are ready, by site; see [`ImageLayout::ranks`].
     ranks: HashMap<u32, [usize; 5]>,
     /// What DoRA's adapters have beside the rest.
     gains: Gains,
@@ -232,7 +232,7 @@ impl Drop for DeviceSlots {
 
 /// An adapter laid out on the host, ready to be copied.
 pub struct Image {
-    layout: Layout,
+    layout: ImageLayout,
     buffer: Buffer,
 }
 
@@ -266,7 +266,7 @@ impl Image {
 impl Staging {
     /// Lays an adapter out; waits for a buffer. Errors: no page-locked memory.
     pub fn image(self: &Arc<Self>, weights: &AdapterWeights, model: &ModelConfig) -> Result<Image> {
-        let layout = Layout::new(weights, model)?;
+        let layout = ImageLayout::new(weights, model)?;
         let values = layout.bytes / 2;
         // The row of the table comes behind.
         let mut buffer = self.take(values + image::entries(model) * image::ENTRY)?;
@@ -294,7 +294,7 @@ impl Staging {
         let small = if buffers.free.len() + buffers.out > BUFFERS { buffers.free.pop() } else { None };
         drop(buffers);
         drop(small);
-        // SAFETY: `Layout::write` and `DeviceSlots::put` write all that is copied.
+        // SAFETY: `ImageLayout::write` and `DeviceSlots::put` write all that is copied.
         let slice = unsafe { self.context.alloc_pinned_with_flags(values.next_multiple_of(BUFFER_STEP), 0) };
         buffer.slice = Some(slice.map_err(failed("page-locked memory for an adapter"))?);
         Ok(buffer)

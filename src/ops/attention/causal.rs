@@ -12,9 +12,9 @@ use super::Heads;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use crate::ops::cpu;
-use crate::ops::gemm::Product;
 use crate::ops::pool::SharedMut;
 use crate::ops::simd::{self, Kernel, LANES, Lanes};
+use crate::ops::task_gemm::TaskGemm;
 use crate::{Error, Result};
 
 /// Queries of a tile: with fewer, sums go to memory and back too often; with more, too much above the diagonal is computed.
@@ -34,7 +34,7 @@ pub fn causal(qkv: &Tensor, sequences: &[Range<usize>], heads: Heads) -> Result<
     let (mut out, mut lse) = (vec![0.0; t * heads.query * heads.dim], vec![0.0; t * heads.query]);
     let (to_out, to_lse) = (SharedMut::new(&mut out), SharedMut::new(&mut lse));
     for_each(sequences, heads, |rows, kv_head| {
-        simd::run(Forward { keys: Keys { heads, qkv: &qkv, rows, kv_head }, out: to_out, lse: to_lse });
+        simd::run(CausalForward { keys: KvHead { heads, qkv: &qkv, rows, kv_head }, out: to_out, lse: to_lse });
     });
     let out = Tensor::from_vec(out, (t, heads.query * heads.dim), &Device::Cpu)?;
     Ok((out, Tensor::from_vec(lse, (t, heads.query), &Device::Cpu)?))
@@ -73,8 +73,8 @@ pub fn causal_backward(
     let mut dqkv = vec![0.0; qkv.len()];
     let to = SharedMut::new(&mut dqkv);
     for_each(sequences, heads, |rows, kv_head| {
-        let keys = Keys { heads, qkv: &qkv, rows, kv_head };
-        simd::run(Backward { keys, out: &out, lse: &lse, dout: &dout, dqkv: to });
+        let keys = KvHead { heads, qkv: &qkv, rows, kv_head };
+        simd::run(CausalBackward { keys, out: &out, lse: &lse, dout: &dout, dqkv: to });
     });
     Ok(Tensor::from_vec(dqkv, shape, &Device::Cpu)?)
 }
@@ -102,7 +102,7 @@ fn for_each(sequences: &[Range<usize>], heads: Heads, task: impl Fn(Range<usize>
 }
 
 /// One key-value head of one sequence.
-struct Keys<'a> {
+struct KvHead<'a> {
     heads: Heads,
     qkv: &'a [f32],
     /// The sequence's.
@@ -110,7 +110,7 @@ struct Keys<'a> {
     kv_head: usize,
 }
 
-impl Keys<'_> {
+impl KvHead<'_> {
     /// The query heads that attend to it.
     fn group(&self) -> Range<usize> {
         let group = self.heads.query / self.heads.kv;
@@ -146,7 +146,7 @@ impl Keys<'_> {
         packed
     }
 
-    /// `to [rows, keys] = x · yᵀ` for a tile of rows `x`, the first of them the sequence's `first`; `y` are [`Keys::columns`].
+    /// `to [rows, keys] = x · yᵀ` for a tile of rows `x`, the first of them the sequence's `first`; `y` are [`KvHead::columns`].
     fn scores(&self, tile: &Range<usize>, x: &[f32], width: usize, y: &[[f32; LANES]], to: &mut [[f32; LANES]]) {
         let stride = self.rows.len().div_ceil(LANES);
         let columns = tile.end.div_ceil(LANES);
@@ -154,7 +154,7 @@ impl Keys<'_> {
             to[..columns].fill([0.0; LANES]);
         }
         let (inner, a_strides) = (self.heads.dim, (width, 1));
-        simd::run(Product {
+        simd::run(TaskGemm {
             rows: tile.len(),
             inner,
             columns,
@@ -168,13 +168,13 @@ impl Keys<'_> {
     }
 }
 
-struct Forward<'a> {
-    keys: Keys<'a>,
+struct CausalForward<'a> {
+    keys: KvHead<'a>,
     out: SharedMut<f32>,
     lse: SharedMut<f32>,
 }
 
-impl Kernel for Forward<'_> {
+impl Kernel for CausalForward<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { keys, out, lse } = self;
@@ -210,7 +210,7 @@ impl Kernel for Forward<'_> {
                     lse[0] = max * scale + sums[i].ln();
                 }
                 let mut acc = vec![[0.0; LANES]; tile.len() * vectors];
-                simd::run(Product {
+                simd::run(TaskGemm {
                     rows: tile.len(),
                     inner: tile.end,
                     columns: vectors,
@@ -231,15 +231,15 @@ impl Kernel for Forward<'_> {
     }
 }
 
-struct Backward<'a> {
-    keys: Keys<'a>,
+struct CausalBackward<'a> {
+    keys: KvHead<'a>,
     out: &'a [f32],
     lse: &'a [f32],
     dout: &'a [f32],
     dqkv: SharedMut<f32>,
 }
 
-impl Kernel for Backward<'_> {
+impl Kernel for CausalBackward<'_> {
     /// With `p = exp(s - lse)` the probabilities and `dp = dout · vᵀ`: `ds = p · (dp - rowsum(dout · out)) · scale`,
     /// `dq = ds · k`, `dk = dsᵀ · q`, `dv = pᵀ · dout`.
     #[inline(always)]
@@ -277,7 +277,7 @@ impl Kernel for Backward<'_> {
                 let (by_rows, by_columns) = ((stride * LANES, 1), (1, stride * LANES));
                 let product = |(rows, inner), a, a_strides, b, c| {
                     let (b_stride, c_stride) = (vectors, vectors);
-                    Product { rows, inner, columns: vectors, a, a_strides, b, b_stride, c, c_stride }
+                    TaskGemm { rows, inner, columns: vectors, a, a_strides, b, b_stride, c, c_stride }
                 };
                 let (d, q) = (&d[start * vectors..], &q[start * vectors..]);
                 simd::run(product((tile.len(), tile.end), ds.as_flattened(), by_rows, &k_rows, &mut dq));

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use half::bf16;
 
+use super::QkNorm;
 use crate::arch::Heads;
 use crate::gpu::input;
 use crate::gpu::kernels::{Grid, launch};
@@ -13,14 +14,8 @@ const WARPS: usize = 8;
 /// Widest head: what a warp keeps in registers.
 const MAX_DIM: usize = 256;
 
-/// As [`super::finish`], whose checks were made, `qkv` bf16.
-pub fn finish(
-    qkv: &Tensor,
-    bias: Option<&Tensor>,
-    norms: Option<(&Tensor, &Tensor)>,
-    heads: Heads,
-    eps: f32,
-) -> Result<()> {
+/// As [`super::bias_and_qk_norm`], whose checks were made, `qkv` bf16.
+pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm>, heads: Heads) -> Result<()> {
     check(heads)?;
     let rows = qkv.dim(0)?;
     // Values are only added to.
@@ -29,34 +24,28 @@ pub fn finish(
     let args = [
         input::<bf16>(qkv)?.into(),
         address(bias)?.into(),
-        address(norms.map(|n| n.0))?.into(),
-        address(norms.map(|n| n.1))?.into(),
-        eps.into(),
+        address(norm.map(|norm| norm.query))?.into(),
+        address(norm.map(|norm| norm.key))?.into(),
+        norm.map_or(0.0, |norm| norm.eps).into(),
         heads.query.into(),
         heads.kv.into(),
         touched.into(),
         heads.dim.into(),
     ];
-    // SAFETY: shapes as the kernel's contract, checked by `super::finish` and above.
+    // SAFETY: shapes as the kernel's contract, checked by `super::bias_and_qk_norm` and above.
     unsafe { launch(qkv.device().as_cuda_device()?, "finish_heads", grid(rows, touched), &args)? };
     Ok(())
 }
 
-/// As [`super::finish_backward`], whose checks were made, `dqkv` and `qkv_raw` bf16.
-pub fn finish_backward(
-    dqkv: &Tensor,
-    qkv_raw: &Tensor,
-    norms: (&Tensor, &Tensor),
-    heads: Heads,
-    eps: f32,
-) -> Result<()> {
+/// As [`super::qk_norm_backward`], whose checks were made, `dqkv` and `qkv_raw` bf16.
+pub fn qk_norm_backward(dqkv: &Tensor, qkv_raw: &Tensor, norm: QkNorm, heads: Heads) -> Result<()> {
     check(heads)?;
     let args = [
         input::<bf16>(dqkv)?.into(),
         input::<bf16>(qkv_raw)?.into(),
-        input::<f32>(norms.0)?.into(),
-        input::<f32>(norms.1)?.into(),
-        eps.into(),
+        input::<f32>(norm.query)?.into(),
+        input::<f32>(norm.key)?.into(),
+        norm.eps.into(),
         heads.query.into(),
         heads.kv.into(),
         heads.dim.into(),

@@ -3,7 +3,7 @@
 use candle_core::{CudaDevice, DType, Tensor};
 use half::bf16;
 
-use super::{Loss, Target};
+use super::{Loss, LossTarget};
 use crate::Result;
 use crate::gpu::blas::Product;
 use crate::gpu::kernels::{Grid, launch};
@@ -14,7 +14,7 @@ use crate::ops::quant::QMatrix;
 const CHUNK: usize = 1024;
 
 /// As [`super::cross_entropy`], whose checks were made.
-pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[Target], gradient: bool) -> Result<Loss> {
+pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradient: bool) -> Result<Loss> {
     let (device, (vocab, hidden), count) = (x.device().as_cuda_device()?, (head.n(), head.k()), targets.len());
     let dx = if gradient { Some(Tensor::zeros(x.dims2()?, DType::BF16, x.device())?) } else { None };
     if targets.is_empty() {

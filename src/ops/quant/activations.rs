@@ -15,7 +15,7 @@ const LIMIT: f32 = 32639.0;
 
 /// Up to [`ROWS`] activation rows.
 #[derive(Default)]
-pub struct Tile {
+pub struct ActivationTile {
     /// Rows in this tile, 1 to [`ROWS`].
     pub rows: usize,
     /// `[k / 32][rows][hi 32, lo 32]`: the two planes of `q`.
@@ -31,19 +31,19 @@ pub struct Tile {
 }
 
 /// Cuts `x [m, k]` into tiles, in the forms asked for: `integer` needs `k` to be a multiple of 32.
-pub fn tiles(x: &[f32], k: usize, integer: bool, float: bool) -> Vec<Tile> {
+pub fn tiles(x: &[f32], k: usize, integer: bool, float: bool) -> Vec<ActivationTile> {
     let inputs: Vec<&[f32]> = x.chunks(ROWS * k).collect();
-    let mut tiles: Vec<Tile> = inputs.iter().map(|_| Tile::default()).collect();
+    let mut tiles: Vec<ActivationTile> = inputs.iter().map(|_| ActivationTile::default()).collect();
     let shared = SharedMut::new(&mut tiles);
     parallel_for(inputs.len(), |i| {
         // SAFETY: one task an index, and `tiles` has one tile an input.
         let tile = unsafe { shared.slice(i, 1) };
-        tile[0] = Tile::new(inputs[i], k, integer, float);
+        tile[0] = ActivationTile::new(inputs[i], k, integer, float);
     });
     tiles
 }
 
-impl Tile {
+impl ActivationTile {
     /// A tile of the rows of `x [rows, k]`.
     fn new(x: &[f32], k: usize, integer: bool, float: bool) -> Self {
         let mut tile = Self { rows: x.len() / k, ..Self::default() };
@@ -71,11 +71,11 @@ impl Tile {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-            fn avx512(tile: &mut Tile, x: &[f32], k: usize) {
+            fn avx512(tile: &mut ActivationTile, x: &[f32], k: usize) {
                 tile.quantise_rows(x, k);
             }
             #[target_feature(enable = "avx2")]
-            fn avx2(tile: &mut Tile, x: &[f32], k: usize) {
+            fn avx2(tile: &mut ActivationTile, x: &[f32], k: usize) {
                 tile.quantise_rows(x, k);
             }
             if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") {
@@ -167,7 +167,7 @@ mod tests {
         for size in [f32::MAX, 1.0, 1e-33, 3e-34, f32::MIN_POSITIVE, 1e-45] {
             let mut x = vec![0.0; k];
             (x[0], x[1], x[2]) = (size, -size, size / 2.0);
-            let tile = Tile::new(&x, k, true, false);
+            let tile = ActivationTile::new(&x, k, true, false);
             let zero = size < 3.8e-34;
             assert_eq!((tile.q(0, 0), tile.q(0, 1)), if zero { (0, 0) } else { (32639, -32639) }, "{size}");
             assert_eq!(tile.scales[0] == 0.0, zero, "{size}");
@@ -179,7 +179,7 @@ mod tests {
         let k = 32;
         let mut x = vec![1f32; 4 * k];
         (x[k], x[2 * k + 3]) = (f32::NAN, f32::NEG_INFINITY);
-        let tile = Tile::new(&x, k, true, false);
+        let tile = ActivationTile::new(&x, k, true, false);
         assert_eq!(tile.scales.map(f32::is_nan)[..4], [false, true, true, false]);
     }
 }

@@ -13,8 +13,8 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::Codec;
-use super::activations::Tile;
-use super::blocks::Block;
+use super::activations::ActivationTile;
+use super::blocks::GgmlBlock;
 use super::kernel::{self, Isa, Products};
 use super::resident::Resident;
 use super::transposed::COLUMNS;
@@ -44,7 +44,7 @@ pub enum Scales {
 
 /// How a block format is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
+pub struct PanelLayout {
     /// Bits a code: 4, 5, 6 or 8.
     pub bits: usize,
     /// The code that means zero, in formats without mins: `value = scale * (code - zero)`, else `scale * code + min`.
@@ -53,7 +53,7 @@ pub struct Layout {
     pub scales: Scales,
 }
 
-impl Layout {
+impl PanelLayout {
     /// The layout of a block codec; `None` for dense formats.
     pub const fn of(codec: Codec) -> Option<Self> {
         let (bits, zero, scales) = match codec {
@@ -149,7 +149,7 @@ impl Layout {
         out
     }
 
-    /// The inverse of [`Layout::expand`], into zeroed `codes`.
+    /// The inverse of [`PanelLayout::expand`], into zeroed `codes`.
     fn compress(self, expanded: &[u8; GROUP * PANEL], codes: &mut [u8]) {
         if self.bits == 8 {
             codes.copy_from_slice(expanded);
@@ -170,7 +170,7 @@ impl Layout {
     }
 
     /// Writes the scales of a block's group `g` as row `r` of their record.
-    fn put_scales(self, block: &Block, g: usize, r: usize, record: &mut [u8]) {
+    fn put_scales(self, block: &GgmlBlock, g: usize, r: usize, record: &mut [u8]) {
         record[2 * r..2 * r + 2].copy_from_slice(&block.d.to_le_bytes());
         if matches!(self.scales, Scales::ScaleMin | Scales::SuperMin) {
             record[2 * (PANEL + r)..][..2].copy_from_slice(&block.m.to_le_bytes());
@@ -202,21 +202,21 @@ pub fn share<T>(all: &[T], panel: usize, panels: usize) -> &[T] {
 }
 
 /// A matrix `[n, k]` in panels; rows past `n` in the last one are zero.
-pub struct Affine {
+pub struct AffinePanels {
     n: usize,
     k: usize,
     codec: Codec,
-    layout: Layout,
+    layout: PanelLayout,
     /// `[panel][k / 32][group_bytes]`.
     codes: Resident<u8>,
     /// `[panel][records]`.
     scales: Resident<u8>,
 }
 
-impl Affine {
+impl AffinePanels {
     /// Repacks `n` rows of blocks of `codec`.
     pub fn pack(codec: Codec, n: usize, k: usize, bytes: &[u8]) -> Result<Self> {
-        let layout = Layout::of(codec).ok_or_else(|| Error::internal(format!("{codec:?} has no blocks")))?;
+        let layout = PanelLayout::of(codec).ok_or_else(|| Error::internal(format!("{codec:?} has no blocks")))?;
         let (values, size) = (codec.block(), codec.block_bytes());
         if k == 0 || !k.is_multiple_of(values) {
             return Err(Error::invalid(format!("{codec:?} needs rows of a multiple of {values} values, got {k}")));
@@ -243,7 +243,7 @@ impl Affine {
                 let groups = values / GROUP;
                 let mut expanded = [[0; GROUP * PANEL]; SUPER];
                 for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
-                    let block = Block::read(codec, &row[b * size..][..size]);
+                    let block = GgmlBlock::read(codec, &row[b * size..][..size]);
                     for (g, codes) in block.codes[..values].chunks_exact(GROUP).enumerate() {
                         for (i, code) in codes.iter().enumerate() {
                             expanded[g][64 * (i / 4) + 4 * r + i % 4] = *code;
@@ -325,7 +325,7 @@ impl Affine {
     }
 
     /// Products of one panel with the rows of a tile.
-    pub fn multiply(&self, isa: Isa, panel: usize, tile: &Tile, out: &mut Products) {
+    pub fn multiply(&self, isa: Isa, panel: usize, tile: &ActivationTile, out: &mut Products) {
         let (codes, scales) = self.panel(panel);
         assert_eq!(tile.planes.len(), self.k * 2 * tile.rows, "a tile for another k");
         kernel::affine(isa, self.codec, codes, scales, tile, out);

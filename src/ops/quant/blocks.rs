@@ -5,7 +5,7 @@ use super::Codec;
 /// One block: integer codes, and the scales that give them their values.
 ///
 /// Value `i` is `scale(i) * (codes[i] - zero)` or `scale(i) * codes[i] + min(i)`; see [`super::affine::Scales`].
-pub struct Block {
+pub struct GgmlBlock {
     /// Codes, `0 .. 2^bits`; the first [`Codec::block`] are used.
     pub codes: [u8; 256],
     /// f16 bits of the block's scale.
@@ -49,10 +49,10 @@ fn half(b: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([b[at], b[at + 1]])
 }
 
-impl Block {
+impl GgmlBlock {
     /// Reads one block of a quantised `codec` from its [`Codec::block_bytes`] bytes.
     pub fn read(codec: Codec, b: &[u8]) -> Self {
-        let mut o = Block { codes: [0; 256], d: half(b, 0), m: 0, sub_scales: [0; 16], sub_mins: [0; 8] };
+        let mut o = GgmlBlock { codes: [0; 256], d: half(b, 0), m: 0, sub_scales: [0; 16], sub_mins: [0; 8] };
         match codec {
             Codec::Q4_0 => o.nibbles(&b[2..], None),
             Codec::Q4_1 => {

@@ -6,8 +6,8 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, sys};
 use candle_core::{CudaDevice, DType, Tensor};
 use half::bf16;
 
-use super::tiles::{Format, INPUTS, ROWS, Tiles};
-use super::{Form, QMatrix, Source};
+use super::tiles::{INPUTS, PackedTiles, ROWS, TileFormat};
+use super::{MatrixStorage, QMatrix, Source};
 use crate::gpu::blas::Product;
 use crate::gpu::kernels::{Arg, Grid, launch};
 use crate::gpu::{address, deterministic, input, output};
@@ -30,9 +30,9 @@ const NARROW: usize = 33 * 128;
 const NF4_FACTOR: f32 = 1.436_752;
 
 /// Rows of one source, repacked, in device memory.
-pub struct Part {
+pub struct TilePart {
     device: CudaDevice,
-    format: Format,
+    format: TileFormat,
     n: usize,
     k: usize,
     words: CudaSlice<u32>,
@@ -44,12 +44,12 @@ pub struct Part {
     zero: f32,
 }
 
-impl Part {
+impl TilePart {
     /// Repacks sources and copies them to the device, neighbours of one form as one part: q, k and v are mostly one product.
     pub fn pack(sources: &[Source], device: &CudaDevice) -> Result<Vec<Self>> {
-        let mut parts: Vec<Tiles> = Vec::new();
+        let mut parts: Vec<PackedTiles> = Vec::new();
         for source in sources {
-            let tiles = Tiles::pack(source)?;
+            let tiles = PackedTiles::pack(source)?;
             match parts.last_mut() {
                 Some(last) if last.continues_with(&tiles) => last.append(tiles),
                 _ => parts.push(tiles),
@@ -58,9 +58,9 @@ impl Part {
         parts.into_iter().map(|tiles| Self::upload(tiles, device)).collect()
     }
 
-    fn upload(tiles: Tiles, device: &CudaDevice) -> Result<Self> {
+    fn upload(tiles: PackedTiles, device: &CudaDevice) -> Result<Self> {
         let (mut pairs, mut codebook) = (None, None);
-        if tiles.format == Format::Lut {
+        if tiles.format == TileFormat::Lut {
             let value = |code: usize| u32::from(bf16::from_f32(tiles.codebook[code] * NF4_FACTOR).to_bits());
             let table: Vec<u32> = (0..256).map(|byte| value(byte & 15) | value(byte >> 4) << 16).collect();
             pairs = Some(device.clone_htod(&table)?);
@@ -143,7 +143,7 @@ impl Part {
     fn small_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let slices = slices(self.n);
         let near = 2 * m * self.k;
-        let stages = if matches!(self.format, Format::Dense | Format::Lut) { 2 } else { 3 };
+        let stages = if matches!(self.format, TileFormat::Dense | TileFormat::Lut) { 2 } else { 3 };
         let rings = self.table() + 8 * self.ring(stages);
         // Small GPUs have 99 KB for a block, 4 of which the kernel takes itself.
         let room = if fused_rows(&self.device)? > SMALL_ROWS { usize::MAX } else { 95 << 10 };
@@ -198,7 +198,7 @@ impl Part {
         // Three stages of up to four tiles of activations, and their sums; a ring for each warp. The sums at the end take less.
         let tiles = self.format.chunk().min(256 / tokens / teams);
         let stage = tiles * tokens * (2 * INPUTS + group.map_or(0, |group| INPUTS / group * 4));
-        let stages = if matches!(self.format, Format::Dense | Format::Lut | Format::Sm8) { 2 } else { 3 };
+        let stages = if matches!(self.format, TileFormat::Dense | TileFormat::Lut | TileFormat::Sm8) { 2 } else { 3 };
         let shared = 3 * teams * stage + self.table() + WARPS * self.ring(stages);
         let grid = Grid {
             blocks: blocks_of(blocks, layers, pieces),
@@ -217,7 +217,7 @@ impl Part {
 
     /// Bytes of a codebook's table in shared memory.
     fn table(&self) -> usize {
-        if self.format == Format::Lut { 32 << 10 } else { 0 }
+        if self.format == TileFormat::Lut { 32 << 10 } else { 0 }
     }
 
     /// Bytes of a warp's ring of chunks.
@@ -283,7 +283,7 @@ fn arrivals(device: &CudaDevice) -> candle_core::Result<u64> {
 
 impl QMatrix {
     /// `x [m, k] bf16 -> [m, n]`.
-    pub(super) fn multiply_cuda(&self, parts: &[Part], x: &Tensor, dtype: DType) -> Result<Tensor> {
+    pub(super) fn multiply_cuda(&self, parts: &[TilePart], x: &Tensor, dtype: DType) -> Result<Tensor> {
         let (m, k) = x.dims2()?;
         if k != self.k {
             return Err(Error::internal(format!("product of [{m}, {k}] with a [{}, {}] matrix", self.n, self.k)));
@@ -313,7 +313,7 @@ impl QMatrix {
     }
 
     /// `dy [m, n] bf16 -> [m, k]`, whose shape was checked.
-    pub(super) fn multiply_transposed_cuda(&self, parts: &[Part], dy: &Tensor, dtype: DType) -> Result<Tensor> {
+    pub(super) fn multiply_transposed_cuda(&self, parts: &[TilePart], dy: &Tensor, dtype: DType) -> Result<Tensor> {
         let (device, m) = (&parts[0].device, dy.dim(0)?);
         let (dx, to) = match dtype {
             DType::F32 => output::<f32>(device, (m, self.k))?,
@@ -329,14 +329,14 @@ impl QMatrix {
 
     /// All values `[n, k]` bf16. Errors: the matrix is on the CPU.
     pub(in crate::ops) fn values_cuda(&self) -> Result<Tensor> {
-        match &self.form {
-            Form::Device(parts) => self.dequantised(parts),
-            Form::Host(_) => Err(Error::internal("weights on the CPU where the GPU needs them")),
+        match &self.storage {
+            MatrixStorage::Tiles(parts) => self.dequantised(parts),
+            MatrixStorage::Panels(_) => Err(Error::internal("weights on the CPU where the GPU needs them")),
         }
     }
 
     /// All values `[n, k]` bf16.
-    fn dequantised(&self, parts: &[Part]) -> Result<Tensor> {
+    fn dequantised(&self, parts: &[TilePart]) -> Result<Tensor> {
         let (values, mut to) = output::<bf16>(&parts[0].device, (self.n, self.k))?;
         for part in parts {
             part.dequantise(to)?;
@@ -346,7 +346,7 @@ impl QMatrix {
     }
 
     /// Rows `ids`, or the tokens of `step`, as `[rows, k]` f32.
-    pub(super) fn gather_cuda(&self, parts: &[Part], ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
+    pub(super) fn gather_cuda(&self, parts: &[TilePart], ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
         let device = &parts[0].device;
         let uploaded;
         let (ids, rows) = match step {

@@ -8,10 +8,10 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Codec;
-use super::activations::Tile;
+use super::activations::ActivationTile;
 use super::affine::{PANEL, share};
 use super::kernel::{self, Isa, Products};
-use super::resident::{Plain, Resident};
+use super::resident::{PlainNumber, Resident};
 use super::transposed::COLUMNS;
 use crate::{Error, Result};
 
@@ -19,7 +19,7 @@ use crate::{Error, Result};
 const STEP: usize = 8;
 
 /// How values are stored, panel after panel.
-enum Values {
+enum FloatStorage {
     F32(Resident<f32>),
     F16(Resident<f16>),
     BF16(Resident<bf16>),
@@ -35,23 +35,23 @@ enum Values {
     },
 }
 
-/// One panel's [`Values`].
+/// One panel's [`FloatStorage`].
 #[derive(Clone, Copy)]
-pub enum Panel<'a> {
+pub enum FloatPanel<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     BF16(&'a [bf16]),
     Codebook { codes: &'a [u32], scales: &'a [f32], block: usize, values: &'a [f32; 16] },
 }
 
-impl Panel<'_> {
+impl FloatPanel<'_> {
     /// Steps along k.
     pub fn steps(&self) -> usize {
         match self {
-            Panel::F32(w) => w.len() / (STEP * PANEL),
-            Panel::F16(w) => w.len() / (STEP * PANEL),
-            Panel::BF16(w) => w.len() / (STEP * PANEL),
-            Panel::Codebook { codes, .. } => codes.len() / PANEL,
+            FloatPanel::F32(w) => w.len() / (STEP * PANEL),
+            FloatPanel::F16(w) => w.len() / (STEP * PANEL),
+            FloatPanel::BF16(w) => w.len() / (STEP * PANEL),
+            FloatPanel::Codebook { codes, .. } => codes.len() / PANEL,
         }
     }
 
@@ -61,10 +61,10 @@ impl Panel<'_> {
         let at = |i: usize, r: usize| (STEP * step + i) * PANEL + r;
         std::array::from_fn(|i| {
             std::array::from_fn(|r| match self {
-                Panel::F32(w) => w[at(i, r)],
-                Panel::F16(w) => w[at(i, r)].to_f32(),
-                Panel::BF16(w) => w[at(i, r)].to_f32(),
-                Panel::Codebook { codes, scales, block, values } => {
+                FloatPanel::F32(w) => w[at(i, r)],
+                FloatPanel::F16(w) => w[at(i, r)].to_f32(),
+                FloatPanel::BF16(w) => w[at(i, r)].to_f32(),
+                FloatPanel::Codebook { codes, scales, block, values } => {
                     values[(codes[step * PANEL + r] >> (4 * i) & 15) as usize] * scales[STEP * step / block * PANEL + r]
                 }
             })
@@ -73,13 +73,18 @@ impl Panel<'_> {
 }
 
 /// A matrix `[n, k]` in panels; rows past `n` in the last one, and inputs past `k` in the last step, are zero.
-pub struct Float {
+pub struct FloatPanels {
     n: usize,
-    values: Values,
+    values: FloatStorage,
 }
 
 /// `[panel][columns, padded to a multiple of `step`][16]` of what `value(row, column)` gives.
-fn panels<T: Plain>(n: usize, columns: usize, step: usize, value: impl Fn(usize, usize) -> T) -> Result<Resident<T>> {
+fn panels<T: PlainNumber>(
+    n: usize,
+    columns: usize,
+    step: usize,
+    value: impl Fn(usize, usize) -> T,
+) -> Result<Resident<T>> {
     let padded = columns.next_multiple_of(step);
     let mut out = Resident::zeroed(n.div_ceil(PANEL) * padded * PANEL)?;
     let values = out.values_mut();
@@ -93,7 +98,12 @@ fn panels<T: Plain>(n: usize, columns: usize, step: usize, value: impl Fn(usize,
 
 /// Columns of a dense panel, as rows.
 #[inline(always)]
-fn transpose<T: Plain>(w: &[T], columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL], float: impl Fn(T) -> f32) {
+fn transpose<T: PlainNumber>(
+    w: &[T],
+    columns: Range<usize>,
+    out: &mut [[f32; COLUMNS]; PANEL],
+    float: impl Fn(T) -> f32,
+) {
     for (i, w) in w.as_chunks::<PANEL>().0[columns].iter().enumerate() {
         for r in 0..PANEL {
             out[r][i] = float(w[r]);
@@ -101,10 +111,10 @@ fn transpose<T: Plain>(w: &[T], columns: Range<usize>, out: &mut [[f32; COLUMNS]
     }
 }
 
-impl Float {
+impl FloatPanels {
     /// Packs `[n, k]` row-major values.
     pub fn f32(n: usize, k: usize, rows: &[f32]) -> Result<Self> {
-        Ok(Self { n, values: Values::F32(panels(n, k, STEP, |r, i| rows[r * k + i])?) })
+        Ok(Self { n, values: FloatStorage::F32(panels(n, k, STEP, |r, i| rows[r * k + i])?) })
     }
 
     /// Packs little-endian rows of a dense `codec`.
@@ -120,9 +130,9 @@ impl Float {
             [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]
         };
         let values = match codec {
-            Codec::F32 => Values::F32(panels(n, k, STEP, |r, i| f32::from_le_bytes(four(r, i)))?),
-            Codec::F16 => Values::F16(panels(n, k, STEP, |r, i| f16::from_le_bytes(two(r, i)))?),
-            Codec::BF16 => Values::BF16(panels(n, k, STEP, |r, i| bf16::from_le_bytes(two(r, i)))?),
+            Codec::F32 => FloatStorage::F32(panels(n, k, STEP, |r, i| f32::from_le_bytes(four(r, i)))?),
+            Codec::F16 => FloatStorage::F16(panels(n, k, STEP, |r, i| f16::from_le_bytes(two(r, i)))?),
+            Codec::BF16 => FloatStorage::BF16(panels(n, k, STEP, |r, i| bf16::from_le_bytes(two(r, i)))?),
             _ => return Err(Error::internal(format!("{codec:?} is not dense"))),
         };
         Ok(Self { n, values })
@@ -143,12 +153,12 @@ impl Float {
         let code = |at: usize| if at.is_multiple_of(2) { codes[at / 2] >> 4 } else { codes[at / 2] & 15 };
         if !k.is_multiple_of(block) || !block.is_multiple_of(STEP) {
             let value = |r: usize, i: usize| values[usize::from(code(r * k + i))] * scales[(r * k + i) / block];
-            return Ok(Self { n, values: Values::F32(panels(n, k, STEP, value)?) });
+            return Ok(Self { n, values: FloatStorage::F32(panels(n, k, STEP, value)?) });
         }
         let lane = |r: usize, s: usize| (0..STEP).map(|i| u32::from(code(r * k + STEP * s + i)) << (4 * i)).sum();
         let codes = panels(n, k / STEP, 1, lane)?;
         let scales = panels(n, k / block, 1, |r, b| scales[r * (k / block) + b])?;
-        Ok(Self { n, values: Values::Codebook { codes, scales, block, values } })
+        Ok(Self { n, values: FloatStorage::Codebook { codes, scales, block, values } })
     }
 
     /// Rows.
@@ -159,10 +169,10 @@ impl Float {
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
         match &self.values {
-            Values::F32(v) => v.bytes(),
-            Values::F16(v) => v.bytes(),
-            Values::BF16(v) => v.bytes(),
-            Values::Codebook { codes, scales, .. } => codes.bytes() + scales.bytes(),
+            FloatStorage::F32(v) => v.bytes(),
+            FloatStorage::F16(v) => v.bytes(),
+            FloatStorage::BF16(v) => v.bytes(),
+            FloatStorage::Codebook { codes, scales, .. } => codes.bytes() + scales.bytes(),
         }
     }
 
@@ -171,13 +181,13 @@ impl Float {
         self.n.div_ceil(PANEL)
     }
 
-    fn panel(&self, panel: usize) -> Panel<'_> {
+    fn panel(&self, panel: usize) -> FloatPanel<'_> {
         let panels = self.panels();
         match &self.values {
-            Values::F32(v) => Panel::F32(share(v.values(), panel, panels)),
-            Values::F16(v) => Panel::F16(share(v.values(), panel, panels)),
-            Values::BF16(v) => Panel::BF16(share(v.values(), panel, panels)),
-            Values::Codebook { codes, scales, block, values } => Panel::Codebook {
+            FloatStorage::F32(v) => FloatPanel::F32(share(v.values(), panel, panels)),
+            FloatStorage::F16(v) => FloatPanel::F16(share(v.values(), panel, panels)),
+            FloatStorage::BF16(v) => FloatPanel::BF16(share(v.values(), panel, panels)),
+            FloatStorage::Codebook { codes, scales, block, values } => FloatPanel::Codebook {
                 codes: share(codes.values(), panel, panels),
                 scales: share(scales.values(), panel, panels),
                 block: *block,
@@ -200,10 +210,10 @@ impl Float {
     #[inline(always)]
     pub fn columns(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
         match self.panel(panel) {
-            Panel::F32(w) => transpose(w, columns, out, |w| w),
-            Panel::F16(w) => transpose(w, columns, out, f16::to_f32),
-            Panel::BF16(w) => transpose(w, columns, out, bf16::to_f32),
-            Panel::Codebook { codes, scales, block, values } => {
+            FloatPanel::F32(w) => transpose(w, columns, out, |w| w),
+            FloatPanel::F16(w) => transpose(w, columns, out, f16::to_f32),
+            FloatPanel::BF16(w) => transpose(w, columns, out, bf16::to_f32),
+            FloatPanel::Codebook { codes, scales, block, values } => {
                 for (r, out) in out.iter_mut().enumerate() {
                     for (s, out) in (columns.start / STEP..columns.end / STEP).zip(out.as_chunks_mut::<STEP>().0) {
                         let (codes, scale) = (codes[s * PANEL + r], scales[STEP * s / block * PANEL + r]);
@@ -217,7 +227,7 @@ impl Float {
     }
 
     /// Products of one panel with the rows of a tile.
-    pub fn multiply(&self, isa: Isa, panel: usize, tile: &Tile, out: &mut Products) {
+    pub fn multiply(&self, isa: Isa, panel: usize, tile: &ActivationTile, out: &mut Products) {
         kernel::float(isa, self.panel(panel), tile, out);
     }
 }

@@ -26,11 +26,11 @@ use crate::ops::batch::DeviceStep;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
 use crate::ops::simd::Lanes;
 use crate::{Error, Result};
-use activations::{ROWS, Tile};
-use affine::{Affine, PANEL};
+use activations::{ActivationTile, ROWS};
+use affine::{AffinePanels, PANEL};
 #[cfg(feature = "cuda")]
 pub use cuda::workspace_bytes;
-use float::Float;
+use float::FloatPanels;
 use kernel::{Isa, Products};
 use transposed::COLUMNS;
 pub use transposed::matmul_transposed;
@@ -92,40 +92,40 @@ pub enum Source<'a> {
 pub struct QMatrix {
     n: usize,
     k: usize,
-    form: Form,
+    storage: MatrixStorage,
 }
 
 /// Where a matrix lies.
-enum Form {
+enum MatrixStorage {
     /// In panels.
-    Host(Panels),
+    Panels(PanelMatrix),
     /// In tiles.
     #[cfg(feature = "cuda")]
-    Device(Vec<cuda::Part>),
+    Tiles(Vec<cuda::TilePart>),
 }
 
 /// A matrix `[n, k]` in panels: rows of one or several sources, stacked.
-struct Panels {
+struct PanelMatrix {
     n: usize,
     k: usize,
-    parts: Vec<Part>,
+    parts: Vec<PanelPart>,
 }
 
 /// Rows of one source, repacked.
-enum Part {
-    Affine(Affine),
-    Float(Float),
+enum PanelPart {
+    Affine(AffinePanels),
+    Float(FloatPanels),
 }
 
-impl Part {
+impl PanelPart {
     fn pack(source: &Source) -> Result<Self> {
         Ok(match source {
             Source::Blocks { codec: codec @ (Codec::F32 | Codec::F16 | Codec::BF16), n, k, bytes } => {
-                Self::Float(Float::dense(*codec, *n, *k, bytes)?)
+                Self::Float(FloatPanels::dense(*codec, *n, *k, bytes)?)
             }
-            Source::Blocks { codec, n, k, bytes } => Self::Affine(Affine::pack(*codec, *n, *k, bytes)?),
+            Source::Blocks { codec, n, k, bytes } => Self::Affine(AffinePanels::pack(*codec, *n, *k, bytes)?),
             Source::Codebook { n, k, block, codes, scales, codebook } => {
-                Self::Float(Float::codebook(*n, *k, *block, codes, scales, *codebook)?)
+                Self::Float(FloatPanels::codebook(*n, *k, *block, codes, scales, *codebook)?)
             }
         })
     }
@@ -168,7 +168,7 @@ impl Part {
     }
 
     /// Products of one panel with the rows of a tile.
-    fn multiply(&self, isa: Isa, panel: usize, tile: &Tile, out: &mut Products) {
+    fn multiply(&self, isa: Isa, panel: usize, tile: &ActivationTile, out: &mut Products) {
         match self {
             Self::Affine(p) => p.multiply(isa, panel, tile, out),
             Self::Float(p) => p.multiply(isa, panel, tile, out),
@@ -192,14 +192,14 @@ impl QMatrix {
         match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => {
-                let parts = cuda::Part::pack(sources, device)?;
-                let n = parts.iter().map(cuda::Part::n).sum();
-                Ok(Self { n, k, form: Form::Device(parts) })
+                let parts = cuda::TilePart::pack(sources, device)?;
+                let n = parts.iter().map(cuda::TilePart::n).sum();
+                Ok(Self { n, k, storage: MatrixStorage::Tiles(parts) })
             }
             _ => {
-                let parts = sources.iter().map(Part::pack).collect::<Result<Vec<_>>>()?;
-                let n = parts.iter().map(Part::n).sum();
-                Ok(Self { n, k, form: Form::Host(Panels { n, k, parts }) })
+                let parts = sources.iter().map(PanelPart::pack).collect::<Result<Vec<_>>>()?;
+                let n = parts.iter().map(PanelPart::n).sum();
+                Ok(Self { n, k, storage: MatrixStorage::Panels(PanelMatrix { n, k, parts }) })
             }
         }
     }
@@ -209,8 +209,8 @@ impl QMatrix {
         if rows.len() != n * k || k == 0 {
             return Err(Error::invalid(format!("{} values for a [{n}, {k}] matrix", rows.len())));
         }
-        let parts = vec![Part::Float(Float::f32(n, k, &rows)?)];
-        Ok(Self { n, k, form: Form::Host(Panels { n, k, parts }) })
+        let parts = vec![PanelPart::Float(FloatPanels::f32(n, k, &rows)?)];
+        Ok(Self { n, k, storage: MatrixStorage::Panels(PanelMatrix { n, k, parts }) })
     }
 
     /// Output features.
@@ -225,10 +225,10 @@ impl QMatrix {
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        match &self.form {
-            Form::Host(panels) => panels.parts.iter().map(Part::bytes).sum(),
+        match &self.storage {
+            MatrixStorage::Panels(panels) => panels.parts.iter().map(PanelPart::bytes).sum(),
             #[cfg(feature = "cuda")]
-            Form::Device(parts) => parts.iter().map(cuda::Part::bytes).sum(),
+            MatrixStorage::Tiles(parts) => parts.iter().map(cuda::TilePart::bytes).sum(),
         }
     }
 
@@ -238,14 +238,14 @@ impl QMatrix {
     }
 }
 
-impl Panels {
+impl PanelMatrix {
     fn row_into(&self, row: usize, out: &mut [f32]) {
         let (part, row) = self.locate_row(row);
         part.row(row, out);
     }
 
     /// Part of a row, and the row in that part.
-    fn locate_row(&self, row: usize) -> (&Part, usize) {
+    fn locate_row(&self, row: usize) -> (&PanelPart, usize) {
         let mut first = 0;
         for part in &self.parts {
             if row < first + part.n() {
@@ -259,12 +259,12 @@ impl Panels {
     /// `y [m, n] = x [m, k] · Wᵀ`.
     fn multiply(&self, isa: Isa, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.k;
-        let integer = self.parts.iter().any(|p| matches!(p, Part::Affine(_)));
-        let float = self.parts.iter().any(|p| matches!(p, Part::Float(_)));
+        let integer = self.parts.iter().any(|p| matches!(p, PanelPart::Affine(_)));
+        let float = self.parts.iter().any(|p| matches!(p, PanelPart::Float(_)));
         let tiles = activations::tiles(x, self.k, integer, float);
         // A task is some panels times a chunk of tiles. A chunk stays in the second-level cache while panels go by, a panel in
         // the first while tiles go by; tasks are big enough to be worth claiming and many enough to end together.
-        let panels: usize = self.parts.iter().map(Part::panels).sum();
+        let panels: usize = self.parts.iter().map(PanelPart::panels).sum();
         let chunk = ((256 << 10) / (2 * ROWS * self.k)).max(1);
         let worth = (64 << 10) / (PANEL * self.k * m.min(chunk * ROWS)).max(1);
         let per_task = worth.clamp(1, panels.div_ceil(4 * threads()).max(1));
@@ -296,7 +296,7 @@ impl Panels {
     }
 
     /// Part, panel in that part and first column of a panel, counted over all parts.
-    fn locate_panel(&self, mut panel: usize) -> (&Part, usize, usize) {
+    fn locate_panel(&self, mut panel: usize) -> (&PanelPart, usize, usize) {
         let mut column = 0;
         for part in &self.parts {
             if panel < part.panels() {
@@ -310,7 +310,7 @@ impl Panels {
 }
 
 /// The op: the frozen matrix is a field, never an operand, so that autograd keeps no gradient for it.
-struct MatMul<'a>(&'a Panels);
+struct MatMul<'a>(&'a PanelMatrix);
 
 impl CustomOp1 for MatMul<'_> {
     fn name(&self) -> &'static str {
@@ -331,11 +331,13 @@ impl CustomOp1 for MatMul<'_> {
 /// `x [m, k] -> [m, n]`: `y = x · Wᵀ`. On the CPU all is f32; on a GPU `x` is bf16 and `y` is `dtype`, bf16 or f32. A row of
 /// `y` depends on its row of `x` alone, bit for bit (on a GPU among products of up to 192 rows, on Hopper, or with f32 `y`).
 pub fn matmul(w: &QMatrix, x: &Tensor, dtype: DType) -> Result<Tensor> {
-    match &w.form {
-        Form::Host(panels) if dtype == DType::F32 => Ok(x.apply_op1_no_bwd(&MatMul(panels))?),
-        Form::Host(_) => Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32"))),
+    match &w.storage {
+        MatrixStorage::Panels(panels) if dtype == DType::F32 => Ok(x.apply_op1_no_bwd(&MatMul(panels))?),
+        MatrixStorage::Panels(_) => {
+            Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32")))
+        }
         #[cfg(feature = "cuda")]
-        Form::Device(parts) => w.multiply_cuda(parts, x, dtype),
+        MatrixStorage::Tiles(parts) => w.multiply_cuda(parts, x, dtype),
     }
 }
 
@@ -345,9 +347,9 @@ pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&DeviceStep>) -> Resul
     if let Some(id) = ids.iter().find(|&&id| id as usize >= w.n) {
         return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", w.n)));
     }
-    match &w.form {
-        Form::Host(_) if step.is_some() => Err(Error::internal("a step on the GPU with weights on the CPU")),
-        Form::Host(panels) => {
+    match &w.storage {
+        MatrixStorage::Panels(_) if step.is_some() => Err(Error::internal("a step on the GPU with weights on the CPU")),
+        MatrixStorage::Panels(panels) => {
             let mut rows = vec![0.0; ids.len() * w.k];
             let shared = SharedMut::new(&mut rows);
             parallel_for(ids.len(), |i| {
@@ -357,7 +359,7 @@ pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&DeviceStep>) -> Resul
             Ok(Tensor::from_vec(rows, (ids.len(), w.k), &Device::Cpu)?)
         }
         #[cfg(feature = "cuda")]
-        Form::Device(parts) => w.gather_cuda(parts, ids, step),
+        MatrixStorage::Tiles(parts) => w.gather_cuda(parts, ids, step),
     }
 }
 

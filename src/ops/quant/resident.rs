@@ -26,20 +26,20 @@ static CURRENT: Mutex<Option<(Arc<MmapMut>, usize)>> = Mutex::new(None);
 ///
 /// # Safety
 /// Only for plain numbers no more aligned than a cache line.
-pub unsafe trait Plain: Copy {}
+pub unsafe trait PlainNumber: Copy {}
 // SAFETY: plain numbers.
-unsafe impl Plain for u8 {}
+unsafe impl PlainNumber for u8 {}
 // SAFETY: plain numbers.
-unsafe impl Plain for u32 {}
+unsafe impl PlainNumber for u32 {}
 // SAFETY: plain numbers.
-unsafe impl Plain for f32 {}
+unsafe impl PlainNumber for f32 {}
 // SAFETY: plain numbers.
-unsafe impl Plain for f16 {}
+unsafe impl PlainNumber for f16 {}
 // SAFETY: plain numbers.
-unsafe impl Plain for bf16 {}
+unsafe impl PlainNumber for bf16 {}
 
 /// A fixed number of values, zero at first.
-pub struct Resident<T: Plain> {
+pub struct Resident<T: PlainNumber> {
     /// Keeps the mapping.
     map: Arc<MmapMut>,
     /// First byte in the mapping, a multiple of [`LINE`] from a page's start.
@@ -49,7 +49,7 @@ pub struct Resident<T: Plain> {
     values: PhantomData<T>,
 }
 
-impl<T: Plain> Resident<T> {
+impl<T: PlainNumber> Resident<T> {
     /// `len` zeros. Errors: the system has no memory to give.
     pub fn zeroed(len: usize) -> Result<Self> {
         let bytes = (len * size_of::<T>()).next_multiple_of(LINE);

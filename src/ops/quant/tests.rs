@@ -73,11 +73,11 @@ fn product(w: &QMatrix, x: &[f32]) -> Vec<f32> {
     matmul(w, &x, DType::F32).and_then(|y| Ok(y.flatten_all()?.to_vec1()?)).expect("a product")
 }
 
-fn panels(w: &QMatrix) -> &Panels {
-    match &w.form {
-        Form::Host(panels) => panels,
+fn panels(w: &QMatrix) -> &PanelMatrix {
+    match &w.storage {
+        MatrixStorage::Panels(panels) => panels,
         #[cfg(feature = "cuda")]
-        Form::Device(_) => unreachable!("packed for the CPU"),
+        MatrixStorage::Tiles(_) => unreachable!("packed for the CPU"),
     }
 }
 
@@ -94,7 +94,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn check_product(w: &QMatrix, x: &[f32], y: &[f32], what: &str) {
     let (n, k) = (w.n(), w.k());
     let rows: Vec<(bool, Vec<f32>)> =
-        (0..n).map(|r| (matches!(panels(w).locate_row(r).0, Part::Affine(_)), exact(w, r))).collect();
+        (0..n).map(|r| (matches!(panels(w).locate_row(r).0, PanelPart::Affine(_)), exact(w, r))).collect();
     for (x, y) in x.chunks_exact(k).zip(y.chunks_exact(n)) {
         let rounded: Vec<f64> = match rows.iter().any(|(integer, _)| *integer) {
             false => Vec::new(),

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::blocks::Block;
+use super::blocks::GgmlBlock;
 use super::{Codec, Source};
 use crate::ops::pool::{SharedMut, parallel_for};
 use crate::{Error, Result};
@@ -15,7 +15,7 @@ pub const INPUTS: usize = 64;
 
 /// How a matrix is stored; the names are those of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
+pub enum TileFormat {
     /// 4 bits, a scale a group of 32.
     S16,
     /// 4 bits, scale and min a group of 32.
@@ -32,7 +32,7 @@ pub enum Format {
     Dense,
 }
 
-impl Format {
+impl TileFormat {
     /// As in the kernels' names.
     pub fn name(self) -> &'static str {
         match self {
@@ -117,8 +117,8 @@ impl Format {
 }
 
 /// A repacked matrix, still on the host.
-pub struct Tiles {
-    pub format: Format,
+pub struct PackedTiles {
+    pub format: TileFormat,
     pub n: usize,
     pub k: usize,
     /// Strips of chunks.
@@ -131,7 +131,7 @@ pub struct Tiles {
 
 /// Codes and scales of 16 rows, those past the matrix zero.
 struct Strip<'a> {
-    format: Format,
+    format: TileFormat,
     /// `[16][padded k]`: codes, or bits of bf16.
     codes: Vec<u16>,
     /// f32 bits of scale and min `[16][padded k / 16]`, for formats that store them so.
@@ -143,15 +143,17 @@ struct Strip<'a> {
     k: usize,
 }
 
-impl Tiles {
+impl PackedTiles {
     /// Repacks a source. Values stay exactly those of the source, but for dense f32 and f16, and codebook blocks that do not
     /// align with tiles: these become bf16.
     pub fn pack(source: &Source) -> Result<Self> {
         let (n, k) = source.check()?;
         let format = match source {
-            Source::Blocks { codec, .. } => Format::of(*codec),
-            Source::Codebook { block, .. } if k.is_multiple_of(INPUTS) && block.is_multiple_of(INPUTS) => Format::Lut,
-            Source::Codebook { .. } => Format::Dense,
+            Source::Blocks { codec, .. } => TileFormat::of(*codec),
+            Source::Codebook { block, .. } if k.is_multiple_of(INPUTS) && block.is_multiple_of(INPUTS) => {
+                TileFormat::Lut
+            }
+            Source::Codebook { .. } => TileFormat::Dense,
         };
         let (strips, tiles) = (n.div_ceil(ROWS), k.div_ceil(INPUTS));
         let (codes, scales, supers) = (32 * format.code_words(), 8 * format.scale_words(), format.super_words());
@@ -205,7 +207,7 @@ impl Tiles {
         alike && self.n.is_multiple_of(ROWS)
     }
 
-    /// Appends the rows of one that [`Tiles::continues_with`].
+    /// Appends the rows of one that [`PackedTiles::continues_with`].
     pub fn append(&mut self, next: Self) {
         self.n += next.n;
         self.words.extend_from_slice(&next.words);
@@ -213,10 +215,10 @@ impl Tiles {
 }
 
 impl<'a> Strip<'a> {
-    fn read(format: Format, source: &'a Source, first: usize, n: usize, k: usize) -> Self {
+    fn read(format: TileFormat, source: &'a Source, first: usize, n: usize, k: usize) -> Self {
         let padded = k.next_multiple_of(INPUTS);
         let mut codes = vec![0u16; ROWS * padded];
-        let by_sixteen = matches!(format, Format::S8 | Format::Sm8);
+        let by_sixteen = matches!(format, TileFormat::S8 | TileFormat::Sm8);
         let mut scales = vec![(0.0, 0.0); if by_sixteen { ROWS * padded / 16 } else { 0 }];
         for row in first..n.min(first + ROWS) {
             let to = &mut codes[(row - first) * padded..][..k];
@@ -248,7 +250,7 @@ impl<'a> Strip<'a> {
                         let at = row * k + i;
                         let code = if at.is_multiple_of(2) { codes[at / 2] >> 4 } else { codes[at / 2] & 15 };
                         *to = match format {
-                            Format::Lut => code.into(),
+                            TileFormat::Lut => code.into(),
                             _ => bf16::from_f32(codebook[usize::from(code)] * scales[at / block]).to_bits(),
                         };
                     }
@@ -269,9 +271,11 @@ impl<'a> Strip<'a> {
                     let at = (r + register % 2 * 8) * padded + tile * INPUTS + format.input(j, q, register);
                     let (lo, hi) = (u32::from(self.codes[at]), u32::from(self.codes[at + 1]));
                     let (word, bits) = match format {
-                        Format::Dense => (4 * j + register, lo | hi << 16),
-                        Format::S8 | Format::Sm8 => (2 * j + register / 2, (lo | hi << 8) << (16 * (register % 2))),
-                        Format::Lut => (j, (lo | hi << 4) << (8 * register)),
+                        TileFormat::Dense => (4 * j + register, lo | hi << 16),
+                        TileFormat::S8 | TileFormat::Sm8 => {
+                            (2 * j + register / 2, (lo | hi << 8) << (16 * (register % 2)))
+                        }
+                        TileFormat::Lut => (j, (lo | hi << 4) << (8 * register)),
                         _ => (j, (lo | hi << 16) << (4 * register)),
                     };
                     out[(word / 4 * 32 + lane) * 4 + word % 4] |= bits;
@@ -290,13 +294,13 @@ impl<'a> Strip<'a> {
                 continue;
             }
             match (self.format, self.source) {
-                (Format::Lut, Source::Codebook { block, scales, .. }) => {
+                (TileFormat::Lut, Source::Codebook { block, scales, .. }) => {
                     out[half] = scales[(row * k + tile * INPUTS) / block].to_bits();
                 }
-                (Format::S8 | Format::Sm8, _) => {
+                (TileFormat::S8 | TileFormat::Sm8, _) => {
                     for g in 0..4 {
                         let (scale, min) = self.scales[((r + 8 * half) * padded + tile * INPUTS) / 16 + g];
-                        if self.format == Format::S8 {
+                        if self.format == TileFormat::S8 {
                             out[2 * g + half] = scale.to_bits();
                         } else {
                             out[4 * g + 2 * half] = scale.to_bits();
@@ -304,7 +308,7 @@ impl<'a> Strip<'a> {
                         }
                     }
                 }
-                (Format::K4, _) => {
+                (TileFormat::K4, _) => {
                     let block = block_of(self.source, row, tile / 4, k);
                     for g in 0..2 {
                         let sub = tile % 4 * 2 + g;
@@ -316,7 +320,7 @@ impl<'a> Strip<'a> {
                     // The last tile of a row may have one group only.
                     for g in (0..2).filter(|g| tile * INPUTS + 32 * g < k) {
                         let block = block_of(self.source, row, 2 * tile + g, k);
-                        if self.format == Format::S16 {
+                        if self.format == TileFormat::S16 {
                             out[g] |= u32::from(block.d) << (16 * half);
                         } else {
                             out[2 * g + half] = u32::from(block.d) | u32::from(block.m) << 16;
@@ -338,14 +342,14 @@ impl<'a> Strip<'a> {
 }
 
 /// Block `b` of a row of a block format.
-fn block_of(source: &Source, row: usize, b: usize, k: usize) -> Block {
+fn block_of(source: &Source, row: usize, b: usize, k: usize) -> GgmlBlock {
     let Source::Blocks { codec, bytes, .. } = source else { unreachable!("only block formats have blocks") };
     let size = codec.block_bytes();
-    Block::read(*codec, &bytes[(row * (k / codec.block()) + b) * size..][..size])
+    GgmlBlock::read(*codec, &bytes[(row * (k / codec.block()) + b) * size..][..size])
 }
 
 /// Scale and min of the `i`-th 16 values of a block, for formats that become 8 bits. Exact in f32.
-fn scale_of(codec: Codec, block: &Block, i: usize) -> (f32, f32) {
+fn scale_of(codec: Codec, block: &GgmlBlock, i: usize) -> (f32, f32) {
     let (d, m) = (f16::from_bits(block.d).to_f32(), f16::from_bits(block.m).to_f32());
     match codec {
         Codec::Q5K => (d * f32::from(block.sub_scales[i / 2]), m * f32::from(block.sub_mins[i / 2])),

@@ -8,11 +8,11 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::affine::PANEL;
-use super::{Form, Panels, QMatrix};
+use super::{MatrixStorage, PanelMatrix, QMatrix};
 use crate::ops::cpu;
-use crate::ops::gemm::Product;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
 use crate::ops::simd::{self, Kernel, LANES, Lanes};
+use crate::ops::task_gemm::TaskGemm;
 use crate::{Error, Result};
 
 /// Columns of a task.
@@ -30,23 +30,25 @@ pub fn matmul_transposed(w: &QMatrix, dy: &Tensor, dtype: DType) -> Result<Tenso
     if n != w.n {
         return Err(Error::internal(format!("product of [{m}, {n}] with a [{}, {}] matrix, transposed", w.n, w.k)));
     }
-    match &w.form {
-        Form::Host(panels) if dtype == DType::F32 => Ok(dy.apply_op1_no_bwd(&Transposed(panels))?),
-        Form::Host(_) => Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32"))),
+    match &w.storage {
+        MatrixStorage::Panels(panels) if dtype == DType::F32 => Ok(dy.apply_op1_no_bwd(&MatMulTransposed(panels))?),
+        MatrixStorage::Panels(_) => {
+            Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32")))
+        }
         #[cfg(feature = "cuda")]
-        Form::Device(parts) => w.multiply_transposed_cuda(parts, dy, dtype),
+        MatrixStorage::Tiles(parts) => w.multiply_transposed_cuda(parts, dy, dtype),
     }
 }
 
-struct Transposed<'a>(&'a Panels);
+struct MatMulTransposed<'a>(&'a PanelMatrix);
 
-impl CustomOp1 for Transposed<'_> {
+impl CustomOp1 for MatMulTransposed<'_> {
     fn name(&self) -> &'static str {
         "quant-matmul-transposed"
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let Panels { n, k, .. } = *self.0;
+        let PanelMatrix { n, k, .. } = *self.0;
         let dy = cpu::slice(self.name(), s, l)?;
         let m = dy.len() / n;
         let wide = k.div_ceil(COLUMNS);
@@ -57,25 +59,31 @@ impl CustomOp1 for Transposed<'_> {
         let out = SharedMut::new(&mut dx);
         parallel_for(wide * m.div_ceil(rows), |task| {
             let rows = cpu::chunk(task / wide, rows, m);
-            simd::run(Block { panels: self.0, dy, rows, columns: cpu::chunk(task % wide, COLUMNS, k), dx: out });
+            simd::run(TransposedTile {
+                panels: self.0,
+                dy,
+                rows,
+                columns: cpu::chunk(task % wide, COLUMNS, k),
+                dx: out,
+            });
         });
         Ok((CpuStorage::F32(dx), (m, k).into()))
     }
 }
 
 /// Some rows and up to [`COLUMNS`] columns of `dx`.
-struct Block<'a> {
-    panels: &'a Panels,
+struct TransposedTile<'a> {
+    panels: &'a PanelMatrix,
     dy: &'a [f32],
     rows: Range<usize>,
     columns: Range<usize>,
     dx: SharedMut<f32>,
 }
 
-impl Kernel for Block<'_> {
+impl Kernel for TransposedTile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { panels: Panels { n, k, parts }, dy, rows, columns, dx } = self;
+        let Self { panels: PanelMatrix { n, k, parts }, dy, rows, columns, dx } = self;
         let mut weights = vec![[0.0; COLUMNS]; DEPTH];
         let mut sums = vec![[0.0; COLUMNS]; rows.len()];
         let mut first = 0;
@@ -86,7 +94,7 @@ impl Kernel for Block<'_> {
                 for (panel, weights) in panels.zip(weights.as_chunks_mut().0) {
                     part.columns::<L>(panel, columns.clone(), weights);
                 }
-                let product = Product {
+                let product = TaskGemm {
                     rows: rows.len(),
                     inner: depth,
                     columns: COLUMNS / LANES,

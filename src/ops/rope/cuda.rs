@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use half::bf16;
 
-use super::RopeTable;
+use super::{Direction, RopeTable};
 use crate::Result;
 use crate::gpu::kernels::{Grid, launch};
 use crate::gpu::uploads::upload;
@@ -12,8 +12,8 @@ use crate::gpu::{address, input};
 /// Threads a block.
 const THREADS: usize = 128;
 
-/// As [`super::turn`], whose checks were made.
-pub fn turn(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, back: bool) -> Result<()> {
+/// As [`super::rotate`], whose checks were made.
+pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<()> {
     let (device, (rows, width), dim) = (x.device().as_cuda_device()?, x.dims2()?, table.head_dim());
     // 16 bytes of both halves of a head at once, where they are aligned.
     let (name, pairs) = if dim % 16 == 0 && width % 8 == 0 { ("rope_turn_8", 8) } else { ("rope_turn_1", 1) };
@@ -26,7 +26,7 @@ pub fn turn(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, back
         heads.into(),
         width.into(),
         dim.into(),
-        if back { -1f32 } else { 1.0 }.into(),
+        direction.sign().into(),
     ];
     let blocks = (rows as u32, pieces.div_ceil(THREADS) as u32, 1);
     // SAFETY: shapes as the contract, and positions of the table, by the caller's checks.

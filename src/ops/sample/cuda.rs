@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Layout, Shape};
 
-use super::Plan;
+use super::SamplePlan;
 use crate::gpu::kernels::{Arg, Grid, launch};
 use crate::gpu::{address, tensor_address};
 
@@ -19,8 +19,12 @@ const WARPS: usize = 8;
 /// Threads a block where a block has a row.
 const THREADS: u32 = 512;
 
-/// `u32 [2 rows + stride tasks]`: see [`super::Launched`].
-pub(super) fn forward(plan: &Plan, logits: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+/// `u32 [2 rows + stride tasks]`: see [`super::SampleLaunch`].
+pub(super) fn forward(
+    plan: &SamplePlan,
+    logits: &CudaStorage,
+    layout: &Layout,
+) -> candle_core::Result<(CudaStorage, Shape)> {
     let device = logits.device();
     let (rows, vocab) = layout.shape().dims2()?;
     let x = tensor_address::<f32>("sample", logits, layout)?;

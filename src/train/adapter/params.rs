@@ -7,7 +7,7 @@ use rand_pcg::rand_core::SeedableRng;
 use super::init::{self, PairInit};
 use crate::arch::ModelConfig;
 use crate::arch::{Module, Site};
-use crate::lora::weights::{AdapterWeights, ModuleWeights, Values};
+use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use crate::train::spec::{JobSpec, OptimizerKind};
 use crate::{Error, Result};
 
@@ -143,7 +143,7 @@ impl TrainableParams {
                 let n = module.shape(model).0;
                 let b = layout.add(true, n * rank, optimizer, (n, rank), b);
                 let magnitude = lora.use_dora.then(|| {
-                    let values = continued(layer, module).and_then(|m| m.magnitude.as_ref().map(Values::to_f32));
+                    let values = continued(layer, module).and_then(|m| m.magnitude.as_ref().map(FloatVec::to_f32));
                     layout.add(true, n, optimizer, (n, 1), values.unwrap_or_else(|| vec![0.0; n]))
                 });
                 params.push(ModuleParams { module, offset: module.offset(model), n, b, magnitude });

@@ -2,17 +2,17 @@
 
 use std::arch::x86_64::*;
 
-use super::super::activations::{ROWS, Tile};
+use super::super::activations::{ActivationTile, ROWS};
 use super::super::affine::{PANEL, Scales};
-use super::super::float::Panel;
-use super::{Format, Products};
+use super::super::float::FloatPanel;
+use super::{BlockFormat, Products};
 
 /// See [`super::affine`].
 ///
 /// # Safety
 /// `codes`, `scales` and `x` are whole groups of `F`, as many in each; `x` has 1 to 8 rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     let (per, record_bytes) = const { F::LAYOUT.record() };
     let group_bytes = const { F::LAYOUT.group_bytes() };
     let halves = matches!(F::LAYOUT.scales, Scales::SuperHalves);
@@ -58,7 +58,7 @@ pub unsafe fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut
 /// Both planes can be read for four inputs a vector of `w`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dot<F: Format>(w: &[__m256i], hi: *const i32) -> __m256 {
+unsafe fn dot<F: BlockFormat>(w: &[__m256i], hi: *const i32) -> __m256 {
     // An instruction adds two products of a code and a byte (at most 128), and 16 bits hold the sums of so many.
     let (four, five, six) = (8, 4, 2);
     let planes = [0, 8].map(|plane| {
@@ -103,13 +103,13 @@ unsafe fn plane_dot(w: &[__m256i], plane: *const i32, adds: usize) -> __m256i {
     sum
 }
 
-/// Half of each of the eight vectors of a group's codes, as [`super::Layout::expand`] lays them out.
+/// Half of each of the eight vectors of a group's codes, as [`super::PanelLayout::expand`] lays them out.
 ///
 /// # Safety
 /// A group of `F` can be read at `codes`; `side` is 0 or 1.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn unpack<F: Format>(codes: *const u8, side: usize) -> [__m256i; 8] {
+unsafe fn unpack<F: BlockFormat>(codes: *const u8, side: usize) -> [__m256i; 8] {
     // SAFETY: promised by the caller; a group of 8-bit codes has eight vectors, of fewer bits as many as are read.
     let load = |v: usize| unsafe { _mm256_loadu_si256(codes.add(64 * v + 32 * side).cast()) };
     let mut w = [_mm256_setzero_si256(); 8];
@@ -140,13 +140,13 @@ unsafe fn unpack<F: Format>(codes: *const u8, side: usize) -> [__m256i; 8] {
     w
 }
 
-/// Half of the scales and mins of both halves of a group, as [`super::Layout::scale`].
+/// Half of the scales and mins of both halves of a group, as [`super::PanelLayout::scale`].
 ///
 /// # Safety
 /// A record of `F` can be read at `record`, and `sub` is the place of the group's byte-sized scales in it; `side` is 0 or 1.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn scales_of<F: Format>(record: *const u8, sub: *const u8, side: usize) -> [(__m256, __m256); 2] {
+unsafe fn scales_of<F: BlockFormat>(record: *const u8, sub: *const u8, side: usize) -> [(__m256, __m256); 2] {
     // SAFETY: promised by the caller: each read is of half an item of the record.
     let half =
         |item: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(record.add(2 * PANEL * item + PANEL * side).cast())) };
@@ -172,29 +172,29 @@ unsafe fn scales_of<F: Format>(record: *const u8, sub: *const u8, side: usize) -
 /// # Safety
 /// `x` has the panel's number of steps and 1 to 8 rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
+pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
     // SAFETY: as promised by the caller; a step of a panel has 8 x 16 values (a codebook's: 64 bytes of codes), and
     // loads stay in one step.
     unsafe {
         match panel {
-            Panel::F32(w) => steps(x, out, |step, side, w8| {
+            FloatPanel::F32(w) => steps(x, out, |step, side, w8| {
                 for i in 0..8 {
                     w8[i] = _mm256_loadu_ps(w.as_ptr().add((8 * step + i) * PANEL + 8 * side));
                 }
             }),
-            Panel::F16(w) => steps(x, out, |step, side, w8| {
+            FloatPanel::F16(w) => steps(x, out, |step, side, w8| {
                 for i in 0..8 {
                     let bits = _mm_loadu_si128(w.as_ptr().add((8 * step + i) * PANEL + 8 * side).cast());
                     w8[i] = _mm256_cvtph_ps(bits);
                 }
             }),
-            Panel::BF16(w) => steps(x, out, |step, side, w8| {
+            FloatPanel::BF16(w) => steps(x, out, |step, side, w8| {
                 for i in 0..8 {
                     let bits = _mm_loadu_si128(w.as_ptr().add((8 * step + i) * PANEL + 8 * side).cast());
                     w8[i] = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)));
                 }
             }),
-            Panel::Codebook { codes, scales, block, values } => {
+            FloatPanel::Codebook { codes, scales, block, values } => {
                 let low = _mm256_loadu_ps(values.as_ptr());
                 let high = _mm256_loadu_ps(values.as_ptr().add(8));
                 steps(x, out, |step, side, w8| {
@@ -220,7 +220,7 @@ pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
 /// The processor has AVX2 and FMA.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn steps(x: &Tile, out: &mut Products, decode: impl Fn(usize, usize, &mut [__m256; 8])) {
+unsafe fn steps(x: &ActivationTile, out: &mut Products, decode: impl Fn(usize, usize, &mut [__m256; 8])) {
     let rows = x.rows;
     for side in 0..2 {
         let mut acc = [_mm256_setzero_ps(); ROWS];

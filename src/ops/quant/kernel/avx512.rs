@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::super::activations::Tile;
+use super::super::activations::ActivationTile;
 use super::super::affine::{PANEL, Scales};
-use super::super::float::Panel;
-use super::{Format, Products};
+use super::super::float::FloatPanel;
+use super::{BlockFormat, Products};
 
 /// Runs `$f` with the tile's number of rows as a constant.
 macro_rules! by_rows {
@@ -32,7 +32,7 @@ const AHEAD: usize = 4096;
 /// # Safety
 /// `codes`, `scales` and `x` are whole groups of `F`, as many in each; `x` has 1 to 8 rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub unsafe fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     // SAFETY: as promised by the caller; the constant is the tile's number of rows.
     unsafe { by_rows!(x.rows, affine_rows::<F>(codes, scales, x, out)) }
 }
@@ -40,7 +40,12 @@ pub unsafe fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut
 /// # Safety
 /// As [`affine`]; `x` has `R` rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn affine_rows<F: Format, const R: usize>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+unsafe fn affine_rows<F: BlockFormat, const R: usize>(
+    codes: &[u8],
+    scales: &[u8],
+    x: &ActivationTile,
+    out: &mut Products,
+) {
     let (per, record_bytes) = const { F::LAYOUT.record() };
     let group_bytes = const { F::LAYOUT.group_bytes() };
     let (mut planes, mut sums, mut half_sums) = (x.planes.as_ptr(), x.sums.as_ptr(), x.half_sums.as_ptr());
@@ -90,13 +95,13 @@ unsafe fn affine_rows<F: Format, const R: usize>(codes: &[u8], scales: &[u8], x:
     }
 }
 
-/// The eight vectors of a group's codes, as [`super::Layout::expand`] lays them out.
+/// The eight vectors of a group's codes, as [`super::PanelLayout::expand`] lays them out.
 ///
 /// # Safety
 /// A group of `F` can be read at `codes`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack<F: Format>(codes: *const u8) -> [__m512i; 8] {
+unsafe fn unpack<F: BlockFormat>(codes: *const u8) -> [__m512i; 8] {
     // SAFETY: promised by the caller; a group of 8-bit codes has eight vectors, of fewer bits as many as are read.
     let load = |v: usize| unsafe { _mm512_loadu_si512(codes.add(64 * v).cast()) };
     let mut w = [_mm512_setzero_si512(); 8];
@@ -134,13 +139,13 @@ unsafe fn unpack<F: Format>(codes: *const u8) -> [__m512i; 8] {
     w
 }
 
-/// Scales and mins of both halves of a group (the same ones, but for `SuperHalves`), as [`super::Layout::scale`].
+/// Scales and mins of both halves of a group (the same ones, but for `SuperHalves`), as [`super::PanelLayout::scale`].
 ///
 /// # Safety
 /// A record of `F` can be read at `record`, and `sub` is the place of the group's byte-sized scales in it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn scales_of<F: Format>(record: *const u8, sub: *const u8) -> [(__m512, __m512); 2] {
+unsafe fn scales_of<F: BlockFormat>(record: *const u8, sub: *const u8) -> [(__m512, __m512); 2] {
     // SAFETY: promised by the caller: each read is of one item of the record.
     let half = |item: usize| unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(record.add(2 * PANEL * item).cast())) };
     // SAFETY: the same.
@@ -165,12 +170,12 @@ unsafe fn scales_of<F: Format>(record: *const u8, sub: *const u8) -> [(__m512, _
 /// # Safety
 /// `x` has the panel's number of steps and 1 to 8 rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
+pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
     // SAFETY: as promised by the caller; a step of a panel has 8 x 16 values (a codebook's: 64 bytes of codes), and
     // loads stay in one step.
     unsafe {
         match panel {
-            Panel::F32(w) => by_rows!(
+            FloatPanel::F32(w) => by_rows!(
                 x.rows,
                 steps::<_>(x, out, |step, w8: &mut [__m512; 8]| {
                     for i in 0..8 {
@@ -178,7 +183,7 @@ pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
                     }
                 })
             ),
-            Panel::F16(w) => by_rows!(
+            FloatPanel::F16(w) => by_rows!(
                 x.rows,
                 steps::<_>(x, out, |step, w8: &mut [__m512; 8]| {
                     for i in 0..8 {
@@ -186,7 +191,7 @@ pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
                     }
                 })
             ),
-            Panel::BF16(w) => by_rows!(
+            FloatPanel::BF16(w) => by_rows!(
                 x.rows,
                 steps::<_>(x, out, |step, w8: &mut [__m512; 8]| {
                     for i in 0..8 {
@@ -195,7 +200,7 @@ pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
                     }
                 })
             ),
-            Panel::Codebook { codes, scales, block, values } => {
+            FloatPanel::Codebook { codes, scales, block, values } => {
                 let values = _mm512_loadu_ps(values.as_ptr());
                 by_rows!(
                     x.rows,
@@ -220,7 +225,7 @@ pub unsafe fn float(panel: Panel, x: &Tile, out: &mut Products) {
 /// `x` has `R` rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn steps<D: Fn(usize, &mut [__m512; 8]), const R: usize>(x: &Tile, out: &mut Products, decode: D) {
+unsafe fn steps<D: Fn(usize, &mut [__m512; 8]), const R: usize>(x: &ActivationTile, out: &mut Products, decode: D) {
     let mut acc = [_mm512_setzero_ps(); R];
     for (step, x) in x.values.chunks_exact(8 * R).enumerate() {
         let mut w = [_mm512_setzero_ps(); 8];

@@ -13,11 +13,11 @@ mod neon;
 mod portable;
 
 use super::Codec;
-use super::activations::{ROWS, Tile};
-use super::affine::{Layout, PANEL};
-use super::float::Panel;
+use super::activations::{ActivationTile, ROWS};
+use super::affine::{PANEL, PanelLayout};
+use super::float::FloatPanel;
 
-/// `[activation row][panel row]`; a kernel writes the first [`Tile::rows`].
+/// `[activation row][panel row]`; a kernel writes the first [`ActivationTile::rows`].
 pub type Products = [[f32; PANEL]; ROWS];
 
 /// A set of vector instructions.
@@ -84,8 +84,8 @@ impl Isa {
 }
 
 /// A block format as a type, so that each gets its own code.
-trait Format {
-    const LAYOUT: Layout;
+trait BlockFormat {
+    const LAYOUT: PanelLayout;
 }
 
 macro_rules! formats {
@@ -93,13 +93,13 @@ macro_rules! formats {
         /// One type a block codec.
         mod format {
             $(pub struct $codec;
-            impl super::Format for $codec {
-                const LAYOUT: super::Layout = super::Layout::of(super::Codec::$codec).expect("a block codec");
+            impl super::BlockFormat for $codec {
+                const LAYOUT: super::PanelLayout = super::PanelLayout::of(super::Codec::$codec).expect("a block codec");
             })*
         }
 
         /// Products of a panel of integer codes, before activation scales. `isa` must be available here.
-        pub fn affine(isa: Isa, codec: Codec, codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+        pub fn affine(isa: Isa, codec: Codec, codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
             match codec {
                 $(Codec::$codec => affine_as::<format::$codec>(isa, codes, scales, x, out),)*
                 Codec::F32 | Codec::F16 | Codec::BF16 => unreachable!("dense formats have no codes"),
@@ -109,7 +109,7 @@ macro_rules! formats {
 }
 formats!(Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4K Q5K Q6K);
 
-fn affine_as<F: Format>(isa: Isa, codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+fn affine_as<F: BlockFormat>(isa: Isa, codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     let groups = codes.len() / F::LAYOUT.group_bytes();
     let (per, record) = F::LAYOUT.record();
     assert!(groups.is_multiple_of(per) && scales.len() == groups / per * record, "scales do not fit the codes");
@@ -129,7 +129,7 @@ fn affine_as<F: Format>(isa: Isa, codes: &[u8], scales: &[u8], x: &Tile, out: &m
 }
 
 /// Products of a panel of floats. `isa` must be available here.
-pub fn float(isa: Isa, panel: Panel, x: &Tile, out: &mut Products) {
+pub fn float(isa: Isa, panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
     assert!((1..=ROWS).contains(&x.rows) && x.values.len() == panel.steps() * 8 * x.rows, "a tile for another k");
     match isa {
         // SAFETY: the machine has the instructions, as `isa` says; sizes were checked above.

@@ -4,16 +4,16 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::super::activations::{ROWS, Tile};
+use super::super::activations::{ActivationTile, ROWS};
 use super::super::affine::Scales;
-use super::{Format, Products};
+use super::{BlockFormat, Products};
 
 /// See [`super::affine`].
 ///
 /// # Safety
 /// The processor has the dot products; `codes`, `scales` and `x` are whole groups of `F`, as many in each; `x` has 1 to 8 rows.
 #[target_feature(enable = "neon,dotprod")]
-pub unsafe fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     let halves = matches!(F::LAYOUT.scales, Scales::SuperHalves);
     for quarter in 0..4 {
         let mut acc = [vdupq_n_f32(0.0); ROWS];
@@ -87,14 +87,14 @@ unsafe fn dots(w: &[int8x16_t; 8], plane: *const i8) -> [int32x4_t; 2] {
     })
 }
 
-/// A quarter of each of the eight vectors of a group's codes, as [`super::Layout::expand`] lays them out; codes of 8 bits less
+/// A quarter of each of the eight vectors of a group's codes, as [`super::PanelLayout::expand`] lays them out; codes of 8 bits less
 /// 128, so that they fit signed bytes.
 ///
 /// # Safety
 /// A group of `F` can be read at `codes`; `quarter` is 0 to 3.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn unpack<F: Format>(codes: *const u8, quarter: usize) -> [int8x16_t; 8] {
+unsafe fn unpack<F: BlockFormat>(codes: *const u8, quarter: usize) -> [int8x16_t; 8] {
     // SAFETY: promised by the caller; a group of 8-bit codes has eight vectors, of fewer bits as many as are read.
     let load = |v: usize| unsafe { vld1q_u8(codes.add(64 * v + 16 * quarter)) };
     let mut w = [vdupq_n_u8(0); 8];

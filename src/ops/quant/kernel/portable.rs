@@ -1,12 +1,12 @@
 //! Plain Rust: what the other kernels must equal bit for bit.
 
-use super::super::activations::Tile;
+use super::super::activations::ActivationTile;
 use super::super::affine::{GROUP, PANEL, Scales};
-use super::super::float::Panel;
-use super::{Format, Products};
+use super::super::float::FloatPanel;
+use super::{BlockFormat, Products};
 
 /// See [`super::affine`].
-pub fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Products) {
+pub fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     out.fill([0.0; PANEL]);
     for (g, codes) in codes.chunks_exact(F::LAYOUT.group_bytes()).enumerate() {
         let codes = F::LAYOUT.expand(codes);
@@ -36,7 +36,7 @@ pub fn affine<F: Format>(codes: &[u8], scales: &[u8], x: &Tile, out: &mut Produc
 }
 
 /// See [`super::float`].
-pub fn float(panel: Panel, x: &Tile, out: &mut Products) {
+pub fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
     out.fill([0.0; PANEL]);
     for (step, x8) in x.values.chunks_exact(8 * x.rows).enumerate() {
         let w = panel.decode(step);

@@ -5,34 +5,34 @@ use std::ops::Range;
 
 /// Free ranges, apart from each other: what is given back joins its neighbours. Taking is first fit.
 #[derive(Debug, Clone)]
-pub struct Space {
+pub struct RangeAllocator {
     /// Start -> end.
     free: BTreeMap<usize, usize>,
 }
 
-impl Space {
+impl RangeAllocator {
     /// All of `0..len`, free.
     pub fn new(len: usize) -> Self {
-        let mut space = Self { free: BTreeMap::new() };
-        space.give(0..len);
-        space
+        let mut allocator = Self { free: BTreeMap::new() };
+        allocator.free(0..len);
+        allocator
     }
 
-    /// Whether [`Space::take`] would find room.
+    /// Whether [`RangeAllocator::allocate`] would find room.
     pub fn fits(&self, len: usize) -> bool {
         self.free.iter().any(|(start, end)| end - start >= len)
     }
 
     /// The first free range of this length, taken; `None` if there is none in one piece.
-    pub fn take(&mut self, len: usize) -> Option<Range<usize>> {
+    pub fn allocate(&mut self, len: usize) -> Option<Range<usize>> {
         let (&start, &end) = self.free.iter().find(|(start, end)| *end - *start >= len)?;
         self.free.remove(&start);
-        self.give(start + len..end);
+        self.free(start + len..end);
         Some(start..start + len)
     }
 
     /// Frees a range that was taken.
-    pub fn give(&mut self, range: Range<usize>) {
+    pub fn free(&mut self, range: Range<usize>) {
         let Range { mut start, mut end } = range;
         if start >= end {
             return;
@@ -61,15 +61,15 @@ mod tests {
         #[test]
         fn takes_apart_and_joins_again(steps in prop::collection::vec((any::<bool>(), 1usize..40, any::<usize>()), 0..200)) {
             const LEN: usize = 128;
-            let mut space = Space::new(LEN);
+            let mut allocator = RangeAllocator::new(LEN);
             let mut taken: Vec<Range<usize>> = Vec::new();
             for (take, len, which) in steps {
                 if take {
                     let mut used = [false; LEN];
                     taken.iter().for_each(|range| used[range.clone()].fill(true));
                     let room = used.windows(len).any(|w| w.iter().all(|used| !used));
-                    prop_assert_eq!(space.fits(len), room);
-                    let range = space.take(len);
+                    prop_assert_eq!(allocator.fits(len), room);
+                    let range = allocator.allocate(len);
                     prop_assert_eq!(range.is_some(), room);
                     if let Some(range) = range {
                         prop_assert_eq!(range.len(), len);
@@ -77,11 +77,11 @@ mod tests {
                         taken.push(range);
                     }
                 } else if !taken.is_empty() {
-                    space.give(taken.swap_remove(which % taken.len()));
+                    allocator.free(taken.swap_remove(which % taken.len()));
                 }
             }
-            taken.into_iter().for_each(|range| space.give(range));
-            prop_assert_eq!(space.free, BTreeMap::from([(0, LEN)]));
+            taken.into_iter().for_each(|range| allocator.free(range));
+            prop_assert_eq!(allocator.free, BTreeMap::from([(0, LEN)]));
         }
     }
 }
