@@ -1,39 +1,44 @@
-//! One error type for the whole crate, and its form on the wire (OpenAI's error object).
+//! The crate's error type: what kind of thing went wrong, a message, and what the log needs to find the cause.
+//!
+//! It knows nothing of HTTP: `server::error_response` turns it into a status and a body.
 
-use serde_json::{Value, json};
+use std::borrow::Cow;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, as a client should see it. The HTTP status follows from it.
+/// What kind of thing went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// 400: the request (or file, or setting) is malformed or out of range.
+    /// A request, a file or a setting is malformed or out of range.
     Invalid,
-    /// 401: no or wrong key.
+    /// The key is missing or wrong.
     Unauthorized,
-    /// 403: the key or address may not do this.
+    /// The key or the address has no permission.
     Forbidden,
-    /// 404: no such model, adapter or route.
+    /// There is no such model, adapter, file, job or route.
     NotFound,
-    /// 405: the route exists, with other methods.
+    /// The route exists, but not for this method.
     MethodNotAllowed,
-    /// 409: the state does not allow it now.
+    /// The present state does not allow it.
     Conflict,
-    /// 413: body or prompt over a limit.
+    /// A body or a file is over a limit.
     TooLarge,
-    /// 431: the request headers are over a limit.
+    /// The headers of a request are over a limit.
     HeadersTooLarge,
-    /// 429: the queue is full; try again later.
+    /// A queue is full; a later try may succeed.
     Overloaded,
-    /// 503: starting or shutting down.
+    /// A part of the program is not running yet, or no longer, or has no room at present.
     Unavailable,
-    /// 500: a fault of ours.
+    /// A fault of this program or its machine. Its details are for the log only.
     Internal,
 }
 
 impl ErrorKind {
-    /// For metric labels.
+    /// The `kind` label of metrics.
     pub fn word(self) -> &'static str {
         match self {
             Self::Invalid => "invalid",
@@ -51,42 +56,45 @@ impl ErrorKind {
     }
 }
 
-/// An error with everything that OpenAI's error object carries.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{message}")]
+/// An error. `{}` writes the message alone; `{:#}` adds the path and all sources, for logs.
+#[derive(Debug, Clone)]
 pub struct Error {
-    /// Decides the HTTP status and the `type` field.
+    /// What kind of thing went wrong.
     pub kind: ErrorKind,
     /// For a person: what was wrong and what is allowed.
     pub message: String,
-    /// The request field at fault, where there is one.
+    /// The field of the request at fault, where there is one.
     pub param: Option<String>,
     /// A stable word for programs, such as `adapter_not_found`.
     pub code: Option<&'static str>,
+    /// The file or directory that the error concerns, where there is one.
+    pub path: Option<PathBuf>,
+    /// The error that caused this one.
+    pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind` with a message and nothing else.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), param: None, code: None }
+        Self { kind, message: message.into(), param: None, code: None, path: None, source: None }
     }
 
-    /// 400 for a bad value; name the field with [`Error::param`] where there is one.
+    /// A bad value. Name its field with [`Error::param`] where there is one.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Invalid, message)
     }
 
-    /// 404.
+    /// Something that does not exist.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::NotFound, message)
     }
 
-    /// 500: our fault.
+    /// A fault of this program or its machine.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Internal, message)
     }
 
-    /// Names the request field at fault.
+    /// Names the field of the request at fault.
     pub fn param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
@@ -98,53 +106,113 @@ impl Error {
         self
     }
 
-    /// The HTTP status code.
-    pub fn status(&self) -> u16 {
-        match self.kind {
-            ErrorKind::Invalid => 400,
-            ErrorKind::Unauthorized => 401,
-            ErrorKind::Forbidden => 403,
-            ErrorKind::NotFound => 404,
-            ErrorKind::MethodNotAllowed => 405,
-            ErrorKind::Conflict => 409,
-            ErrorKind::TooLarge => 413,
-            ErrorKind::Overloaded => 429,
-            ErrorKind::HeadersTooLarge => 431,
-            ErrorKind::Unavailable => 503,
-            ErrorKind::Internal => 500,
-        }
+    /// Names the file or directory concerned, without changing the message.
+    pub fn path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.path = Some(path.into());
+        self
     }
 
-    /// OpenAI's `type` word.
-    pub fn type_name(&self) -> &'static str {
-        match self.kind {
-            ErrorKind::Unauthorized => "authentication_error",
-            ErrorKind::Forbidden => "permission_error",
-            ErrorKind::Overloaded => "rate_limit_error",
-            ErrorKind::Unavailable | ErrorKind::Internal => "server_error",
-            _ => "invalid_request_error",
-        }
+    /// Names the file or directory concerned, also at the start of the message.
+    pub fn in_file(mut self, path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        self.message = format!("{}: {}", path.display(), self.message);
+        self.path(path)
     }
 
-    /// The body: `{"error": {"message", "type", "param", "code"}}`.
-    pub fn body(&self) -> Value {
-        json!({"error": {
-            "message": self.message,
-            "type": self.type_name(),
-            "param": self.param,
-            "code": self.code,
-        }})
+    /// Keeps the error that caused this one.
+    pub fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(Arc::from(source.into()));
+        self
+    }
+
+    /// The message as a client may see it. An internal error tells it only where the log has the details: `reference` is
+    /// what the log line carries too, such as `request id 7`.
+    pub fn public_message(&self, reference: &str) -> Cow<'_, str> {
+        match self.kind {
+            ErrorKind::Internal => format!("internal error; the server's log has the details under {reference}").into(),
+            _ => self.message.as_str().into(),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !f.alternate() {
+            return f.write_str(&self.message);
+        }
+        let mut text = self.message.clone();
+        // A message may quote its path or its source already.
+        let add = |text: &mut String, part: String| {
+            if !text.contains(&part) {
+                *text = format!("{text}: {part}");
+            }
+        };
+        self.path.iter().for_each(|path| add(&mut text, path.display().to_string()));
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            add(&mut text, error.to_string());
+            source = error.source();
+        }
+        f.write_str(&text)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
     }
 }
 
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        Self::internal(e.to_string())
+        Self::internal(e.to_string()).caused_by(e)
     }
 }
 
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
-        Self::internal(e.to_string())
+        Self::internal(e.to_string()).caused_by(e)
+    }
+}
+
+/// Adds the path to the error of a file operation.
+pub trait AtPath<T> {
+    /// The value, or an internal error that concerns `path`.
+    fn at(self, path: impl Into<PathBuf>) -> Result<T>;
+}
+
+impl<T> AtPath<T> for std::io::Result<T> {
+    fn at(self, path: impl Into<PathBuf>) -> Result<T> {
+        self.map_err(|e| Error::from(e).path(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn the_log_form_has_the_path_and_each_source_once() {
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        let error = Error::from(full()).path("/state/a.json");
+        assert_eq!(error.to_string(), full().to_string());
+        assert_eq!(format!("{error:#}"), format!("{}: /state/a.json", full()));
+
+        let outer = Error::internal("the state cannot be kept").caused_by(error.clone());
+        assert_eq!(format!("{outer:#}"), format!("the state cannot be kept: {}", full()));
+        let outer = Error::internal("broken").in_file("/b").caused_by(io::Error::other(error));
+        assert_eq!(format!("{outer:#}"), format!("/b: broken: {}", full()));
+        let source = outer.source.as_deref().and_then(|e| e.downcast_ref::<io::Error>());
+        assert!(source.is_some(), "the source keeps its type");
+    }
+
+    #[test]
+    fn only_internal_errors_are_hidden() {
+        let shown = |error: Error| error.public_message("request id 7").into_owned();
+        assert_eq!(shown(Error::invalid("`n` must be 1")), "`n` must be 1");
+        let hidden = shown(Error::internal("/secret"));
+        assert_eq!(hidden, "internal error; the server's log has the details under request id 7");
     }
 }

@@ -5,7 +5,7 @@ mod smollm2;
 
 use quiver::engine::request::SamplingParams;
 use quiver::eval::{Scores, evaluate};
-use quiver::text::prompt::TextCodec;
+use quiver::text::codec::TextCodec;
 use quiver::train::data::Example;
 use quiver::train::data::{AlpacaEnding, DataOptions, parse};
 use smollm2::{SmolLm2, files};

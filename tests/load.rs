@@ -9,6 +9,7 @@ use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use quiver::arch::RopeScaling;
+use quiver::error::ErrorKind;
 use quiver::hub::{self, ModelFiles, ModelFormat, ModelSource};
 use quiver::model::weights::{Quantize, Weights};
 use quiver::ops::quant::QMatrix;
@@ -436,7 +437,7 @@ fn model_names_are_understood() {
         assert!(message.contains("hf:org/name"), "{bad}: {message}");
     }
     let missing = ModelSource::parse("/no/such/file.gguf").unwrap_err();
-    assert!(missing.status() == 404 && missing.message.contains(hub::DEFAULT_MODEL), "{missing}");
+    assert!(missing.kind == ErrorKind::NotFound && missing.message.contains(hub::DEFAULT_MODEL), "{missing}");
     let dir = tempfile::tempdir().unwrap();
     let cache = dir.path();
     let error = hub::resolve(dir.path().to_str().unwrap(), cache, false).unwrap_err();

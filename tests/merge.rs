@@ -16,7 +16,7 @@ use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
 use quiver::model::weights::Weights;
 use quiver::ops::batch::Batch;
-use quiver::text::prompt::TextCodec;
+use quiver::text::codec::TextCodec;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use proptest::prelude::*;
+use quiver::error::ErrorKind;
 use quiver::hub::{self, ModelFiles, ModelFormat};
-use quiver::text::prompt::TextCodec;
+use quiver::text::codec::TextCodec;
 use serde_json::{Value, json};
 
 fn fixture(path: &str) -> PathBuf {
@@ -159,7 +160,7 @@ fn chat_prompts_are_transformers() {
     );
     let error = gguf("spm").apply_chat_template(&own_system, true).unwrap_err();
     assert!(error.message.contains("no chat template"), "{error}");
-    assert_eq!(SMOLLM2.apply_chat_template(&[json!({"role": "user"})], true).unwrap_err().status(), 400);
+    assert_eq!(SMOLLM2.apply_chat_template(&[json!({"role": "user"})], true).unwrap_err().kind, ErrorKind::Invalid);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::finetune::settings;
 use crate::lora::weights::AdapterWeights;
 use crate::model::decoder::Decoder;
 use crate::runtime::BaseModel;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::train::data::AlpacaEnding;
 use crate::train::job::{Command, Job, JobReport, StepMetrics};
 use crate::train::spec::{JobSpec, LoraInit, LrSchedule, OptimizerKind};

@@ -166,7 +166,7 @@ impl<R: Runner> Worker<R> {
         let results: Vec<Result<SequenceOutput>> = match sampled {
             Ok(results) => results,
             Err(error) => {
-                tracing::error!(%error, sequences = scheduled.len(), "step failed");
+                tracing::error!(error = %format_args!("{error:#}"), sequences = scheduled.len(), "step failed");
                 scheduled.iter().map(|_| Err(error.clone())).collect()
             }
         };

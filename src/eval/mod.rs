@@ -16,7 +16,7 @@ pub use metrics::TextScores;
 use crate::adapter::Lease;
 use crate::engine::Engine;
 use crate::engine::request::{Event, Logprobs, Request, SamplingParams};
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::train::data::Example;
 use crate::{Error, Result};
 

@@ -19,9 +19,9 @@ use super::monitor;
 use super::publish::Publisher;
 use super::record::{self, FileObject, JobError, JobRecord, JobStatus};
 use super::store::{ObjectKind, Store};
+use crate::error::{Error, ErrorKind, Result};
 use crate::train::job::{Checkpoint, Command, Job, JobReport, StepMetrics, Validation};
 use crate::train::spec::JobSpec;
-use crate::{Error, Result};
 
 /// Jobs that the metrics page still shows after their end.
 const SHOWN_ENDED: usize = 50;
@@ -158,12 +158,12 @@ struct JobManager {
 impl JobManager {
     fn run(mut self, inbox: Receiver<ManagerMessage>) {
         if let Err(error) = self.recover() {
-            tracing::error!(%error, "jobs of the last start were not taken up");
+            tracing::error!(error = %format_args!("{error:#}"), "jobs of the last start were not taken up");
         }
         self.schedule();
         for message in inbox {
             if let Err(error) = self.handle(message) {
-                tracing::error!(%error, "a training job's state was not kept");
+                tracing::error!(error = %format_args!("{error:#}"), "a training job's state was not kept");
             }
             self.schedule();
             if self.active.is_empty()
@@ -221,7 +221,8 @@ impl JobManager {
             ManagerMessage::Gone(id, run) if self.is_run(&id, run) => {
                 self.active.remove(&id);
                 if self.stopping.is_none() {
-                    return self.fail(&id, Error::internal("the trainer has ended; see the server's log"));
+                    return self
+                        .fail(&id, Error::new(ErrorKind::Unavailable, "the trainer has ended; see the server's log"));
                 }
             }
             ManagerMessage::Report(..) | ManagerMessage::Gone(..) => {}
@@ -332,11 +333,11 @@ impl JobManager {
                 }
                 Ok(Some(record)) if record.status == JobStatus::Queued => {
                     if let Err(error) = self.load(record) {
-                        tracing::error!(%error, job = id, "not started");
+                        tracing::error!(error = %format_args!("{error:#}"), job = id, "not started");
                     }
                 }
                 Ok(_) => {}
-                Err(error) => tracing::error!(%error, job = id, "not started"),
+                Err(error) => tracing::error!(error = %format_args!("{error:#}"), job = id, "not started"),
             }
         }
         later.append(&mut self.queue);
@@ -525,26 +526,24 @@ impl JobManager {
     /// Removes the state of a job that has ended. One that stays is only a waste of disk.
     fn forget(&self, id: &str) {
         if let Err(error) = crate::train::state::remove(&self.store().job_dir(id)) {
-            tracing::warn!(job = id, %error, "the state of a job that has ended stays");
+            tracing::warn!(job = id, error = %format_args!("{error:#}"), "the state of a job that has ended stays");
         }
     }
 
     fn fail(&mut self, id: &str, error: Error) -> Result<()> {
-        tracing::warn!(job = id, %error, "training job failed");
+        tracing::warn!(job = id, error = %format_args!("{error:#}"), "training job failed");
         if self.active.get(id).is_some_and(|active| active.started) {
             self.command(Command::Cancel(id.to_owned()));
         }
-        let failed = JobError {
-            code: error.code.unwrap_or("training_failed").to_owned(),
-            message: error.message.clone(),
-            param: error.param,
-        };
+        let message = error.public_message(&format!("job {id}")).into_owned();
+        let event = format!("The job failed: {message}");
+        let failed = JobError { code: error.code.unwrap_or("training_failed").to_owned(), message, param: error.param };
         self.update(id, |record| {
             (record.status, record.finished_at) = (JobStatus::Failed, Some(record::now()));
             record.estimated_finish = None;
             record.error = Some(failed);
         })?;
-        self.note(id, "error", &format!("The job failed: {}", error.message), None)
+        self.note(id, "error", &event, None)
     }
 
     fn update(&self, id: &str, change: impl FnOnce(&mut JobRecord)) -> Result<JobRecord> {

@@ -104,7 +104,7 @@ pub fn watched(dir: &Path, mut report: impl FnMut(JobReport) + Send + 'static) -
         if let Some(events) = events(&told).filter(|_| !broken)
             && let Err(error) = append(&path, &events)
         {
-            tracing::warn!(%error, path = %path.display(), "no more events for TensorBoard");
+            tracing::warn!(error = %format_args!("{error:#}"), path = %path.display(), "no more events for TensorBoard");
             broken = true;
         }
         report(told);

@@ -7,7 +7,7 @@ use super::settings;
 use crate::Result;
 use crate::fields::Fields;
 use crate::hub::hex;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::train::data::{self, Dataset};
 use crate::train::spec::JobSpec;
 

@@ -50,7 +50,7 @@ impl Publisher {
             checkpoint.step,
             checkpoint.probe.tokens.len()
         );
-        Err(Error::internal(message).code("train_serve_mismatch"))
+        Err(Error::new(ErrorKind::Conflict, message).code("train_serve_mismatch"))
     }
 
     /// Gives what has been compared before a name, or another name.

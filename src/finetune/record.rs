@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::time::unix;
+use crate::time::unix_seconds;
 use crate::train::job::{StepMetrics, Validation};
 use crate::train::spec::JobSpec;
 
@@ -148,7 +148,7 @@ pub fn new_id(prefix: &str) -> String {
 
 /// Seconds since 1970.
 pub fn now() -> u64 {
-    unix(SystemTime::now())
+    unix_seconds(SystemTime::now())
 }
 
 /// An event of a job, as the API shows it.

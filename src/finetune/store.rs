@@ -260,6 +260,6 @@ mod tests {
         );
         assert_eq!(store.find::<Value>(ObjectKind::Event, "e2").unwrap().unwrap()["again"], true);
         assert!(store.find::<Value>(ObjectKind::File, "e2").unwrap().is_none(), "an id of another kind");
-        assert_eq!(store.get::<Value>(ObjectKind::Job, "x", "id").err().unwrap().status(), 404);
+        assert_eq!(store.get::<Value>(ObjectKind::Job, "x", "id").err().unwrap().kind, ErrorKind::NotFound);
     }
 }

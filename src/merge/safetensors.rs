@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Entry, Merged};
 use crate::arch::RopeScaling;
 use crate::hub::{ModelFiles, ModelFormat};
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
 /// What a directory may have besides weights and config.json.

@@ -10,7 +10,7 @@ use crate::config::{BaseConfig, LoadFormat, NamedPath, ServeConfig};
 use crate::hub::ModelFiles;
 use crate::model::weights::Weights;
 use crate::ops::pool;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::{Result, gpu, hub};
 
 /// A base model in memory, with its tokenizer and chat template.

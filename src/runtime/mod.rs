@@ -25,7 +25,7 @@ use crate::engine::{BackgroundTask, Engine, EngineConfig};
 use crate::hub::ModelFiles;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::train::job::Command;
 use crate::train::trainer::Trainer;
 use crate::{Error, Result};

@@ -6,37 +6,38 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::SharedApp;
+use super::error_response::{ErrorResponse, client_message, status, with_status};
 use super::extract::{self, Name};
-use super::failure::{Failed, Failure, respond};
+use super::middleware::request_id;
 use crate::adapter::registry::{AdapterInfo, LoadOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fields::{self, Fields};
-use crate::time::unix;
+use crate::time::unix_seconds;
 
 fn object(info: &AdapterInfo) -> Value {
     let mut object = json!(info);
     object["object"] = "adapter".into();
-    object["loaded_at"] = unix(info.loaded_at).into();
+    object["loaded_at"] = unix_seconds(info.loaded_at).into();
     object
 }
 
 /// `GET /admin/adapters`.
-pub async fn list(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+pub(super) async fn list(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let data: Vec<Value> = app.serving()?.registry.list().iter().map(object).collect();
     Ok(Json(json!({"object": "list", "data": data})))
 }
 
 /// `GET /admin/adapters/{name}`.
-pub async fn get(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn get(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.registry.get(&name)?)))
 }
 
 /// `PUT /admin/adapters/{name}` with `{source, pinned}`: loads, or replaces with a new generation.
-pub async fn put(
+pub(super) async fn put(
     State(app): State<SharedApp>,
     Name(name): Name,
     extract::Json(body): extract::Json,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
     fields::check_only(&body, &["source", "pinned"])?;
@@ -46,7 +47,7 @@ pub async fn put(
 }
 
 /// `DELETE /admin/adapters/{name}`: bytes freed now, and those that running requests still hold.
-pub async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
     let unloaded = app.serving()?.registry.unload(&name)?;
     let mut object = json!(unloaded);
     object["name"] = name.into();
@@ -55,23 +56,23 @@ pub async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Result<Js
 }
 
 /// `POST /admin/adapters/{name}/pin`: never evicted from its slot.
-pub async fn pin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn pin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.registry.set_pinned(&name, true)?)))
 }
 
 /// `POST /admin/adapters/{name}/unpin`.
-pub async fn unpin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn unpin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.registry.set_pinned(&name, false)?)))
 }
 
 /// `POST /v1/load_lora_adapter` as vLLM answers it. Fields we do not know are ignored: the Kubernetes LoRA syncer sends some.
-pub async fn vllm_load(
+pub(super) async fn vllm_load(
     State(app): State<SharedApp>,
-    body: Result<extract::Json, Failure>,
-) -> Result<Response, Failure> {
+    body: Result<extract::Json, ErrorResponse>,
+) -> Result<Response, ErrorResponse> {
     let serving = app.serving()?;
     let run = async {
-        let extract::Json(body) = body.map_err(|failure| failure.error)?;
+        let extract::Json(body) = body.map_err(|response| *response.error)?;
         let body = Fields::of_body(&body)?;
         let both = "Both 'lora_name' and 'lora_path' must be provided.";
         let name = body.string("lora_name")?.filter(|s| !s.is_empty());
@@ -94,13 +95,13 @@ pub async fn vllm_load(
 }
 
 /// `POST /v1/unload_lora_adapter` as vLLM answers it.
-pub async fn vllm_unload(
+pub(super) async fn vllm_unload(
     State(app): State<SharedApp>,
-    body: Result<extract::Json, Failure>,
-) -> Result<Response, Failure> {
+    body: Result<extract::Json, ErrorResponse>,
+) -> Result<Response, ErrorResponse> {
     let serving = app.serving()?;
     let run = || {
-        let extract::Json(body) = body.map_err(|failure| failure.error)?;
+        let extract::Json(body) = body.map_err(|response| *response.error)?;
         let body = Fields::of_body(&body)?;
         let Some(name) = body.string("lora_name")?.filter(|s| !s.is_empty()) else {
             return Err(Error::invalid("'lora_name' needs to be provided to unload a LoRA adapter."));
@@ -127,14 +128,14 @@ fn vllm_answer(result: Result<String>) -> Response {
         ErrorKind::Internal => "InternalServerError",
         _ => "InvalidUserInput",
     };
-    let body = json!({"error": {"message": error.message, "type": word, "param": null, "code": error.status()}});
-    let mut response = respond(&error, Json(body));
-    response.extensions_mut().insert(Failed { kind: error.kind, adapter: String::new() });
-    response
+    let message = client_message(&error, &request_id());
+    let code = status(error.kind).as_u16();
+    let body = json!({"error": {"message": message, "type": word, "param": null, "code": code}});
+    with_status(&error, String::new(), Json(body))
 }
 
 /// `GET /lora-adapters` as llama.cpp lists them; `scale` is 0: an adapter takes part only where a request names it.
-pub async fn llama_cpp_list(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+pub(super) async fn llama_cpp_list(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let entry = |(id, info): (usize, &AdapterInfo)| json!({"id": id, "path": info.source, "scale": 0.0, "task_name": info.name, "prompt_prefix": ""});
     Ok(Json(app.serving()?.registry.list().iter().enumerate().map(entry).collect()))
 }

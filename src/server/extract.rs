@@ -5,42 +5,42 @@ use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
 use serde_json::Value;
 
-use super::failure::Failure;
+use super::error_response::ErrorResponse;
 use crate::fields;
 use crate::finetune::store::PageQuery;
 use crate::{Error, Result as OurResult};
 
 /// A body that is JSON, whatever its content type says. 413 over the limit, 400 with the position when malformed.
-pub struct Json(pub Value);
+pub(super) struct Json(pub(super) Value);
 
 impl<S: Send + Sync> FromRequest<S> for Json {
-    type Rejection = Failure;
+    type Rejection = ErrorResponse;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
+    async fn from_request(request: Request, state: &S) -> Result<Self, ErrorResponse> {
         let body = Bytes::from_request(request, state).await?;
         Ok(Self(fields::parse(&body)?))
     }
 }
 
 /// The name at the end of a path, percent-decoded.
-pub struct Name(pub String);
+pub(super) struct Name(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Name {
-    type Rejection = Failure;
+    type Rejection = ErrorResponse;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ErrorResponse> {
         let Path(name) = Path::from_request_parts(parts, state).await.map_err(|e| Error::invalid(e.body_text()))?;
         Ok(Self(name))
     }
 }
 
 /// The parameters behind the `?`, in order.
-pub struct Query(Vec<(String, String)>);
+pub(super) struct Query(Vec<(String, String)>);
 
 impl<S: Send + Sync> FromRequestParts<S> for Query {
-    type Rejection = Failure;
+    type Rejection = ErrorResponse;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ErrorResponse> {
         let query = axum::extract::Query::from_request_parts(parts, state).await;
         let axum::extract::Query(pairs) = query.map_err(|e| Error::invalid(e.body_text()))?;
         Ok(Self(pairs))
@@ -49,17 +49,17 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
 
 impl Query {
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// The last one of a name.
-    pub fn get(&self, name: &str) -> Option<&str> {
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.iter().filter(|(other, _)| *other == name).map(|(_, value)| value).last()
     }
 
     /// Which part of a list is wanted: `after`, `limit`, `order`.
-    pub fn page(&self, limit: usize, most: usize) -> OurResult<PageQuery> {
+    pub(super) fn page(&self, limit: usize, most: usize) -> OurResult<PageQuery> {
         let wrong = |name: &str, allowed: &str, got: &str| fields::wrong(name, allowed, &got.into());
         let limit = match self.get("limit") {
             None => limit,

@@ -12,25 +12,25 @@ use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 use tokio_util::io::ReaderStream;
 
+use super::error_response::ErrorResponse;
 use super::extract::{Name, Query};
-use super::failure::Failure;
 use super::{Serving, SharedApp};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{AtPath, Error, ErrorKind, Result};
 use crate::finetune::record::{FileObject, JobRecord, new_id};
 use crate::finetune::store::{ObjectKind, Store};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 
 /// Purpose of a file to learn from.
-pub const FINE_TUNE: &str = "fine-tune";
+pub(super) const FINE_TUNE: &str = "fine-tune";
 
 /// Most files that a page of the list may have, and has by default.
 const MAX_PAGE: usize = 10_000;
 
 /// `POST /v1/files`: multipart with `purpose` and `file`. A file that cannot be learnt from is refused, with its lines.
-pub async fn upload(
+pub(super) async fn upload(
     State(app): State<SharedApp>,
     multipart: Result<Multipart, MultipartRejection>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let mut parts = multipart.map_err(|e| {
         let message = format!("a file comes as multipart/form-data with `purpose` and `file`: {}", e.body_text());
@@ -61,13 +61,14 @@ pub async fn upload(
     let (filename, content) = file.ok_or_else(|| missing("file"))?;
     let codec = serving.codec.clone();
     let keep = move |store: &Store| {
-        let bytes = std::fs::read(content.path())?;
+        let bytes = std::fs::read(content.path()).at(content.path())?;
         // Settings of jobs decide what is cut; here only what no setting can mend is wrong.
         let options =
             DataOptions { max_length: usize::MAX, train_on_inputs: false, alpaca_ending: AlpacaEnding::default() };
         data::parse(&bytes, &codec, &options).map_err(|e| e.param("file"))?;
         let file = FileObject::new(new_id("file-"), bytes.len() as u64, filename, FINE_TUNE);
-        content.persist(store.file_path(&file.id)).map_err(|e| Error::from(e.error))?;
+        let path = store.file_path(&file.id);
+        content.persist(&path).map_err(|e| e.error).at(path)?;
         store.put(ObjectKind::File, &file.id, "", &file)?;
         Ok(file)
     };
@@ -77,10 +78,10 @@ pub async fn upload(
 /// The name and the content of a file, on disk.
 async fn receive(mut part: Field<'_>, store: &Store) -> Result<(String, NamedTempFile)> {
     let name = part.file_name().filter(|name| !name.is_empty()).unwrap_or("file").to_owned();
-    let mut file = NamedTempFile::new_in(store.files_dir())?;
+    let mut file = NamedTempFile::new_in(store.files_dir()).at(store.files_dir())?;
     // Into the page cache, which is quick: no thread is held up.
     while let Some(chunk) = part.chunk().await.map_err(broken)? {
-        file.write_all(&chunk).map_err(|e| Error::internal(format!("the file cannot be kept: {e}")))?;
+        file.write_all(&chunk).at(file.path())?;
     }
     Ok((name, file))
 }
@@ -97,7 +98,7 @@ fn broken(e: MultipartError) -> Error {
 }
 
 /// `GET /v1/files`, newest first unless `order=asc`.
-pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, Failure> {
+pub(super) async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, ErrorResponse> {
     let page = query.page(MAX_PAGE, MAX_PAGE)?;
     let purpose = query.get("purpose").map(str::to_owned);
     let keep = move |file: &FileObject| purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose);
@@ -106,16 +107,17 @@ pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Val
 }
 
 /// `GET /v1/files/{id}`.
-pub async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     let file: FileObject = store(&app)?.run(move |store| store.get(ObjectKind::File, &id, "file_id")).await?;
     Ok(Json(json!(file)))
 }
 
 /// `GET /v1/files/{id}/content`.
-pub async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Response, Failure> {
+pub(super) async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Response, ErrorResponse> {
     let open = move |store: &Store| {
         let file: FileObject = store.get(ObjectKind::File, &id, "file_id")?;
-        Ok((std::fs::File::open(store.file_path(&id))?, file))
+        let path = store.file_path(&id);
+        Ok((std::fs::File::open(&path).at(path)?, file))
     };
     let (content, file) = store(&app)?.run(open).await?;
     let content = ReaderStream::new(tokio::fs::File::from_std(content));
@@ -127,7 +129,7 @@ pub async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Res
 }
 
 /// `DELETE /v1/files/{id}`; 409 while a job still needs it.
-pub async fn delete(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn delete(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     let remove = move |store: &Store| {
         let _: FileObject = store.get(ObjectKind::File, &id, "file_id")?;
         let needs = |job: &JobRecord| {
@@ -138,7 +140,8 @@ pub async fn delete(State(app): State<SharedApp>, Name(id): Name) -> Result<Json
             return Err(Error::new(ErrorKind::Conflict, message).param("file_id").code("file_in_use"));
         }
         store.delete(ObjectKind::File, &id)?;
-        std::fs::remove_file(store.file_path(&id))?;
+        let path = store.file_path(&id);
+        std::fs::remove_file(&path).at(path)?;
         Ok(json!({"id": id, "object": "file", "deleted": true}))
     };
     Ok(Json(store(&app)?.run(remove).await?))

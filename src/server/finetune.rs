@@ -6,11 +6,11 @@ use axum::Json;
 use axum::extract::State;
 use serde_json::{Map, Value, json};
 
+use super::error_response::ErrorResponse;
 use super::extract::{self, Name, Query};
-use super::failure::Failure;
 use super::files::FINE_TUNE;
 use super::{Serving, SharedApp};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{AtPath, Error, ErrorKind, Result};
 use crate::fields::{self, Fields};
 use crate::finetune::jobs::JobAction;
 use crate::finetune::prepare::prepare;
@@ -35,7 +35,10 @@ const MAX_PAGE: usize = 100;
 const SHOWN: usize = 3;
 
 /// `POST /v1/fine_tuning/jobs`. With `dry_run`, says what would be learnt and creates nothing.
-pub async fn create(State(app): State<SharedApp>, extract::Json(body): extract::Json) -> Result<Json<Value>, Failure> {
+pub(super) async fn create(
+    State(app): State<SharedApp>,
+    extract::Json(body): extract::Json,
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let (record, dry_run) = read(serving, &body)?;
     let files =
@@ -164,8 +167,9 @@ async fn preview(serving: &Arc<Serving>, record: JobRecord) -> Result<Value> {
         .jobs
         .store()
         .run(move |store| {
-            let train = std::fs::read(store.file_path(&record.training_file))?;
-            let valid = record.validation_file.as_ref().map(|id| std::fs::read(store.file_path(id))).transpose()?;
+            let read = |id: &String| std::fs::read(store.file_path(id)).at(store.file_path(id));
+            let train = read(&record.training_file)?;
+            let valid = record.validation_file.as_ref().map(read).transpose()?;
             let prepared = prepare(&codec, &record.settings, longest, &train, valid.as_deref())?;
             let (hyperparameters, lora, training) = settings::describe(&prepared.spec);
             let data = &prepared.train;
@@ -219,7 +223,7 @@ fn object(record: &JobRecord) -> Value {
 }
 
 /// `GET /v1/fine_tuning/jobs`, newest first; `metadata[key]=value` keeps those that have it.
-pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, Failure> {
+pub(super) async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, ErrorResponse> {
     let page = query.page(20, MAX_PAGE)?;
     let wanted: Vec<(String, String)> = query
         .iter()
@@ -235,36 +239,49 @@ pub async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Val
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}`.
-pub async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&job(app.serving()?, id).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/cancel`.
-pub async fn cancel(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn cancel(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Cancel).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/pause`.
-pub async fn pause(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn pause(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Pause).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/resume`.
-pub async fn resume(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn resume(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Resume).await?)))
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/events`, newest first.
-pub async fn events(State(app): State<SharedApp>, Name(id): Name, query: Query) -> Result<Json<Value>, Failure> {
+pub(super) async fn events(
+    State(app): State<SharedApp>,
+    Name(id): Name,
+    query: Query,
+) -> Result<Json<Value>, ErrorResponse> {
     of_job(app.serving()?, id, ObjectKind::Event, query.page(20, MAX_PAGE)?).await
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/checkpoints`, newest first.
-pub async fn checkpoints(State(app): State<SharedApp>, Name(id): Name, query: Query) -> Result<Json<Value>, Failure> {
+pub(super) async fn checkpoints(
+    State(app): State<SharedApp>,
+    Name(id): Name,
+    query: Query,
+) -> Result<Json<Value>, ErrorResponse> {
     of_job(app.serving()?, id, ObjectKind::Checkpoint, query.page(10, MAX_PAGE)?).await
 }
 
-async fn of_job(serving: &Serving, id: String, kind: ObjectKind, page: PageQuery) -> Result<Json<Value>, Failure> {
+async fn of_job(
+    serving: &Serving,
+    id: String,
+    kind: ObjectKind,
+    page: PageQuery,
+) -> Result<Json<Value>, ErrorResponse> {
     let read = move |store: &crate::finetune::store::Store| {
         let _: JobRecord = store.get(ObjectKind::Job, &id, "fine_tuning_job_id")?;
         store.page::<Value>(kind, &id, &page, |_| true)
@@ -278,13 +295,13 @@ async fn job(serving: &Serving, id: String) -> Result<JobRecord> {
 }
 
 /// A page of a list.
-pub fn list_object(data: Vec<Value>, more: bool) -> Value {
+pub(super) fn list_object(data: Vec<Value>, more: bool) -> Value {
     let id = |object: Option<&Value>| object.map_or(Value::Null, |object| object["id"].clone());
     json!({"object": "list", "first_id": id(data.first()), "last_id": id(data.last()), "data": data, "has_more": more})
 }
 
 /// `DELETE /v1/models/{id}`: takes a model that was fine-tuned here out of service and off the disk.
-pub async fn delete_model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn delete_model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let forbidden =
         |message: String| Error::new(ErrorKind::Forbidden, message).param("model").code("model_not_deletable");
@@ -299,7 +316,7 @@ pub async fn delete_model(State(app): State<SharedApp>, Name(id): Name) -> Resul
     serving.registry.unload(&id)?;
     // The last checkpoint is the model too, under two names.
     if !serving.registry.list().iter().any(|other| other.source == info.source) {
-        serving.jobs.store().run(move |_| Ok(std::fs::remove_dir_all(&info.source)?)).await?;
+        serving.jobs.store().run(move |_| std::fs::remove_dir_all(&info.source).at(&info.source)).await?;
     }
     Ok(Json(json!({"id": id, "object": "model", "deleted": true})))
 }

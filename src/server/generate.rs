@@ -12,41 +12,42 @@ use futures::stream::{self, StreamExt};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+use super::middleware::request_id;
 use super::params::Shared;
 use super::response::{Echo, Form, Kind, Sent, Usage, Whole};
-use super::select::Leased;
+use super::select_adapter::Leased;
 use super::stream::{Piece, pieces};
-use super::{Serving, SharedApp};
+use super::{Serving, SharedApp, error_response};
 use crate::Result;
 use crate::engine::request::{Request, SamplingParams};
-use crate::time::unix;
+use crate::time::unix_seconds;
 
 /// A request with nothing left to check.
-pub struct Job {
+pub(super) struct Job {
     /// Which endpoint.
-    pub kind: Kind,
+    pub(super) kind: Kind,
     /// `model` of the response.
-    pub model: String,
+    pub(super) model: String,
     /// Adapters that answer.
-    pub leased: Leased,
+    pub(super) leased: Leased,
     /// Fields of both endpoints.
-    pub shared: Shared,
+    pub(super) shared: Shared,
     /// Sequences of each prompt; the best `n` are answered.
-    pub best_of: usize,
+    pub(super) best_of: usize,
     /// Alternatives to report.
-    pub logprobs: Option<usize>,
+    pub(super) logprobs: Option<usize>,
     /// Token ids of each prompt, and how to sample it.
-    pub prompts: Vec<Vec<u32>>,
+    pub(super) prompts: Vec<Vec<u32>>,
     /// Parallel to `prompts`.
-    pub params: Vec<SamplingParams>,
+    pub(super) params: Vec<SamplingParams>,
     /// Parallel to `prompts`, or empty.
-    pub echo: Vec<Echo>,
+    pub(super) echo: Vec<Echo>,
     /// For queue time and latency.
-    pub arrived: Instant,
+    pub(super) arrived: Instant,
 }
 
 /// Runs the job. Errors come before the first byte of an answer; later ones inside the stream.
-pub async fn run(app: &SharedApp, serving: &Arc<Serving>, job: Job) -> Result<Response> {
+pub(super) async fn run(app: &SharedApp, serving: &Arc<Serving>, job: Job) -> Result<Response> {
     let prefix = if job.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
     let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
     let mut usage = Usage { prompt: job.prompts.iter().map(Vec::len).sum(), ..Usage::default() };
@@ -59,7 +60,7 @@ pub async fn run(app: &SharedApp, serving: &Arc<Serving>, job: Job) -> Result<Re
         model: job.model,
         adapter: job.leased.adapter,
         generation: job.leased.generation,
-        created: unix(SystemTime::now()),
+        created: unix_seconds(SystemTime::now()),
         logprobs: job.logprobs,
         echo: job.echo,
         n: job.shared.n,
@@ -130,7 +131,8 @@ fn event_stream(
     include_usage: bool,
 ) -> Response {
     let opening = form.opening(choices);
-    let mut writer = Writer { form, usage, include_usage, sent: vec![Sent::default(); choices] };
+    let request_id = request_id();
+    let mut writer = Writer { form, usage, include_usage, request_id, sent: vec![Sent::default(); choices] };
     let opening = writer.data(opening);
     let events = stream::iter([opening])
         .chain(pieces.map(Some).chain(stream::once(async { None })).map(move |item| writer.events(item)))
@@ -150,6 +152,8 @@ struct Writer {
     form: Form,
     usage: Usage,
     include_usage: bool,
+    /// For internal errors: events are written after the handler has returned.
+    request_id: String,
     /// By choice.
     sent: Vec<Sent>,
 }
@@ -165,7 +169,10 @@ impl Writer {
                 let chunks = self.form.chunks(index, piece, &mut self.sent[index]);
                 self.data(chunks)
             }
-            Some((_, Err(error))) => (vec![SseEvent::default().data(error.body().to_string()), done()], true),
+            Some((_, Err(error))) => {
+                let body = error_response::body(&error, &self.request_id);
+                (vec![SseEvent::default().data(body.to_string()), done()], true)
+            }
             None => {
                 let mut events = Vec::new();
                 if self.include_usage {

@@ -6,35 +6,35 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::error_response::ErrorResponse;
 use super::extract::{self, Name};
-use super::failure::Failure;
 use super::params::token_ids;
 use super::{App, Serving, SharedApp};
 use crate::adapter::registry::AdapterInfo;
 use crate::fields::{self, Fields};
 use crate::server::metrics::Live;
 use crate::text::messages::chat_prompt;
-use crate::time::unix;
+use crate::time::unix_seconds;
 use crate::{Error, Result};
 
 /// `GET /health`: the process answers.
-pub async fn health() -> Json<Value> {
+pub(super) async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
 /// `GET /ready`: 200 once the model is loaded, 503 before and while draining.
-pub async fn ready(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+pub(super) async fn ready(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     Ok(Json(json!({"status": "ready", "model": serving.base.name()})))
 }
 
 /// `GET /version`.
-pub async fn version() -> Json<Value> {
+pub(super) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION"), "server": env!("CARGO_PKG_NAME")}))
 }
 
 /// `GET /metrics`, in Prometheus's text format.
-pub async fn metrics(State(app): State<SharedApp>) -> Result<Response, Failure> {
+pub(super) async fn metrics(State(app): State<SharedApp>) -> Result<Response, ErrorResponse> {
     let page = match app.serving.get() {
         None => app.metrics.render(None)?,
         Some(serving) => app.metrics.render(Some(Live {
@@ -51,7 +51,7 @@ pub async fn metrics(State(app): State<SharedApp>) -> Result<Response, Failure> 
 }
 
 /// `GET /v1/models`: the base's names, then the adapters.
-pub async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, Failure> {
+pub(super) async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let bases = serving.base.names.iter().map(|name| base_card(&app, serving, name));
     let adapters = serving.registry.list();
@@ -60,7 +60,7 @@ pub async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, Failure
 }
 
 /// `GET /v1/models/{id}`; names of bases may have slashes in them.
-pub async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, Failure> {
+pub(super) async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     if serving.base.names.contains(&id) {
         return Ok(Json(base_card(&app, serving, &id)));
@@ -72,16 +72,16 @@ pub async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<
 }
 
 /// 404.
-pub fn no_model(id: &str) -> Error {
+pub(super) fn no_model(id: &str) -> Error {
     Error::not_found(format!("The model `{id}` does not exist.")).param("model").code("model_not_found")
 }
 
 fn base_card(app: &App, serving: &Serving, name: &str) -> Value {
-    card(serving, name, unix(app.started), json!(serving.base.files.path()), Value::Null)
+    card(serving, name, unix_seconds(app.started), json!(serving.base.files.path()), Value::Null)
 }
 
 fn adapter_card(serving: &Serving, info: &AdapterInfo) -> Value {
-    card(serving, &info.name, unix(info.loaded_at), json!(info.source), json!(serving.base.name()))
+    card(serving, &info.name, unix_seconds(info.loaded_at), json!(info.source), json!(serving.base.name()))
 }
 
 /// vLLM's model card.
@@ -112,10 +112,10 @@ fn card(serving: &Serving, id: &str, created: u64, root: Value, parent: Value) -
 }
 
 /// `POST /tokenize` in vLLM's form: `prompt` or `messages` to ids.
-pub async fn tokenize(
+pub(super) async fn tokenize(
     State(app): State<SharedApp>,
     extract::Json(body): extract::Json,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
     fields::check_unknown(&body, &["model", "prompt", "add_special_tokens", "messages", "add_generation_prompt"])?;
@@ -140,10 +140,10 @@ pub async fn tokenize(
 }
 
 /// `POST /detokenize`: `tokens` to text.
-pub async fn detokenize(
+pub(super) async fn detokenize(
     State(app): State<SharedApp>,
     extract::Json(body): extract::Json,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
     fields::check_unknown(&body, &["model", "tokens"])?;

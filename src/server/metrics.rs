@@ -36,7 +36,7 @@ const TOKEN_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 
 type Waiting = Arc<Mutex<HashMap<String, usize>>>;
 
 /// All metrics of one server.
-pub struct Metrics {
+pub(super) struct Metrics {
     registry: Registry,
     /// One scrape at a time: gauges are set from live state and then read.
     scrape: Mutex<()>,
@@ -97,21 +97,21 @@ struct Vllm {
 }
 
 /// What a scrape reads from the running server.
-pub struct Live<'a> {
+pub(super) struct Live<'a> {
     /// `model_name` label.
-    pub model: &'a str,
+    pub(super) model: &'a str,
     /// The engine's counters.
-    pub stats: &'a EngineStats,
+    pub(super) stats: &'a EngineStats,
     /// All adapters.
-    pub adapters: &'a [AdapterInfo],
+    pub(super) adapters: &'a [AdapterInfo],
     /// The counters of their memory.
-    pub tiers: &'a tiers::TierStats,
+    pub(super) tiers: &'a tiers::TierStats,
     /// Bytes that slots may take.
-    pub slot_budget: usize,
+    pub(super) slot_budget: usize,
     /// Tokens of a KV block.
-    pub block_size: usize,
+    pub(super) block_size: usize,
     /// Fine-tuning jobs.
-    pub jobs: &'a [jobs::JobGauge],
+    pub(super) jobs: &'a [jobs::JobGauge],
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> Result<C> {
@@ -122,7 +122,7 @@ fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometh
 
 impl Metrics {
     /// Registers every name. Fails only if two collide.
-    pub fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let r = Registry::new();
         let counter =
             |name: &str, help: &str, labels: &[&str]| register(&r, IntCounterVec::new(Opts::new(name, help), labels));
@@ -235,7 +235,7 @@ impl Metrics {
     }
 
     /// Begins to watch a sequence that the engine admits. `adapter` is empty for the base.
-    pub fn track(&self, model: &str, adapter: &str, prompt_tokens: usize, arrived: Instant) -> Track {
+    pub(super) fn track(&self, model: &str, adapter: &str, prompt_tokens: usize, arrived: Instant) -> Track {
         let label = self.label(adapter);
         let engine = [model, "0"];
         self.prompt_tokens.with_label_values(&[&label]).inc_by(prompt_tokens as u64);
@@ -268,12 +268,12 @@ impl Metrics {
     }
 
     /// Counts a request that was answered with an error.
-    pub fn error(&self, kind: ErrorKind, adapter: &str) {
+    pub(super) fn error(&self, kind: ErrorKind, adapter: &str) {
         self.errors.with_label_values(&[kind.word(), &self.label(adapter)]).inc();
     }
 
     /// The page in Prometheus's text format. Without `live` (still loading) it has only what has been counted.
-    pub fn render(&self, live: Option<Live>) -> Result<String> {
+    pub(super) fn render(&self, live: Option<Live>) -> Result<String> {
         let _one_at_a_time = lock(&self.scrape);
         if let Some(live) = live {
             self.refresh(&live);
@@ -378,7 +378,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The clocks of one sequence. Dropped before its end, it counts as aborted.
-pub struct Track {
+pub(super) struct Track {
     arrived: Instant,
     /// For the log.
     prompt_tokens: usize,
@@ -401,12 +401,12 @@ pub struct Track {
 
 impl Track {
     /// It left the queue.
-    pub fn scheduled(&mut self) {
+    pub(super) fn scheduled(&mut self) {
         observe(&self.queue, self.arrived.elapsed());
     }
 
     /// A token came.
-    pub fn token(&mut self) {
+    pub(super) fn token(&mut self) {
         let now = Instant::now();
         match self.last_token.replace(now) {
             None => {
@@ -421,13 +421,13 @@ impl Track {
     }
 
     /// It ended well.
-    pub fn finish(&mut self, reason: FinishReason) {
+    pub(super) fn finish(&mut self, reason: FinishReason) {
         observe(&self.request, self.arrived.elapsed());
         self.end(reason.word());
     }
 
     /// It failed after it was admitted.
-    pub fn fail(&mut self, kind: ErrorKind) {
+    pub(super) fn fail(&mut self, kind: ErrorKind) {
         self.errors.with_label_values(&[kind.word(), &self.label]).inc();
         self.end("error");
     }

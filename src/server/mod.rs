@@ -2,18 +2,18 @@
 //! `generate` (engine) -> `stream` (text, stop strings) -> `response` (OpenAI's objects).
 
 mod adapters;
+mod error_response;
 mod extract;
-mod failure;
 mod files;
 mod finetune;
 mod generate;
 mod info;
-mod layers;
 mod metrics;
+mod middleware;
 mod openai;
 mod params;
 mod response;
-mod select;
+mod select_adapter;
 mod stop;
 mod stream;
 
@@ -24,23 +24,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
-use axum::{Router, middleware};
 use tokio::net::TcpListener;
 
 use crate::engine::EngineConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::finetune::jobs::Jobs;
 use crate::runtime::Runtime;
-use layers::Keys;
 use metrics::Metrics;
+use middleware::AccessKeys;
 
 /// Settings of the HTTP side.
 #[derive(Debug, Clone)]
 pub struct HttpConfig {
-    /// Keys for inference; none: open to all.
+    /// AccessKeys for inference; none: open to all.
     pub api_keys: Vec<String>,
     /// Key for the admin routes; none: only loopback may use them.
     pub admin_key: Option<String>,
@@ -87,7 +88,7 @@ impl Serving {
 
 /// What all handlers share.
 pub struct App {
-    keys: Keys,
+    keys: AccessKeys,
     max_body: usize,
     max_file: usize,
     metrics: Metrics,
@@ -105,7 +106,7 @@ impl App {
     /// A server without a model: alive, not ready.
     pub fn new(config: &HttpConfig) -> Result<SharedApp> {
         Ok(Arc::new(Self {
-            keys: Keys::new(&config.api_keys, config.admin_key.as_deref()),
+            keys: AccessKeys::new(&config.api_keys, config.admin_key.as_deref()),
             max_body: config.max_body,
             max_file: config.max_file,
             metrics: Metrics::new()?,
@@ -151,7 +152,7 @@ pub fn router(app: SharedApp) -> Router {
         .route("/tokenize", post(info::tokenize))
         .route("/detokenize", post(info::detokenize))
         .route("/lora-adapters", get(adapters::llama_cpp_list))
-        .route_layer(middleware::from_fn_with_state(app.clone(), layers::require_api_key));
+        .route_layer(from_fn_with_state(app.clone(), middleware::require_api_key));
     let admin = Router::new()
         .route("/admin/adapters", get(adapters::list))
         .route("/admin/adapters/{name}", get(adapters::get).put(adapters::put).delete(adapters::delete))
@@ -159,7 +160,7 @@ pub fn router(app: SharedApp) -> Router {
         .route("/admin/adapters/{name}/unpin", post(adapters::unpin))
         .route("/v1/load_lora_adapter", post(adapters::vllm_load))
         .route("/v1/unload_lora_adapter", post(adapters::vllm_unload))
-        .route_layer(middleware::from_fn_with_state(app.clone(), layers::require_admin));
+        .route_layer(from_fn_with_state(app.clone(), middleware::require_admin));
     let open = Router::new()
         .route("/health", get(info::health))
         .route("/ready", get(info::ready))
@@ -168,11 +169,11 @@ pub fn router(app: SharedApp) -> Router {
     let router = inference
         .merge(admin)
         .merge(open)
-        .fallback(layers::unknown_route)
-        .method_not_allowed_fallback(layers::wrong_method)
+        .fallback(middleware::unknown_route)
+        .method_not_allowed_fallback(middleware::wrong_method)
         .layer(DefaultBodyLimit::max(app.max_body))
-        .layer(middleware::from_fn_with_state(app.clone(), layers::count_errors));
-    layers::observe(router).with_state(app)
+        .layer(from_fn_with_state(app.clone(), middleware::count_errors));
+    middleware::observe(router).with_state(app)
 }
 
 /// Serves until `stop` resolves; then takes no new connection or request and returns when what runs has ended, or

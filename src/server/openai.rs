@@ -4,12 +4,12 @@ use axum::extract::State;
 use axum::response::Response;
 use serde_json::Value;
 
+use super::error_response::ErrorResponse;
 use super::extract::Json;
-use super::failure::Failure;
 use super::generate::{self, Job};
 use super::params::{self, MAX_TOP_LOGPROBS, SHARED, Shared};
 use super::response::{Echo, Kind};
-use super::select::Selection;
+use super::select_adapter::Selection;
 use super::{Serving, SharedApp};
 use crate::fields::{self, Fields};
 use crate::text::messages::chat_prompt;
@@ -43,16 +43,19 @@ const IGNORED: &[&str] = &[
 ];
 
 /// `POST /v1/completions`.
-pub async fn completions(State(app): State<SharedApp>, Json(body): Json) -> Result<Response, Failure> {
+pub(super) async fn completions(State(app): State<SharedApp>, Json(body): Json) -> Result<Response, ErrorResponse> {
     answer(app, &body, Kind::Completion).await
 }
 
 /// `POST /v1/chat/completions`.
-pub async fn chat_completions(State(app): State<SharedApp>, Json(body): Json) -> Result<Response, Failure> {
+pub(super) async fn chat_completions(
+    State(app): State<SharedApp>,
+    Json(body): Json,
+) -> Result<Response, ErrorResponse> {
     answer(app, &body, Kind::Chat).await
 }
 
-async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, Failure> {
+async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, ErrorResponse> {
     let arrived = std::time::Instant::now();
     let serving = app.serving()?.clone();
     let body = Fields::of_body(body)?;
@@ -86,7 +89,7 @@ async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, Fa
         )
         .await
     };
-    run.await.map_err(|error| Failure { error, adapter: label })
+    run.await.map_err(|error| ErrorResponse { error: Box::new(error), adapter: label })
 }
 
 /// How many tokens a prompt may still make; an error when it does not fit.

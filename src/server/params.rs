@@ -14,10 +14,10 @@ const MAX_STOP_BYTES: usize = 1024;
 const MAX_CHOICES: i64 = 128;
 
 /// Alternatives that log-probabilities may list.
-pub const MAX_TOP_LOGPROBS: i64 = 20;
+pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
 
 /// Fields read here, and those that OpenAI's clients send and that change nothing.
-pub const SHARED: &[&str] = &[
+pub(super) const SHARED: &[&str] = &[
     "model",
     "adapter",
     "stream",
@@ -63,34 +63,34 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 
 /// What completions and chat have in common.
 #[derive(Debug, Clone)]
-pub struct Shared {
+pub(super) struct Shared {
     /// How to sample; `max_tokens` is still to be set from `max_tokens` below, log-probabilities by the endpoint.
-    pub sampling: SamplingParams,
+    pub(super) sampling: SamplingParams,
     /// Most tokens to generate, where the request says so.
-    pub max_tokens: Option<usize>,
+    pub(super) max_tokens: Option<usize>,
     /// Choices of each prompt.
-    pub n: usize,
+    pub(super) n: usize,
     /// Answer in server-sent events.
-    pub stream: bool,
+    pub(super) stream: bool,
     /// Send the usage as the last event of a stream.
-    pub include_usage: bool,
+    pub(super) include_usage: bool,
     /// How sampled tokens become text.
-    pub text: TextOptions,
+    pub(super) text: TextOptions,
 }
 
 /// How sampled tokens become text.
 #[derive(Debug, Clone, Default)]
-pub struct TextOptions {
+pub(super) struct TextOptions {
     /// Strings that end the text.
-    pub stops: Vec<String>,
+    pub(super) stops: Vec<String>,
     /// Leave the stop string in the text.
-    pub include_stop: bool,
+    pub(super) include_stop: bool,
     /// Leave special tokens out of the text.
-    pub skip_special_tokens: bool,
+    pub(super) skip_special_tokens: bool,
 }
 
 /// Reads the shared fields; `vocab_size` bounds token ids, `min_max_tokens` is the least that `max_tokens` may be.
-pub fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<Shared> {
+pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<Shared> {
     refuse_unsupported(body)?;
     let defaults = SamplingParams::default();
     let max_tokens = match (
@@ -166,7 +166,7 @@ pub fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<Sh
 }
 
 /// Every element as a token id.
-pub fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Result<Vec<u32>> {
+pub(super) fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Result<Vec<u32>> {
     let id = |(i, value)| fields::integer(value, &format!("{path}[{i}]"), 0..=vocab_size as i64 - 1);
     values.iter().enumerate().map(|entry| id(entry).map(|id| id as u32)).collect()
 }

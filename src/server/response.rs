@@ -6,12 +6,12 @@ use serde_json::{Map, Value, json};
 
 use super::stream::{Finish, Piece, StopReason, Token};
 use crate::engine::request::Logprobs;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
 /// Which endpoint's objects to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     /// `/v1/completions`.
     Completion,
     /// `/v1/chat/completions`.
@@ -19,16 +19,16 @@ pub enum Kind {
 }
 
 /// A prompt as `echo` gives it back.
-pub struct Echo {
+pub(super) struct Echo {
     /// Its text.
-    pub text: String,
+    pub(super) text: String,
     /// Its tokens with their places in that text, without log-probabilities yet.
-    pub tokens: Vec<Token>,
+    pub(super) tokens: Vec<Token>,
 }
 
 impl Echo {
     /// From the prompt's ids, and its text where the request had one.
-    pub fn new(codec: &TextCodec, ids: &[u32], text: Option<String>) -> Result<Self> {
+    pub(super) fn new(codec: &TextCodec, ids: &[u32], text: Option<String>) -> Result<Self> {
         let whole = codec.decode(ids, false)?;
         // Special tokens that the tokenizer added stand in no text.
         let skip_special_tokens = text.as_ref().is_some_and(|text| *text != whole);
@@ -44,43 +44,43 @@ impl Echo {
 }
 
 /// What the objects of one response have in common.
-pub struct Form {
+pub(super) struct Form {
     /// Which endpoint.
-    pub kind: Kind,
+    pub(super) kind: Kind,
     /// `id` of the object.
-    pub id: String,
+    pub(super) id: String,
     /// `model` as the request named it, or the base's name.
-    pub model: String,
+    pub(super) model: String,
     /// `adapter`: null, a name, or a list for a sum.
-    pub adapter: Value,
+    pub(super) adapter: Value,
     /// `adapter_generation`, in the same form.
-    pub generation: Value,
+    pub(super) generation: Value,
     /// Unix seconds.
-    pub created: u64,
+    pub(super) created: u64,
     /// Log-probabilities were asked for, with this many alternatives.
-    pub logprobs: Option<usize>,
+    pub(super) logprobs: Option<usize>,
     /// What `echo` puts before each prompt's choices, one a prompt; empty without `echo`.
-    pub echo: Vec<Echo>,
+    pub(super) echo: Vec<Echo>,
     /// Choices of a prompt.
-    pub n: usize,
+    pub(super) n: usize,
     /// For the text and bytes of single tokens.
-    pub codec: Arc<TextCodec>,
+    pub(super) codec: Arc<TextCodec>,
 }
 
 /// Tokens that a response cost.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Usage {
+pub(super) struct Usage {
     /// Prompt tokens, each prompt once.
-    pub prompt: usize,
+    pub(super) prompt: usize,
     /// Tokens generated for all choices.
-    pub completion: usize,
+    pub(super) completion: usize,
     /// Prompt tokens found in the prefix cache.
-    pub cached: usize,
+    pub(super) cached: usize,
 }
 
 impl Usage {
     /// Adds the end of sequence `index` of `per_prompt` a prompt.
-    pub fn add(&mut self, finish: &Finish, index: usize, per_prompt: usize) {
+    pub(super) fn add(&mut self, finish: &Finish, index: usize, per_prompt: usize) {
         self.completion += finish.completion_tokens;
         // Later choices of a prompt find it in the cache because the first put it there: that saved nobody a prompt.
         if index.is_multiple_of(per_prompt) {
@@ -89,7 +89,7 @@ impl Usage {
     }
 
     /// OpenAI's `usage`.
-    pub fn object(&self) -> Value {
+    pub(super) fn object(&self) -> Value {
         json!({
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -101,20 +101,20 @@ impl Usage {
 
 /// A sequence's pieces put together.
 #[derive(Debug, Default)]
-pub struct Whole {
+pub(super) struct Whole {
     /// Prompt log-probabilities, if asked for.
-    pub prompt: Vec<Option<Logprobs>>,
+    pub(super) prompt: Vec<Option<Logprobs>>,
     /// All text.
-    pub text: String,
+    pub(super) text: String,
     /// All tokens whose text is in it.
-    pub tokens: Vec<Token>,
+    pub(super) tokens: Vec<Token>,
     /// Set by the last piece.
-    pub finish: Option<Finish>,
+    pub(super) finish: Option<Finish>,
 }
 
 impl Whole {
     /// Appends a piece.
-    pub fn push(&mut self, piece: Piece) {
+    pub(super) fn push(&mut self, piece: Piece) {
         self.prompt.extend(piece.prompt.into_iter().flatten());
         self.text.push_str(&piece.text);
         self.tokens.extend(piece.tokens);
@@ -122,7 +122,7 @@ impl Whole {
     }
 
     /// Mean log-probability of its tokens, by which `best_of` chooses.
-    pub fn score(&self) -> f32 {
+    pub(super) fn score(&self) -> f32 {
         let sum: f32 = self.tokens.iter().filter_map(|t| t.logprobs.as_ref()).map(|l| l.logprob).sum();
         sum / self.tokens.len().max(1) as f32
     }
@@ -130,7 +130,7 @@ impl Whole {
 
 impl Form {
     /// The object around choices, whole or a chunk of a stream.
-    pub fn object(&self, choices: Vec<Value>, chunk: bool) -> Value {
+    pub(super) fn object(&self, choices: Vec<Value>, chunk: bool) -> Value {
         let object = match (self.kind, chunk) {
             (Kind::Completion, _) => "text_completion",
             (Kind::Chat, false) => "chat.completion",
@@ -148,7 +148,7 @@ impl Form {
     }
 
     /// A choice with all of its text.
-    pub fn choice(&self, index: usize, mut whole: Whole) -> Result<Value> {
+    pub(super) fn choice(&self, index: usize, mut whole: Whole) -> Result<Value> {
         let finish = whole.finish.take().ok_or_else(|| Error::internal("a choice has no end"))?;
         let mut choice = json!({"index": index});
         match self.kind {
@@ -170,7 +170,7 @@ impl Form {
     }
 
     /// The chunks that open a stream of `choices` choices: a chat names the role of each.
-    pub fn opening(&self, choices: usize) -> Vec<Value> {
+    pub(super) fn opening(&self, choices: usize) -> Vec<Value> {
         match self.kind {
             Kind::Completion => Vec::new(),
             Kind::Chat => (0..choices)
@@ -185,7 +185,7 @@ impl Form {
     }
 
     /// The chunks of one piece. `sent` counts the characters of this choice that are out, and is moved on.
-    pub fn chunks(&self, index: usize, piece: Piece, sent: &mut Sent) -> Vec<Value> {
+    pub(super) fn chunks(&self, index: usize, piece: Piece, sent: &mut Sent) -> Vec<Value> {
         let mut chunks = Vec::new();
         let mut text = String::new();
         let mut tokens = Vec::new();
@@ -288,7 +288,7 @@ impl Form {
 
 /// What of a streamed choice is out.
 #[derive(Debug, Default, Clone)]
-pub struct Sent {
+pub(super) struct Sent {
     /// Its first chunk is.
     opened: bool,
     /// Characters of the echoed prompt, before all offsets of the answer.

@@ -2,7 +2,7 @@
 
 /// Looks for stop strings in text that comes in pieces. The result does not depend on how the text was cut: the match
 /// that ends first wins, and of those the one that starts first.
-pub struct StopMatcher {
+pub(super) struct StopMatcher {
     /// Not empty strings.
     stops: Vec<String>,
     /// Leave the stop string in the text instead of cutting before it.
@@ -13,26 +13,26 @@ pub struct StopMatcher {
 
 /// What a piece of text decided.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scanned {
+pub(super) struct Scanned {
     /// Text that may go out now.
-    pub text: String,
+    pub(super) text: String,
     /// Index of the stop string that was found; the text ends there for good.
-    pub stop: Option<usize>,
+    pub(super) stop: Option<usize>,
 }
 
 impl StopMatcher {
     /// A matcher for these stop strings.
-    pub fn new(stops: Vec<String>, include: bool) -> Self {
+    pub(super) fn new(stops: Vec<String>, include: bool) -> Self {
         Self { stops, include, held: String::new() }
     }
 
     /// The stop string of this index.
-    pub fn stop(&self, index: usize) -> &str {
+    pub(super) fn stop(&self, index: usize) -> &str {
         &self.stops[index]
     }
 
     /// Takes the next piece of text.
-    pub fn push(&mut self, piece: &str) -> Scanned {
+    pub(super) fn push(&mut self, piece: &str) -> Scanned {
         self.held.push_str(piece);
         let first = self.stops.iter().enumerate().filter_map(|(i, stop)| {
             let start = self.held.find(stop.as_str())?;
@@ -49,7 +49,7 @@ impl StopMatcher {
     }
 
     /// What was held back when the text ended without a stop string.
-    pub fn finish(&mut self) -> String {
+    pub(super) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }

@@ -11,23 +11,23 @@ use super::params::TextOptions;
 use super::stop::StopMatcher;
 use crate::engine::request::{Event, FinishReason, Logprobs};
 use crate::server::metrics::Track;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
 /// A token and where its text begins.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Token {
+pub(super) struct Token {
     /// Its id.
-    pub id: u32,
+    pub(super) id: u32,
     /// Characters of text before it.
-    pub offset: usize,
+    pub(super) offset: usize,
     /// When asked for; the first token of a prompt has none.
-    pub logprobs: Option<Logprobs>,
+    pub(super) logprobs: Option<Logprobs>,
 }
 
 /// What ended a sequence, besides its length or the model's own end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum StopReason {
+pub(super) enum StopReason {
     /// A stop string.
     Text(String),
     /// A stop id.
@@ -36,33 +36,33 @@ pub enum StopReason {
 
 /// The end of a sequence.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Finish {
+pub(super) struct Finish {
     /// Why.
-    pub reason: FinishReason,
+    pub(super) reason: FinishReason,
     /// Which stop string or id, if one did it.
-    pub stop: Option<StopReason>,
+    pub(super) stop: Option<StopReason>,
     /// Tokens generated, those behind a stop string included.
-    pub completion_tokens: usize,
+    pub(super) completion_tokens: usize,
     /// Prompt tokens found in the prefix cache; 0 when a stop string ended the sequence.
-    pub cached_tokens: usize,
+    pub(super) cached_tokens: usize,
 }
 
 /// News of one sequence.
 #[derive(Debug, Default, PartialEq)]
-pub struct Piece {
+pub(super) struct Piece {
     /// Log-probabilities of the prompt, once and first, when asked for.
-    pub prompt: Option<Vec<Option<Logprobs>>>,
+    pub(super) prompt: Option<Vec<Option<Logprobs>>>,
     /// Text to append.
-    pub text: String,
+    pub(super) text: String,
     /// The tokens whose text is out now.
-    pub tokens: Vec<Token>,
+    pub(super) tokens: Vec<Token>,
     /// The last piece has it.
-    pub finish: Option<Finish>,
+    pub(super) finish: Option<Finish>,
 }
 
 /// Follows sequences and gives out their pieces as they come, each with the index of its sequence. Dropping the stream
 /// drops the receivers, which tells the engine to cancel.
-pub fn pieces(
+pub(super) fn pieces(
     codec: &Arc<TextCodec>,
     options: &TextOptions,
     min_tokens: usize,

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::prompt::TextCodec;
+use super::codec::TextCodec;
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
 

@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn refusals_reach_the_client() {
         let error = render("{{ raise_exception('roles must alternate') }}", json!([])).unwrap_err();
-        assert_eq!(error.status(), 400);
+        assert_eq!(error.kind, crate::error::ErrorKind::Invalid);
         assert!(error.message.contains("roles must alternate"), "{error}");
         let error = render("x", json!([{"content": [{"type": "image_url"}]}])).unwrap_err();
         assert!(error.message.contains("image_url"), "{error}");

@@ -14,7 +14,7 @@ use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
 use crate::model::weights::gguf::{self, Metadata};
-use crate::text::prompt::byte_of;
+use crate::text::codec::byte_of;
 use crate::text::template::SpecialTokens;
 use crate::{Error, Result};
 
@@ -53,8 +53,7 @@ mod token_type {
 /// From a GGUF file's metadata.
 pub fn from_gguf(path: &Path) -> Result<Loaded> {
     let (content, _) = gguf::header(path)?;
-    let of_file = |e: Error| Error { message: format!("{}: {}", path.display(), e.message), ..e };
-    build(&Metadata(&content.metadata)).map_err(of_file)
+    build(&Metadata(&content.metadata)).map_err(|e| e.in_file(path))
 }
 
 fn build(meta: &Metadata) -> Result<Loaded> {

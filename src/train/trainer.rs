@@ -136,7 +136,7 @@ impl Trainer {
 
     fn fail(&mut self, i: usize, error: Error) {
         let running = self.jobs.remove(i);
-        tracing::warn!(%error, job = running.id(), "failed");
+        tracing::warn!(error = %format_args!("{error:#}"), job = running.id(), "failed");
         running.line().tell(JobReport::Failed(error));
     }
 
@@ -149,7 +149,7 @@ impl Trainer {
             }
             return;
         }
-        tracing::warn!(%error, jobs = jobs.len(), "a pass of several jobs failed");
+        tracing::warn!(error = %format_args!("{error:#}"), jobs = jobs.len(), "a pass of several jobs failed");
         self.alone = jobs.len();
         self.restart(jobs);
     }

@@ -100,7 +100,7 @@ impl JobReporter {
             let done = catch_unwind(AssertUnwindSafe(|| work(&mut tell)));
             let panicked = |_| Err(Error::internal("writing a job's files failed; see the server's log"));
             if let Err(error) = done.unwrap_or_else(panicked) {
-                tracing::warn!(%error, "a job's files");
+                tracing::warn!(error = %format_args!("{error:#}"), "a job's files");
                 told.failed.store(true, SeqCst);
                 (*tell)(JobReport::Failed(error));
             }

@@ -21,14 +21,14 @@ impl Server {
         self.send("POST", "/v1/files", &[("content-type", "multipart/form-data; boundary=x")], body.as_bytes())
     }
 
-    fn file(&self) -> String {
+    pub fn file(&self) -> String {
         let answer = self.upload("fine-tune", LINES);
         assert_eq!(answer.status, 200, "{}", answer.text);
         text(&answer.json()["id"])
     }
 
     /// A new job over a new file; `fields` go into the request.
-    fn job(&self, fields: Value) -> Value {
+    pub fn job(&self, fields: Value) -> Value {
         let mut body = json!({"model": BASE, "training_file": self.file()});
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let answer = self.post("/v1/fine_tuning/jobs", body);
@@ -41,7 +41,7 @@ impl Server {
     }
 
     /// The job once it has that status.
-    fn wait(&self, job: &str, status: &str) -> Value {
+    pub fn wait(&self, job: &str, status: &str) -> Value {
         eventually(&format!("{job} is {status}"), || {
             let now = self.at(job);
             let ended = ["succeeded", "failed", "cancelled"].contains(&now["status"].as_str().unwrap());
@@ -56,7 +56,7 @@ impl Server {
         self.send("POST", &format!("/v1/fine_tuning/jobs/{job}/{action}"), &json, b"")
     }
 
-    fn messages(&self, job: &str) -> Vec<String> {
+    pub fn messages(&self, job: &str) -> Vec<String> {
         let events = self.get(&format!("/v1/fine_tuning/jobs/{job}/events?limit=100")).json();
         events["data"].as_array().unwrap().iter().map(|event| text(&event["message"])).collect()
     }

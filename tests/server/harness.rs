@@ -1,7 +1,7 @@
 //! A server on a real socket with the real engine, on a fake model that writes the alphabet.
 //!
 //! Its tokens are bytes. After anything that is no letter it begins at `a`, goes on to `z` and ends; under an adapter it
-//! writes capitals, under a weighted sum digits, and after `#` it writes `é` for ever, a byte a step.
+//! writes capitals, under a weighted sum digits, and after `#` it writes `é` for ever, a byte a step. A step with `?` fails.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -14,7 +14,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use quiver::Result;
 use quiver::adapter::Lease;
 use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
@@ -27,7 +26,8 @@ use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::ops::batch::Batch;
 use quiver::runtime::{BaseInfo, Runtime};
 use quiver::server::{App, HttpConfig, Serving, SharedApp};
-use quiver::text::prompt::TextCodec;
+use quiver::text::codec::TextCodec;
+use quiver::{Error, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
@@ -37,6 +37,9 @@ use crate::trainer;
 pub const BASE: &str = "org/base";
 pub const EOS: u32 = 257;
 const VOCAB: usize = 258;
+
+/// Message of the internal errors of the fake model and the fake trainer.
+pub const BROKEN: &str = "row 3 of /secret/weights does not fit";
 
 /// Lets steps pass, or holds them.
 #[derive(Default)]
@@ -93,6 +96,9 @@ impl Runner for Alphabet {
 
     fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {
         self.gate.pass();
+        if batch.tokens.contains(&u32::from(b'?')) {
+            return Err(Error::internal(BROKEN));
+        }
         let mut logits = vec![0f32; batch.logit_rows.len() * VOCAB];
         for (out, &row) in logits.chunks_exact_mut(VOCAB).zip(&batch.logit_rows) {
             let segment = batch.segments.iter().find(|s| s.rows.contains(&(row as usize)));

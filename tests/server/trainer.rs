@@ -7,7 +7,7 @@ use std::time::Duration;
 use quiver::Error;
 use quiver::train::job::{Checkpoint, Command, Job, JobReport, Probe, StepMetrics, Validation};
 
-use crate::harness::write_adapter;
+use crate::harness::{BROKEN, write_adapter};
 
 /// Fails in its second step.
 pub const DIVERGES: u64 = 13;
@@ -15,6 +15,8 @@ pub const DIVERGES: u64 = 13;
 pub const LIES: u64 = 14;
 /// Vanishes in its second step.
 pub const VANISHES: u64 = 15;
+/// Fails in its second step with an internal error.
+pub const BREAKS: u64 = 16;
 
 const TICK: Duration = Duration::from_millis(3);
 
@@ -99,6 +101,10 @@ fn step(running: &mut Running) -> bool {
     match (step, job.spec.seed) {
         (2, DIVERGES) => {
             (job.report)(JobReport::Failed(Error::invalid("the loss is NaN in step 2").code("training_diverged")));
+            return false;
+        }
+        (2, BREAKS) => {
+            (job.report)(JobReport::Failed(Error::internal(BROKEN)));
             return false;
         }
         (2, VANISHES) => return false,

@@ -89,7 +89,7 @@ impl Steps {
                     let logits = model.forward(&batch, kv, slots)?;
                     // Without a recording such steps run launch by launch, as this one did.
                     if let Err(error) = self.graphs.record(bucket, || model.forward(&batch, kv, slots)) {
-                        tracing::warn!(%error, "a step is not recorded");
+                        tracing::warn!(error = %format_args!("{error:#}"), "a step is not recorded");
                     }
                     logits
                 }

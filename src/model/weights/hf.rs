@@ -133,7 +133,7 @@ pub fn open(dir: &Path) -> Result<Opened> {
         checkpoint.ignore("lm_head.weight");
     }
     if quantised.is_some() {
-        bnb::join(&mut checkpoint).map_err(|e| Error { message: format!("{}: {}", dir.display(), e.message), ..e })?;
+        bnb::join(&mut checkpoint).map_err(|e| e.in_file(dir))?;
     }
     Ok(Opened { config, checkpoint, tied })
 }

@@ -28,9 +28,9 @@ const TEXT: &str = "Hello, World! I'm here; it's WE'LL  3 12 345 67890 ½ ٣٤٥
 /// # Errors
 /// `Invalid`: no byte-level BPE, or one that GGUF's metadata cannot say exactly.
 pub fn to_gguf(dir: &Path, rows: usize) -> Result<HashMap<String, Value>> {
-    convert(&from_directory(dir)?, rows).map_err(|e| {
-        let advice = "merge to safetensors and convert that with llama.cpp's convert_hf_to_gguf.py";
-        Error { message: format!("{}: {}: {advice}", dir.join("tokenizer.json").display(), e.message), ..e }
+    convert(&from_directory(dir)?, rows).map_err(|mut e| {
+        e.message += ": merge to safetensors and convert that with llama.cpp's convert_hf_to_gguf.py";
+        e.in_file(dir.join("tokenizer.json"))
     })
 }
 

@@ -14,7 +14,7 @@ use serde_json::Value;
 pub use record::{AlpacaEnding, DataFormat};
 
 use super::spec::JobSpec;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
 /// A text to learn from, as tokens.

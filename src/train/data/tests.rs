@@ -36,7 +36,7 @@ fn read(records: &[Value], codec: &TextCodec) -> Dataset {
 
 fn refused(file: &str) -> String {
     let error = parse(file.as_bytes(), &SMOLLM2, &options()).unwrap_err();
-    assert_eq!((error.status(), error.code), (400, Some("invalid_training_file")));
+    assert_eq!((error.kind, error.code), (crate::error::ErrorKind::Invalid, Some("invalid_training_file")));
     error.message
 }
 

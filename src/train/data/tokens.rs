@@ -6,7 +6,7 @@
 
 use super::Example;
 use super::record::TrainingRecord;
-use crate::text::prompt::TextCodec;
+use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
 /// Examples of a record: one, or one an answer where the chat template writes earlier turns differently once a conversation

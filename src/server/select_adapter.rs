@@ -12,7 +12,7 @@ const MAX_TERMS: usize = 8;
 
 /// What a request asked for, before any lease is taken.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Selection {
+pub(super) enum Selection {
     /// The base model alone.
     Base,
     /// One adapter at full weight.
@@ -23,21 +23,21 @@ pub enum Selection {
 
 /// A selection with its generations held for as long as the request runs.
 #[derive(Clone)]
-pub struct Leased {
+pub(super) struct Leased {
     /// What the engine adds to the base.
-    pub terms: Vec<(Lease, f32)>,
+    pub(super) terms: Vec<(Lease, f32)>,
     /// `adapter` of the response: null, a name, or a list of names and weights.
-    pub adapter: Value,
+    pub(super) adapter: Value,
     /// `adapter_generation` of the response, in the same form.
-    pub generation: Value,
+    pub(super) generation: Value,
     /// `adapter` label of metrics: empty for the base, names joined by `+` for a sum.
-    pub label: String,
+    pub(super) label: String,
 }
 
 impl Selection {
     /// Reads `adapter` and `model`. `base_names` are the names of the base; `exists` says whether an adapter is loaded.
     /// Errors: 404 for a `model` that is neither; 400 for two that disagree.
-    pub fn parse(body: &Fields, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Self> {
+    pub(super) fn parse(body: &Fields, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Self> {
         let by_adapter = body.get("adapter").map(parse_adapter).transpose()?;
         let by_model = match body.string("model")? {
             None => None,
@@ -58,7 +58,7 @@ impl Selection {
     }
 
     /// Takes the leases; 404 names the adapter that is not loaded.
-    pub fn lease(&self, registry: &Registry) -> Result<Leased> {
+    pub(super) fn lease(&self, registry: &Registry) -> Result<Leased> {
         let one = |name: &str| registry.lease(name).map_err(|e| e.param("adapter"));
         Ok(match self {
             Self::Base => Leased { terms: vec![], adapter: Value::Null, generation: Value::Null, label: String::new() },
@@ -179,30 +179,31 @@ mod tests {
 
     #[test]
     fn refusals() {
-        for (body, status, code) in [
-            (json!({"model": "nope"}), 404, Some("model_not_found")),
-            (json!({"model": ""}), 404, Some("model_not_found")),
-            (json!({"model": "BASE"}), 404, Some("model_not_found")),
-            (json!({"model": "nope", "adapter": "a"}), 404, Some("model_not_found")),
-            (json!({"model": "base:nope"}), 404, Some("adapter_not_found")),
-            (json!({"model": "base:"}), 404, Some("adapter_not_found")),
-            (json!({"model": "a", "adapter": "b"}), 400, Some("adapter_conflict")),
-            (json!({"model": "base:a", "adapter": "b"}), 400, Some("adapter_conflict")),
-            (json!({"model": "a", "adapter": [{"name": "a", "weight": 0.5}]}), 400, Some("adapter_conflict")),
-            (json!({"model": 3}), 400, Some("invalid_value")),
-            (json!({"adapter": ""}), 400, Some("invalid_value")),
-            (json!({"adapter": 0}), 400, Some("invalid_value")),
-            (json!({"adapter": []}), 400, Some("invalid_value")),
-            (json!({"adapter": ["a"]}), 400, Some("invalid_value")),
-            (json!({"adapter": {"name": "a"}}), 400, Some("invalid_value")),
-            (json!({"adapter": [{"weight": 1}]}), 400, Some("missing_required_parameter")),
-            (json!({"adapter": [{"name": "a", "scale": 1}]}), 400, Some("unknown_field")),
-            (json!({"adapter": [{"name": "a", "weight": "1"}]}), 400, Some("invalid_value")),
-            (json!({"adapter": [{"name": "a"}, {"name": "a"}]}), 400, None),
-            (json!({"adapter": vec![json!({"name": "a"}); 9]}), 400, Some("invalid_value")),
+        use crate::error::ErrorKind::{Invalid, NotFound};
+        for (body, kind, code) in [
+            (json!({"model": "nope"}), NotFound, Some("model_not_found")),
+            (json!({"model": ""}), NotFound, Some("model_not_found")),
+            (json!({"model": "BASE"}), NotFound, Some("model_not_found")),
+            (json!({"model": "nope", "adapter": "a"}), NotFound, Some("model_not_found")),
+            (json!({"model": "base:nope"}), NotFound, Some("adapter_not_found")),
+            (json!({"model": "base:"}), NotFound, Some("adapter_not_found")),
+            (json!({"model": "a", "adapter": "b"}), Invalid, Some("adapter_conflict")),
+            (json!({"model": "base:a", "adapter": "b"}), Invalid, Some("adapter_conflict")),
+            (json!({"model": "a", "adapter": [{"name": "a", "weight": 0.5}]}), Invalid, Some("adapter_conflict")),
+            (json!({"model": 3}), Invalid, Some("invalid_value")),
+            (json!({"adapter": ""}), Invalid, Some("invalid_value")),
+            (json!({"adapter": 0}), Invalid, Some("invalid_value")),
+            (json!({"adapter": []}), Invalid, Some("invalid_value")),
+            (json!({"adapter": ["a"]}), Invalid, Some("invalid_value")),
+            (json!({"adapter": {"name": "a"}}), Invalid, Some("invalid_value")),
+            (json!({"adapter": [{"weight": 1}]}), Invalid, Some("missing_required_parameter")),
+            (json!({"adapter": [{"name": "a", "scale": 1}]}), Invalid, Some("unknown_field")),
+            (json!({"adapter": [{"name": "a", "weight": "1"}]}), Invalid, Some("invalid_value")),
+            (json!({"adapter": [{"name": "a"}, {"name": "a"}]}), Invalid, None),
+            (json!({"adapter": vec![json!({"name": "a"}); 9]}), Invalid, Some("invalid_value")),
         ] {
             let error = select(body.clone()).expect_err(&body.to_string());
-            assert_eq!((error.status(), error.code), (status, code), "{body}: {error}");
+            assert_eq!((error.kind, error.code), (kind, code), "{body}: {error}");
         }
     }
 }

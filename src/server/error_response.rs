@@ -1,0 +1,130 @@
+//! Errors as HTTP responses: the status, OpenAI's body, and the labels for the metrics. The only place that maps
+//! [`ErrorKind`] to HTTP.
+
+use std::borrow::Cow;
+
+use axum::Json;
+use axum::extract::rejection::BytesRejection;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::middleware::request_id;
+use crate::error::{Error, ErrorKind};
+
+/// Seconds after which a client may try again: a queue of decode steps drains in less, a load may take a few tries.
+const RETRY_AFTER: &str = "1";
+
+/// An error on its way to the client. Boxed, so that results of handlers stay small.
+#[derive(Debug)]
+pub(super) struct ErrorResponse {
+    /// What went wrong.
+    pub(super) error: Box<Error>,
+    /// `adapter` label of the metrics: empty until the request's adapter is known.
+    pub(super) adapter: String,
+}
+
+/// Attached to error responses for [`super::middleware::count_errors`].
+#[derive(Debug, Clone)]
+pub(super) struct ErrorLabels {
+    /// Label `kind`.
+    pub(super) kind: ErrorKind,
+    /// Label `adapter`.
+    pub(super) adapter: String,
+}
+
+impl From<Error> for ErrorResponse {
+    fn from(error: Error) -> Self {
+        Self { error: Box::new(error), adapter: String::new() }
+    }
+}
+
+impl From<BytesRejection> for ErrorResponse {
+    fn from(rejection: BytesRejection) -> Self {
+        let error = match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                Error::new(ErrorKind::TooLarge, "the request body is larger than this server allows (--max-body)")
+                    .code("body_too_large")
+            }
+            // The client closed the connection or broke off: nobody will read this.
+            _ => Error::invalid(rejection.body_text()).code("unreadable_body"),
+        };
+        error.into()
+    }
+}
+
+impl IntoResponse for ErrorResponse {
+    fn into_response(self) -> Response {
+        let body = body(&self.error, &request_id());
+        with_status(&self.error, self.adapter, Json(body))
+    }
+}
+
+/// A response around any body, with the status, headers and metric labels of an error.
+pub(super) fn with_status(error: &Error, adapter: String, body: impl IntoResponse) -> Response {
+    let mut response = (status(error.kind), body).into_response();
+    let headers = response.headers_mut();
+    match error.kind {
+        ErrorKind::Overloaded | ErrorKind::Unavailable => {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER));
+        }
+        ErrorKind::Unauthorized => {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        _ => {}
+    }
+    response.extensions_mut().insert(ErrorLabels { kind: error.kind, adapter });
+    response
+}
+
+/// OpenAI's body: `{"error": {"message", "type", "param", "code"}}`.
+pub(super) fn body(error: &Error, request_id: &str) -> Value {
+    json!({"error": {
+        "message": client_message(error, request_id),
+        "type": type_word(error.kind),
+        "param": error.param,
+        "code": error.code,
+    }})
+}
+
+/// The message that the client gets. An internal error is written to the log, and the client gets the request id under
+/// which it stands there.
+pub(super) fn client_message<'a>(error: &'a Error, request_id: &str) -> Cow<'a, str> {
+    if error.kind == ErrorKind::Internal {
+        tracing::error!(request_id, error = %format_args!("{error:#}"), "internal error");
+    }
+    error.public_message(&format!("request id {request_id}"))
+}
+
+/// The HTTP status.
+pub(super) fn status(kind: ErrorKind) -> StatusCode {
+    match kind {
+        ErrorKind::Invalid => StatusCode::BAD_REQUEST,
+        ErrorKind::Unauthorized => StatusCode::UNAUTHORIZED,
+        ErrorKind::Forbidden => StatusCode::FORBIDDEN,
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+        ErrorKind::Conflict => StatusCode::CONFLICT,
+        ErrorKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorKind::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+        ErrorKind::Overloaded => StatusCode::TOO_MANY_REQUESTS,
+        ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// OpenAI's `type`.
+fn type_word(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::Unauthorized => "authentication_error",
+        ErrorKind::Forbidden => "permission_error",
+        ErrorKind::Overloaded => "rate_limit_error",
+        ErrorKind::Unavailable | ErrorKind::Internal => "server_error",
+        ErrorKind::Invalid
+        | ErrorKind::NotFound
+        | ErrorKind::MethodNotAllowed
+        | ErrorKind::Conflict
+        | ErrorKind::TooLarge
+        | ErrorKind::HeadersTooLarge => "invalid_request_error",
+    }
+}

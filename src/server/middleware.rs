@@ -1,0 +1,192 @@
+//! What every request passes through: request id, log line, keys, error counts.
+
+use std::any::Any;
+use std::net::SocketAddr;
+
+use axum::Router;
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, Method, Uri, header};
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
+use subtle::{Choice, ConstantTimeEq};
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer};
+use tower_http::trace::{DefaultOnFailure, DefaultOnResponse, TraceLayer};
+use tracing::Level;
+
+use super::SharedApp;
+use super::error_response::{ErrorLabels, ErrorResponse};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Limit on all header names and values of a request, bytes.
+const MAX_HEADER_BYTES: usize = 32 * 1024;
+
+tokio::task_local! {
+    /// The id of the request that a task answers.
+    static REQUEST_ID: String;
+}
+
+/// The id of the request that this task answers: `x-request-id`, from the client or made here. Empty outside requests.
+pub(super) fn request_id() -> String {
+    REQUEST_ID.try_with(Clone::clone).unwrap_or_default()
+}
+
+/// Answers a request with [`request_id`] set.
+async fn set_request_id(request: Request, next: Next) -> Response {
+    let id = id_of(&request).unwrap_or_default();
+    REQUEST_ID.scope(id, next.run(request)).await
+}
+
+fn id_of<B>(request: &axum::http::Request<B>) -> Option<String> {
+    let id = request.extensions().get::<RequestId>()?.header_value();
+    Some(String::from_utf8_lossy(id.as_bytes()).into_owned())
+}
+
+/// SHA-256 digests of the keys that open the server. They have one length, so comparing them takes the same time for every
+/// key that a client sends.
+pub(super) struct AccessKeys {
+    api: Vec<[u8; 32]>,
+    admin: Option<[u8; 32]>,
+}
+
+fn digest(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+impl AccessKeys {
+    /// Keeps the digests, not the keys.
+    pub(super) fn new(api: &[String], admin: Option<&str>) -> Self {
+        Self { api: api.iter().map(|key| digest(key)).collect(), admin: admin.map(digest) }
+    }
+}
+
+/// The key of a request: `Authorization: Bearer <key>`.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, key) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+}
+
+/// `Unauthorized` unless the request has one of `keys`. Compares with all of them, even after a match.
+fn require_key<'a>(headers: &HeaderMap, keys: impl IntoIterator<Item = &'a [u8; 32]>, what: &str) -> Result<()> {
+    let refuse = |message| Err(Error::new(ErrorKind::Unauthorized, message).code("invalid_api_key"));
+    let Some(key) = bearer(headers) else {
+        return refuse(format!("{what} needs a key: send the header `Authorization: Bearer <key>`"));
+    };
+    let key = digest(key);
+    let found = keys.into_iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&key));
+    if found.into() { Ok(()) } else { refuse(format!("invalid key for {what}")) }
+}
+
+/// Inference routes: one of the API keys, where there are any.
+pub(super) async fn require_api_key(
+    State(app): State<SharedApp>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ErrorResponse> {
+    if !app.keys.api.is_empty() {
+        require_key(request.headers(), &app.keys.api, "this server")?;
+    }
+    Ok(next.run(request).await)
+}
+
+/// Admin routes: the admin key, or without one a client on this machine.
+pub(super) async fn require_admin(
+    State(app): State<SharedApp>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ErrorResponse> {
+    match &app.keys.admin {
+        Some(key) => require_key(request.headers(), [key], "the admin routes")?,
+        None => require_loopback(&request)?,
+    }
+    Ok(next.run(request).await)
+}
+
+fn require_loopback(request: &Request) -> Result<()> {
+    let forbid = |message: &str| Err(Error::new(ErrorKind::Forbidden, message).code("admin_forbidden"));
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    if !peer.is_some_and(|ConnectInfo(peer)| peer.ip().to_canonical().is_loopback()) {
+        return forbid("without --admin-key, the admin routes answer only clients on the same machine");
+    }
+    // A proxy on this machine speaks for others, and so does a browser for the page that it shows.
+    if ["forwarded", "x-forwarded-for", "x-real-ip", "origin"].iter().any(|name| request.headers().contains_key(*name))
+    {
+        return forbid("without --admin-key, the admin routes answer neither proxies nor web pages");
+    }
+    Ok(())
+}
+
+/// Counts error responses, and refuses headers that are too long.
+pub(super) async fn count_errors(State(app): State<SharedApp>, request: Request, next: Next) -> Response {
+    let bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let response = if bytes > MAX_HEADER_BYTES {
+        let message = format!("the request headers have {bytes} bytes; at most {MAX_HEADER_BYTES} are allowed");
+        ErrorResponse::from(Error::new(ErrorKind::HeadersTooLarge, message)).into_response()
+    } else {
+        next.run(request).await
+    };
+    if let Some(ErrorLabels { kind, adapter }) = response.extensions().get() {
+        app.metrics.error(*kind, adapter);
+    }
+    response
+}
+
+/// Answers a path that is no route.
+pub(super) async fn unknown_route(method: Method, uri: Uri) -> ErrorResponse {
+    Error::not_found(format!("no such route: {method} {}", uri.path())).code("unknown_route").into()
+}
+
+/// Answers a method that the route does not have.
+pub(super) async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
+    let message =
+        format!("{} does not support the method {method}: the `allow` header lists those it does", uri.path());
+    Error::new(ErrorKind::MethodNotAllowed, message).code("method_not_allowed").into()
+}
+
+/// Adds the outermost layers: request ids in and out, a log line for each request, panics to internal errors.
+pub(super) fn observe<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
+    let span = |request: &axum::http::Request<_>| tracing::info_span!("request", id = id_of(request), method = %request.method(), path = request.uri().path());
+    router.layer(
+        ServiceBuilder::new()
+            .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
+            .layer(
+                TraceLayer::new_for_http()
+                    .make_span_with(span)
+                    .on_response(DefaultOnResponse::new().level(Level::INFO))
+                    .on_failure(DefaultOnFailure::new().level(Level::WARN)),
+            )
+            .layer(PropagateRequestIdLayer::x_request_id())
+            .layer(from_fn(set_request_id))
+            .layer(CatchPanicLayer::custom(panicked)),
+    )
+}
+
+fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
+    let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    let message = format!("a handler panicked: {}", message.unwrap_or("(no message)"));
+    ErrorResponse::from(Error::internal(message)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use axum::routing::get;
+    use serde_json::Value;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_without_its_message() {
+        let routes = Router::new().route("/", get(|| async { panic!("the secret") as () }));
+        let request = Request::builder().uri("/").header("x-request-id", "mine").body(Body::empty()).unwrap();
+        let response = observe(routes).oneshot(request).await.unwrap();
+        assert_eq!((response.status().as_u16(), &response.headers()["x-request-id"]), (500, &"mine".parse().unwrap()));
+        let body = to_bytes(response.into_body(), 1 << 10).await.unwrap();
+        let error = serde_json::from_slice::<Value>(&body).unwrap()["error"].take();
+        assert_eq!(error["message"], "internal error; the server's log has the details under request id mine");
+        assert_eq!(error["type"], "server_error");
+    }
+}
