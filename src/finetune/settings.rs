@@ -1,15 +1,19 @@
-//! From the settings of a request to a [`JobSpec`]: what is given is checked, what is not ("auto", or left out) is chosen.
+//! From the settings of a request to a [`JobSpec`]: given values are checked, values that are left out or "auto" are chosen.
 //!
-//! The API and the command line write the same object, so that both have the same names, limits and choices:
+//! The API and the command line write the same JSON object, so both have the same names, limits and defaults:
 //! `method.supervised.hyperparameters` (or `hyperparameters`), `seed`, `lora` and `training`.
 //!
-//! Chosen where nothing is said:
-//! - epochs: 3, more for files of under 34 examples (100 in all, at most 25 epochs), fewer over 8,333 (25,000 in all);
-//! - batch size: a 500th of the examples, from 4 to 16, and no more than there are;
-//! - learning rate: 2e-4 (QLoRA's), times the multiplier; linear to zero after 3% of the steps of warm-up;
-//! - AdamW in f32 without weight decay, gradients clipped to a norm of 1, examples of up to 2048 tokens;
-//! - rank 16, alpha twice the rank, all linears of every block, no dropout;
-//! - AdaLoRA: 12 ranks to 8 on average, from 10% of the steps on until 30% are left.
+//! Chosen where nothing is given:
+//!
+//! | setting | value |
+//! |---|---|
+//! | epochs | 3; more for fewer than 34 examples (100 examples in all, at most 25 epochs); fewer above 8,333 (25,000 in all) |
+//! | batch size | examples / 500, from 4 to 16, and at most the number of examples |
+//! | learning rate | 2e-4 (as in QLoRA) times the multiplier |
+//! | warm-up | 3% of the steps |
+//! | `alpha` | twice the rank |
+//! | AdaLoRA | ranks are removed from 10% of the steps until 30% are left |
+//! | everything else | [`JobSpec::default`] |
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -18,10 +22,10 @@ use super::record::plain;
 use crate::arch::Module;
 use crate::fields::{self, Fields};
 use crate::train::data::{AlpacaEnding, DataOptions, Dataset};
-use crate::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
+use crate::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, OptimizerConfig};
 use crate::{Error, Result};
 
-/// Top-level fields read here.
+/// Top-level fields of a request that this module reads.
 pub const FIELDS: [&str; 5] = ["method", "hyperparameters", "seed", "lora", "training"];
 
 const HYPERPARAMETERS: [&str; 3] = ["n_epochs", "batch_size", "learning_rate_multiplier"];
@@ -51,20 +55,21 @@ const TRAINING: [&str; 17] = [
     "from_checkpoint",
 ];
 
-/// Learning rate of a multiplier of 1.
+/// Learning rate for a multiplier of 1.
 const LEARNING_RATE: f64 = 2e-4;
 
-/// Largest rank. Slots hold ranks in 16 bits, and more than this is a full matrix of small models.
+/// Largest rank. Larger ones are close to the full matrices of small models.
 const MAX_RANK: i64 = 512;
 
-/// The settings of a request, by group.
-struct Groups<'a> {
+/// The objects of a request that hold settings.
+struct SettingGroups<'a> {
     hyperparameters: Option<Fields<'a>>,
     lora: Option<Fields<'a>>,
     training: Option<Fields<'a>>,
 }
 
-impl<'a> Groups<'a> {
+impl<'a> SettingGroups<'a> {
+    /// Errors: unknown fields, by name.
     fn of(body: &Fields<'a>) -> Result<Self> {
         let (lora, training) = (body.object("lora")?, body.object("training")?);
         lora.iter().try_for_each(|lora| fields::check_only(lora, &LORA))?;
@@ -75,7 +80,7 @@ impl<'a> Groups<'a> {
     }
 }
 
-/// OpenAI's hyperparameters, where they are now or where they were.
+/// OpenAI's hyperparameters, in their current place (`method.supervised`) or their old one (top level).
 fn hyperparameters<'a>(body: &Fields<'a>) -> Result<Option<Fields<'a>>> {
     let old = body.object("hyperparameters")?;
     let Some(method) = body.object("method")? else { return Ok(old) };
@@ -88,43 +93,40 @@ fn hyperparameters<'a>(body: &Fields<'a>) -> Result<Option<Fields<'a>>> {
     fields::check_only(&supervised, &["hyperparameters"])?;
     match (supervised.object("hyperparameters")?, old) {
         (Some(_), Some(_)) => Err(Error::invalid(
-            "`hyperparameters` is the old place of `method.supervised.hyperparameters`: give one of them",
+            "`hyperparameters` is the old name of `method.supervised.hyperparameters`: give one of them",
         )
         .param("hyperparameters")),
         (new, old) => Ok(new.or(old)),
     }
 }
 
-/// How the files of a request are read.
+/// The options for parsing the files of a request.
 pub fn data_options(body: &Fields, spec: &JobSpec) -> Result<DataOptions> {
-    let alpaca_ending = word::<AlpacaEnding>(&Groups::of(body)?.training, "alpaca_ending")?.unwrap_or_default();
+    let alpaca_ending = word::<AlpacaEnding>(&SettingGroups::of(body)?.training, "alpaca_ending")?.unwrap_or_default();
     Ok(DataOptions { max_length: spec.max_length, train_on_inputs: spec.train_on_inputs, alpaca_ending })
 }
 
-/// The settings of a request over its training file; without one, what does not depend on it is final and all is checked.
-/// `longest` bounds `max_length`: a text must fit the server that is to serve it.
+/// The settings of a request for its training file. Without `data`, all values are checked, and those that depend on the file
+/// are provisional. `longest` bounds `max_length`: the server must be able to serve an example.
 ///
 /// # Errors
-/// `Invalid`, with the field: a value of a wrong type or out of range, a misspelt field, settings that exclude each other.
+/// `Invalid`, with the field: a value of a wrong type or out of range, an unknown field, settings that exclude each other.
 pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<JobSpec> {
-    let Groups { hyperparameters, lora, training } = Groups::of(body)?;
+    let SettingGroups { hyperparameters, lora, training } = SettingGroups::of(body)?;
     let examples = data.map_or(1, |data| data.statistics.examples);
     let multiplier = auto(&hyperparameters, "learning_rate_multiplier", positive)?;
     let rate = number(&training, "lr", positive)?.unwrap_or(LEARNING_RATE) * multiplier.unwrap_or(1.0);
-    let number_of = |name: &str, default: f64, read: fn(&Value, &str) -> Result<f64>| {
-        Ok::<f32, Error>(number(&training, name, read)?.unwrap_or(default) as f32)
-    };
+    let default = OptimizerConfig::default();
     let optimizer = OptimizerConfig {
         learning_rate: rate as f32,
-        schedule: word(&training, "scheduler")?.unwrap_or(LrSchedule::Linear),
-        warmup_steps: 0,
-        weight_decay: number_of("weight_decay", 0.0, |v, path| fields::number(v, path, 0.0..=1.0))?,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        max_grad_norm: number_of("clip", 1.0, positive)?,
-        kind: word(&training, "optim")?.unwrap_or(OptimizerKind::Adamw),
+        schedule: word(&training, "scheduler")?.unwrap_or(default.schedule),
+        weight_decay: number(&training, "weight_decay", |v, path| fields::number(v, path, 0.0..=1.0))?
+            .map_or(default.weight_decay, |decay| decay as f32),
+        max_grad_norm: number(&training, "clip", positive)?.map_or(default.max_grad_norm, |norm| norm as f32),
+        kind: word(&training, "optim")?.unwrap_or(default.kind),
+        ..default
     };
+    let default = JobSpec::default();
     let count = |name: &str, most: i64| integer(&training, name, 1, most);
     let mut spec = JobSpec {
         epochs: auto(&hyperparameters, "n_epochs", |v, path| fields::integer(v, path, 1..=50))?
@@ -132,12 +134,12 @@ pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Job
         max_steps: count("max_steps", i64::MAX)?,
         batch_size: auto(&hyperparameters, "batch_size", |v, path| fields::integer(v, path, 1..=256))?
             .map_or_else(|| (examples / 500).clamp(4, 16).min(examples.max(1)), |n| n as usize),
-        gradient_accumulation: count("gradient_accumulation", 1024)?.unwrap_or(1),
-        max_length: integer(&training, "max_length", 2, longest as i64)?.unwrap_or(longest.min(2048)),
+        gradient_accumulation: count("gradient_accumulation", 1024)?.unwrap_or(default.gradient_accumulation),
+        max_length: integer(&training, "max_length", 2, longest as i64)?.unwrap_or(longest.min(default.max_length)),
         packing: flag(&training, "packing")?,
         train_on_inputs: flag(&training, "train_on_inputs")?,
-        seed: body.integer("seed", 0..=i64::from(i32::MAX))?.unwrap_or(42) as u64,
-        lora: lora_of(&lora)?,
+        seed: body.integer("seed", 0..=i64::from(i32::MAX))?.map_or(default.seed, |seed| seed as u64),
+        lora: lora_config(&lora)?,
         optimizer,
         checkpoint_every: count("checkpoint_every", i64::MAX)?,
         eval_every: count("eval_every", i64::MAX)?,
@@ -151,7 +153,7 @@ pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Job
     Ok(spec)
 }
 
-/// The settings as a job shows them: `(hyperparameters, lora, training)`.
+/// The settings as the API shows them: `(hyperparameters, lora, training)`.
 pub fn describe(spec: &JobSpec) -> (Value, Value, Value) {
     let optimizer = &spec.optimizer;
     let rate = plain(&optimizer.learning_rate);
@@ -181,7 +183,7 @@ pub fn describe(spec: &JobSpec) -> (Value, Value, Value) {
     (hyperparameters, plain(&spec.lora), training)
 }
 
-/// Three, unless that is very little or very much.
+/// Three, unless the file is very small or very large.
 fn epochs(examples: usize) -> usize {
     match examples.max(1) {
         few @ ..34 => (100 / few).clamp(3, 25),
@@ -189,27 +191,26 @@ fn epochs(examples: usize) -> usize {
     }
 }
 
-fn lora_of(lora: &Option<Fields>) -> Result<LoraConfig> {
-    let r = integer(lora, "r", 1, MAX_RANK)?.unwrap_or(16);
-    let modules =
-        match lora.as_ref().and_then(|lora| Some((lora.get("target_modules")?, lora.path_of("target_modules")))) {
-            Some((value, path)) => modules(value, &path)?,
-            None => Module::BLOCK.to_vec(),
-        };
+/// Everything but AdaLoRA, which depends on the number of steps.
+fn lora_config(lora: &Option<Fields>) -> Result<LoraConfig> {
+    let default = LoraConfig::default();
+    let r = integer(lora, "r", 1, MAX_RANK)?.unwrap_or(default.r);
+    let target_modules = field(lora, "target_modules", modules)?.unwrap_or(default.target_modules);
     Ok(LoraConfig {
         r,
         alpha: number(lora, "alpha", positive)?.map_or(2.0 * r as f32, |alpha| alpha as f32),
-        dropout: number(lora, "dropout", |v, path| fields::number(v, path, 0.0..=0.9))?.unwrap_or(0.0) as f32,
-        target_modules: modules,
+        dropout: number(lora, "dropout", |v, path| fields::number(v, path, 0.0..=0.9))?
+            .map_or(default.dropout, |dropout| dropout as f32),
+        target_modules,
         use_rslora: flag(lora, "use_rslora")?,
         loraplus_lr_ratio: number(lora, "loraplus_lr_ratio", positive)?.map(|ratio| ratio as f32),
         use_dora: flag(lora, "use_dora")?,
-        init: word(lora, "init")?.unwrap_or(LoraInit::Default),
+        init: word(lora, "init")?.unwrap_or(default.init),
         adalora: None,
     })
 }
 
-/// Names of linears, as PEFT has them: a list, or `all-linear`.
+/// Modules under PEFT's names: a list, or `all-linear`.
 fn modules(value: &Value, path: &str) -> Result<Vec<Module>> {
     let names = Module::BLOCK.iter().map(|m| json!(m).as_str().unwrap_or_default().to_owned()).collect::<Vec<_>>();
     let wrong = |got: &Value| {
@@ -237,25 +238,27 @@ fn adalora(lora: &Fields, steps: usize) -> Result<Option<AdaLoraConfig>> {
     let given = lora.object("adalora")?;
     let Some(ada) = &given else { return Ok(None) };
     fields::check_only(ada, &ADALORA)?;
+    let default = AdaLoraConfig::default();
     let beta = |name: &str| number(&given, name, |v, path| fields::number(v, path, 0.0..=0.999));
     Ok(Some(AdaLoraConfig {
-        init_r: integer(&given, "init_r", 1, MAX_RANK)?.unwrap_or(12),
-        target_r: integer(&given, "target_r", 1, MAX_RANK)?.unwrap_or(8),
+        init_r: integer(&given, "init_r", 1, MAX_RANK)?.unwrap_or(default.init_r),
+        target_r: integer(&given, "target_r", 1, MAX_RANK)?.unwrap_or(default.target_r),
         tinit: integer(&given, "tinit", 0, i64::MAX)?.unwrap_or(steps / 10),
         tfinal: integer(&given, "tfinal", 0, i64::MAX)?.unwrap_or(steps * 3 / 10),
-        delta_t: integer(&given, "deltaT", 1, i64::MAX)?.unwrap_or(1),
-        beta1: beta("beta1")?.unwrap_or(0.85) as f32,
-        beta2: beta("beta2")?.unwrap_or(0.85) as f32,
+        delta_t: integer(&given, "deltaT", 1, i64::MAX)?.unwrap_or(default.delta_t),
+        beta1: beta("beta1")?.map_or(default.beta1, |beta| beta as f32),
+        beta2: beta("beta2")?.map_or(default.beta2, |beta| beta as f32),
         orth_reg_weight: number(&given, "orth_reg_weight", |v, path| fields::number(v, path, 0.0..=f64::INFINITY))?
-            .unwrap_or(0.5) as f32,
+            .map_or(default.orth_reg_weight, |weight| weight as f32),
     }))
 }
 
+/// Optimiser steps of warm-up.
 fn warmup(training: &Option<Fields>, steps: usize) -> Result<usize> {
     let ratio = number(training, "warmup_ratio", |v, path| fields::number(v, path, 0.0..=1.0))?;
     match (integer(training, "warmup_steps", 0, i64::MAX)?, ratio) {
         (Some(_), Some(_)) => Err(Error::invalid(
-            "`training.warmup_steps` and `training.warmup_ratio` say the same thing: give one of them",
+            "`training.warmup_steps` and `training.warmup_ratio` set the same value: give one of them",
         )
         .param("training.warmup_ratio")),
         (Some(given), None) => Ok(given),
@@ -263,13 +266,13 @@ fn warmup(training: &Option<Fields>, steps: usize) -> Result<usize> {
     }
 }
 
-/// Settings that exclude each other.
+/// Rejects settings that exclude each other.
 fn check(spec: &JobSpec) -> Result<()> {
     let lora = &spec.lora;
     let conflict = |message: &str, param: &str| Err(Error::invalid(message).param(param).code("conflicting_settings"));
     match &lora.adalora {
         Some(_) if lora.use_dora || lora.use_rslora => {
-            conflict("`lora.adalora` has a scale of its own: leave `use_dora` and `use_rslora` out", "lora.adalora")
+            conflict("`lora.adalora` has its own scale: leave out `use_dora` and `use_rslora`", "lora.adalora")
         }
         Some(ada) if ada.target_r > ada.init_r => {
             conflict("`lora.adalora.target_r` must be at most `init_r`", "lora.adalora.target_r")
@@ -278,12 +281,13 @@ fn check(spec: &JobSpec) -> Result<()> {
     }
 }
 
+/// A field of a group, if it is given.
 fn field<T>(group: &Option<Fields>, name: &str, read: impl FnOnce(&Value, &str) -> Result<T>) -> Result<Option<T>> {
     let Some(group) = group else { return Ok(None) };
     group.get(name).map(|value| read(value, &group.path_of(name))).transpose()
 }
 
-/// A field that may say "auto".
+/// A field that may be "auto", which is the same as leaving it out.
 fn auto<T>(group: &Option<Fields>, name: &str, read: impl FnOnce(&Value, &str) -> Result<T>) -> Result<Option<T>> {
     let read = |value: &Value, path: &str| match value.as_str() {
         Some("auto") => Ok(None),
@@ -304,7 +308,7 @@ fn flag(group: &Option<Fields>, name: &str) -> Result<bool> {
     Ok(group.as_ref().map_or(Ok(None), |group| group.boolean(name))?.unwrap_or(false))
 }
 
-/// One of the words that the command line takes too.
+/// One of an enum's values, under the same names as on the command line.
 fn word<T: ValueEnum>(group: &Option<Fields>, name: &str) -> Result<Option<T>> {
     field(group, name, |value, path| {
         let words = T::value_variants().iter().filter_map(|v| Some(v.to_possible_value()?.get_name().to_owned()));

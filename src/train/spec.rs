@@ -1,4 +1,7 @@
-//! What a fine-tuning job asks for, with every "auto" resolved: the API and the command line both make one of these.
+//! The settings of one training job, with every "auto" resolved. The API and the command line both build a [`JobSpec`].
+//!
+//! The defaults are what a job gets when the user sets nothing. Where a default follows from the training file (epochs, batch
+//! size, warm-up), `finetune::settings` chooses it.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,86 +12,146 @@ use crate::arch::Module;
 pub struct JobSpec {
     /// Passes over the training file.
     pub epochs: usize,
-    /// Ends after this many optimiser steps, whatever `epochs` says.
+    /// Number of optimiser steps, whatever `epochs` says.
     pub max_steps: Option<usize>,
-    /// Examples of one forward and backward pass.
+    /// Rows of one forward and backward pass: examples, or packs of examples with `packing`.
     pub batch_size: usize,
-    /// Passes whose gradients make one optimiser step.
+    /// Passes whose gradients are summed for one optimiser step.
     pub gradient_accumulation: usize,
-    /// Longest example, tokens; longer ones are cut at the end.
+    /// Longest example in tokens. Longer examples are cut at the end.
     pub max_length: usize,
-    /// Whether examples share rows of up to `max_length` tokens, each with positions and attention of its own.
+    /// Packs several examples into a row of up to `max_length` tokens. Each keeps its own positions and attention.
     pub packing: bool,
-    /// Whether prompts are trained on too.
+    /// Whether the loss covers prompts too.
     pub train_on_inputs: bool,
-    /// Seeds initial values, order of examples and dropout.
+    /// Seed of initial values, of the order of examples and of dropout.
     pub seed: u64,
-    /// What the adapter is.
+    /// Shape and method of the adapter.
     pub lora: LoraConfig,
-    /// How it is moved.
     pub optimizer: OptimizerConfig,
-    /// Optimiser steps between checkpoints; none: one an epoch.
+    /// Optimiser steps between checkpoints; `None`: one checkpoint an epoch.
     pub checkpoint_every: Option<usize>,
-    /// Optimiser steps between validations; none: one a checkpoint.
+    /// Optimiser steps between validations; `None`: one validation before each checkpoint.
     pub eval_every: Option<usize>,
-    /// Validations without a better loss after which the job ends.
+    /// Number of validations in a row without a lower loss after which the job ends.
     pub early_stopping: Option<usize>,
-    /// Name of an adapter to continue from.
+    /// Name of the adapter to continue from.
     pub from_checkpoint: Option<String>,
 }
 
-/// Shape and method of the adapter (PEFT's LoraConfig).
+impl Default for JobSpec {
+    fn default() -> Self {
+        Self {
+            epochs: 3,
+            max_steps: None,
+            batch_size: 4,
+            gradient_accumulation: 1,
+            max_length: 2048,
+            packing: false,
+            train_on_inputs: false,
+            seed: 42,
+            lora: LoraConfig::default(),
+            optimizer: OptimizerConfig::default(),
+            checkpoint_every: None,
+            eval_every: None,
+            early_stopping: None,
+            from_checkpoint: None,
+        }
+    }
+}
+
+/// Shape and method of the adapter, as PEFT's `LoraConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
     pub r: usize,
     pub alpha: f32,
     pub dropout: f32,
-    /// Linears with a pair in every decoder block.
+    /// Modules that get a pair in every decoder block.
     pub target_modules: Vec<Module>,
-    /// Scale by alpha / sqrt(r) (Kalajdzievski, 2023).
+    /// Scales deltas by `alpha / sqrt(r)` instead of `alpha / r` (Kalajdzievski, 2023).
     pub use_rslora: bool,
-    /// Learning rate of B over that of A (LoRA+, Hayou et al., 2024).
+    /// Learning rate of B divided by that of A (LoRA+, Hayou et al., 2024).
     pub loraplus_lr_ratio: Option<f32>,
-    /// TrainableMagnitude and direction apart (DoRA, Liu et al., 2024).
+    /// Trains a magnitude for each output row (DoRA, Liu et al., 2024).
     pub use_dora: bool,
     pub init: LoraInit,
-    /// Ranks by importance (AdaLoRA, Zhang et al., 2023); `r` and `alpha / r` scaling are then its own.
+    /// Assigns ranks by importance (AdaLoRA, Zhang et al., 2023). Its `init_r` then replaces `r`.
     pub adalora: Option<AdaLoraConfig>,
 }
 
-/// PairInit values of A (B is zero).
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            r: 16,
+            alpha: 32.0,
+            dropout: 0.0,
+            target_modules: Module::BLOCK.to_vec(),
+            use_rslora: false,
+            loraplus_lr_ratio: None,
+            use_dora: false,
+            init: LoraInit::Default,
+            adalora: None,
+        }
+    }
+}
+
+/// Initial values of A and B (PEFT's `init_lora_weights`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum LoraInit {
-    /// Uniform in ±1/sqrt(in): PEFT's Kaiming with a = sqrt(5).
+    /// A uniform in ±1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), B zero.
     Default,
-    /// Normal with deviation 1/r.
+    /// A normal with deviation 1/r, B zero.
     Gaussian,
-    /// Orthonormal rows of A and columns of B, whose product starts at zero (PEFT's `orthogonal`).
+    /// Orthogonal A and B with a product of zero.
     Orthogonal,
 }
 
-/// PEFT's AdaLoraConfig; steps are optimiser steps.
+/// PEFT's `AdaLoraConfig`. All steps are optimiser steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AdaLoraConfig {
+    /// Rank of every pair at the start.
     #[serde(rename = "init_r")]
     pub init_r: usize,
+    /// Mean rank of a pair at the end.
     #[serde(rename = "target_r")]
     pub target_r: usize,
+    /// Steps before the first rank is removed.
     pub tinit: usize,
+    /// Steps after the last rank is removed.
     pub tfinal: usize,
+    /// Steps between two allocations of ranks.
     #[serde(rename = "deltaT")]
     pub delta_t: usize,
+    /// Decay of the smoothed importance.
     pub beta1: f32,
+    /// Decay of its uncertainty.
     pub beta2: f32,
+    /// Weight of the penalty that keeps A and B orthonormal.
     #[serde(rename = "orth_reg_weight")]
     pub orth_reg_weight: f32,
 }
 
-/// AdamW and its schedule.
+impl Default for AdaLoraConfig {
+    fn default() -> Self {
+        Self {
+            init_r: 12,
+            target_r: 8,
+            tinit: 0,
+            tfinal: 0,
+            delta_t: 1,
+            beta1: 0.85,
+            beta2: 0.85,
+            orth_reg_weight: 0.5,
+        }
+    }
+}
+
+/// AdamW and its learning-rate schedule.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct OptimizerConfig {
+    /// Highest rate of the schedule.
     pub learning_rate: f32,
     pub schedule: LrSchedule,
     /// Optimiser steps of linear warm-up.
@@ -97,35 +160,51 @@ pub struct OptimizerConfig {
     pub beta1: f32,
     pub beta2: f32,
     pub eps: f32,
-    /// Largest global norm of the gradients.
+    /// Global norm to which gradients are clipped.
     pub max_grad_norm: f32,
     pub kind: OptimizerKind,
 }
 
-/// What happens to the learning rate after the warm-up.
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 2e-4,
+            schedule: LrSchedule::Linear,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            max_grad_norm: 1.0,
+            kind: OptimizerKind::Adamw,
+        }
+    }
+}
+
+/// Learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedule {
-    /// To zero at the last step, in a line.
+    /// Falls linearly to zero at the end of the last step.
     Linear,
-    /// To zero at the last step, as half a cosine.
+    /// Falls to zero at the end of the last step, along half a cosine.
     Cosine,
-    /// It stays.
+    /// Stays the same.
     Constant,
 }
 
-/// How AdamW keeps its moments.
+/// Storage of AdamW's moments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum OptimizerKind {
-    /// In f32.
+    /// f32.
     #[value(name = "adamw")]
     Adamw,
-    /// In 8 bits by blocks of 256, as bitsandbytes.
+    /// 8 bits with a scale for each block of 256, as in bitsandbytes.
     #[value(name = "adamw_8bit")]
     #[serde(rename = "adamw_8bit")]
     Adamw8bit,
-    /// In 8 bits, in host memory on a GPU.
+    /// 8 bits in host memory when training on a GPU.
     #[value(name = "paged_adamw_8bit")]
     #[serde(rename = "paged_adamw_8bit")]
     PagedAdamw8bit,

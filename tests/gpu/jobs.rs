@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
 use quiver::adapter::peft;
-use quiver::arch::Module;
 use quiver::engine::BackgroundWork;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
@@ -14,7 +13,7 @@ use quiver::model::decoder::Decoder;
 use quiver::model::weights::{Quantize, Weights};
 use quiver::train::data::Example;
 use quiver::train::job::{Command, Job, JobReport};
-use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
+use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig, LrSchedule, OptimizerConfig};
 use quiver::train::trainer::Trainer;
 
 use crate::common::{device, relative_error};
@@ -28,44 +27,24 @@ const LEARNT: f64 = 0.06;
 fn spec(lora: LoraConfig) -> JobSpec {
     JobSpec {
         epochs: 2,
-        max_steps: None,
         batch_size: 2,
-        gradient_accumulation: 1,
         max_length: 64,
-        packing: false,
-        train_on_inputs: false,
         seed: 7,
         lora,
         optimizer: OptimizerConfig {
             learning_rate: 0.01,
             schedule: LrSchedule::Constant,
             warmup_steps: 1,
-            weight_decay: 0.0,
-            beta1: 0.9,
             beta2: 0.99,
-            eps: 1e-8,
-            max_grad_norm: 1.0,
-            kind: OptimizerKind::Adamw,
+            ..OptimizerConfig::default()
         },
         checkpoint_every: Some(1),
-        eval_every: None,
-        early_stopping: None,
-        from_checkpoint: None,
+        ..JobSpec::default()
     }
 }
 
 fn lora() -> LoraConfig {
-    LoraConfig {
-        r: 4,
-        alpha: 8.0,
-        dropout: 0.0,
-        target_modules: Module::BLOCK.to_vec(),
-        use_rslora: false,
-        loraplus_lr_ratio: None,
-        use_dora: false,
-        init: LoraInit::Default,
-        adalora: None,
-    }
+    LoraConfig { r: 4, alpha: 8.0, ..LoraConfig::default() }
 }
 
 /// What a job came to.
@@ -176,16 +155,7 @@ fn a_dora_is_that_of_the_cpu() {
 
 #[test]
 fn an_adalora_is_that_of_the_cpu() {
-    let adalora = AdaLoraConfig {
-        init_r: 4,
-        target_r: 2,
-        tinit: 2,
-        tfinal: 4,
-        delta_t: 2,
-        beta1: 0.85,
-        beta2: 0.85,
-        orth_reg_weight: 0.5,
-    };
+    let adalora = AdaLoraConfig { init_r: 4, target_r: 2, tinit: 2, tfinal: 4, delta_t: 2, ..AdaLoraConfig::default() };
     let (cpu, gpu) = compare("adalora", LoraConfig { adalora: Some(adalora), ..lora() }, 12);
     let ranks = |of: &AdapterWeights| of.modules.iter().map(|m| m.rank).sum::<usize>();
     for Outcome { first, last, .. } in [&cpu, &gpu] {

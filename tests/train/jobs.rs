@@ -176,16 +176,7 @@ fn served(model: &Decoder, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32>
 
 #[test]
 fn what_is_written_serves_as_it_was_trained() {
-    let adalora = AdaLoraConfig {
-        init_r: 4,
-        target_r: 2,
-        tinit: 1,
-        tfinal: 2,
-        delta_t: 1,
-        beta1: 0.85,
-        beta2: 0.85,
-        orth_reg_weight: 0.5,
-    };
+    let adalora = AdaLoraConfig { init_r: 4, target_r: 2, tinit: 1, tfinal: 2, ..AdaLoraConfig::default() };
     let kinds = [
         ("lora", spec().lora),
         ("rslora", LoraConfig { use_rslora: true, target_modules: vec![Module::Q, Module::Up], ..spec().lora }),
@@ -263,16 +254,7 @@ fn files_equal(a: &Path, b: &Path) -> bool {
 
 #[test]
 fn a_job_that_was_paused_goes_on_bit_for_bit() {
-    let adalora = AdaLoraConfig {
-        init_r: 3,
-        target_r: 1,
-        tinit: 0,
-        tfinal: 1,
-        delta_t: 1,
-        beta1: 0.85,
-        beta2: 0.85,
-        orth_reg_weight: 0.5,
-    };
+    let adalora = AdaLoraConfig { init_r: 3, target_r: 1, tfinal: 1, ..AdaLoraConfig::default() };
     let eight_bits = OptimizerConfig { kind: OptimizerKind::Adamw8bit, ..spec().optimizer };
     let every = JobSpec { checkpoint_every: Some(2), eval_every: Some(1), ..dropout() };
     let specs = [

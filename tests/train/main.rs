@@ -1,4 +1,4 @@
-//! Training: gradients, PEFT's numbers, and the life of jobs.
+//! Training: gradients, comparison with PEFT, and whole jobs.
 
 mod goldens;
 mod gradients;
@@ -8,15 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use quiver::arch::Module;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::model::decoder::Decoder;
 use quiver::model::weights::Weights;
-use quiver::train::adapter::DoraNorms;
-use quiver::train::adapter::TrainableAdapter;
-use quiver::train::adapter::TrainableParams;
+use quiver::train::adapter::{DoraNorms, TrainableAdapter, TrainableParams};
 use quiver::train::pass::{JobBatch, Pass, TargetScores, TrainBatch};
-use quiver::train::spec::{JobSpec, LoraConfig, LoraInit, LrSchedule, OptimizerConfig, OptimizerKind};
+use quiver::train::spec::{JobSpec, LoraConfig, LrSchedule, OptimizerConfig};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -28,52 +25,32 @@ fn model(name: &str) -> Arc<Decoder> {
     Arc::new(Decoder::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap())
 }
 
-/// LoRA on all linears.
+/// One epoch of plain LoRA on all modules.
 fn spec() -> JobSpec {
     JobSpec {
         epochs: 1,
-        max_steps: None,
         batch_size: 2,
-        gradient_accumulation: 1,
         max_length: 64,
-        packing: false,
-        train_on_inputs: false,
         seed: 7,
-        lora: LoraConfig {
-            r: 2,
-            alpha: 4.0,
-            dropout: 0.0,
-            target_modules: Module::BLOCK.to_vec(),
-            use_rslora: false,
-            loraplus_lr_ratio: None,
-            use_dora: false,
-            init: LoraInit::Default,
-            adalora: None,
-        },
+        lora: LoraConfig { r: 2, alpha: 4.0, ..LoraConfig::default() },
         optimizer: OptimizerConfig {
             learning_rate: 0.02,
             schedule: LrSchedule::Cosine,
             warmup_steps: 2,
-            weight_decay: 0.0,
-            beta1: 0.9,
             beta2: 0.99,
-            eps: 1e-8,
             max_grad_norm: 0.5,
-            kind: OptimizerKind::Adamw,
+            ..OptimizerConfig::default()
         },
-        checkpoint_every: None,
-        eval_every: None,
-        early_stopping: None,
-        from_checkpoint: None,
+        ..JobSpec::default()
     }
 }
 
-/// What the values of `params` are now.
+/// The adapter with the current values of `params`.
 fn adapter(params: &TrainableParams, norms: Option<&DoraNorms>, model: &Decoder) -> Arc<TrainableAdapter> {
     Arc::new(TrainableAdapter::new(params, norms, model.config(), DType::F32).unwrap())
 }
 
-/// Runs a whole pass of one job; gradients go to where the adapter has them.
+/// Runs a whole pass of one job. Gradients are added to those of the adapter.
 fn run(
     model: &Arc<Decoder>,
     batch: TrainBatch,

@@ -1,5 +1,5 @@
-//! AdaLoRA (Zhang et al., 2023) as PEFT does it: `ΔW = s·B·(E ⊙ A)`, and a budget of ranks that shrinks to `target_r` a module
-//! and goes where entries matter most, by a smoothed `|value · gradient|` and its uncertainty.
+//! AdaLoRA (Zhang et al., 2023) as in PEFT: `ΔW = s·B·(E ⊙ A)`, with a budget of ranks that shrinks to `target_r` a module on
+//! average. Ranks stay where they matter most, by a smoothed `|value · gradient|` times its uncertainty.
 
 use candle_core::{DType, Tensor};
 
@@ -7,20 +7,21 @@ use super::params::{ParamLocation, SiteParams, TrainableParams};
 use crate::train::spec::{AdaLoraConfig, LoraConfig};
 use crate::{Error, Result};
 
-/// Shares ranks out.
+/// Decides which ranks of which modules stay.
 pub struct RankAllocator {
     config: AdaLoraConfig,
-    /// Optimiser steps in all.
+    /// Number of optimiser steps of the job.
     steps: usize,
-    /// Per group of the parameters, smoothed `|value · gradient|` and how far it strays, `[n]` f32 each.
+    /// For each parameter group, `[importance, uncertainty]`: the smoothed `|value · gradient|` and its smoothed deviation,
+    /// `[n]` f32 each.
     importance: Vec<[Tensor; 2]>,
 }
 
-/// What can be said of the settings alone.
+/// Checks the settings on their own. Errors: `Invalid`, with the field.
 pub fn check(ada: &AdaLoraConfig, lora: &LoraConfig) -> Result<()> {
     let refused = |why: String, field: &str| Err(Error::invalid(why).param(format!("adalora.{field}")));
     if lora.use_dora || lora.use_rslora {
-        return refused("AdaLoRA cannot be joined with DoRA or rsLoRA".into(), "init_r");
+        return refused("AdaLoRA cannot be combined with DoRA or rsLoRA".into(), "init_r");
     }
     if ada.init_r == 0 || ada.target_r == 0 || ada.target_r > ada.init_r {
         return refused(
@@ -46,11 +47,11 @@ pub fn check(ada: &AdaLoraConfig, lora: &LoraConfig) -> Result<()> {
 }
 
 impl RankAllocator {
-    /// Errors: `tinit` and `tfinal` leave no step of `steps` to share ranks out.
+    /// An allocator for a job of `steps` optimiser steps. Errors: `tinit` and `tfinal` leave no step in which to remove ranks.
     pub fn new(config: &AdaLoraConfig, steps: usize, params: &TrainableParams) -> Result<Self> {
         if config.tinit + config.tfinal >= steps {
             return Err(Error::invalid(format!(
-                "tinit {} and tfinal {} must leave steps between them, of {steps} in all",
+                "tinit {} and tfinal {} must add up to fewer than the {steps} optimiser steps of the job",
                 config.tinit, config.tfinal
             ))
             .param("adalora.tinit"));
@@ -59,16 +60,17 @@ impl RankAllocator {
         Ok(Self { config: config.clone(), steps, importance: importance.collect::<Result<_>>()? })
     }
 
-    /// What a state needs of it, by name.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let named = |(i, [ipt, unc]): (usize, &[Tensor; 2])| {
-            [(format!("importance.{i}"), ipt.clone()), (format!("uncertainty.{i}"), unc.clone())]
+    /// The tensors to save in a job's state, by name.
+    pub(in crate::train) fn tensors(&self) -> Vec<(String, Tensor)> {
+        let named = |(i, [importance, uncertainty]): (usize, &[Tensor; 2])| {
+            [(format!("importance.{i}"), importance.clone()), (format!("uncertainty.{i}"), uncertainty.clone())]
         };
         self.importance.iter().enumerate().flat_map(named).collect()
     }
 
-    /// Turns the gradients of `E ⊙ A` that passes gave into those of A and E, and adds those of the penalty that keeps A's
-    /// rows and B's columns orthonormal: `weight` times the mean of `‖A·Aᵀ - I‖` and `‖Bᵀ·B - I‖` (Frobenius) over all.
+    /// Completes the gradients of a step: turns those of `E ⊙ A` into those of A and E, and adds those of the penalty that keeps
+    /// the rows of A and the columns of B orthonormal. The penalty is `orth_reg_weight` times the mean of `‖A·Aᵀ - I‖` and
+    /// `‖Bᵀ·B - I‖` (Frobenius norms) over all modules.
     pub fn finish_gradients(&self, params: &TrainableParams) -> Result<()> {
         let matrices = 2 * params.sites.iter().map(|site| site.modules.len()).sum::<usize>();
         let weight = f64::from(self.config.orth_reg_weight) / matrices as f64;
@@ -77,21 +79,21 @@ impl RankAllocator {
             let e = value_of_e(params, site)?;
             params.set_grad(e_of(site)?, &(&product * &a)?.sum_keepdim(1)?)?;
             let mut da = Vec::new();
-            for (i, part) in site.modules.iter().enumerate() {
+            for (i, module) in site.modules.iter().enumerate() {
                 let a = a.narrow(0, i * params.rank, params.rank)?;
-                let along = orthogonal(&a.matmul(&a.t()?)?, weight)?;
-                da.push(along.matmul(&a)?);
-                let b = params.value(&part.b)?;
-                let along = orthogonal(&b.t()?.matmul(&b)?, weight)?;
-                params.set_grad(&part.b, &(params.grad(&part.b)? + b.matmul(&along)?)?)?;
+                let dgram = penalty_backward(&a.matmul(&a.t()?)?, weight)?;
+                da.push(dgram.matmul(&a)?);
+                let b = params.value(&module.b)?;
+                let dgram = penalty_backward(&b.t()?.matmul(&b)?, weight)?;
+                params.set_grad(&module.b, &(params.grad(&module.b)? + b.matmul(&dgram)?)?)?;
             }
             params.set_grad(&site.a, &(product.broadcast_mul(&e)? + Tensor::cat(&da, 0)?)?)?;
         }
         Ok(())
     }
 
-    /// After optimiser step `step` (from 0), whose gradients were multiplied by `clip`: updates importance, and makes E zero
-    /// where the budget has no rank left. `kept` says which ranks have one, site by site.
+    /// Updates the importance after optimiser step `step` (from 0), whose gradients were multiplied by `clip`, and sets E to
+    /// zero for removed ranks. `kept` says which ranks are left, site by site; it is `None` until the first are removed.
     pub fn allocate(
         &mut self,
         params: &TrainableParams,
@@ -99,18 +101,17 @@ impl RankAllocator {
         clip: f32,
         kept: &mut Option<Vec<Vec<bool>>>,
     ) -> Result<()> {
-        let (total, last) = (params.sites.iter().map(|s| s.a.shape.0).sum::<usize>(), self.steps - self.config.tfinal);
+        let total = params.sites.iter().map(|s| s.a.shape.0).sum::<usize>();
+        let last = self.steps - self.config.tfinal;
         if step < last {
             self.observe(params, clip)?;
         }
         if step <= last {
             let (budget, due) = self.budget(step, total, params);
-            // A budget of all ranks masks none.
-            if (due || step == last) && budget < total {
-                *kept = Some(self.choose(params, total - budget)?);
-            } else {
+            if budget >= total || !(due || step == last) {
                 return Ok(());
             }
+            *kept = Some(self.choose(params, total - budget)?);
         }
         let Some(kept) = kept else { return Ok(()) };
         for (site, kept) in params.sites.iter().zip(kept) {
@@ -122,38 +123,41 @@ impl RankAllocator {
         Ok(())
     }
 
+    /// Updates importance and uncertainty with the gradients of a step.
     fn observe(&mut self, params: &TrainableParams, clip: f32) -> Result<()> {
         let (beta1, beta2) = (f64::from(self.config.beta1), f64::from(self.config.beta2));
         for (group, [importance, uncertainty]) in params.groups.iter().zip(&mut self.importance) {
             let now = ((&group.values * &group.grads)? * f64::from(clip))?.abs()?;
             *importance = ((&*importance * beta1)? + (&now * (1.0 - beta1))?)?;
-            let strays = (now - &*importance)?.abs()?;
-            *uncertainty = ((&*uncertainty * beta2)? + (strays * (1.0 - beta2))?)?;
+            let deviation = (now - &*importance)?.abs()?;
+            *uncertainty = ((&*uncertainty * beta2)? + (deviation * (1.0 - beta2))?)?;
         }
         Ok(())
     }
 
-    /// Ranks left after a step, and whether they are shared out at it.
+    /// The number of ranks left after a step, and whether ranks are allocated at it.
     fn budget(&self, step: usize, total: usize, params: &TrainableParams) -> (usize, bool) {
         let AdaLoraConfig { tinit, tfinal, delta_t, target_r, .. } = self.config;
         let target = target_r * params.sites.iter().map(|site| site.modules.len()).sum::<usize>();
         if step <= tinit {
             return (total, false);
         }
-        let left = 1.0 - (step - tinit) as f64 / (self.steps - tfinal - tinit) as f64;
-        let budget = (total - target) as f64 * left.powi(3) + target as f64;
+        let remaining = 1.0 - (step - tinit) as f64 / (self.steps - tfinal - tinit) as f64;
+        let budget = (total - target) as f64 * remaining.powi(3) + target as f64;
         (budget as usize, step.is_multiple_of(delta_t))
     }
 
-    /// Which ranks stay when the `drop` least important ones go, and those that are no better.
+    /// Which ranks stay, site by site, when the `drop` least important ones are removed. Ranks as important as the last removed
+    /// one are removed too.
     fn choose(&self, params: &TrainableParams, drop: usize) -> Result<Vec<Vec<bool>>> {
         let scores = self.importance.iter().map(|[importance, uncertainty]| Ok((importance * uncertainty)?));
         let scores = scores.collect::<Result<Vec<_>>>()?;
-        let score = |place: &ParamLocation| params.cut(&scores, place);
+        let score = |location: &ParamLocation| params.view(&scores, location);
         let mut sites = Vec::new();
         for site in &params.sites {
             let own = (score(e_of(site)?)?.flatten_all()? + score(&site.a)?.mean(1)?)?;
-            let columns = site.modules.iter().map(|part| Ok(score(&part.b)?.mean(0)?)).collect::<Result<Vec<_>>>()?;
+            let columns =
+                site.modules.iter().map(|module| Ok(score(&module.b)?.mean(0)?)).collect::<Result<Vec<_>>>()?;
             sites.push((own + Tensor::cat(&columns, 0)?)?.to_dtype(DType::F32)?.to_vec1::<f32>()?);
         }
         let mut sorted: Vec<f32> = sites.iter().flatten().copied().collect();
@@ -163,16 +167,16 @@ impl RankAllocator {
     }
 }
 
-/// The gradient of `weight · ‖gram - I‖` with respect to `gram`, twice over, as `gram` is a square.
-fn orthogonal(gram: &Tensor, weight: f64) -> Result<Tensor> {
+/// Twice the gradient of `weight · ‖gram - I‖` with respect to `gram`: `gram` is a product of a matrix with itself.
+fn penalty_backward(gram: &Tensor, weight: f64) -> Result<Tensor> {
     let off = (gram - Tensor::eye(gram.dims()[0], gram.dtype(), gram.device())?)?;
-    // Where there is nothing to correct, no division by zero.
+    // No division by zero where the matrix is orthonormal.
     let norm = (off.sqr()?.sum_all()?.sqrt()? + 1e-30)?;
     Ok((off.broadcast_div(&norm)? * (2.0 * weight))?)
 }
 
 fn e_of(site: &SiteParams) -> Result<&ParamLocation> {
-    site.e.as_ref().ok_or_else(|| Error::internal("AdaLoRA without E"))
+    site.e.as_ref().ok_or_else(|| Error::internal("a site of an AdaLoRA has no E"))
 }
 
 fn value_of_e(params: &TrainableParams, site: &SiteParams) -> Result<Tensor> {

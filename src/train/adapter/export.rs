@@ -1,4 +1,4 @@
-//! An adapter as PEFT 0.21 writes it: `adapter_config.json` with all of LoraConfig's keys, and `adapter_model.safetensors`.
+//! The adapter in PEFT 0.21's format: `adapter_config.json` with all keys of `LoraConfig`, and `adapter_model.safetensors`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,17 +11,17 @@ use super::params::TrainableParams;
 use crate::train::spec::{JobSpec, LoraInit};
 use crate::{Error, Result, files};
 
-/// An adapter as it was at one time, on the CPU.
+/// A copy of an adapter in host memory, ready to be written.
 pub struct AdapterExport {
-    /// `adapter_config.json`, keys sorted as PEFT sorts them.
+    /// `adapter_config.json`, with sorted keys as in PEFT.
     config: BTreeMap<String, Value>,
     /// f32, under PEFT's names.
     tensors: BTreeMap<String, Tensor>,
 }
 
 impl AdapterExport {
-    /// Copies the values. `kept` says which of AdaLoRA's ranks are left. AdaLoRA becomes plain LoRA with the same effect: A
-    /// takes E and the scale, each module has a rank of its own. Errors: no memory.
+    /// Copies the values. `kept` says which of AdaLoRA's ranks are left, site by site. AdaLoRA becomes plain LoRA with the same
+    /// delta: A contains E and the scale, and each module has its own rank. Errors: out of memory.
     pub fn new(
         spec: &JobSpec,
         params: &TrainableParams,
@@ -32,17 +32,16 @@ impl AdapterExport {
         Ok(Self { config: config(spec, &ranks, provenance), tensors })
     }
 
-    /// Writes `dir`, which appears whole or not at all; one that is there is replaced. Errors: the disk is full or may not be
-    /// written.
+    /// Writes the PEFT directory `dir`, atomically. An existing one is replaced. Errors: the directory cannot be written.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let write = |made: &Path| {
-            fs::create_dir(made)?;
+        let write = |temporary: &Path| {
+            fs::create_dir(temporary)?;
             let text = serde_json::to_string_pretty(&self.config).map_err(io::Error::other)?;
-            fs::write(made.join("adapter_config.json"), text)?;
+            fs::write(temporary.join("adapter_config.json"), text)?;
             let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-            // Not by `serialize_to_file`, whose files only their owner may read.
+            // `serialize_to_file` would make a file that only its owner can read.
             let bytes = safetensors::serialize(&self.tensors, metadata).map_err(io::Error::other)?;
-            fs::write(made.join("adapter_model.safetensors"), bytes)
+            fs::write(temporary.join("adapter_model.safetensors"), bytes)
         };
         files::replace(dir, write)
             .map_err(|e| Error::internal(format!("the adapter cannot be written to {}: {e}", dir.display())))
@@ -52,7 +51,7 @@ impl AdapterExport {
 /// Ranks of modules, by path.
 type Ranks = BTreeMap<String, usize>;
 
-/// Copies of the tensors under PEFT's names, on the CPU, and AdaLoRA's ranks.
+/// Copies of the tensors under PEFT's names in host memory, and AdaLoRA's ranks.
 fn tensors(params: &TrainableParams, kept: Option<&[Vec<bool>]>) -> Result<(BTreeMap<String, Tensor>, Ranks)> {
     let (mut tensors, mut ranks) = (BTreeMap::new(), Ranks::new());
     let rank = params.rank;
@@ -62,13 +61,13 @@ fn tensors(params: &TrainableParams, kept: Option<&[Vec<bool>]>) -> Result<(BTre
         if let Some(e) = &site.e {
             a = (a.broadcast_mul(&host(params.value(e)?)?)? * f64::from(params.scale))?;
         }
-        for (i, part) in site.modules.iter().enumerate() {
-            let path = part.module.path(site.layer);
-            let (mut a, mut b) = (a.narrow(0, i * rank, rank)?, host(params.value(&part.b)?)?);
+        for (i, module) in site.modules.iter().enumerate() {
+            let path = module.module.path(site.layer);
+            let (mut a, mut b) = (a.narrow(0, i * rank, rank)?, host(params.value(&module.b)?)?);
             if site.e.is_some() {
                 let kept = |j: &u32| kept.is_none_or(|kept| kept[index][i * rank + *j as usize]);
                 let mut ids: Vec<u32> = (0..rank as u32).filter(kept).collect();
-                // A module without ranks has one that does nothing, because a targeted module must be there.
+                // A module that has lost all ranks keeps one whose E is zero: PEFT requires every target module.
                 if ids.is_empty() {
                     ids.push(0);
                 }
@@ -76,12 +75,12 @@ fn tensors(params: &TrainableParams, kept: Option<&[Vec<bool>]>) -> Result<(BTre
                 let ids = Tensor::new(ids, &Device::Cpu)?;
                 (a, b) = (a.index_select(&ids, 0)?, b.index_select(&ids, 1)?);
             }
-            let name = |what: &str| format!("base_model.model.{path}.{what}");
-            // Copied even where it lies as it is: the next step changes the values in place.
+            let name = |tensor: &str| format!("base_model.model.{path}.{tensor}");
+            // Copied even where a view would do: the next step changes the values in place.
             tensors.insert(name("lora_A.weight"), a.force_contiguous()?);
             tensors.insert(name("lora_B.weight"), b.force_contiguous()?);
-            if let Some(place) = &part.magnitude {
-                let magnitude = host(params.value(place)?)?.force_contiguous()?;
+            if let Some(magnitude) = &module.magnitude {
+                let magnitude = host(params.value(magnitude)?)?.force_contiguous()?;
                 tensors.insert(name("lora_magnitude_vector"), magnitude.flatten_all()?);
             }
         }
@@ -89,10 +88,10 @@ fn tensors(params: &TrainableParams, kept: Option<&[Vec<bool>]>) -> Result<(BTre
     Ok((tensors, ranks))
 }
 
-/// `adapter_config.json`, keys sorted as PEFT sorts them.
+/// `adapter_config.json`. `provenance` is added to PEFT's keys.
 fn config(spec: &JobSpec, ranks: &Ranks, provenance: &Map<String, Value>) -> BTreeMap<String, Value> {
     let lora = &spec.lora;
-    // AdaLoRA's scale is in A.
+    // With AdaLoRA, A contains the scale: an alpha equal to r makes it 1.
     let (r, alpha) = match &lora.adalora {
         Some(ada) => (ada.target_r, ada.target_r as f32),
         None => (lora.r, lora.alpha),

@@ -1,4 +1,4 @@
-//! PairInit values of a pair, in the distributions that PEFT draws them from.
+//! Initial values of a pair, from the same distributions as in PEFT.
 
 use rand::RngExt;
 use rand_pcg::Pcg64;
@@ -6,16 +6,16 @@ use rand_pcg::Pcg64;
 use crate::train::spec::LoraInit;
 use crate::{Error, Result};
 
-/// How a pair starts.
+/// Distribution of a pair's initial values.
 #[derive(Debug, Clone, Copy)]
 pub enum PairInit {
-    /// As LoRA's settings say.
+    /// As chosen in the job's [`LoraConfig`](crate::train::spec::LoraConfig).
     Lora(LoraInit),
-    /// A and B normal with deviation 0.02; E, which is zero, makes the delta so.
+    /// A and B normal with deviation 0.02. The delta is zero because AdaLoRA's E is.
     AdaLora,
 }
 
-/// `A [rank, k]` and `B [n, rank]`, row-major, of a module `[n, k]`. Errors: orthogonal values for an odd rank.
+/// `A [rank, k]` and `B [n, rank]`, row-major, for a module `[n, k]`. Errors: orthogonal values with an odd rank.
 pub fn pair(initial: PairInit, rank: usize, (n, k): (usize, usize), rng: &mut Pcg64) -> Result<(Vec<f32>, Vec<f32>)> {
     Ok(match initial {
         PairInit::Lora(LoraInit::Default) => {
@@ -28,7 +28,7 @@ pub fn pair(initial: PairInit, rank: usize, (n, k): (usize, usize), rng: &mut Pc
     })
 }
 
-/// Normal values with mean 0 (Box and Muller, 1958).
+/// Normal values with mean 0 (Box-Muller).
 fn normal(rng: &mut Pcg64, count: usize, deviation: f64) -> Vec<f32> {
     let mut values = Vec::with_capacity(count + 1);
     while values.len() < count {
@@ -41,8 +41,8 @@ fn normal(rng: &mut Pcg64, count: usize, deviation: f64) -> Vec<f32> {
     values
 }
 
-/// Random combinations of the odd rows of an orthonormal matrix for A, of its even rows for B: their product is zero, and
-/// both have gradients from the start.
+/// A from random combinations of the even rows of an orthonormal matrix, B from its odd rows. Their product is zero, and
+/// both have gradients from the first step on.
 fn orthogonal(rank: usize, (n, k): (usize, usize), rng: &mut Pcg64) -> Result<(Vec<f32>, Vec<f32>)> {
     if !rank.is_multiple_of(2) {
         return Err(Error::invalid(format!("orthogonal initial values need an even rank, and r is {rank}")).param("r"));
@@ -50,13 +50,13 @@ fn orthogonal(rank: usize, (n, k): (usize, usize), rng: &mut Pcg64) -> Result<(V
     let mut basis: Vec<Vec<f64>> = Vec::with_capacity(rank);
     while basis.len() < rank {
         let mut row: Vec<f64> = normal(rng, rank, 1.0).into_iter().map(f64::from).collect();
-        // Twice, because once leaves what rounding brings back.
+        // Two rounds of Gram-Schmidt: one leaves rounding errors.
         for other in basis.iter().chain(&basis) {
             let along: f64 = row.iter().zip(other).map(|(a, b)| a * b).sum();
             row.iter_mut().zip(other).for_each(|(a, b)| *a -= along * b);
         }
         let length = row.iter().map(|x| x * x).sum::<f64>().sqrt();
-        // One that the others nearly span is drawn again.
+        // A row that the others nearly span is drawn again.
         if length > 1e-3 {
             row.iter_mut().for_each(|x| *x /= length);
             basis.push(row);
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn have_pefts_distributions() {
+    fn pairs_have_the_distributions_of_peft() {
         let mut rng = Pcg64::seed_from_u64(1);
         let (rank, n, k) = (16, 48, 400);
         let mut draw = |initial| pair(initial, rank, (n, k), &mut rng).unwrap();
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn orthogonal_pairs_have_no_product_and_are_not_zero() {
+    fn orthogonal_pairs_are_not_zero_and_their_product_is() {
         let mut rng = Pcg64::seed_from_u64(2);
         let (rank, n, k) = (6, 10, 30);
         let (a, b) = pair(PairInit::Lora(LoraInit::Orthogonal), rank, (n, k), &mut rng).unwrap();
@@ -118,7 +118,7 @@ mod tests {
                 assert!(product.abs() < 1e-6, "{product}");
             }
         }
-        // Half the variance of weights with deviation 0.1.
+        // Combinations of half the rows have half the variance of the weights, whose deviation is 0.1.
         for values in [&a, &b] {
             assert!((moments(values).1 - 0.1 / 2f64.sqrt()).abs() < 0.02, "{:?}", moments(values));
         }

@@ -268,14 +268,7 @@ fn a_preview_shows_what_is_trained_and_an_estimate_what_it_takes() {
     assert_eq!(preview[0].text, "Say é:⟦ é<|im_end|>⟧");
     assert_eq!(preview[0].token_ids, data.examples[0].tokens);
 
-    let mut spec: JobSpec = serde_json::from_value(json!({
-        "epochs": 2, "batch_size": 4, "gradient_accumulation": 2, "max_length": 16, "packing": false,
-        "train_on_inputs": false, "seed": 0, "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": [],
-        "use_rslora": false, "use_dora": false, "init": "default"}, "optimizer": {"learning_rate": 1e-4,
-        "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
-        "max_grad_norm": 1.0, "kind": "adamw"}
-    }))
-    .unwrap();
+    let mut spec = JobSpec { epochs: 2, batch_size: 4, gradient_accumulation: 2, max_length: 16, ..JobSpec::default() };
     let tokens = data.statistics.tokens;
     let estimate = data.estimate(&spec, Some(tokens as f64));
     assert_eq!(estimate, Estimate { steps: 4, tokens: 2 * tokens, seconds: Some(2.0) });
