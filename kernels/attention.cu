@@ -1,32 +1,45 @@
-// Attention over the paged cache (src/ops/attention/cuda.rs launches it).
+// Attention over the paged KV cache, for decode and prefill (launched from src/ops/attention/cuda.rs).
 //
-// qkv: bf16 [T][heads + 2 kv_heads][dim], a row's query heads, then keys, then values. out: bf16 [T][heads][dim].
-// cache: bf16 [blocks][2][kv_heads][16 tokens][dim], keys before values. Query head h belongs to key-value head h / group.
-// tables: u32 block ids of all sequences. Everything is 16-byte aligned; scale is log2(e) / sqrt(dim), times a factor if ever.
+// Arguments. All pointers are 16-byte aligned.
+//   qkv: bf16 [T][heads + 2 kv_heads][dim], each row's query heads, then its keys, then its values; rotated by RoPE.
+//   out: bf16 [T][heads][dim].
+//   cache: bf16 [blocks][2][kv_heads][16 tokens][dim], the KV blocks of one layer, keys before values.
+//   tables: u32 KV block ids, the block tables of all sequences one after another.
+//   group: query heads of a KV head. Query head h uses KV head h / group.
+//   scale: log2(e) / sqrt(dim), since exponentials are taken with base 2.
 //
+// Kernels.
 //   attn_decode_64 / _128 / _any (qkv, cache, work, items, room, tables, T, kv_heads, group, scale, partial, out [, dim])
-//     work: {number of items, end, 0, 0}; rows end..T become zero. items: for each part of the keys of a row that is a sequence's only
-//     one, {row, start in tables, context length, part | keys of a part << 8}, the parts of a row (at most 32) one after another;
-//     there is room for `room`. Any grid of 128 threads.
-//     partial: f32 [room][heads][dim], then [room][heads][maximum, sum]: of rows with several parts, whose place in `out` is left to
+//     Decode rows. The keys of a row are cut into KV splits, each of which one thread block attends to.
+//     work: {items, end, 0, 0}: the number of items, and the first padding row. Rows end..T of out become zero.
+//     items [room]: one item per KV split of each decode row, {row, start of its block table in tables, context length,
+//       split | keys of a split << 8}. A row's splits (at most 32) follow one another. `room` is the capacity of the list.
+//     partial: f32 [room][heads][dim], then [room][heads][maximum, sum]. Rows with several splits leave each split's unnormalised
+//       output and softmax statistics there, for attn_merge; rows with one split go straight to out.
+//     Grid: any number of thread blocks of 128 threads; thread blocks loop over the items.
+//     _any takes a whole row at its first split, and needs no attn_merge.
 //   attn_merge_64 / _128 (rows, count, room, heads, partial, out)
-//     rows [count]: {first item, row, parts, 0}, other rows having less than 2 parts. Grid: a warp for each of them and query head.
+//     Merges the KV splits of each decode row.
+//     rows [count]: {first item, row, splits, 0}; entries with fewer than 2 splits are skipped.
+//     Grid: one warp for each (entry, query head), 128 threads.
 //   attn_prefill_64 / _128 / _any (qkv, cache, work, tables, kv_heads, group, scale, out [, dim])
-//     work: {spans, 0, 0, 0}, then for each {first row, rows, position of the first row, start in tables}.
-//     Grid: a block of 128 threads, or warp for _any, for each kv_head (head) and tile of 128 / group positions (position);
-//     64 and 128 take 768 dim bytes of dynamic shared memory.
+//     Spans of several rows, causal.
+//     work: {spans, 0, 0, 0}, then one entry per span: {first row, rows, position of the first row, start of its block table in tables}.
+//     Grid, _64 and _128: one thread block of 128 threads for each (tile of 128 / group positions, KV head), and 768 dim bytes of
+//       dynamic shared memory. Grid, _any: one warp for each (row, query head), 128 threads.
 //
-// A row's softmax runs over parts and tiles of keys at places fixed by its own context length (decode) or absolute (prefill),
-// in a fixed order, so its bits depend on nothing but its own sequence, and in prefill not on how its prompt was cut.
+// Determinism. A row's softmax runs over splits and tiles whose borders are fixed by its own context length (decode) or are absolute
+// positions (prefill), in a fixed order. So its bits depend on nothing but its own sequence, and in prefill not on how the prompt was
+// cut into chunks.
 //
-// What a step brings (work, tables) is there before the step's first kernel starts, and a decoded row's blocks before its last
-// are of earlier steps: kernels read these before they wait for the kernel before them. No pointer is __restrict__, since loads
-// through the read-only path may be moved up across that wait.
+// Reads before pdl_wait. The worklist and block tables are uploaded before the first kernel of a step starts, and all KV blocks of a
+// decode row but its last were written by earlier steps. Kernels load these before they wait for the previous kernel. No pointer is
+// __restrict__, because the compiler may move loads through the read-only path up across that wait.
 #include "attention.cuh"
 
-constexpr int PAGE = 16;  // tokens of a cache block
+constexpr int KV_BLOCK = 16;  // tokens of a KV block
 
-// Transpose of an 8x8 matrix of 16-bit values; lane l holds columns 2(l%4)..+1 of row l/4.
+// Transposes an 8x8 matrix of 16-bit values, of which lane l holds columns 2(l%4)..+1 of row l/4.
 __device__ __forceinline__ uint32_t transpose(uint32_t a) {
     uint32_t d;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
@@ -35,47 +48,106 @@ __device__ __forceinline__ uint32_t transpose(uint32_t a) {
 
 // ---------------------------------------------------------------- decode
 
-// Where 16-byte chunk `chunk` of row `row` lies in a shared matrix of rows of DIM values: eight rows' chunks of the same number
-// are in different banks. If the matrix starts at a multiple of 256, chunks 2k and 2k + 1 are at those of 0 and 1 ^ 32k.
+// Byte offset of 16-byte chunk `chunk` of row `row` in a shared matrix with rows of DIM values. The swizzle puts the same chunk of eight
+// consecutive rows into different banks. In a matrix aligned to 256 bytes, chunks 2k and 2k + 1 lie at the offsets of chunks 0 and 1,
+// xor 32k.
 template <int DIM> __device__ __forceinline__ uint32_t place(int row, int chunk) {
     return (row * (DIM / 8) + (chunk ^ (row & 7))) * 16;
 }
 
+// An entry of the decode worklist.
 struct DecodeItem {
-    int row, start, context, part, keys, parts;
+    int row, start, context, split, keys, splits;  // keys: of each split but the last, which may have fewer
 
     __device__ explicit DecodeItem(uint4 words)
-        : row(words.x), start(words.y), context(words.z), part(words.w & 255), keys(words.w >> 8),
-          parts((context + keys - 1) / keys) {}
+        : row(words.x), start(words.y), context(words.z), split(words.w & 255), keys(words.w >> 8),
+          splits((context + keys - 1) / keys) {}
 };
 
-constexpr int HEADS = 8;  // query heads of a unit: columns of a product
-constexpr int PARTS = 32;
+constexpr int HEADS = 8;        // query heads of a work unit: columns of a product
+constexpr int MAX_SPLITS = 32;  // KV splits of a row
 
-// Starts the copy of a block's 16 keys or values; from `live` on they are zero, whatever others have left there.
-template <int DIM> __device__ __forceinline__ void load_page(uint32_t to, const bf16 *from, int live, int lane) {
+// Starts the copy of the 16 keys or values of a KV block. Tokens from `live` on become zero, whatever the cache holds there.
+template <int DIM> __device__ __forceinline__ void load_kv_block(uint32_t to, const bf16 *from, int live, int lane) {
     constexpr int CHUNKS = DIM / 8;
 #pragma unroll
-    for (int i = 0; i < PAGE * CHUNKS / 32; i++) {
+    for (int i = 0; i < KV_BLOCK * CHUNKS / 32; i++) {
         const int chunk = lane + 32 * i, token = chunk / CHUNKS;
         cp_async16(to + place<DIM>(token, chunk % CHUNKS), from + 8 * chunk, token < live);
     }
 }
 
-// A unit of work is an item and up to 8 query heads of a key-value head; a warp takes every fourth block of its keys. Products
-// have keys (QK) and dimensions (PV) as rows and query heads as columns, so that keys and values are read once for all of these.
+// Loads the B fragments of q^T, a column per query head; columns from `columns` on are zero.
+template <int DIM>
+__device__ __forceinline__ void load_query(uint32_t (&q)[DIM / 16][2], const bf16 *query, int columns, int lane) {
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        q[k][0] = lane / 4 < columns ? *(const uint32_t *)(query + 16 * k) : 0;
+        q[k][1] = lane / 4 < columns ? *(const uint32_t *)(query + 16 * k + 8) : 0;
+    }
+}
+
+// Scores of a KV block, K q^T: the sum of s[0] and s[1], which halve the chain of dependent products.
+template <int DIM>
+__device__ __forceinline__ void score_block(float (&s)[2][4], const uint32_t (&q)[DIM / 16][2], uint32_t key_at) {
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+        uint32_t a[4];
+        ldmatrix(a, key_at ^ 32 * k);
+        mma_m16n8k16(s[k % 2], a[0], a[1], a[2], a[3], q[k][0], q[k][1]);
+    }
+}
+
+// Online softmax of a KV block with `live` keys: turns the scores into exp(score - m) in s[0], and updates the maxima m and the sums l
+// of the lane's two columns. `decay` is the factor for what was accumulated before.
+__device__ __forceinline__ void online_softmax(float (&s)[2][4], float (&m)[2], float (&l)[2], float (&decay)[2], int live, float scale,
+                                               int lane) {
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        float s0 = (s[0][c] + s[1][c]) * scale, s1 = (s[0][c + 2] + s[1][c + 2]) * scale;
+        if (lane / 4 >= live) s0 = NONE;
+        if (lane / 4 + 8 >= live) s1 = NONE;
+        float max = fmaxf(m[c], fmaxf(s0, s1));
+#pragma unroll
+        for (int x = 4; x < 32; x *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, x));
+        decay[c] = ex2(m[c] - max);
+        m[c] = max;
+        s[0][c] = ex2(s0 - max), s[0][c + 2] = ex2(s1 - max);
+        l[c] = l[c] * decay[c] + (s[0][c] + s[0][c + 2]);
+    }
+}
+
+// o = o decay + V^T p for a KV block; b0 and b1 are the B fragment of the probabilities p.
+template <int DIM>
+__device__ __forceinline__ void accumulate_block(float (&o)[DIM / 16][4], const float (&decay)[2], uint32_t b0, uint32_t b1,
+                                                 uint32_t value_at) {
+#pragma unroll
+    for (int d = 0; d < DIM / 16; d++) {
+        uint32_t a[4];
+        ldmatrix_trans(a, value_at ^ 32 * d);
+#pragma unroll
+        for (int c = 0; c < 4; c++) o[d][c] *= decay[c % 2];
+        mma_m16n8k16(o[d], a[0], a[1], a[2], a[3], b0, b1);
+    }
+}
+
+// Decode attention. A work unit is an item and up to 8 query heads of one KV head; a thread block takes a unit at a time. A warp takes
+// every fourth KV block of the item's split. Products have keys (QK) or dimensions (PV) as rows and query heads as columns, so that keys
+// and values are read once for all query heads.
+//
+// DIM: width of a head, 64 or 128.
 template <int DIM>
 __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *work_items, int room,
                                        const uint32_t *tables, int rows, int kv_heads, int group, float scale, float *partial,
                                        bf16 *out) {
-    constexpr int CHUNKS = DIM / 8, PAGE_BYTES = PAGE * DIM * 2, STRIDE = DIM + 4;
-    static_assert(HEADS * STRIDE * 4 <= 2 * PAGE_BYTES, "a warp's sums take the place of its block");
-    __shared__ __align__(256) uint8_t blocks[WARPS][2 * PAGE_BYTES];
+    constexpr int CHUNKS = DIM / 8, BLOCK_BYTES = KV_BLOCK * DIM * 2, STRIDE = DIM + 4;
+    static_assert(HEADS * STRIDE * 4 <= 2 * BLOCK_BYTES, "a warp's output takes the place of its KV block");
+    __shared__ __align__(256) uint8_t blocks[WARPS][2 * BLOCK_BYTES];
     __shared__ float maxima[WARPS][HEADS], sums[WARPS][HEADS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int sets = (group + HEADS - 1) / HEADS, units = kv_heads * sets, heads = kv_heads * group;
-    const uint32_t keys_at = shared_address(blocks[warp]), values_at = keys_at + PAGE_BYTES;
-    // The lane's rows of 8x8 matrices: as first operands of QK and, transposed, PV.
+    const uint32_t keys_at = shared_address(blocks[warp]), values_at = keys_at + BLOCK_BYTES;
+    // The lane's rows for ldmatrix: A operands of QK and, transposed, of PV.
     const uint32_t key_at = keys_at + place<DIM>(lane % 16, lane / 16);
     const uint32_t value_at = values_at + place<DIM>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
@@ -87,6 +159,7 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
         next = load_words(work_items + min((unit + (int)gridDim.x) / units, room - 1));
         const int i = unit / units, kv_head = unit % units / sets, first = unit % sets * HEADS;
         const int columns = min(HEADS, group - first), head = kv_head * group + first;
+        // Padding rows come after the items.
         if (i >= items) {
             pdl_wait();
             uint4 *to = (uint4 *)(out + ((size_t)(header.y + i - items) * heads + head) * DIM);
@@ -95,89 +168,65 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
             continue;
         }
         const DecodeItem item(words);
-        const int keys = min(item.context - item.part * item.keys, item.keys);
-        const uint32_t *table = tables + item.start + item.part * item.keys / PAGE + warp;
-        const int pages = ((keys + PAGE - 1) / PAGE - warp + WARPS - 1) / WARPS;
+        const int keys = min(item.context - item.split * item.keys, item.keys);
+        const uint32_t *table = tables + item.start + item.split * item.keys / KV_BLOCK + warp;
+        const int count = ((keys + KV_BLOCK - 1) / KV_BLOCK - warp + WARPS - 1) / WARPS;  // the warp's KV blocks
+        // Keys of the warp's KV block number b; the warp loads 32 ids of the block table at a time.
         uint32_t ids = 0;
-        auto page = [&](int p) {
-            if (p % 32 == 0) ids = p + lane < pages ? load_word(table + WARPS * (p + lane)) : 0;
-            const size_t block = __shfl_sync(~0u, ids, p % 32);
-            return cache + (block * 2 * kv_heads + kv_head) * PAGE * DIM;
+        auto kv_block = [&](int b) {
+            if (b % 32 == 0) ids = b + lane < count ? load_word(table + WARPS * (b + lane)) : 0;
+            const size_t block = __shfl_sync(~0u, ids, b % 32);
+            return cache + (block * 2 * kv_heads + kv_head) * KV_BLOCK * DIM;
         };
-        auto live = [&](int p) { return keys - PAGE * (warp + WARPS * p); };
-        const size_t to_values = (size_t)kv_heads * PAGE * DIM;
+        auto live = [&](int b) { return keys - KV_BLOCK * (warp + WARPS * b); };
+        const size_t to_values = (size_t)kv_heads * KV_BLOCK * DIM;
 
-        // The first block: before the wait unless it is the row's last, which has a key of this step.
+        // Load the warp's first KV block: before the wait, unless it is the row's last one, which has a key of this step.
         const bf16 *from = nullptr;
-        const bool newest = item.part * item.keys + (warp + 1) * PAGE >= item.context;
+        const bool newest = item.split * item.keys + (warp + 1) * KV_BLOCK >= item.context;
 #pragma unroll 1
         for (int waited = 0; waited < 2; waited++) {
             if (waited) pdl_wait();
-            if (pages <= 0 || newest != waited) continue;
-            from = page(0);
-            load_page<DIM>(keys_at, from, live(0), lane);
+            if (count <= 0 || newest != waited) continue;
+            from = kv_block(0);
+            load_kv_block<DIM>(keys_at, from, live(0), lane);
             cp_commit();
-            load_page<DIM>(values_at, from + to_values, live(0), lane);
+            load_kv_block<DIM>(values_at, from + to_values, live(0), lane);
             cp_commit();
         }
+        // Load the query.
         uint32_t q[DIM / 16][2];
-        const bf16 *query = qkv + ((size_t)item.row * (heads + 2 * kv_heads) + head + lane / 4) * DIM + 2 * (lane % 4);
-#pragma unroll
-        for (int k = 0; k < DIM / 16; k++) {
-            q[k][0] = lane / 4 < columns ? *(const uint32_t *)(query + 16 * k) : 0;
-            q[k][1] = lane / 4 < columns ? *(const uint32_t *)(query + 16 * k + 8) : 0;
-        }
+        load_query<DIM>(q, qkv + ((size_t)item.row * (heads + 2 * kv_heads) + head + lane / 4) * DIM + 2 * (lane % 4), columns, lane);
 
         float o[DIM / 16][4] = {}, m[2] = {NONE, NONE}, l[2] = {0.f, 0.f};
-        for (int p = 0; p < pages; p++) {
-            const bool more = p + 1 < pages;
+        for (int b = 0; b < count; b++) {
+            const bool more = b + 1 < count;
+            // Wait for the keys and compute scores; then their place takes the next keys.
             cp_wait<1>();
             __syncwarp();
-            float s[2][4] = {};  // even and odd steps apart: half as long a chain
-#pragma unroll
-            for (int k = 0; k < DIM / 16; k++) {
-                uint32_t a[4];
-                ldmatrix(a, key_at ^ 32 * k);
-                mma_m16n8k16(s[k % 2], a[0], a[1], a[2], a[3], q[k][0], q[k][1]);
-            }
+            float s[2][4] = {};
+            score_block<DIM>(s, q, key_at);
             __syncwarp();
             if (more) {
-                from = page(p + 1);
-                load_page<DIM>(keys_at, from, live(p + 1), lane);
+                from = kv_block(b + 1);
+                load_kv_block<DIM>(keys_at, from, live(b + 1), lane);
             }
             cp_commit();
 
             float decay[2];
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                float s0 = (s[0][c] + s[1][c]) * scale, s1 = (s[0][c + 2] + s[1][c + 2]) * scale;
-                if (lane / 4 >= live(p)) s0 = NONE;
-                if (lane / 4 + 8 >= live(p)) s1 = NONE;
-                float max = fmaxf(m[c], fmaxf(s0, s1));
-#pragma unroll
-                for (int x = 4; x < 32; x *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, x));
-                decay[c] = ex2(m[c] - max);
-                m[c] = max;
-                s[0][c] = ex2(s0 - max), s[0][c + 2] = ex2(s1 - max);
-                l[c] = l[c] * decay[c] + (s[0][c] + s[0][c + 2]);
-            }
+            online_softmax(s, m, l, decay, live(b), scale, lane);
             const uint32_t b0 = transpose(pack(s[0][0], s[0][1])), b1 = transpose(pack(s[0][2], s[0][3]));
+
+            // Wait for the values and accumulate; then their place takes the next values.
             cp_wait<1>();
             __syncwarp();
-#pragma unroll
-            for (int d = 0; d < DIM / 16; d++) {
-                uint32_t a[4];
-                ldmatrix_trans(a, value_at ^ 32 * d);
-#pragma unroll
-                for (int c = 0; c < 4; c++) o[d][c] *= decay[c % 2];
-                mma_m16n8k16(o[d], a[0], a[1], a[2], a[3], b0, b1);
-            }
+            accumulate_block<DIM>(o, decay, b0, b1, value_at);
             __syncwarp();
-            if (more) load_page<DIM>(values_at, from + to_values, live(p + 1), lane);
+            if (more) load_kv_block<DIM>(values_at, from + to_values, live(b + 1), lane);
             cp_commit();
         }
 
-        // The warps' sums, one after another.
+        // Reduce over lanes, and share each warp's statistics and output, rescaled to the maximum of all warps.
         float2 *stats = (float2 *)(partial + (size_t)room * heads * DIM);
 #pragma unroll
         for (int c = 0; c < 2; c++) {
@@ -187,15 +236,16 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
         }
         __syncthreads();
         auto maximum = [&](int g) { return fmaxf(fmaxf(maxima[0][g], maxima[1][g]), fmaxf(maxima[2][g], maxima[3][g])); };
-        float *mine = (float *)blocks[warp];
+        float *own_out = (float *)blocks[warp];
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             const int g = 2 * (lane % 4) + c % 2;
-            const float share = ex2(m[c % 2] - maximum(g));
+            const float factor = ex2(m[c % 2] - maximum(g));
 #pragma unroll
-            for (int d = 0; d < DIM / 16; d++) mine[g * STRIDE + 16 * d + lane / 4 + c / 2 * 8] = o[d][c] * share;
+            for (int d = 0; d < DIM / 16; d++) own_out[g * STRIDE + 16 * d + lane / 4 + c / 2 * 8] = o[d][c] * factor;
         }
         __syncthreads();
+        // Reduce over warps, in their order, and store: to out, or to partial where attn_merge has to merge splits.
 #pragma unroll 1
         for (int c = threadIdx.x; c < columns * DIM / 4; c += THREADS) {
             const int g = c / (DIM / 4), d = c % (DIM / 4) * 4;
@@ -204,11 +254,11 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float4 part = *(const float4 *)((const float *)blocks[w] + g * STRIDE + d);
-                v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+                const float4 u = *(const float4 *)((const float *)blocks[w] + g * STRIDE + d);
+                v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
                 sum += sums[w][g] * ex2(maxima[w][g] - max);
             }
-            if (item.parts == 1) {
+            if (item.splits == 1) {
                 uint2 *to = (uint2 *)(out + ((size_t)item.row * heads + head + g) * DIM + d);
                 const float inverse = __fdividef(1.f, sum);
                 *to = make_uint2(pack(v.x * inverse, v.y * inverse), pack(v.z * inverse, v.w * inverse));
@@ -222,43 +272,50 @@ __device__ __forceinline__ void decode(const bf16 *qkv, const bf16 *cache, const
     }
 }
 
-// A warp adds up the parts of one row and query head, in their order.
+// Merges the KV splits of one row and query head, in their order. One warp each.
+//
+// DIM: width of a head, 64 or 128.
 template <int DIM>
 __device__ __forceinline__ void merge(const uint4 *rows, int count, int room, int heads, const float *partial, bf16 *out) {
-    constexpr int VALUES = DIM / 32, AT_ONCE = 8;  // a lane's values; parts whose loads are not waited for one by one
-    __shared__ float weights[WARPS][PARTS];
+    constexpr int VALUES = DIM / 32, IN_FLIGHT = 8;  // values of a lane; splits loaded at once
+    __shared__ float weights[WARPS][MAX_SPLITS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int unit = blockIdx.x * WARPS + warp, head = unit % heads;
     pdl_release();
     const uint4 entry = unit < count * heads ? load_words(rows + unit / heads) : make_uint4(0, 0, 0, 0);
-    const int parts = entry.z;
+    const int splits = entry.z;
     pdl_wait();
-    if (parts < 2) return;
+    if (splits < 2) return;
+    // Load the statistics, a split a lane.
     const size_t first = (size_t)entry.x * heads + head;
     const float *from = partial + first * DIM + VALUES * lane;
     const float2 *stats = (const float2 *)(partial + (size_t)room * heads * DIM) + first + lane * heads;
-    const float2 part = lane < parts ? __ldcg(stats) : make_float2(NONE, 0.f);
-    float x[AT_ONCE][VALUES], v[VALUES] = {};
-    for (int p0 = 0; p0 < parts; p0 += AT_ONCE) {
+    const float2 stat = lane < splits ? __ldcg(stats) : make_float2(NONE, 0.f);
+    float x[IN_FLIGHT][VALUES], v[VALUES] = {};
+    for (int s0 = 0; s0 < splits; s0 += IN_FLIGHT) {
+        // Load the outputs of the next splits.
 #pragma unroll
-        for (int p = 0; p < AT_ONCE; p++)
+        for (int s = 0; s < IN_FLIGHT; s++)
 #pragma unroll
             for (int e = 0; e < VALUES; e += 2) {
                 float2 two = make_float2(0.f, 0.f);
-                if (p0 + p < parts) two = __ldcg((const float2 *)(from + (size_t)(p0 + p) * heads * DIM + e));
-                x[p][e] = two.x, x[p][e + 1] = two.y;
+                if (s0 + s < splits) two = __ldcg((const float2 *)(from + (size_t)(s0 + s) * heads * DIM + e));
+                x[s][e] = two.x, x[s][e + 1] = two.y;
             }
-        if (p0 == 0) {
-            const float share = ex2(part.x - warp_max(part.x));
-            weights[warp][lane] = __fdividef(share, warp_sum(share * part.y));
+        // Compute all splits' weights, once, while the first outputs are on their way.
+        if (s0 == 0) {
+            const float weight = ex2(stat.x - warp_max(stat.x));
+            weights[warp][lane] = __fdividef(weight, warp_sum(weight * stat.y));
             __syncwarp();
         }
+        // Accumulate.
 #pragma unroll
-        for (int p = 0; p < AT_ONCE; p++)
+        for (int s = 0; s < IN_FLIGHT; s++)
 #pragma unroll
             for (int e = 0; e < VALUES; e++)
-                if (p0 + p < parts) v[e] += weights[warp][p0 + p] * x[p][e];
+                if (s0 + s < splits) v[e] += weights[warp][s0 + s] * x[s][e];
     }
+    // Store.
     uint32_t *to = (uint32_t *)(out + ((size_t)entry.y * heads + head) * DIM + VALUES * lane);
 #pragma unroll
     for (int e = 0; e < VALUES; e += 2) to[e / 2] = pack(v[e], v[e + 1]);
@@ -279,11 +336,12 @@ DECODE(128)
 
 // ---------------------------------------------------------------- prefill
 
-// The span and the place in it of tile number `tile`, spans being cut into tiles of `positions`; later tiles of a span, which
-// have more keys, come first. Called by whole warps. False: there is none.
+// Finds tile number `tile` of all spans, which are cut into tiles of `positions` rows: sets `span` to its span, and `tile` to its number in
+// that span. A span's later tiles, which have more keys, come first. Returns false if there is no such tile. Called by whole warps.
 __device__ __forceinline__ bool find_tile(const uint4 *work, int positions, int &tile, uint4 &span) {
     const int lane = threadIdx.x % 32, spans = load_words(work).x;
     for (int start = 0; start < spans; start += 32) {
+        // A span a lane, and the number of tiles up to it.
         const uint4 mine = start + lane < spans ? load_words(work + 1 + start + lane) : make_uint4(0, 0, 0, 0);
         const int tiles = ((int)mine.y + positions - 1) / positions;
         int end = tiles;
@@ -292,6 +350,7 @@ __device__ __forceinline__ bool find_tile(const uint4 *work, int positions, int 
             const int before = __shfl_up_sync(~0u, end, o);
             if (lane >= o) end += before;
         }
+        // The first span that ends after the tile.
         const uint32_t after = __ballot_sync(~0u, tile < end);
         if (after) {
             const int from = __ffs(after) - 1;
@@ -305,30 +364,32 @@ __device__ __forceinline__ bool find_tile(const uint4 *work, int positions, int 
     return false;
 }
 
-// A tile's keys and values from the cache.
+// The keys and values of a sequence in the KV cache, for `attend_tile`.
 template <int DIM> struct CachedKeys {
     const bf16 *cache;
-    const uint32_t *table;  // of the sequence
+    const uint32_t *table;  // the sequence's block table
     int kv_heads, kv_head;
 
+    // Starts the copies of keys and then values 64 t to 64 t + 63, with zeros from `keys` on.
     __device__ __forceinline__ void load(uint32_t to, int t, int keys) const {
         constexpr int CHUNKS = DIM / 8;
-        uint32_t ids[TILE_KEYS / PAGE];
+        uint32_t ids[TILE_KEYS / KV_BLOCK];
 #pragma unroll
-        for (int b = 0; b < TILE_KEYS / PAGE; b++) ids[b] = table[min(t * (TILE_KEYS / PAGE) + b, (keys - 1) / PAGE)];
+        for (int b = 0; b < TILE_KEYS / KV_BLOCK; b++) ids[b] = table[min(t * (TILE_KEYS / KV_BLOCK) + b, (keys - 1) / KV_BLOCK)];
 #pragma unroll
         for (int i = 0; i < TILE_KEYS * CHUNKS / THREADS; i++) {
             const int chunk = threadIdx.x + THREADS * i, key = chunk / CHUNKS;
             const uint32_t at = to + place_panel<TILE_KEYS>(key, chunk % CHUNKS);
-            const size_t block = ids[i * THREADS / (PAGE * CHUNKS)];
-            const bf16 *from = cache + (block * 2 * kv_heads + kv_head) * PAGE * DIM + 8 * (chunk % (PAGE * CHUNKS));
+            const size_t block = ids[i * THREADS / (KV_BLOCK * CHUNKS)];
+            const bf16 *from = cache + (block * 2 * kv_heads + kv_head) * KV_BLOCK * DIM + 8 * (chunk % (KV_BLOCK * CHUNKS));
             const bool live = t * TILE_KEYS + key < keys;
             cp_async16(at, from, live);
-            cp_async16(at + panels_bytes<DIM, TILE_KEYS>, from + (size_t)kv_heads * PAGE * DIM, live);
+            cp_async16(at + panels_bytes<DIM, TILE_KEYS>, from + (size_t)kv_heads * KV_BLOCK * DIM, live);
         }
     }
 };
 
+// Prefill attention: one tile of one span. DIM: width of a head, 64 or 128.
 template <int DIM>
 __device__ __forceinline__ void prefill(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint32_t *tables,
                                         int kv_heads, int group, float scale, bf16 *out) {
@@ -353,48 +414,56 @@ __device__ __forceinline__ void prefill(const bf16 *qkv, const bf16 *cache, cons
 PREFILL(64)
 PREFILL(128)
 
-// ---------------------------------------------------------------- any width
+// ---------------------------------------------------------------- any head width
 
-constexpr int MOST_DIM = 256;
+constexpr int MAX_DIM = 256;
 
-// One query head of one row over its `keys` keys, by a warp: scores a key a lane, sums a dimension a lane.
+// Attention of one query head of one row to the sequence's first `keys` keys, by a warp. A lane computes the score of one key at a time,
+// and accumulates every 32nd dimension.
 __device__ __forceinline__ void attend(const bf16 *query, const bf16 *cache, const uint32_t *table, int keys, int kv_heads,
                                        int kv_head, int dim, float scale, bf16 *out) {
-    __shared__ float queries[WARPS][MOST_DIM];
+    __shared__ float queries[WARPS][MAX_DIM];
     const int lane = threadIdx.x % 32;
-    float *q = queries[threadIdx.x / 32], o[MOST_DIM / 32] = {}, m = NONE, l = 0.f;
+    // Load the query, scaled.
+    float *q = queries[threadIdx.x / 32], o[MAX_DIM / 32] = {}, m = NONE, l = 0.f;
     __syncwarp();
     for (int d = lane; d < dim; d += 32) q[d] = __bfloat162float(query[d]) * scale;
     __syncwarp();
-    auto page = [&](int key) { return cache + ((size_t)table[key / PAGE] * 2 * kv_heads + kv_head) * PAGE * dim + key % PAGE * dim; };
+    auto key_at = [&](int key) {
+        return cache + ((size_t)table[key / KV_BLOCK] * 2 * kv_heads + kv_head) * KV_BLOCK * dim + key % KV_BLOCK * dim;
+    };
     for (int first = 0; first < keys; first += 32) {
+        // Scores of 32 keys.
         const int live = min(32, keys - first);
         float s = NONE;
         if (lane < live) {
-            const bf162 *k = (const bf162 *)page(first + lane);
+            const bf162 *k = (const bf162 *)key_at(first + lane);
             s = 0.f;
             for (int d = 0; d < dim / 2; d++) {
                 const float2 x = __bfloat1622float2(k[d]);
                 s += q[2 * d] * x.x + q[2 * d + 1] * x.y;
             }
         }
+        // Online softmax.
         const float max = fmaxf(m, warp_max(s)), decay = ex2(m - max), p = ex2(s - max);
         m = max;
         l = l * decay + p;
 #pragma unroll
-        for (int i = 0; i < MOST_DIM / 32; i++) o[i] *= decay;
+        for (int i = 0; i < MAX_DIM / 32; i++) o[i] *= decay;
+        // Accumulate the values.
         for (int key = 0; key < live; key++) {
-            const bf16 *v = page(first + key) + (size_t)kv_heads * PAGE * dim;
+            const bf16 *v = key_at(first + key) + (size_t)kv_heads * KV_BLOCK * dim;
             const float weight = __shfl_sync(~0u, p, key);
 #pragma unroll
-            for (int i = 0; i < MOST_DIM / 32; i++) {
+            for (int i = 0; i < MAX_DIM / 32; i++) {
                 if (lane + 32 * i < dim) o[i] += weight * __bfloat162float(v[lane + 32 * i]);
             }
         }
     }
+    // Normalise and store.
     const float inverse = __fdividef(1.f, warp_sum(l));
 #pragma unroll
-    for (int i = 0; i < MOST_DIM / 32; i++) {
+    for (int i = 0; i < MAX_DIM / 32; i++) {
         if (lane + 32 * i < dim) out[lane + 32 * i] = __float2bfloat16_rn(o[i] * inverse);
     }
 }
@@ -408,13 +477,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int heads = kv_heads * group, total = ((int)header.x + rows - (int)header.y) * heads;
     for (int unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < total; unit += gridDim.x * WARPS) {
         const int i = unit / heads, head = unit % heads;
+        // Padding rows come after the items.
         if (i >= header.x) {
             bf16 *to = out + ((size_t)(header.y + i - header.x) * heads + head) * dim;
             for (int d = threadIdx.x % 32; d < dim; d += 32) to[d] = __float2bfloat16_rn(0.f);
             continue;
         }
         const DecodeItem item(items[i]);
-        if (item.part > 0) continue;
+        if (item.split > 0) continue;  // the first split's item stands for the whole row
         attend(qkv + ((size_t)item.row * (heads + 2 * kv_heads) + head) * dim, cache, tables + item.start, item.context, kv_heads,
                head / group, dim, scale, out + ((size_t)item.row * heads + head) * dim);
     }
