@@ -1,8 +1,17 @@
-// Values of resident weights, and sums of activations. Layout of weights: `quant.cuh`.
+// Dequantised weights, embedding rows, and sums of activations (launched from src/ops/quant/cuda.rs). The layout of weights is described
+// in `quant.cuh`, as are the arguments WEIGHTS_ARGS. Pointers are 16-byte aligned.
+//
+//   group_sums(x bf16 [m, k], m, k, group, sums f32 [k / group][64])
+//     x summed over each group of 16 or 32 inputs, in order; zero for tokens past m. k is padded to a multiple of 64. One thread per
+//     sum, 256 threads.
+//   dequantise_F (WEIGHTS_ARGS, codebook f32 [16], out bf16 [n, k])
+//     All values, each rounded once. One warp per tile; grid: tiles / 8 rounded up, 256 threads.
+//   gather_F (WEIGHTS_ARGS, codebook f32 [16], ids u32 [rows], offset, out f32 [rows, k])
+//     Rows ids[i] - offset of the matrix; other rows of out are left alone. One warp per row and tile; grid: (tiles of a row / 8 rounded
+//     up, rows), 256 threads.
 
 #include "quant.cuh"
 
-// sums [k / group][64]: x [m, k] summed over each group of 16 or 32 inputs, in order; for tokens past m, zero. One thread a sum.
 extern "C" __global__ void __launch_bounds__(256) group_sums(const bf16 *x, int m, int k, int group, float *sums) {
     pdl_wait();
     const int i = blockIdx.x * 256 + threadIdx.x, token = i % 64, first = i / 64 * group;
@@ -24,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(256) group_sums(const bf16 *x, int 
     sums[i] = sum;
 }
 
-// A tile of a strip, from memory.
+// Loads a tile of a strip from global memory.
 template <int F> __device__ __forceinline__ void load_global(TileData<F> &t, const Weights &w, int strip, int tile, int lane) {
     constexpr int CHUNK = Traits<F>::CHUNK;
     const int tiles = (w.k + 63) / 64, chunk = tile / CHUNK;
@@ -32,7 +41,7 @@ template <int F> __device__ __forceinline__ void load_global(TileData<F> &t, con
                  tile % CHUNK, lane);
 }
 
-// A value: exact in f32 but for what the format itself rounds.
+// Element e of product j, row l/4 + 8 half: exact in f32 except for the roundings of the format itself.
 template <int F> __device__ __forceinline__ float value(const TileData<F> &t, const Weights &w, const float *codebook, int j, int e,
                                                         int half) {
     const int i = e / 2 * 2 + half;  // the register
@@ -51,25 +60,27 @@ template <int F> __device__ __forceinline__ float value(const TileData<F> &t, co
     }
 }
 
-// out [n, k] bf16 row-major, each value rounded once. One warp a tile; grid: tiles / 8 rounded up.
+// F: format.
 template <int F> __device__ __forceinline__ void dequantise(Weights w, const float *codebook, bf16 *out) {
     pdl_wait();
     const int lane = threadIdx.x % 32, q = lane % 4;
     const int tiles = (w.k + 63) / 64;
     const long long tile = (long long)blockIdx.x * 8 + threadIdx.x / 32;
     if (tile >= (long long)tiles * ((w.n + 15) / 16)) return;
+    // Load the codebook and the tile.
     __shared__ float book[16];
     if (F == LUT && threadIdx.x % 32 < 16) book[threadIdx.x % 32] = codebook[threadIdx.x % 32];
     __syncwarp();
     TileData<F> t;
-    const int block = tile / tiles, at = tile % tiles * 64;
-    load_global<F>(t, w, block, tile % tiles, lane);
+    const int strip = tile / tiles, at = tile % tiles * 64;
+    load_global<F>(t, w, strip, tile % tiles, lane);
+    // Dequantise and store the lane's two rows.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = 16 * block + lane / 4 + 8 * half;
+        const int row = 16 * strip + lane / 4 + 8 * half;
         if (row >= w.n) continue;
         bf16 *to = out + (size_t)row * w.k;
-        // Runs of inputs side by side: 4 of 8-bit codes, else 8.
+        // A lane holds runs of contiguous inputs: 4 for 8-bit codes, else 8.
         constexpr int RUN = Traits<F>::bits8 ? 4 : 8;
 #pragma unroll
         for (int run = 0; run < 16 / RUN; run++) {
@@ -88,14 +99,14 @@ template <int F> __device__ __forceinline__ void dequantise(Weights w, const flo
     }
 }
 
-// out [rows, k] f32: rows ids[i] - offset of the matrix; others are left alone. One warp a row and tile; grid (tiles / 8 up, rows).
+// F: format.
 template <int F>
 __device__ __forceinline__ void gather(Weights w, const float *codebook, const uint32_t *ids, int offset, float *out) {
     pdl_wait();
     const int lane = threadIdx.x % 32, tiles = (w.k + 63) / 64, tile = blockIdx.x * 8 + threadIdx.x / 32;
     const int row = (int)ids[blockIdx.y] - offset;
     if (tile >= tiles || row < 0 || row >= w.n) return;
-    // The eight lanes groups hold other rows: only the four of this one work.
+    // A tile spreads its rows over eight groups of four lanes: only the four lanes that hold this row go on.
     if (lane / 4 != row % 8) return;
     const int q = lane % 4, half = row % 16 / 8;
     TileData<F> t;
@@ -106,7 +117,7 @@ __device__ __forceinline__ void gather(Weights w, const float *codebook, const u
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int at = 64 * tile + (Traits<F>::bits8 ? 16 * j + 4 * q : 32 * (j / 2) + 8 * q + 4 * (j % 2)) + e;
-            float v = value<F>(t, w, codebook, j, e, half);
+            const float v = value<F>(t, w, codebook, j, e, half);
             if (at < w.k) to[at] = v;
         }
 }

@@ -1,33 +1,40 @@
-// How matrices are stored, and what the kernels that read them share.
+// The layout of quantised matrices on the GPU, the contract of the gemm kernels, and what these share.
 //
-// Layout. A matrix [n, k] is strips of 16 rows, a strip chunks of CHUNK tiles (the last one may have fewer), a tile 64 inputs; rows
-// past n and inputs past k are zero. A chunk is the codes of its tiles, then their scales, then what K4 has for all of them.
-// A tile's codes are 32 lanes' 16-byte pieces: for each of four products of 16x16, a lane's fragment of mma.m16n8k16's first
-// operand. Which inputs a product takes is ours to choose, as long as the activations follow:
-//   4-bit and dense: product j, lane quad q, element e: input 32(j/2) + 8q + 4(j%2) + e, so that a lane's inputs of two
-//     products are 16 bytes of an activation row;
-//   8-bit: input 16j + 4q + e, so that a product stays inside a group of 16.
-// Element e = 0, 1 are registers a0 (row l/4) and a1 (row l/4 + 8), e = 2, 3 are a2 and a3.
-//   4 bits: a word a product; register i's two codes are nibbles i and i + 4. Codebooks: byte i holds both codes.
-//   8 bits: two words a product; registers 0 and 1 (2 and 3) in the first (second), two bytes each.
-//   dense: four words a product, the registers themselves, bf16.
-// A tile's scales, for each of 8 pairs of rows (r, r + 8):
+// Layout. Rust packs matrices into it (src/ops/quant/tiles.rs). A matrix [n, k] is cut into strips of 16 rows, a strip into chunks of
+// CHUNK tiles (the last one may have fewer), and a tile is 16 rows x 64 inputs. Rows past n and inputs past k are zero. A chunk holds the
+// codes of its tiles, then their scales, then, for K4, the super-scales of all of them.
+//
+// A tile's codes are one 16-byte piece (or several) for each of 32 lanes. They hold the A fragments of four mma.m16n8k16 products. Which
+// inputs a product takes is free, as long as the activations follow:
+//   4-bit and dense: product j, lane quad q = lane % 4, element e: input 32(j/2) + 8q + 4(j%2) + e. A lane's inputs of two products are
+//     then 16 contiguous bytes of an activation row.
+//   8-bit: input 16j + 4q + e. A product then stays inside a group of 16.
+// Elements e = 0, 1 are in registers a0 (row l/4) and a1 (row l/4 + 8), elements 2, 3 in a2 and a3.
+//   4 bits: one word per product; the two codes of register i are nibbles i and i + 4. Codebooks: byte i holds both codes.
+//   8 bits: two words per product; registers 0 and 1 are in the first and 2 and 3 in the second, two bytes each.
+//   dense: four words per product, the bf16 registers themselves.
+//
+// A tile's scales, for each of the 8 pairs of rows (r, r + 8):
 //   S16    Q4_0: half [2 groups of 32][2 rows]                                   value = s (code - 8)
 //   SM16   Q4_1: half [2 groups of 32][2 rows][s, m]                             value = s code + m
 //   K4     Q4_K: u8 [2 groups of 32][2 rows][sc, m], and for the chunk half [2 rows][d, -dmin]
-//   LUT    NF4, FP4: float [2 rows], a group of 64                               value = codebook[code] s
+//   LUT    NF4, FP4: float [2 rows], one group of 64                             value = codebook[code] s
 //   S8     8-bit: float [4 groups of 16][2 rows]                                 value = s (code - zero)
 //   SM8    8-bit: float [4 groups of 16][2 rows][s, m]                           value = s code + m
 //   DENSE  none
-// Scales multiply sums of products, in f32, so that weights are never rounded (codebook values are, to bf16, in
-// `gemm_*`: after multiplying all by the factor that makes the errors smallest).
+// Scales multiply sums of products, in f32, so that weights are never rounded. The exception are codebook values, which the gemm kernels
+// round to bf16, after multiplying all of them by the factor that makes the rounding errors smallest.
 //
-// gemm_F_M_T: y [m, n] = x [m, k] . W^T, k a multiple of 8: in `quant_small.cu` for m <= M, 8 or 16 (`near`: for m k values that fit
-// beside the rings), in `quant_wide.cu` for any m, M at a time. The chunks along k are cut into `slices` (1, 2, 4 or 8, by the
-// matrix's shape); a slice is summed in order, and slices by a tree, ((s0 + s1) + (s2 + s3)) + ..., so that a row of y has the same
-// bits for every m and every other row. Where there are mins, `sums` is x summed over each group: float [groups][64 tokens];
-// `quant_wide.cu` takes x and sums as its `arrange` leaves them.
-// Once a product's inputs are there, the next kernel may start: `lora_shrink_*` relies on that and runs beside it.
+// gemm_F_M_T (F: format, M: variant, T: bf16 or f32): y [m, n] = x [m, k] W^T, with k a multiple of 8.
+//   `quant_small.cu`: M = 8 or 16 for m <= M. M = near for m <= 8 where the activations fit in shared memory behind the rings.
+//   `quant_wide.cu`: any m, M rows at a time; x and sums are laid out by its `arrange`.
+// ldy is the row stride of y in values. `sums`, for formats with mins: x summed over each group, float [groups][64 tokens].
+//
+// Split-K. The chunks along k are cut into `slices` (1, 2, 4 or 8, chosen by the matrix's shape). A slice is summed in order, and slices
+// are summed by a tree, ((s0 + s1) + (s2 + s3)) + .... So a row of y has the same bits for every m and whatever the other rows are.
+//
+// PDL. A gemm kernel releases the next kernel once its own inputs are complete; `lora_shrink_*` relies on that and runs at the same time.
+//
 // Columns of the products past m are computed from the last token or from zeros, and not stored.
 
 #pragma once
@@ -38,34 +45,38 @@ enum Format { S16, SM16, K4, LUT, S8, SM8, DENSE };
 
 struct Weights {
     const unsigned char *data;  // strips
-    const uint32_t *pairs;      // LUT: 256 pairs of bf16 codebook values, times the factor
-    float factor;               // LUT: one over that factor
+    const uint32_t *pairs;      // LUT: for each byte of two codes, the pair of bf16 codebook values, multiplied
+    float factor;               // LUT: the inverse of that multiplier
     float zero;                 // S8: the code that means zero
     int n, k;
 };
 
+// Sizes of format F.
 template <int F> struct Traits {
     static constexpr bool bits8 = F == S8 || F == SM8;
     static constexpr bool min = F == SM16 || F == K4 || F == SM8;
-    static constexpr int groups = F == LUT ? 1 : bits8 ? 4 : 2;  // a tile (dense has none: any two halves)
-    static constexpr int words = F == DENSE ? 16 : bits8 ? 8 : 4;  // of codes, a lane and tile
-    static constexpr int scale_words = F == SM16 ? 4 : F == S8 ? 8 : F == SM8 ? 16 : F == DENSE ? 0 : 2;  // a row pair and tile
-    static constexpr int CHUNK = words > 4 ? 2 : 4;  // tiles
-    static constexpr int CODES = 128 * words, SCALES = 32 * scale_words, SUPERS = F == K4 ? 64 : 0;  // bytes
-    static constexpr int BYTES = CHUNK * (CODES + SCALES) + SUPERS;  // a whole chunk
+    static constexpr int groups = F == LUT ? 1 : bits8 ? 4 : 2;  // of a tile; DENSE has none, and is computed in two halves
+    static constexpr int words = F == DENSE ? 16 : bits8 ? 8 : 4;  // of codes, per lane and tile
+    static constexpr int scale_words = F == SM16 ? 4 : F == S8 ? 8 : F == SM8 ? 16 : F == DENSE ? 0 : 2;  // per row pair and tile
+    static constexpr int CHUNK = words > 4 ? 2 : 4;  // tiles of a chunk
+    // Bytes of a tile's codes, of a tile's scales, of a chunk's super-scales, and of a whole chunk.
+    static constexpr int CODES = 128 * words, SCALES = 32 * scale_words, SUPERS = F == K4 ? 64 : 0;
+    static constexpr int BYTES = CHUNK * (CODES + SCALES) + SUPERS;
 
+    // Bytes of a strip of `tiles` tiles.
     static __host__ __device__ constexpr size_t strip(int tiles) {
         return (size_t)tiles * (CODES + SCALES) + (tiles + CHUNK - 1) / CHUNK * SUPERS;
     }
 };
 
+// A lane's part of a tile: codes, scales, super-scales.
 template <int F> struct TileData {
     uint32_t w[Traits<F>::words];
     uint32_t s[Traits<F>::scale_words ? Traits<F>::scale_words : 1];
     uint2 super;
 };
 
-// Tile i of a chunk of `tiles`, from wherever the chunk is.
+// Loads tile i of a chunk of `tiles` tiles, from shared or global memory.
 template <int F> __device__ __forceinline__ void load_tile(TileData<F> &t, const unsigned char *chunk, int tiles, int i, int lane) {
     constexpr int W = Traits<F>::words, S = Traits<F>::scale_words;
 #pragma unroll
@@ -79,7 +90,7 @@ template <int F> __device__ __forceinline__ void load_tile(TileData<F> &t, const
         t.super = *(const uint2 *)(chunk + tiles * (Traits<F>::CODES + Traits<F>::SCALES) + lane / 4 * 8);
 }
 
-// Scale and min of group g, row l/4 + 8 half. With codes as `decode` gives them.
+// Scale and min of group g, row l/4 + 8 half, for codes as `decode` returns them.
 template <int F> __device__ __forceinline__ float2 scale_of(const TileData<F> &t, const Weights &w, int g, int half) {
     if constexpr (F == S16) {
         const __half2 s = *(const __half2 *)&t.s[g];
@@ -99,13 +110,14 @@ template <int F> __device__ __forceinline__ float2 scale_of(const TileData<F> &t
     }
 }
 
-// Fragments of product j: codes as exact bf16 (minus zero where there are no mins), codebook values, or values.
+// A fragments of product j. Codes become exact bf16 values, minus the zero code for formats without mins; codebooks give their values,
+// DENSE the weights themselves. `table`: the codebook in shared memory (`fill_table`).
 template <int F> __device__ __forceinline__ void decode(uint32_t a[4], const TileData<F> &t, int j, const uint32_t *table, float zero) {
     if constexpr (F == DENSE) {
 #pragma unroll
         for (int i = 0; i < 4; i++) a[i] = t.w[4 * j + i];
     } else if constexpr (F == LUT) {
-        // The table has a copy for each lane's bank.
+        // Each lane reads its own copy, in its own bank.
         const uint32_t w = t.w[j];
         const char *base = (const char *)table;
         const uint32_t l = (threadIdx.x & 31) * 4;
@@ -126,8 +138,8 @@ template <int F> __device__ __forceinline__ void decode(uint32_t a[4], const Til
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            // 0x4300 | code is 128 + code as bf16. One instruction, which the compiler does not find with both constants in it.
-            // Volatile, so that it stays before a wait for products that it is to overlap.
+            // 0x4300 | code is 128 + code as bf16. The lop3 does mask and or at once; the compiler does not find it with both constants
+            // as immediates. Volatile, so that it stays before the wait for products that it is meant to overlap.
             asm volatile(
                 "{ .reg .b32 biased;\n"
                 "lop3.b32 biased, %1, %2, %3, 0xea;\n"
@@ -138,7 +150,7 @@ template <int F> __device__ __forceinline__ void decode(uint32_t a[4], const Til
     }
 }
 
-// The codebook's pairs, a copy for each bank.
+// Fills the codebook table in shared memory: 256 pairs of values, with a copy of each for every bank.
 template <int F> __device__ __forceinline__ void fill_table(uint32_t *table, const Weights &w) {
     if constexpr (F == LUT) {
         for (int i = threadIdx.x; i < 256; i += blockDim.x) {
@@ -153,9 +165,9 @@ template <typename T> __device__ __forceinline__ void store(T *y, float v);
 template <> __device__ __forceinline__ void store<bf16>(bf16 *y, float v) { *y = __float2bfloat16_rn(v); }
 template <> __device__ __forceinline__ void store<float>(float *y, float v) { *y = v; }
 
-// Eight neighbours, or as many as are there.
-template <typename T> __device__ __forceinline__ void store8(T *y, float4 a, float4 b, int there) {
-    if (there >= 8 && (size_t)y % 16 == 0) {
+// Stores eight neighbouring values, or the first `count` of them.
+template <typename T> __device__ __forceinline__ void store8(T *y, float4 a, float4 b, int count) {
+    if (count >= 8 && (size_t)y % 16 == 0) {
         if constexpr (sizeof(T) == 4) {
             ((float4 *)y)[0] = a, ((float4 *)y)[1] = b;
         } else {
@@ -168,10 +180,10 @@ template <typename T> __device__ __forceinline__ void store8(T *y, float4 a, flo
     const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        if (i < there) store<T>(y + i, v[i]);
+        if (i < count) store<T>(y + i, v[i]);
 }
 
-// The tree over slices.
+// Sums the slices by a tree.
 __device__ __forceinline__ float tree(const float (&s)[4], int slices) {
     return slices == 1 ? s[0] : slices == 2 ? s[0] + s[1] : (s[0] + s[1]) + (s[2] + s[3]);
 }
@@ -182,7 +194,7 @@ __device__ __forceinline__ float tree(const float (&s)[8], int slices) {
 }
 
 #if __CUDA_ARCH__ >= 900
-// Until the phase of `parity` has ended.
+// Waits until the mbarrier's phase of `parity` has completed.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
     asm volatile(
         "{ .reg .pred p;\n"
@@ -191,19 +203,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 #endif
 
-// A warp's chunks on their way from memory: a ring in shared memory that only this warp uses. On Hopper one lane asks the copy
-// engine for a whole chunk; elsewhere all lanes copy.
+// A pipeline of a warp's weights: a ring of chunks in shared memory that only this warp uses. On Hopper one lane starts a bulk copy of a
+// whole chunk, elsewhere all lanes copy with cp.async.
+//
+// F: format. DEPTH: stages of the ring.
 template <int F, int DEPTH> struct Ring {
     static constexpr int STAGES = DEPTH, CHUNK = Traits<F>::CHUNK;
     static constexpr int BYTES = (Traits<F>::BYTES + 127) / 128 * 128;
-    static constexpr int SHARED = STAGES * BYTES + 128;  // a warp: stages, then their barriers
+    static constexpr int SHARED = STAGES * BYTES + 128;  // bytes per warp: stages, then their mbarriers
 
     unsigned char *shared;
     uint32_t barriers;
     const unsigned char *from;
     int tiles, lane;
 
-    // `tiles` tiles from chunk `first` of a strip on; starts the first STAGES - 1 chunks.
+    // For `tiles` tiles from chunk `first` of a strip on. Starts loading the first STAGES - 1 chunks.
     __device__ __forceinline__ Ring(const Weights &w, unsigned char *shared, int strip, int first, int tiles, int lane)
         : shared(shared), barriers((uint32_t)__cvta_generic_to_shared(shared + STAGES * BYTES)),
           from(w.data + Traits<F>::strip((w.k + 63) / 64) * strip + (size_t)first * Traits<F>::BYTES), tiles(tiles), lane(lane) {
@@ -219,8 +233,10 @@ template <int F, int DEPTH> struct Ring {
         for (int i = 0; i < STAGES - 1; i++) start(i, i);
     }
 
+    // Tiles of a chunk.
     __device__ __forceinline__ int size(int chunk) const { return min(CHUNK, tiles - chunk * CHUNK); }
 
+    // Starts loading a chunk, if there is one, into a stage.
     __device__ __forceinline__ void start(int chunk, int stage) {
         const int size = this->size(chunk);
         const int bytes = size * (Traits<F>::CODES + Traits<F>::SCALES) + Traits<F>::SUPERS;
@@ -241,8 +257,8 @@ template <int F, int DEPTH> struct Ring {
 #endif
     }
 
-    // Waits for a chunk, in order, and starts another where the one before was, whose tiles have been used. Each stage's barrier
-    // turns once a round.
+    // Waits for a chunk and returns it; chunks are taken in order. Starts loading another one into the stage of the previous chunk, whose
+    // tiles must have been used. `round`: how often the ring has wrapped around, which gives the parity of the stage's mbarrier.
     __device__ __forceinline__ const unsigned char *take(int chunk, int stage, int round) {
         __syncwarp();
         start(chunk + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
@@ -258,6 +274,6 @@ template <int F, int DEPTH> struct Ring {
 
 #define WEIGHTS_ARGS const unsigned char *data, const uint32_t *pairs, float factor, float zero, int n, int k
 #define WEIGHTS {data, pairs, factor, zero, n, k}
-// One kernel of each kind for each format.
+// Instantiates kernels for all formats.
 #define ALL_FORMATS(KERNELS) \
     KERNELS(S16, s16) KERNELS(SM16, sm16) KERNELS(K4, k4) KERNELS(LUT, lut) KERNELS(S8, s8) KERNELS(SM8, sm8) KERNELS(DENSE, dense)

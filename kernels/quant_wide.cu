@@ -1,11 +1,29 @@
-// Products for some rows and more on Hopper, with its warpgroup instructions: gemm_F_M_T of `quant.cuh`, M 16w, 32w and 64w, for
-// narrow matrices 32n and 64n. Elsewhere these kernels are empty, and not launched.
+// Matrix products on Hopper for any number of rows, with wgmma: gemm_F_M_T, M 16w, 32w, 64w, and for narrow matrices 32n and 64n. The
+// contract is in `quant.cuh` (launched from src/ops/quant/cuda.rs). On other GPUs these kernels trap and are not launched.
+//
+// A thread block has 16 warps in TEAMS teams (1 in w, 2 in n), each of which takes a slice of k. A warp takes a strip, so that a thread
+// block has ROWS = 256 / TEAMS rows of W, and TOKENS rows of x.
+//
+//   gemm_F_M_T (WEIGHTS_ARGS, x, y, m, ldy, slices, sums, partial, arrived)
+//     x, sums: as `arrange` leaves them.
+//     partial: f32 [grid z][grid x][grid y][TOKENS ROWS]. Where slices > TEAMS, each thread block leaves its sums there, and the last one
+//       to arrive adds them up. May be null otherwise.
+//     arrived: int [grid z][grid x], the number of thread blocks that have arrived; zero before and after the kernel.
+//     Grid: (n / ROWS rounded up, slices / TEAMS, m / TOKENS rounded up), 512 threads. Dynamic shared memory: the stages of activations
+//       of each team, the codebook table (LUT: 32 KiB), and the rings of 16 warps.
+//   arrange_4 / _8 (x bf16 [m, k], m, k, group, out, sums)
+//     Lays x out for gemm kernels of 4-bit and dense (_4) or 8-bit (_8) formats, for each TOKENS rows:
+//     out bf16 [tiles][TOKENS][64]: each tile's inputs in the order of the products, with the 16-byte chunks of a row permuted by wgmma's
+//       128-byte swizzle. Rows past m and inputs past k are zero.
+//     sums f32 [groups][TOKENS], for `group` 16 or 32 (else 0: none): x summed over each group, in order.
+//     A thread has 16 inputs of a row. Grid: (tiles, TOKENS / 16, m / TOKENS rounded up), 64 threads.
 
 #include "quant.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// d [64 x N] (=, or += if `add`) a [64 x 16] b [16 x N]: a in registers as mma.m16n8k16 wants it, one block of 16 rows a warp.
+// d [64 x N] (=, or += if `add`) a [64 x 16] b [16 x N]: a is in registers in the layout of mma.m16n8k16, 16 rows per warp;
+// b is a shared memory descriptor.
 __device__ __forceinline__ void wgmma(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
@@ -39,7 +57,7 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-// Waits until all products have ended; the compiler must not read `d` before.
+// Waits for all products. The empty asm keeps the compiler from reading `d` earlier.
 template <int N> __device__ __forceinline__ void wgmma_wait(float (&d)[N]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;");
 #pragma unroll
@@ -50,8 +68,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier, bool one) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 _, [%0]; }" ::"r"(barrier), "r"((int)one) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, bool arrives) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared.b64 _, [%0]; }" ::"r"(barrier), "r"((int)arrives)
+                 : "memory");
 }
 
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint32_t barrier) {
@@ -59,31 +78,33 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes,
                      (uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// A team's activations on their way: a ring of stages, and their sums over groups where there are mins, as `arrange` leaves them.
-// One warp brings them; all say when they have used a stage.
+// A pipeline of a team's activations: a ring of stages in shared memory, with the sums over groups for formats with mins, laid out by
+// `arrange`. One warp of the team is the producer; all warps signal when they have used a stage.
+//
+// F: format. TOKENS: rows of x. TEAMS: teams of the thread block.
 template <int F, int TOKENS, int TEAMS> struct Stages {
     static constexpr int CHUNK = Traits<F>::CHUNK, G = Traits<F>::groups, WARPS = 16 / TEAMS;
     static constexpr int COUNT = 3;
-    static constexpr int FIT = 256 / TOKENS / TEAMS, TILES = CHUNK < FIT ? CHUNK : FIT;  // a stage; divides a chunk
-    static constexpr int TILE = TOKENS * 128, BYTES = TILES * TILE;
-    static constexpr int TILE_SUMS = Traits<F>::min ? G * TOKENS * 4 : 0, SUMS = TILES * TILE_SUMS;  // bytes
+    static constexpr int FIT = 256 / TOKENS / TEAMS, TILES = CHUNK < FIT ? CHUNK : FIT;  // of a stage; divides CHUNK
+    static constexpr int TILE = TOKENS * 128, BYTES = TILES * TILE;  // of a tile and of a stage
+    static constexpr int TILE_SUMS = Traits<F>::min ? G * TOKENS * 4 : 0, SUMS = TILES * TILE_SUMS;
     static constexpr int SHARED = COUNT * (BYTES + SUMS);
 
     unsigned char *shared;
-    uint32_t full, empty;  // barriers of the first stage; 8 bytes further those of the next
+    uint32_t full, empty;  // mbarriers of the first stage; those of the next are 8 bytes further
     const unsigned char *x, *x_sums;
     int count;  // tiles
 
     __device__ __forceinline__ const unsigned char *sums(int stage) const { return shared + COUNT * BYTES + stage * SUMS; }
 
-    // Before anyone waits: by one thread.
+    // Called by one thread, before any other uses the barriers.
     __device__ __forceinline__ void init() const {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
     }
 
-    // Brings a step's tiles once their stage is empty. By one warp.
-    __device__ __forceinline__ void bring(int step, int lane) const {
+    // Starts loading the tiles of a step, once their stage is empty. Called by the producer warp.
+    __device__ __forceinline__ void produce(int step, int lane) const {
         const int stage = step % COUNT, tiles = min(TILES, count - step * TILES);
         const uint32_t barrier = full + 8 * stage;
         if (tiles <= 0) return;
@@ -98,8 +119,8 @@ template <int F, int TOKENS, int TEAMS> struct Stages {
     }
 };
 
-// A warp's products of its strip with `stages.count` tiles. A unit is the products of one group of a tile; while they are under way,
-// the unit after the next is decoded.
+// A warp's products of its strip with `stages.count` tiles. A unit is the products of one group of a tile; while a unit's products run,
+// the warp decodes the unit after the next one. DEPTH: stages of the weight ring.
 template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
     using S = Stages<F, TOKENS, TEAMS>;
     static constexpr int G = Traits<F>::groups, P = 4 / G, CHUNK = Traits<F>::CHUNK, UNITS = CHUNK * G;
@@ -110,34 +131,36 @@ template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
     const uint32_t *table;
     Ring<F, DEPTH> &ring;
     const int lane;
-    const bool brings;
+    const bool producer;
     const unsigned char *data;
     TileData<F> t;
-    uint32_t a[2][P][4];
-    float2 s[2][2];
-    float part[TOKENS / 2];
+    uint32_t a[2][P][4];      // A fragments of two units
+    float2 s[2][2];           // their scales and mins, for the lane's two rows
+    float part[TOKENS / 2];   // sums of the unit that runs
     float acc[TOKENS / 2];
-    int slot, round;  // of the weights' ring
-    // Of the activations of a chunk's steps: the stage, the parity of its turn, and wgmma's descriptor.
-    int stage[STEPS], turn[STEPS];
+    int ring_stage, round;    // of the weight ring
+    // For each step of a chunk, its activations' stage, the parity of that stage's barrier, and its wgmma descriptor.
+    int stage[STEPS], parity[STEPS];
     uint64_t rows[STEPS];
 
+    // Waits for the weights of a chunk.
     __device__ __forceinline__ void take(int chunk) {
-        data = ring.take(chunk, slot, round);
-        if (++slot == DEPTH) slot = 0, round++;
+        data = ring.take(chunk, ring_stage, round);
+        if (++ring_stage == DEPTH) ring_stage = 0, round++;
     }
 
+    // Finds the activations of a chunk.
     __device__ __forceinline__ void locate(int chunk) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             const int step = chunk * STEPS + i;
-            stage[i] = step % S::COUNT, turn[i] = step / S::COUNT & 1;
+            stage[i] = step % S::COUNT, parity[i] = step / S::COUNT & 1;
             const uint32_t at = (uint32_t)__cvta_generic_to_shared(stages.shared) + stage[i] * S::BYTES;
             rows[i] = (uint64_t)(at >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
         }
     }
 
-    // Decodes unit `u` of a chunk of `tiles`.
+    // Decodes unit `u` of a chunk of `tiles` tiles.
     __device__ __forceinline__ void prepare(int u, int tiles) {
         const int g = u % G, d = u % 2;
         if (g == 0) load_tile<F>(t, data, tiles, u / G, lane);
@@ -147,10 +170,10 @@ template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
         if constexpr (F == LUT) s[d][0].x *= w.factor, s[d][1].x *= w.factor;
     }
 
-    // Starts its products, once the activations are there.
+    // Starts the products of unit `u`, once its activations are there.
     __device__ __forceinline__ void start(int u) {
         const int i = u / G, g = u % G, step = u / STAGE_UNITS;
-        if (u % STAGE_UNITS == 0) barrier_wait(stages.full + 8 * stage[step], turn[step]);
+        if (u % STAGE_UNITS == 0) barrier_wait(stages.full + 8 * stage[step], parity[step]);
         const uint64_t desc = rows[step] + (uint64_t)(i % S::TILES * S::TILE / 16);
         asm volatile("wgmma.fence.sync.aligned;");
 #pragma unroll
@@ -158,7 +181,7 @@ template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     }
 
-    // Waits for them, and adds them, scaled.
+    // Waits for the products of unit `u`, and adds them to acc, scaled.
     __device__ __forceinline__ void finish(int chunk, int u) {
         const int i = u / G, g = u % G, d = u % 2, step = u / STAGE_UNITS;
         wgmma_wait(F == DENSE ? acc : part);
@@ -179,13 +202,14 @@ template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
         if ((u + 1) % STAGE_UNITS == 0) {
             __syncwarp();
             barrier_arrive(stages.empty + 8 * stage[step], lane == 0);
-            // Into the stage before this one, so that the others may be late by a stage.
-            if (brings) stages.bring(chunk * STEPS + step + S::COUNT - 1, lane);
+            // Load into the previous stage, not this one: the other warps may lag by a stage.
+            if (producer) stages.produce(chunk * STEPS + step + S::COUNT - 1, lane);
         }
     }
 
     __device__ __forceinline__ void run() {
         const int whole = stages.count / CHUNK, rest = stages.count % CHUNK;
+        // Whole chunks, pipelined across chunks.
         if (whole) take(0), prepare(0, CHUNK), prepare(1, CHUNK);
         for (int chunk = 0; chunk < whole; chunk++) {
             locate(chunk);
@@ -202,7 +226,7 @@ template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
                 }
             }
         }
-        // A part of a chunk, without haste.
+        // The rest, less than a chunk, not pipelined.
         if (rest) take(whole), locate(whole);
 #pragma unroll
         for (int u = 0; u < UNITS - G; u++)
@@ -210,83 +234,97 @@ template <int F, int TOKENS, int TEAMS, int DEPTH> struct Multiplier {
     }
 };
 
+// Adds the second team's sums to the first's, through shared memory.
+template <int TOKENS, int WARPS>
+__device__ __forceinline__ void add_teams(float (&acc)[TOKENS / 2], float4 *exchange, int team, int own, int lane) {
+    if (team == 1)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; i++) exchange[(i * WARPS + own) * 32 + lane] = *(float4 *)&acc[4 * i];
+    __syncthreads();
+    if (team == 0)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; i++) {
+            const float4 v = exchange[(i * WARPS + own) * 32 + lane];
+            acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+        }
+    __syncthreads();
+}
+
+// Counts this thread block as arrived, after it has stored its partial sums. Whether it is the last of the gridDim.y that share rows.
+__device__ __forceinline__ bool arrive(int *arrived) {
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(arrived, 1) == gridDim.y - 1;
+        if (last) *arrived = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
 #endif
 
-// 16 warps in TEAMS teams, a slice of k each; a warp has a strip. ROWS is 256 / TEAMS. Grid: (n / ROWS rounded up, slices / TEAMS,
-// m / TOKENS rounded up). The sums of blocks of the same rows meet in `partial` [z][x][y][TOKENS ROWS], where the block that comes
-// last adds them; `arrived` [z][x] is zero before and after. x and sums: what `arrange` leaves.
+// F: format. TOKENS: rows of x of a thread block. TEAMS: teams of warps, 1 or 2. T: type of y.
 template <int F, int TOKENS, int TEAMS, typename T>
 __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *y, int m, int ldy, int slices,
                                           const unsigned char *group_sums, float *partial, int *arrived) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using S = Stages<F, TOKENS, TEAMS>;
     constexpr int DEPTH = F == DENSE || F == LUT || F == SM8 ? 2 : 3, CHUNK = Traits<F>::CHUNK, WARPS = S::WARPS;
-    constexpr int ROWS = 16 * WARPS, TABLE = F == LUT ? 32768 : 0;
-    using Weighing = Ring<F, DEPTH>;
-    static_assert(TEAMS == 1 || S::SHARED % 1024 == 0, "wgmma's swizzle counts from multiples of 1024 bytes");
-    static_assert(TEAMS * S::SHARED + TABLE + 16 * Weighing::SHARED + 1024 <= 227 * 1024, "a block's shared memory");
+    constexpr int TABLE = F == LUT ? 32768 : 0;
+    using WeightRing = Ring<F, DEPTH>;
+    static_assert(TEAMS == 1 || S::SHARED % 1024 == 0, "wgmma's swizzle needs stages aligned to 1024 bytes");
+    static_assert(TEAMS * S::SHARED + TABLE + 16 * WeightRing::SHARED + 1024 <= 227 * 1024, "a thread block's shared memory");
+    // Layout: the teams' activations, the codebook table, the warps' rings of weights.
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t barriers[TEAMS][2 * S::COUNT];
-    // The same for a whole warp, as the compiler is to know.
+    // The shuffle tells the compiler that a warp's threads agree.
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int team = warp / WARPS, own = warp % WARPS;
     const int tiles = (w.k + 63) / 64, chunks = (tiles + CHUNK - 1) / CHUNK, strips = (w.n + 15) / 16;
+    // The team's slice: `count` tiles from chunk `first` on.
     const int slice = blockIdx.y * TEAMS + team, first = slice * chunks / slices;
     const int count = min((slice + 1) * chunks / slices * CHUNK, tiles) - first * CHUNK;
     x += ((size_t)blockIdx.z * tiles + first * CHUNK) * S::TILE;
     group_sums += ((size_t)blockIdx.z * tiles + first * CHUNK) * S::TILE_SUMS;
+
+    // Set up the barriers, and start loading weights, which need no wait for the previous kernel.
     const uint32_t at = (uint32_t)__cvta_generic_to_shared(barriers[team]);
     const S stages = {shared + team * S::SHARED, at, at + 8 * S::COUNT, x, group_sums, count};
     if (own == 0 && lane == 0) stages.init();
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    // Rows past the end are computed from the first strip's weights, and not stored.
+    // Warps past the last strip compute with the first strip's weights, and their rows are not stored.
     const int strip = blockIdx.x * WARPS + own;
     unsigned char *rings = shared + TEAMS * S::SHARED + TABLE;
-    Weighing ring(w, rings + warp * Weighing::SHARED, strip < strips ? strip : 0, first, count, lane);
+    WeightRing ring(w, rings + warp * WeightRing::SHARED, strip < strips ? strip : 0, first, count, lane);
     uint32_t *table = (uint32_t *)(shared + TEAMS * S::SHARED);
     fill_table<F>(table, w);
     __syncthreads();
+
+    // Wait for the activations, and compute.
     pdl_wait();
     pdl_release();
     Multiplier<F, TOKENS, TEAMS, DEPTH> multiplier = {w, stages, table, ring, lane, own == 0};
     if (own == 0)
-        for (int step = 0; step < S::COUNT - 1; step++) stages.bring(step, lane);
+        for (int step = 0; step < S::COUNT - 1; step++) stages.produce(step, lane);
     multiplier.run();
     float(&acc)[TOKENS / 2] = multiplier.acc;
 
-    // Nobody needs the activations any more.
-    float4 *mine = (float4 *)shared;
+    // Reduce over teams, in the place of the activations.
     __syncthreads();
-    if constexpr (TEAMS == 2) {
-        if (team == 1)
-#pragma unroll
-            for (int i = 0; i < TOKENS / 8; i++) mine[(i * WARPS + own) * 32 + lane] = *(float4 *)&acc[4 * i];
-        __syncthreads();
-        if (team == 0)
-#pragma unroll
-            for (int i = 0; i < TOKENS / 8; i++) {
-                const float4 v = mine[(i * WARPS + own) * 32 + lane];
-                acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
-            }
-        __syncthreads();
-    }
+    if constexpr (TEAMS == 2) add_teams<TOKENS, WARPS>(acc, (float4 *)shared, team, own, lane);
+    // Reduce over thread blocks: all store their sums, and the last one to arrive goes on.
     if (gridDim.y > 1) {
-        constexpr size_t SIZE = ROWS * TOKENS / 4;
+        constexpr size_t SIZE = 16 * WARPS * TOKENS / 4;
         const size_t group = (size_t)blockIdx.z * gridDim.x + blockIdx.x;
         float4 *all = (float4 *)partial + group * gridDim.y * SIZE + own * 32 + lane;
-        __shared__ int last;
         if (team == 0)
 #pragma unroll
             for (int i = 0; i < TOKENS / 8; i++) __stcg(all + blockIdx.y * SIZE + i * WARPS * 32, *(float4 *)&acc[4 * i]);
+        if (!arrive(arrived + group)) return;
         __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            last = atomicAdd(arrived + group, 1) == gridDim.y - 1;
-            if (last) arrived[group] = 0;
-        }
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
+        // The last one adds up all sums, by the tree.
         if (team == 0) {
 #pragma unroll
             for (int i = 0; i < TOKENS / 8; i++) {
@@ -302,7 +340,8 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
             }
         }
     }
-    // By way of [TOKENS][ROWS], swizzled against bank conflicts, to rows of eight columns a thread.
+    // Store, through [TOKENS][ROWS] in shared memory (swizzled against bank conflicts), so that a thread stores eight columns at a time.
+    constexpr int ROWS = 16 * WARPS;
     float *sums = (float *)shared;
     if (team == 0)
 #pragma unroll
@@ -319,7 +358,7 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
         store8<T>(y + (size_t)(token0 + t) * ldy + column, v[0], v[1], w.n - column);
     }
 #else
-    __trap();  // Not to be launched.
+    __trap();  // not to be launched
 #endif
 }
 
@@ -335,10 +374,7 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
 #define BOTH(F, f) GEMMS(F, f, bf16, bf16) GEMMS(F, f, float, f32)
 ALL_FORMATS(BOTH)
 
-// x [m, k] for these kernels: out [tiles][TOKENS][64] for each TOKENS rows, each tile's inputs in the order of the products, 16-byte pieces of a row
-// exchanged by the row's number as wgmma's 128-byte swizzle wants it; zeros for rows past m and inputs past k. And, for `group` 16
-// or 32 (else 0), sums [groups][TOKENS] for each TOKENS rows: of each group of inputs, in order. A thread has 16 inputs of a row;
-// grid: (tiles, any part of TOKENS, m / TOKENS rounded up).
+// BITS8: for 8-bit formats.
 template <bool BITS8>
 __device__ __forceinline__ void arrange(const bf16 *x, int m, int k, int group, unsigned char *out, float *sums) {
     pdl_release();
@@ -347,10 +383,12 @@ __device__ __forceinline__ void arrange(const bf16 *x, int m, int k, int group, 
     const int tile = blockIdx.x, part = threadIdx.x % 4;
     const int at = 64 * tile + 16 * part, from = blockIdx.z * tokens;
     out += (size_t)blockIdx.z * gridDim.x * tokens * 128;
+    // Load 16 inputs.
     uint4 a = make_uint4(0, 0, 0, 0), b = a;
     const uint4 *p = (const uint4 *)(x + (size_t)(from + token) * k + at);
     if (from + token < m && at < k) a = p[0];
     if (from + token < m && at + 8 < k) b = p[1];
+    // Store them in the order of the products.
     unsigned char *row = out + ((size_t)tile * tokens + token) * 128;
     const int swizzle = token % 8;
     if constexpr (BITS8) {
@@ -364,6 +402,7 @@ __device__ __forceinline__ void arrange(const bf16 *x, int m, int k, int group, 
         *(uint2 *)(row + ((4 * g + 3) ^ swizzle) * 16 + half) = make_uint2(a.w, b.w);
     }
     if (!group) return;
+    // Sum them, in order; a group of 32 continues the sum of the thread before.
     auto add = [&](float sum) {
         const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
