@@ -1,4 +1,4 @@
-//! Adapters made up for a model, as PEFT would save them, to measure speed with any number of them.
+//! Random adapters in PEFT's format, for benchmarks with any number of adapters.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -6,16 +6,16 @@ use std::path::Path;
 use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
 
-use crate::arch::ModelConfig;
-use crate::arch::Module;
+use crate::arch::{ModelConfig, Module};
 use crate::model::weights::dummy::uniform;
 use crate::{Error, Result};
 
 /// `lora_alpha` over the rank.
 const SCALE: usize = 2;
 
-/// Writes an adapter of one rank on these modules, in bf16. A keeps the size of its input, B is small, so that outputs
-/// change but stay near the base's; both are random, seeded by the directory's name.
+/// Writes a bf16 adapter of one rank that targets these modules. Both matrices are random, seeded by the directory's name. A
+/// preserves the magnitude of its input and B is small, so that outputs change but stay close to the base's. Errors: `dir`
+/// cannot be written.
 pub fn write(dir: &Path, model: &ModelConfig, modules: &[Module], rank: usize) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::invalid(format!("{}: {e}", dir.display()));
     std::fs::create_dir_all(dir).map_err(|e| failed(&e))?;
@@ -41,10 +41,11 @@ pub fn write(dir: &Path, model: &ModelConfig, modules: &[Module], rank: usize) -
     serialize_to_file(tensors, None, &dir.join("adapter_model.safetensors")).map_err(|e| failed(&e))
 }
 
-/// A tensor that is made when it is written.
+/// A random tensor, generated when it is written.
 struct RandomTensor {
     seed: String,
     shape: [usize; 2],
+    /// Standard deviation.
     deviation: f32,
 }
 

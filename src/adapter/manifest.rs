@@ -1,4 +1,4 @@
-//! The manifest in the state directory: which adapters to bring back after a restart.
+//! The manifest in the state directory lists the adapters to restore after a restart.
 
 use std::path::{Path, PathBuf};
 
@@ -7,36 +7,36 @@ use serde_json::{Value, json};
 
 use crate::{Error, Result, files};
 
-/// One adapter as it was when the manifest was written.
+/// An adapter at the time the manifest was written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ManifestEntry {
-    /// The name requests use.
-    pub name: String,
-    /// Directory to read it from.
-    pub source: PathBuf,
+pub(super) struct ManifestEntry {
+    /// The name that requests use.
+    pub(super) name: String,
+    /// The directory from which to read it.
+    pub(super) source: PathBuf,
     /// Whether it was pinned.
-    pub pinned: bool,
-    /// Generation id, to notice when the content has changed since.
-    pub generation: String,
+    pub(super) pinned: bool,
+    /// Its generation, to detect that the content has changed since.
+    pub(super) generation: String,
 }
 
-/// A file that is replaced as a whole.
+/// The manifest file, which is always replaced as a whole.
 #[derive(Debug)]
-pub struct Manifest {
+pub(super) struct Manifest {
     path: PathBuf,
 }
 
 impl Manifest {
-    /// The manifest of a state directory, which is made if it is not there.
-    pub fn open(state_dir: &Path) -> Result<Self> {
+    /// The manifest of a state directory, which is created if it does not exist.
+    pub(super) fn open(state_dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(state_dir)
             .map_err(|e| Error::invalid(format!("the state directory {} cannot be used: {e}", state_dir.display())))?;
         Ok(Self { path: state_dir.join("adapters.json") })
     }
 
-    /// The entries, and for each damaged one what was wrong. A file that is no manifest at all is set aside, so that
-    /// the next save does not destroy what a person might still recover from it.
-    pub fn read(&self) -> (Vec<ManifestEntry>, Vec<String>) {
+    /// The entries, and a message for each damaged entry. A file that cannot be read as a manifest is moved aside, so that the
+    /// next write does not destroy what a person could still recover from it.
+    pub(super) fn read(&self) -> (Vec<ManifestEntry>, Vec<String>) {
         let text = match std::fs::read_to_string(&self.path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Default::default(),
@@ -60,8 +60,8 @@ impl Manifest {
         (entries, damaged)
     }
 
-    /// Replaces it with one of all entries.
-    pub fn write(&self, entries: &[ManifestEntry]) -> Result<()> {
+    /// Replaces the manifest by one with these entries.
+    pub(super) fn write(&self, entries: &[ManifestEntry]) -> Result<()> {
         let text = format!("{:#}\n", json!({"version": 1, "adapters": entries}));
         files::replace(&self.path, |made| std::fs::write(made, text))
             .map_err(|e| Error::internal(format!("{} cannot be written: {e}", self.path.display())))
@@ -69,10 +69,10 @@ impl Manifest {
 
     fn set_aside(&self, why: &str) -> String {
         let aside = self.path.with_extension("json.damaged");
-        let what = match std::fs::rename(&self.path, &aside) {
+        let outcome = match std::fs::rename(&self.path, &aside) {
             Ok(()) => format!("it was moved to {}", aside.display()),
             Err(e) => format!("it could not be moved aside: {e}"),
         };
-        format!("{} cannot be used ({why}); {what}", self.path.display())
+        format!("{} cannot be used ({why}); {outcome}", self.path.display())
     }
 }

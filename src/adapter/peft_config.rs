@@ -1,7 +1,7 @@
-//! `adapter_config.json` as PEFT 0.21 writes it: which modules an adapter changes, and with what rank and scale.
+//! `adapter_config.json` as PEFT 0.21 writes it: the modules that an adapter targets, and the rank and scale of each.
 //!
-//! PEFT ignores keys it does not know, and servers often ignore options they do not apply; both make an adapter that
-//! loads and answers wrongly. Here an option is applied, known not to matter after training, or refused by name.
+//! PEFT ignores unknown keys, and servers often ignore options that they do not support. Either way an adapter loads and gives
+//! wrong answers. Here each option is applied, known to have no effect after training, or rejected by name.
 
 use std::collections::HashMap;
 
@@ -10,9 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// Options that only steered training, or say where the adapter came from.
-const WITHOUT_EFFECT: [&str; 20] = [
-    // What our trainer notes of base and data.
+/// Options that only affected training, or that record where the adapter came from.
+const IGNORED_OPTIONS: [&str; 20] = [
+    // Our trainer's notes on the base and the data.
     "quiver",
     "auto_mapping",
     "base_model_name_or_path",
@@ -22,11 +22,11 @@ const WITHOUT_EFFECT: [&str; 20] = [
     "lora_dropout",
     // Llama's projections are `nn.Linear`; PEFT itself resets this to false for them.
     "fan_in_fan_out",
-    // These three matter only with the option they belong to, which is refused.
+    // These three have an effect only together with an option that is rejected.
     "megatron_core",
     "qalora_group_size",
     "runtime_config",
-    // The initialisations named here leave the base alone (see `check_init`).
+    // These initialisations leave the base unchanged (see `check_init`).
     "eva_config",
     "target_r",
     "tinit",
@@ -38,8 +38,8 @@ const WITHOUT_EFFECT: [&str; 20] = [
     "total_step",
 ];
 
-/// Options that [`PeftConfig::parse`] reads.
-const READ: [&str; 17] = [
+/// Options that `PeftConfig::parse` reads.
+const READ_OPTIONS: [&str; 17] = [
     "peft_type",
     "task_type",
     "r",
@@ -59,11 +59,11 @@ const READ: [&str; 17] = [
     "alora_invocation_tokens",
 ];
 
-/// Options that change what the adapter computes in a way that is not served, and what to do about each.
-const REFUSED: [(&str, &str); 15] = [
-    ("modules_to_save", "whole layers of the base were trained, which cannot be shared: use LoRA on them instead"),
+/// Options that change what the adapter computes and are not supported, each with the reason.
+const REJECTED_OPTIONS: [(&str, &str); 15] = [
+    ("modules_to_save", "whole layers of the base were trained, which adapters cannot share: use LoRA on them instead"),
     ("layer_replication", "the adapter belongs to a base with repeated layers"),
-    ("trainable_token_indices", "rows of the embedding were trained; embeddings are shared by all adapters here"),
+    ("trainable_token_indices", "rows of the embedding were trained, which all adapters share"),
     ("target_parameters", "only linear layers can be targeted"),
     ("use_qalora", "QA-LoRA pools the input of A"),
     ("use_bdlora", "block-diagonal LoRA is not served"),
@@ -78,62 +78,72 @@ const REFUSED: [(&str, &str); 15] = [
     ("ensure_weight_tying", "adapters on tied embeddings are not served"),
 ];
 
-/// Which formula the tensors follow.
+/// PEFT's `peft_type`: the formula of a delta.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PeftType {
+pub(super) enum PeftType {
     /// `scale * B A`.
     Lora,
     /// `scale * B (A * E)` with `E [r, 1]` (PEFT's `SVDLinear`).
     AdaLora,
 }
 
-/// What an adapter says about itself, checked.
+impl PeftType {
+    /// The option that holds the rank, and its default in PEFT.
+    fn rank_option(self) -> (&'static str, usize) {
+        match self {
+            Self::Lora => ("r", 8),
+            Self::AdaLora => ("init_r", 12),
+        }
+    }
+}
+
+/// A checked adapter configuration.
 #[derive(Debug)]
-pub struct PeftConfig {
+pub(super) struct PeftConfig {
     /// LoRA or AdaLoRA.
-    pub peft_type: PeftType,
+    pub(super) peft_type: PeftType,
     /// Whether `lora_B` has a bias.
-    pub lora_bias: bool,
-    /// Whether the changed weight's rows have magnitudes of their own.
-    pub dora: bool,
-    /// Rank where no pattern says otherwise; `init_r` for AdaLoRA.
+    pub(super) lora_bias: bool,
+    /// Whether the adapter is a DoRA: each module has a magnitude vector.
+    pub(super) dora: bool,
+    /// Rank of modules that match no pattern; `init_r` for AdaLoRA.
     rank: usize,
-    /// `lora_alpha` where no pattern says otherwise.
+    /// `lora_alpha` of modules that match no pattern.
     alpha: f64,
-    /// Divide alpha by the square root of the rank.
+    /// Whether the scale is alpha over the square root of the rank.
     rslora: bool,
-    /// Ranks of modules whose path matches; the first hit wins.
+    /// Ranks of modules by pattern of their path; the first match wins.
     rank_pattern: Vec<(Regex, usize)>,
-    /// Alphas of modules whose path matches; the first hit wins.
+    /// Alphas of modules by pattern of their path; the first match wins.
     alpha_pattern: Vec<(Regex, f64)>,
-    /// AdaLoRA: ranks left after pruning, by module path.
+    /// AdaLoRA: ranks after pruning, by module path.
     pruned: HashMap<String, usize>,
-    /// Modules that it changes.
-    targets: Matcher,
-    /// Modules that it leaves alone although `targets` names them.
-    exclude: Option<Matcher>,
+    /// Modules that it targets.
+    targets: ModuleMatcher,
+    /// Modules that it does not target although `targets` matches them.
+    exclude: Option<ModuleMatcher>,
     /// Layers to which a list of `targets` is limited.
     layers: Option<Vec<usize>>,
-    /// Finds the layer index in a path.
+    /// Patterns that find the layer index in a path.
     layer_index: Vec<Regex>,
 }
 
-/// How PEFT names modules.
+/// One of PEFT's ways to select modules.
 #[derive(Debug)]
-enum Matcher {
-    /// Every linear layer but the output head.
+enum ModuleMatcher {
+    /// Every linear layer except the output head.
     AllLinear,
     /// A regular expression that matches the whole path.
-    Whole(Regex),
-    /// Paths, or their last components.
+    Path(Regex),
+    /// Paths, or their trailing components.
     Names(Vec<String>),
 }
 
-impl Matcher {
+impl ModuleMatcher {
     fn matches(&self, path: &str) -> Result<bool> {
         match self {
             Self::AllLinear => Ok(path.ends_with("_proj")),
-            Self::Whole(regex) => is_match(regex, path),
+            Self::Path(regex) => is_match(regex, path),
             Self::Names(names) => Ok(names
                 .iter()
                 .any(|n| path.strip_suffix(n.as_str()).is_some_and(|p| p.is_empty() || p.ends_with('.')))),
@@ -142,30 +152,21 @@ impl Matcher {
 }
 
 impl PeftConfig {
-    /// Reads the text of `adapter_config.json`. Errors name every option that cannot be served.
-    pub fn parse(text: &str) -> Result<Self> {
+    /// Parses the text of `adapter_config.json`. Errors name every option that is not supported.
+    pub(super) fn parse(text: &str) -> Result<Self> {
         let value: Value =
             serde_json::from_str(text).map_err(|e| invalid(format!("adapter_config.json is not valid JSON: {e}")))?;
         let Value::Object(map) = value else { return Err(invalid("adapter_config.json must hold one JSON object")) };
-        let options = Options(map);
+        let options = PeftOptions(map);
         options.check_served()?;
 
-        let peft_type = match options.string("peft_type")?.as_deref() {
-            Some("LORA") => PeftType::Lora,
-            Some("ADALORA") => PeftType::AdaLora,
-            Some(other) => return Err(unsupported(format!("peft_type {other:?}: only LORA and ADALORA are served"))),
-            None => return Err(invalid("peft_type is missing: is this a PEFT adapter?")),
-        };
+        let peft_type = options.peft_type()?;
+        let (rank, default_rank) = peft_type.rank_option();
         let mut config = Self {
             peft_type,
             lora_bias: options.bool("lora_bias")?,
             dora: options.bool("use_dora")?,
-            rank: options.positive(if peft_type == PeftType::Lora { "r" } else { "init_r" })?.unwrap_or(
-                match peft_type {
-                    PeftType::Lora => 8,
-                    PeftType::AdaLora => 12,
-                },
-            ),
+            rank: options.positive(rank)?.unwrap_or(default_rank),
             alpha: options.number("lora_alpha")?.unwrap_or(8.0),
             rslora: options.bool("use_rslora")?,
             rank_pattern: Vec::new(),
@@ -173,48 +174,43 @@ impl PeftConfig {
                 v.as_f64().filter(|a| a.is_finite()).ok_or_else(|| must(key, "be a number", v))
             })?,
             pruned: HashMap::new(),
-            // PEFT's default for Llama.
-            targets: options
-                .matcher("target_modules", true)?
-                .unwrap_or_else(|| Matcher::Names(vec!["q_proj".into(), "v_proj".into()])),
-            exclude: options.matcher("exclude_modules", false)?,
+            targets: options.targets()?,
+            exclude: options.matcher("exclude_modules")?,
             layers: options.layers()?,
             layer_index: options.layer_index()?,
         };
-        if config.layers.is_some() && !matches!(config.targets, Matcher::Names(_)) {
-            return Err(invalid("layers_to_transform needs target_modules to be a list of names"));
-        }
-        if config.dora && config.lora_bias {
-            return Err(unsupported("use_dora with lora_bias, which PEFT does not have either"));
-        }
+        config.check_combination()?;
         match peft_type {
-            PeftType::Lora => {
-                config.rank_pattern = options.patterns("rank_pattern", |key, v| {
-                    v.as_u64()
-                        .filter(|r| *r > 0)
-                        .map(|r| r as usize)
-                        .ok_or_else(|| must(key, "be a positive integer", v))
-                })?;
-            }
-            PeftType::AdaLora => {
-                for (name, used) in [
-                    ("use_rslora", config.rslora),
-                    ("lora_bias", config.lora_bias),
-                    ("use_dora", config.dora),
-                    ("alpha_pattern", !config.alpha_pattern.is_empty()),
-                ] {
-                    if used {
-                        return Err(unsupported(format!("{name}: AdaLoRA does not have it")));
-                    }
-                }
-                config.pruned = options.pruned_ranks()?;
-            }
+            PeftType::Lora => config.rank_pattern = options.patterns("rank_pattern", positive)?,
+            PeftType::AdaLora => config.pruned = options.pruned_ranks()?,
         }
         Ok(config)
     }
 
+    /// Rejects options that exclude each other.
+    fn check_combination(&self) -> Result<()> {
+        if self.layers.is_some() && !matches!(self.targets, ModuleMatcher::Names(_)) {
+            return Err(invalid("layers_to_transform needs target_modules to be a list of names"));
+        }
+        if self.dora && self.lora_bias {
+            return Err(unsupported("use_dora with lora_bias: PEFT does not support both together"));
+        }
+        let not_in_adalora = [
+            ("use_rslora", self.rslora),
+            ("lora_bias", self.lora_bias),
+            ("use_dora", self.dora),
+            ("alpha_pattern", !self.alpha_pattern.is_empty()),
+        ];
+        match not_in_adalora.iter().find(|(_, used)| *used) {
+            Some((name, _)) if self.peft_type == PeftType::AdaLora => {
+                Err(unsupported(format!("{name}: AdaLoRA does not have it")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether PEFT would put an adapter on the module at `path` (`check_target_module_exists`).
-    pub fn targets(&self, path: &str) -> Result<bool> {
+    pub(super) fn targets(&self, path: &str) -> Result<bool> {
         if let Some(exclude) = &self.exclude
             && exclude.matches(path)?
         {
@@ -224,7 +220,7 @@ impl PeftConfig {
             return Ok(false);
         }
         let Some(layers) = &self.layers else { return Ok(true) };
-        if matches!(&self.targets, Matcher::Names(names) if names.iter().any(|n| n == path)) {
+        if matches!(&self.targets, ModuleMatcher::Names(names) if names.iter().any(|n| n == path)) {
             return Ok(true);
         }
         for regex in &self.layer_index {
@@ -236,14 +232,14 @@ impl PeftConfig {
         Ok(false)
     }
 
-    /// Rank and scale of the module at `path` (`get_pattern_key`; scale is alpha/r, or alpha/sqrt(r) under rsLoRA).
-    /// Rank 0 is possible for AdaLoRA only: pruned away.
-    pub fn rank_and_scale(&self, path: &str) -> Result<(usize, f32)> {
+    /// Rank and scale of the module at `path` (`get_pattern_key`). The scale is alpha/r, or alpha/sqrt(r) with rsLoRA. The rank
+    /// is 0 only for a module that AdaLoRA has pruned away.
+    pub(super) fn rank_and_scale(&self, path: &str) -> Result<(usize, f32)> {
         let rank = match self.pruned.get(path) {
             Some(rank) => *rank,
-            None => first_hit(&self.rank_pattern, path)?.unwrap_or(self.rank),
+            None => first_match(&self.rank_pattern, path)?.unwrap_or(self.rank),
         };
-        let alpha = first_hit(&self.alpha_pattern, path)?.unwrap_or(self.alpha);
+        let alpha = first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha);
         let scale = match self.peft_type {
             PeftType::Lora if self.rslora => alpha / (rank as f64).sqrt(),
             PeftType::Lora => alpha / rank as f64,
@@ -254,23 +250,23 @@ impl PeftConfig {
     }
 }
 
-/// The JSON object with typed access.
-struct Options(Map<String, Value>);
+/// The JSON object, with typed access.
+struct PeftOptions(Map<String, Value>);
 
-impl Options {
-    /// Refuses every option that cannot be served, all in one message.
+impl PeftOptions {
+    /// Rejects all options that are not supported, in one message.
     fn check_served(&self) -> Result<()> {
         let mut problems = Vec::new();
         for (key, value) in &self.0 {
-            if WITHOUT_EFFECT.contains(&key.as_str()) || READ.contains(&key.as_str()) || is_empty(value) {
+            if IGNORED_OPTIONS.contains(&key.as_str()) || READ_OPTIONS.contains(&key.as_str()) || is_empty(value) {
                 continue;
             }
-            match REFUSED.iter().find(|(name, _)| name == key) {
+            match REJECTED_OPTIONS.iter().find(|(name, _)| name == key) {
                 Some((_, why)) => problems.push(format!("{key}: {why}")),
                 None => problems.push(format!("{key}: unknown option with the value {}", short(value))),
             }
         }
-        // An empty list still means "activated LoRA" to PEFT.
+        // To PEFT, an empty list still means activated LoRA.
         if self.0.get("alora_invocation_tokens").is_some_and(|v| !v.is_null()) {
             problems.push("alora_invocation_tokens: activated LoRA is not served".into());
         }
@@ -290,7 +286,7 @@ impl Options {
         if problems.is_empty() { Ok(()) } else { Err(unsupported(problems.join("; "))) }
     }
 
-    /// Some initialisations move part of the base weights into the adapter, which then fits no shared base.
+    /// Rejects initialisations that change the base weights: such an adapter does not fit the shared base.
     fn check_init(&self) -> Option<String> {
         let value = self.0.get("init_lora_weights")?;
         let Value::String(init) = value else {
@@ -309,7 +305,7 @@ impl Options {
         }
     }
 
-    /// The value, unless absent or null.
+    /// The value of an option, unless it is absent or null.
     fn get(&self, key: &str) -> Option<&Value> {
         self.0.get(key).filter(|v| !v.is_null())
     }
@@ -323,11 +319,7 @@ impl Options {
     }
 
     fn positive(&self, key: &str) -> Result<Option<usize>> {
-        let read = |v: &Value| match v.as_u64() {
-            Some(n) if n > 0 => Ok(n as usize),
-            _ => Err(must(key, "be a positive integer", v)),
-        };
-        self.get(key).map(read).transpose()
+        self.get(key).map(|v| positive(key, v)).transpose()
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
@@ -343,18 +335,34 @@ impl Options {
         list.map(Some).ok_or_else(|| must(key, "be a string or a list of strings", value))
     }
 
-    fn matcher(&self, key: &str, all_linear: bool) -> Result<Option<Matcher>> {
-        match self.get(key) {
-            Some(Value::String(s)) if s.is_empty() => Ok(None),
-            Some(Value::String(s)) if all_linear && s.eq_ignore_ascii_case("all-linear") => {
-                Ok(Some(Matcher::AllLinear))
-            }
-            Some(Value::String(s)) => Ok(Some(Matcher::Whole(regex(key, &format!("^(?:{s})$"))?))),
-            _ => Ok(self.strings(key)?.filter(|names| !names.is_empty()).map(Matcher::Names)),
+    fn peft_type(&self) -> Result<PeftType> {
+        match self.string("peft_type")?.as_deref() {
+            Some("LORA") => Ok(PeftType::Lora),
+            Some("ADALORA") => Ok(PeftType::AdaLora),
+            Some(other) => Err(unsupported(format!("peft_type {other:?}: only LORA and ADALORA are served"))),
+            None => Err(invalid("peft_type is missing: is this a PEFT adapter?")),
         }
     }
 
-    /// `re.match(rf"(.*\.)?({key})$", path)` for each key, in the file's order.
+    fn matcher(&self, key: &str) -> Result<Option<ModuleMatcher>> {
+        match self.get(key) {
+            Some(Value::String(s)) if s.is_empty() => Ok(None),
+            Some(Value::String(s)) => Ok(Some(ModuleMatcher::Path(regex(key, &format!("^(?:{s})$"))?))),
+            _ => Ok(self.strings(key)?.filter(|names| !names.is_empty()).map(ModuleMatcher::Names)),
+        }
+    }
+
+    fn targets(&self) -> Result<ModuleMatcher> {
+        let key = "target_modules";
+        if self.get(key).and_then(Value::as_str).is_some_and(|s| s.eq_ignore_ascii_case("all-linear")) {
+            return Ok(ModuleMatcher::AllLinear);
+        }
+        // PEFT's default for Llama.
+        let default = || ModuleMatcher::Names(vec!["q_proj".into(), "v_proj".into()]);
+        Ok(self.matcher(key)?.unwrap_or_else(default))
+    }
+
+    /// One pattern per key, in the file's order. PEFT matches it by `re.match(rf"(.*\.)?({key})$", path)`.
     fn patterns<T>(&self, key: &str, read: impl Fn(&str, &Value) -> Result<T>) -> Result<Vec<(Regex, T)>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let map = value.as_object().ok_or_else(|| must(key, "be an object", value))?;
@@ -374,11 +382,11 @@ impl Options {
             one => one.as_u64().map(|i| vec![i as usize]),
         };
         let list: Vec<usize> = list.ok_or_else(|| must(key, "be a layer index or a list of them", value))?;
-        // PEFT: an empty list is no limit.
+        // To PEFT, an empty list is no limit.
         Ok((!list.is_empty()).then_some(list))
     }
 
-    /// Without a pattern, the first numbered component is the layer.
+    /// Without `layers_pattern`, the first numeric component of a path is its layer.
     fn layer_index(&self) -> Result<Vec<Regex>> {
         let key = "layers_pattern";
         match self.strings(key)?.filter(|patterns| patterns.iter().any(|p| !p.is_empty())) {
@@ -389,7 +397,7 @@ impl Options {
         }
     }
 
-    /// AdaLoRA's `rank_pattern`: `{"<path>.lora_E": [kept, ...]}`.
+    /// Ranks after pruning. AdaLoRA's `rank_pattern` is `{"<path>.lora_E": [kept, ...]}`.
     fn pruned_ranks(&self) -> Result<HashMap<String, usize>> {
         let key = "rank_pattern";
         let Some(value) = self.get(key) else { return Ok(HashMap::new()) };
@@ -406,7 +414,7 @@ impl Options {
     }
 }
 
-fn first_hit<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Result<Option<T>> {
+fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Result<Option<T>> {
     for (regex, value) in patterns {
         if is_match(regex, path)? {
             return Ok(Some(*value));
@@ -416,14 +424,14 @@ fn first_hit<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Result<Option<T>> 
 }
 
 fn regex(option: &str, pattern: &str) -> Result<Regex> {
-    Regex::new(pattern).map_err(|e| invalid(format!("{option} is not a regular expression that can be used: {e}")))
+    Regex::new(pattern).map_err(|e| invalid(format!("{option} is not a valid regular expression: {e}")))
 }
 
 fn is_match(regex: &Regex, path: &str) -> Result<bool> {
     regex.is_match(path).map_err(|e| invalid(format!("matching {:?} against {path}: {e}", regex.as_str())))
 }
 
-/// Null, false, `""`, `[]` and `{}` turn an option off.
+/// Whether the value turns its option off: null, false, `""`, `[]` or `{}`.
 fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -434,7 +442,7 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// A value for a message, cut where it would flood it.
+/// A value as a message shows it, cut after 60 characters.
 fn short(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {
@@ -443,16 +451,23 @@ fn short(value: &Value) -> String {
     }
 }
 
+fn positive(key: &str, value: &Value) -> Result<usize> {
+    match value.as_u64() {
+        Some(n) if n > 0 => Ok(n as usize),
+        _ => Err(must(key, "be a positive integer", value)),
+    }
+}
+
 fn must(key: &str, what: &str, value: &Value) -> Error {
     invalid(format!("adapter_config.json: {key} must {what}, not {}", short(value)))
 }
 
-/// A file that contradicts itself, the format or the model.
+/// The error of a file that contradicts itself, the format or the model.
 pub(super) fn invalid(message: impl Into<String>) -> Error {
     Error::invalid(message).code("adapter_invalid")
 }
 
-/// A correct file that asks for what this server does not do.
+/// The error of a valid file with options that are not supported.
 fn unsupported(message: impl Into<String>) -> Error {
     Error::invalid(format!("this adapter cannot be served: {}", message.into())).code("adapter_unsupported")
 }

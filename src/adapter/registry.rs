@@ -1,11 +1,11 @@
-//! Name -> generation: load, replace, unload, pin, list.
+//! The registry: loads, publishes, replaces, unloads, pins and lists adapters by name.
 //!
-//! Loading reads and checks off the async threads, one load a name at a time, and publishes only a whole, correct
-//! adapter. What the manifest says follows what is published.
+//! Reading and checking run on blocking threads, one load per name at a time. Only a complete and correct adapter is
+//! published. The manifest is rewritten after every change.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -13,8 +13,11 @@ use candle_core::Device;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
+use super::generation::Tier;
+use super::host_tier::HostTier;
 use super::manifest::{Manifest, ManifestEntry};
-use super::tiers::{HostTier, TierStats, Tiers};
+use super::source::{SourceRoots, SourceScope};
+use super::tiers::{TierStats, Tiers};
 use super::{Generation, Lease, peft};
 use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
@@ -22,33 +25,33 @@ use crate::lora::slots;
 use crate::lora::weights::AdapterWeights;
 use crate::{Error, Result};
 
-/// Adapters read at once when many are loaded at start.
+/// Adapters that are read at once when many are loaded at start-up.
 const PARALLEL_LOADS: usize = 4;
 
-/// Longest adapter name in bytes.
+/// Length of the longest adapter name, in bytes.
 const MAX_NAME: usize = 256;
 
-/// Limits and places of the adapters.
+/// Directories and memory budgets of the adapters.
 #[derive(Debug, Clone)]
 pub struct RegistryConfig {
-    /// Where the slots are.
+    /// Device of the slots.
     pub device: Device,
-    /// Sources of [`Registry::load`] must lie below this directory, and relative ones start here.
+    /// Sources of [`Registry::load`] must lie below this directory. Relative sources are resolved against it.
     pub adapter_root: Option<PathBuf>,
-    /// Sources may lie below this one too: where the trainer writes adapters.
+    /// Sources may also lie below this directory, to which the trainer writes checkpoints.
     pub checkpoint_root: Option<PathBuf>,
-    /// Where the manifest is kept; without one, nothing is remembered.
+    /// Directory of the manifest. Without it, a restart restores no adapters.
     pub state_dir: Option<PathBuf>,
-    /// Bytes of adapters in host memory.
+    /// Bytes that adapters may take in host memory.
     pub host_budget: usize,
-    /// Bytes of adapters in slots.
+    /// Bytes that adapters may take in slots.
     pub slot_budget: usize,
-    /// Names that no adapter may have: the base model's.
+    /// Names of the base model, which no adapter may have.
     pub reserved_names: Vec<String>,
 }
 
 impl Default for RegistryConfig {
-    /// Slots on the CPU, and no memory for any adapter.
+    /// Slots on the CPU and budgets of 0 bytes.
     fn default() -> Self {
         Self {
             device: Device::Cpu,
@@ -65,46 +68,37 @@ impl Default for RegistryConfig {
 /// How [`Registry::load`] publishes an adapter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Keep it in its slot and in host memory against other adapters.
+    /// Whether to pin it: it keeps its slot and its host memory when other adapters need room.
     pub pinned: bool,
-    /// Replace the adapter that has the name; without it, a name in use is a conflict.
+    /// Whether to replace the adapter that has the name. If not, a name in use is a conflict.
     pub replace: bool,
 }
 
 impl LoadOptions {
-    /// Replace the adapter that has the name, and do not pin the new one.
+    /// Replaces the adapter that has the name, without pinning the new one.
     pub const REPLACE: Self = Self { pinned: false, replace: true };
 }
 
-/// Where the source of an adapter may lie.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum SourceScope {
-    /// Below the adapter root or the checkpoint root.
-    Roots,
-    /// Anywhere: the operator chose the directory.
-    Anywhere,
-}
-
-/// What an operator may know of an adapter.
+/// An adapter as the admin API shows it.
 #[derive(Debug, Clone, Serialize)]
 pub struct AdapterInfo {
-    /// The name requests use.
+    /// The name that requests use.
     pub name: String,
-    /// Content hash of the current version.
+    /// Content hash of the current generation.
     pub generation: String,
-    /// Directory it was read from.
+    /// The directory from which it was read.
     pub source: PathBuf,
     /// Largest rank of any module.
     pub rank: usize,
-    /// Number of modules it changes.
+    /// Number of modules that it targets.
     pub modules: usize,
     /// Bytes of its weights.
     pub bytes: usize,
-    /// Never evicted from its slot for another adapter.
+    /// Whether it is never evicted for another adapter.
     pub pinned: bool,
-    /// `slot`, `host` or `disk`.
+    /// The fastest tier that holds it: `slot`, `host` or `disk`.
     pub level: &'static str,
-    /// Requests that hold it now.
+    /// Number of leases.
     pub leases: usize,
     /// When this generation was loaded.
     pub loaded_at: SystemTime,
@@ -120,78 +114,71 @@ impl From<&Generation> for AdapterInfo {
             modules: g.modules,
             bytes: g.bytes,
             pinned: g.pinned(),
-            level: g.level(),
+            level: g.tier().name(),
             leases: g.leases(),
             loaded_at: g.loaded_at,
         }
     }
 }
 
-/// What an unload did.
+/// The effect of an unload.
 #[derive(Debug, Clone, Serialize)]
 pub struct UnloadOutcome {
-    /// The generation that went.
+    /// The retired generation.
     pub generation: String,
-    /// Bytes freed at once.
+    /// Bytes that were freed at once.
     pub freed_bytes: usize,
-    /// Bytes that the last running request, or for an idle slot the engine's next step, will free.
+    /// Bytes that will be freed when the last lease ends, or, if there is none, by the engine's next step.
     pub pending_bytes: usize,
 }
 
-/// An adapter that is ready and has no name yet.
+/// A loaded adapter that has no name yet: only holders of a lease can use it.
 pub struct UnpublishedAdapter(Arc<Generation>);
 
 impl UnpublishedAdapter {
-    /// Takes it.
+    /// Takes a lease on it.
     pub fn lease(&self) -> Lease {
         Lease::new(self.0.clone())
     }
 }
 
-/// All adapters of the server; clones share it.
+/// All adapters of the server. Clones share one registry.
 #[derive(Clone)]
 pub struct Registry(Arc<RegistryInner>);
 
 struct RegistryInner {
     model: Arc<ModelConfig>,
     config: RegistryConfig,
-    /// `adapter_root` without symlinks.
-    root: Option<PathBuf>,
+    roots: SourceRoots,
     host: Arc<HostTier>,
     names: Mutex<NameTable>,
-    /// One lock a name that is being loaded.
+    /// One lock for each name that is being loaded.
     loading: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// `None` without a state directory. Held while it is written, so that the last writer writes the last state.
+    /// `None` without a state directory. Locked during a write, so that the last write has the last state.
     manifest: Option<Mutex<Manifest>>,
 }
 
-/// What names stand for now.
-#[derive(Default)]
+/// The names and the generations under them.
 struct NameTable {
     loaded: BTreeMap<String, Arc<Generation>>,
-    /// Manifest entries that are not loaded (yet): kept in the manifest until the name is loaded or unloaded, so that
-    /// a source that is away for one start is not forgotten.
+    /// Manifest entries that are not loaded (yet). They stay in the manifest until the name is loaded or unloaded, so that
+    /// a source that is missing at one start is not forgotten.
     absent: BTreeMap<String, ManifestEntry>,
-    /// What was wrong with the manifest, until [`Registry::restore`] reports it.
+    /// Defects of the manifest, until [`Registry::restore`] reports them.
     damaged: Vec<String>,
 }
 
 impl Registry {
-    /// A registry for one model, with nothing loaded: [`Registry::restore`] loads what the manifest lists. Errors: a
-    /// root or state directory that cannot be used.
+    /// A registry for one model, with nothing loaded: [`Registry::restore`] loads the adapters of the manifest. Errors: the
+    /// adapter root or the state directory cannot be used.
     pub fn new(model: Arc<ModelConfig>, config: RegistryConfig) -> Result<Self> {
-        let real = |root: &PathBuf| {
-            root.canonicalize().map_err(|e| {
-                Error::invalid(format!("the adapter root {} cannot be used: {e}", root.display())).param("adapter_root")
-            })
-        };
-        let root = config.adapter_root.as_ref().map(real).transpose()?;
+        let roots = SourceRoots::new(config.adapter_root.as_deref(), config.checkpoint_root.as_deref())?;
         let manifest = config.state_dir.as_deref().map(Manifest::open).transpose()?;
         let (entries, damaged) = manifest.as_ref().map(Manifest::read).unwrap_or_default();
         let absent = entries.into_iter().map(|e| (e.name.clone(), e)).collect();
         Ok(Self(Arc::new(RegistryInner {
             model,
-            root,
+            roots,
             host: Arc::new(HostTier::new(config.host_budget, Arc::default())),
             config,
             names: Mutex::new(NameTable { loaded: BTreeMap::new(), absent, damaged }),
@@ -200,8 +187,8 @@ impl Registry {
         })))
     }
 
-    /// The slots of these adapters, for the engine thread to own. Errors: a GPU has no room for them, or the loader
-    /// threads cannot be started.
+    /// The tiers of these adapters, for the engine thread to own. Errors: the GPU has no room for the slots, or a loader
+    /// thread cannot be started.
     pub fn tiers(&self) -> Result<Tiers> {
         Tiers::new(self.0.model.clone(), self.0.host.clone(), &self.0.config.device, self.0.config.slot_budget)
     }
@@ -211,25 +198,25 @@ impl Registry {
         self.0.config.slot_budget
     }
 
-    /// Counters that the metrics page reads.
+    /// Counters for the metrics page.
     pub fn stats(&self) -> &TierStats {
         &self.0.host.stats
     }
 
-    /// Reads and checks an adapter directory off the caller's thread and publishes it under `name`, all or nothing.
-    /// One load a name at a time; a second waits for the first. With `replace` false an existing name is a conflict;
-    /// with it, the same content from the same place stays the generation it is.
+    /// Reads and checks an adapter directory on a blocking thread and publishes it under `name`, all or nothing. A second
+    /// load of the same name waits for the first. Replacing an adapter by the same content from the same source keeps its
+    /// generation.
     ///
-    /// Codes: `adapter_name_invalid`, `adapter_exists`, `adapter_path_forbidden`, `adapter_source_not_found`,
+    /// Error codes: `adapter_name_invalid`, `adapter_exists`, `adapter_path_forbidden`, `adapter_source_not_found`,
     /// `adapter_invalid`, `adapter_unsupported`, `adapter_too_large`, `adapter_pin_budget`.
     pub async fn load(&self, name: &str, source: &str, options: LoadOptions) -> Result<AdapterInfo> {
-        let info = self.load_counted(name, Path::new(source), SourceScope::Roots, options).await?;
+        let info = self.load_unsaved(name, Path::new(source), SourceScope::Roots, options).await?;
         self.save();
         Ok(info)
     }
 
-    /// Reads an adapter as [`Registry::load`] does, without giving it the name yet: requests that hold its lease can use it,
-    /// nobody else finds it. Dropped, it is gone.
+    /// Reads and checks an adapter as [`Registry::load`] does, but does not publish it: only holders of a lease can use it.
+    /// Dropping it unloads it.
     pub async fn load_unpublished(&self, name: &str, source: &str) -> Result<UnpublishedAdapter> {
         self.check_name(name)?;
         let (generation, weights) = self.read(name, Path::new(source), SourceScope::Roots).await?;
@@ -238,7 +225,7 @@ impl Registry {
         Ok(UnpublishedAdapter(generation))
     }
 
-    /// Gives a staged adapter its name, whatever had it before.
+    /// Publishes an adapter under its name, and retires the generation that had the name.
     pub fn publish(&self, UnpublishedAdapter(generation): UnpublishedAdapter) -> AdapterInfo {
         let info = AdapterInfo::from(&*generation);
         let mut names = self.lock();
@@ -251,8 +238,8 @@ impl Registry {
         info
     }
 
-    /// Loads every sub-directory of `dir` that holds an adapter, under its own name, unless the name is taken. The
-    /// operator chose `dir`, so the adapter root does not apply.
+    /// Loads every subdirectory of `dir` that holds an adapter, under the subdirectory's name, unless the name is taken. The
+    /// adapter root does not apply, because the operator chose `dir`.
     pub async fn load_directory(&self, dir: &Path) -> Result<Vec<(String, Result<AdapterInfo>)>> {
         let unreadable = |e: std::io::Error| Error::invalid(format!("{} cannot be read: {e}", dir.display()));
         let mut found = Vec::new();
@@ -265,7 +252,7 @@ impl Registry {
         }
         found.sort();
         let loads = found.into_iter().map(|(name, path)| async move {
-            let loaded = self.load_counted(&name, &path, SourceScope::Anywhere, LoadOptions::default()).await;
+            let loaded = self.load_unsaved(&name, &path, SourceScope::Anywhere, LoadOptions::default()).await;
             if let Err(e) = &loaded {
                 tracing::warn!("adapter {name:?} in {} was not loaded: {e}", path.display());
             }
@@ -276,35 +263,15 @@ impl Registry {
         Ok(loaded)
     }
 
-    /// Loads what the manifest lists and returns what could not be brought back as it was, which is also logged. An
-    /// entry whose content has changed is loaded as the new generation it now is; one that fails stays in the
-    /// manifest. Call it after [`Registry::load_directory`]: what is loaded already only gets its pin back.
+    /// Loads the adapters of the manifest. Returns and logs a message for each that could not be restored as it was: one
+    /// whose content has changed is loaded as a new generation, and one that fails to load stays in the manifest. Call it
+    /// after [`Registry::load_directory`]: for an adapter that is loaded already, it only restores the pin.
     pub async fn restore(&self) -> Vec<String> {
         let (entries, mut problems): (Vec<ManifestEntry>, _) = {
             let mut names = self.lock();
             (names.absent.values().cloned().collect(), std::mem::take(&mut names.damaged))
         };
-        let restores = entries.into_iter().map(|entry| async move {
-            let ManifestEntry { name, source, pinned, generation } = entry;
-            let current = self.get(&name).ok().filter(|info| info.generation == generation && info.source == source);
-            let restored = match current {
-                Some(_) => self.pin_now(&name, pinned),
-                None => {
-                    let options = LoadOptions { pinned, replace: true };
-                    self.load_counted(&name, &source, SourceScope::Roots, options).await
-                }
-            };
-            let problem = match restored {
-                Ok(info) if info.generation == generation => return None,
-                Ok(info) => format!(
-                    "adapter {name:?}: {} has changed since generation {generation} and was loaded as generation {}",
-                    source.display(),
-                    info.generation
-                ),
-                Err(e) => format!("adapter {name:?} was not restored: {e}"),
-            };
-            Some(problem)
-        });
+        let restores = entries.into_iter().map(|entry| self.restore_one(entry));
         let failed: Vec<_> = stream::iter(restores).buffered(PARALLEL_LOADS).collect().await;
         problems.extend(failed.into_iter().flatten());
         problems.iter().for_each(|problem| tracing::warn!("{problem}"));
@@ -312,20 +279,42 @@ impl Registry {
         problems
     }
 
-    /// Takes the current generation of `name`, or 404.
+    /// Loads one entry of the manifest. Returns a message if it could not be restored as it was.
+    async fn restore_one(&self, entry: ManifestEntry) -> Option<String> {
+        let ManifestEntry { name, source, pinned, generation } = entry;
+        let current = self.get(&name).ok().filter(|info| info.generation == generation && info.source == source);
+        let restored = match current {
+            Some(_) => self.pin_unsaved(&name, pinned),
+            None => {
+                let options = LoadOptions { pinned, replace: true };
+                self.load_unsaved(&name, &source, SourceScope::Roots, options).await
+            }
+        };
+        match restored {
+            Ok(info) if info.generation == generation => None,
+            Ok(info) => Some(format!(
+                "adapter {name:?}: {} has changed since generation {generation} and was loaded as generation {}",
+                source.display(),
+                info.generation
+            )),
+            Err(e) => Some(format!("adapter {name:?} was not restored: {e}")),
+        }
+    }
+
+    /// Takes a lease on the current generation of `name`. Errors: `NotFound` if no adapter has the name.
     pub fn lease(&self, name: &str) -> Result<Lease> {
-        // Under the lock, so that an unload sees the lease or the lease sees the unload.
+        // Under the lock: either an unload sees the lease, or the lease fails because of the unload.
         self.lock().find(name).map(|generation| Lease::new(generation.clone()))
     }
 
-    /// Takes the name away; running requests keep their lease. 404 for an unknown name.
+    /// Removes the name and retires its generation; requests keep their leases. Errors: `NotFound` if no adapter has the name.
     pub fn unload(&self, name: &str) -> Result<UnloadOutcome> {
         let mut names = self.lock();
         let unloaded = match (names.loaded.remove(name), names.absent.remove(name)) {
             (Some(generation), _) => {
                 generation.retire();
-                let host = if self.0.host.contains(generation.key) { generation.bytes } else { 0 };
-                let slot = if generation.level() == "slot" { generation.slot_bytes } else { 0 };
+                let host = if self.0.host.contains(generation.key()) { generation.bytes } else { 0 };
+                let slot = if generation.tier() == Tier::Slot { generation.slot_bytes } else { 0 };
                 let (freed_bytes, pending_bytes) =
                     if generation.leases() > 0 { (0, host + slot) } else { (host, slot) };
                 UnloadOutcome { generation: generation.id.clone(), freed_bytes, pending_bytes }
@@ -338,42 +327,42 @@ impl Registry {
         Ok(unloaded)
     }
 
-    /// Pins or unpins. 404 for an unknown name, 409 when the pinned ones would not fit into slots together.
+    /// Pins or unpins an adapter. Errors: `NotFound` if no adapter has the name, `Conflict` if the pinned adapters would
+    /// not fit into the slots together.
     pub fn set_pinned(&self, name: &str, pinned: bool) -> Result<AdapterInfo> {
-        let info = self.pin_now(name, pinned)?;
+        let info = self.pin_unsaved(name, pinned)?;
         self.save();
         Ok(info)
     }
 
-    /// One adapter, or 404.
+    /// One adapter. Errors: `NotFound` if no adapter has the name.
     pub fn get(&self, name: &str) -> Result<AdapterInfo> {
         self.lock().find(name).map(|generation| AdapterInfo::from(&**generation))
     }
 
-    /// All adapters, by name.
+    /// All adapters, sorted by name.
     pub fn list(&self) -> Vec<AdapterInfo> {
         self.lock().loaded.values().map(|generation| AdapterInfo::from(&**generation)).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, NameTable> {
-        // The maps are consistent between statements, so a panic elsewhere does not spoil them.
+        // The maps are consistent after each statement, so a poisoned lock can be used.
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pin_now(&self, name: &str, pinned: bool) -> Result<AdapterInfo> {
+    fn pin_unsaved(&self, name: &str, pinned: bool) -> Result<AdapterInfo> {
         let mut names = self.lock();
         let generation = names.find(name)?.clone();
         if pinned {
             self.check_pin_budget(&names, name, generation.slot_bytes)?;
         }
-        generation.state.pinned.store(pinned, SeqCst);
+        generation.state.set_pinned(pinned);
         names.absent.remove(name);
         Ok(AdapterInfo::from(&*generation))
     }
 
-    /// [`Registry::load_alone`] with one load a name at a time, counted. What an operator's directory offers
-    /// ([`SourceScope::Anywhere`]) does not count as a decision on what the manifest says.
-    async fn load_counted(
+    /// Loads an adapter without writing the manifest, and counts the load.
+    async fn load_unsaved(
         &self,
         name: &str,
         source: &Path,
@@ -384,7 +373,7 @@ impl Registry {
         let name_lock = NameLock::new(&self.0, name);
         let loaded = {
             let _guard = name_lock.lock.lock().await;
-            self.load_alone(name, source, scope, options).await
+            self.load_locked(name, source, scope, options).await
         };
         let stats = self.stats();
         match &loaded {
@@ -399,7 +388,9 @@ impl Registry {
         loaded
     }
 
-    async fn load_alone(
+    /// Loads an adapter; the caller holds the name's lock. An adapter of [`SourceScope::Anywhere`], which start-up offers
+    /// without being asked for it, does not displace a manifest entry of that name.
+    async fn load_locked(
         &self,
         name: &str,
         source: &Path,
@@ -409,7 +400,7 @@ impl Registry {
         let LoadOptions { pinned, replace } = options;
         self.check_name(name)?;
         if !replace && self.lock().loaded.contains_key(name) {
-            let message = format!("adapter {name:?} is loaded already: ask for it to be replaced, or unload it first");
+            let message = format!("adapter {name:?} is already loaded: replace it or unload it first");
             return Err(Error::new(ErrorKind::Conflict, message).param("name").code("adapter_exists"));
         }
         let (generation, weights) = self.read(name, source, scope).await?;
@@ -422,10 +413,10 @@ impl Registry {
         }
         let same = |old: &&Arc<Generation>| old.id == generation.id && old.source == generation.source;
         if let Some(old) = names.loaded.get(name).filter(same) {
-            old.state.pinned.store(pinned, SeqCst);
+            old.state.set_pinned(pinned);
             return Ok(AdapterInfo::from(&**old));
         }
-        generation.state.pinned.store(pinned, SeqCst);
+        generation.state.set_pinned(pinned);
         let generation = Arc::new(generation);
         self.0.host.put(&generation, Arc::new(weights));
         let info = AdapterInfo::from(&*generation);
@@ -435,11 +426,11 @@ impl Registry {
         Ok(info)
     }
 
-    /// Reads and checks an adapter that is to be called `name`.
+    /// Reads and checks an adapter that will be published as `name`.
     async fn read(&self, name: &str, source: &Path, scope: SourceScope) -> Result<(Generation, AdapterWeights)> {
         let (inner, source) = (self.0.clone(), source.to_owned());
         let read = move || {
-            let source = inner.resolve(&source, scope)?;
+            let source = inner.roots.resolve(&source, scope)?;
             peft::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
         };
         let (source, weights, id) = tokio::task::spawn_blocking(read)
@@ -462,7 +453,7 @@ impl Registry {
     fn check_name(&self, name: &str) -> Result<()> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._:/@-".contains(c);
         let message = if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(allowed) {
-            format!("an adapter name has 1 to {MAX_NAME} characters of A-Z a-z 0-9 . _ : / @ -; {name:?} does not fit")
+            format!("invalid adapter name {name:?}: it must have 1 to {MAX_NAME} characters of A-Z a-z 0-9 . _ : / @ -")
         } else if self.0.config.reserved_names.iter().any(|reserved| reserved == name) {
             format!("{name:?} is the name of the base model")
         } else {
@@ -471,7 +462,7 @@ impl Registry {
         Err(Error::invalid(message).param("name").code("adapter_name_invalid"))
     }
 
-    /// Pinned adapters must fit into the slots together, or they would wait for each other for ever.
+    /// Pinned adapters must fit into the slots together, or they would wait for each other forever.
     fn check_pin_budget(&self, names: &NameTable, name: &str, bytes: usize) -> Result<()> {
         let others = names.loaded.values().filter(|g| g.name != name && g.pinned());
         let total = bytes + others.map(|g| g.slot_bytes).sum::<usize>();
@@ -485,7 +476,7 @@ impl Registry {
         Err(Error::new(ErrorKind::Conflict, message).param("pinned").code("adapter_pin_budget"))
     }
 
-    /// Writes the manifest. What serves already goes on serving when that fails; the log has the reason.
+    /// Writes the manifest. A failure is logged and does not affect the adapters being served.
     fn save(&self) {
         let Some(manifest) = &self.0.manifest else { return };
         let manifest = manifest.lock().unwrap_or_else(PoisonError::into_inner);
@@ -512,7 +503,7 @@ impl NameTable {
     }
 }
 
-/// A place in the line of loads of one name; the line goes when nobody is in it.
+/// Holds the lock of a name that is being loaded, and removes it from the table once no load needs it.
 struct NameLock<'a> {
     inner: &'a RegistryInner,
     name: &'a str,
@@ -529,49 +520,10 @@ impl<'a> NameLock<'a> {
 impl Drop for NameLock<'_> {
     fn drop(&mut self) {
         let mut loading = self.inner.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        // The map's and ours.
+        // Two references: the table's and this one.
         if Arc::strong_count(&self.lock) == 2 {
             loading.remove(self.name);
         }
-    }
-}
-
-impl RegistryInner {
-    /// The real path of a source. Under [`SourceScope::Roots`] it lies below the adapter root, if there is one: neither `..` nor a
-    /// symlink leads out, and what lies outside is not even looked at.
-    fn resolve(&self, source: &Path, scope: SourceScope) -> Result<PathBuf> {
-        if source.as_os_str().is_empty() {
-            return Err(Error::invalid("the source must be the path of an adapter directory, not empty"));
-        }
-        let forbidden = || {
-            let message = format!("{} is outside the adapter root", source.display());
-            Error::new(ErrorKind::Forbidden, message).code("adapter_path_forbidden")
-        };
-        let root = self.root.as_deref().filter(|_| scope == SourceScope::Roots);
-        let made = self.config.checkpoint_root.as_deref();
-        let inside = |path: &Path| {
-            root.is_none_or(|root| path.starts_with(root) || made.is_some_and(|made| path.starts_with(made)))
-        };
-        let path = match (root, &self.config.adapter_root) {
-            (Some(root), Some(given)) => {
-                // Paths may name the root as it was given, through a symlink.
-                let below = source.strip_prefix(given).unwrap_or(source);
-                root.join(below)
-            }
-            _ => source.to_owned(),
-        };
-        if !inside(&path) || (root.is_some() && path.components().any(|c| c == Component::ParentDir)) {
-            return Err(forbidden());
-        }
-        let real = path.canonicalize().map_err(|e| {
-            Error::not_found(format!("no adapter in {}: {e}", source.display())).code("adapter_source_not_found")
-        })?;
-        for file in ["", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"] {
-            if real.join(file).canonicalize().is_ok_and(|file| !inside(&file)) {
-                return Err(forbidden());
-            }
-        }
-        Ok(real)
     }
 }
 

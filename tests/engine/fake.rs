@@ -8,9 +8,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use quiver::adapter::tiers::HostTier;
 use quiver::adapter::tiers::Residency;
-use quiver::adapter::{Generation, Lease};
+use quiver::adapter::{Generation, HostTier, Lease};
 use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
 use quiver::engine::sampler::{self, SamplingMetadata, TokenCounts};
 use quiver::engine::worker::{Tick, Worker};

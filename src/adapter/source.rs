@@ -1,0 +1,68 @@
+//! The directories from which adapters may be read.
+
+use std::path::{Component, Path, PathBuf};
+
+use crate::error::ErrorKind;
+use crate::{Error, Result};
+
+/// Where the source of an adapter may lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SourceScope {
+    /// Below the adapter root, if there is one, or below the checkpoint root.
+    Roots,
+    /// Anywhere: the operator chose the directory.
+    Anywhere,
+}
+
+/// The adapter root and the checkpoint root.
+pub(super) struct SourceRoots {
+    /// The adapter root as it was given, and its canonical path.
+    adapters: Option<(PathBuf, PathBuf)>,
+    checkpoints: Option<PathBuf>,
+}
+
+impl SourceRoots {
+    /// Errors: the adapter root cannot be used.
+    pub(super) fn new(adapters: Option<&Path>, checkpoints: Option<&Path>) -> Result<Self> {
+        let canonical = |given: &Path| match given.canonicalize() {
+            Ok(real) => Ok((given.to_owned(), real)),
+            Err(e) => Err(Error::invalid(format!("the adapter root {} cannot be used: {e}", given.display()))
+                .param("adapter_root")),
+        };
+        Ok(Self { adapters: adapters.map(canonical).transpose()?, checkpoints: checkpoints.map(Path::to_owned) })
+    }
+
+    /// The canonical path of a source. Under [`SourceScope::Roots`], neither `..` nor a symlink leads out of the roots, and
+    /// nothing outside them is touched. Errors: the source is outside the roots, or does not exist.
+    pub(super) fn resolve(&self, source: &Path, scope: SourceScope) -> Result<PathBuf> {
+        if source.as_os_str().is_empty() {
+            return Err(Error::invalid("the source must be the path of an adapter directory, not empty"));
+        }
+        let forbidden = || {
+            let message = format!("{} is outside the adapter root", source.display());
+            Error::new(ErrorKind::Forbidden, message).code("adapter_path_forbidden")
+        };
+        let root = self.adapters.as_ref().filter(|_| scope == SourceScope::Roots);
+        let inside = |path: &Path| {
+            let Some((_, root)) = root else { return true };
+            path.starts_with(root) || self.checkpoints.as_ref().is_some_and(|root| path.starts_with(root))
+        };
+        let path = match root {
+            // A path may start with the root as it was given, through a symlink.
+            Some((given, root)) => root.join(source.strip_prefix(given).unwrap_or(source)),
+            None => source.to_owned(),
+        };
+        if !inside(&path) || (root.is_some() && path.components().any(|c| c == Component::ParentDir)) {
+            return Err(forbidden());
+        }
+        let real = path.canonicalize().map_err(|e| {
+            Error::not_found(format!("no adapter in {}: {e}", source.display())).code("adapter_source_not_found")
+        })?;
+        for file in ["", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"] {
+            if real.join(file).canonicalize().is_ok_and(|file| !inside(&file)) {
+                return Err(forbidden());
+            }
+        }
+        Ok(real)
+    }
+}
