@@ -15,7 +15,7 @@ use candle_core::{Device, Tensor};
 use super::{Entry, Format, Merged, Origin};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat};
-use crate::model::weights::gguf::{self, Metadata};
+use crate::model::weights::gguf::{self, GgufMetadata};
 use crate::text::tokenizer;
 use crate::{Error, Result};
 
@@ -42,7 +42,7 @@ pub fn write(base: &ModelFiles, merged: &Merged, format: Format, out: &Path) -> 
         ModelFormat::HuggingFace(dir) => of_directory(&base.name, dir, config)?,
         ModelFormat::Shape(_) => return Err(Error::internal("made-up weights have no metadata")),
     };
-    let llama = Metadata(&metadata).text("general.architecture")? == Some("llama");
+    let llama = GgufMetadata(&metadata).text("general.architecture")? == Some("llama");
     // As llama.cpp numbers them.
     let (matrix, table, file_type) = match format {
         Format::GgufQ8_0 => (GgmlDType::Q8_0, GgmlDType::Q8_0, 7),
@@ -90,7 +90,7 @@ pub fn write(base: &ModelFiles, merged: &Merged, format: Format, out: &Path) -> 
     Ok(())
 }
 
-/// Metadata and tensors beside the merged ones.
+/// GgufMetadata and tensors beside the merged ones.
 type Others = (HashMap<String, Value>, Vec<(String, Tensor)>);
 
 /// Of a base that is a GGUF file: its own.

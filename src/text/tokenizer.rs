@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
-use crate::model::weights::gguf::{self, Metadata};
+use crate::model::weights::gguf::{self, GgufMetadata};
 use crate::text::codec::byte_of;
 use crate::text::template::SpecialTokens;
 use crate::{Error, Result};
@@ -53,10 +53,10 @@ mod token_type {
 /// From a GGUF file's metadata.
 pub fn from_gguf(path: &Path) -> Result<Loaded> {
     let (content, _) = gguf::header(path)?;
-    build(&Metadata(&content.metadata)).map_err(|e| e.in_file(path))
+    build(&GgufMetadata(&content.metadata)).map_err(|e| e.in_file(path))
 }
 
-fn build(meta: &Metadata) -> Result<Loaded> {
+fn build(meta: &GgufMetadata) -> Result<Loaded> {
     use candle_core::quantized::gguf_file::Value as Gguf;
     fn text(value: &Gguf) -> Option<&str> {
         if let Gguf::String(text) = value { Some(text) } else { None }

@@ -1,7 +1,7 @@
-//! Weights made up for a shape, to measure speed and memory of models whose files are not at hand.
+//! Dummy weights for a shape, to measure the speed and memory of models without their files.
 //!
-//! Codes are random bytes, never quantised from floats, and scales are such that activations keep their size: a value of
-//! a matrix `[n, k]` has mean 0 and standard deviation 1/√k. The same shape gets the same weights every time.
+//! Codes are random bytes instead of quantised floats. Scales keep the size of activations: the values of a matrix `[n, k]`
+//! have mean 0 and standard deviation 1/√k. The same shape gets the same weights every time.
 
 use std::borrow::Cow;
 
@@ -9,26 +9,27 @@ use half::{bf16, f16};
 use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng, SeedableRng};
 
-use super::{Quantize, Tensors};
+use super::{Quantize, TensorSource};
 use crate::ops::quant::nf4::{BLOCK, CODEBOOK};
 use crate::ops::quant::{Codec, Source};
 use crate::{Error, Result};
 
-/// Standard deviation of 16 equally likely values one apart.
+/// Standard deviation of the integers 0 to 15, each equally likely.
 const CODES_DEVIATION: f32 = 4.609_772;
 
-/// See the module.
-pub struct Dummy {
-    form: Quantize,
+/// The dummy tensors of a model.
+pub struct DummyTensors {
+    /// Format of the linears.
+    format: Quantize,
 }
 
-impl Dummy {
-    /// With linears in this form.
-    pub fn new(form: Quantize) -> Self {
-        Self { form }
+impl DummyTensors {
+    /// Tensors with linears in `format`.
+    pub fn new(format: Quantize) -> Self {
+        Self { format }
     }
 
-    /// GGUF blocks of 32 codes behind `head` bytes that `fill` changes from random ones to scales.
+    /// Blocks of a GGUF format with random codes. `fill` replaces the random scales of each block.
     fn blocks(
         &self,
         codec: Codec,
@@ -48,12 +49,12 @@ impl Dummy {
     }
 }
 
-impl Tensors for Dummy {
+impl TensorSource for DummyTensors {
     fn linear(&mut self, name: &str, n: usize, k: usize) -> Result<Source<'static>> {
         let deviation = 1.0 / (k as f32).sqrt();
         let scale = f16::from_f32(deviation / CODES_DEVIATION);
-        // Codes of Q4_0 and NF4 are not symmetric around 0; scales of either sign are, so that no mean adds up along k.
-        match self.form {
+        // Codes of Q4_0 and NF4 are not symmetric around 0. Scales of either sign keep a mean from adding up along k.
+        match self.format {
             Quantize::Q4_0 => self.blocks(Codec::Q4_0, name, (n, k), |block| {
                 let [low, high] = scale.to_le_bytes();
                 (block[0], block[1]) = (low, high | block[1] & 0x80);
@@ -91,7 +92,7 @@ impl Tensors for Dummy {
     }
 
     fn sample(&self, feed: &mut dyn FnMut(&[u8])) -> Result<()> {
-        feed(format!("dummy {:?}", self.form).as_bytes());
+        feed(format!("dummy {:?}", self.format).as_bytes());
         Ok(())
     }
 
@@ -100,7 +101,7 @@ impl Tensors for Dummy {
     }
 }
 
-/// Bytes of `count` values in bf16 with mean 0 and this standard deviation, always the same for a name.
+/// Bytes of `count` bf16 values with mean 0 and standard deviation `deviation`, always the same for a name.
 pub fn uniform(name: &str, count: usize, deviation: f32) -> Vec<u8> {
     let value = |byte: u8| (f32::from(byte) - 127.5) / 127.5 * 3f32.sqrt() * deviation;
     let table: [[u8; 2]; 256] = std::array::from_fn(|byte| bf16::from_f32(value(byte as u8)).to_le_bytes());
@@ -121,7 +122,7 @@ fn random_bytes(name: &str, count: usize) -> Vec<u8> {
     bytes
 }
 
-/// Seeded with the name (FNV-1a).
+/// A generator seeded with the hash of the name (FNV-1a).
 fn generator(name: &str) -> Pcg64Mcg {
     let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     Pcg64Mcg::seed_from_u64(seed)

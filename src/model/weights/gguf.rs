@@ -1,7 +1,7 @@
 //! GGUF files of the architectures `llama` (also Mistral's), `qwen2` and `qwen3`: one file with everything.
 //!
-//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. candle parses the header; it is well tested
-//! against hostile lengths, and the blocks themselves go to our own packing untouched.
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. candle parses the header, because its parser is well
+//! tested against hostile lengths. The blocks of values are packed by [`crate::ops::quant`].
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -9,16 +9,16 @@ use std::io::BufReader;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 
-use super::Opened;
+use super::OpenModel;
 use super::check::check_config;
-use super::checkpoint::{Checkpoint, Entry, Form};
+use super::tensors::{ModelTensors, TensorEncoding, TensorEntry};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 
-/// Names within a block, GGUF's and Hugging Face's, without `.weight` or `.bias`.
+/// Names within a decoder block in GGUF and in Hugging Face, without `.weight` or `.bias`.
 const BLOCK_NAMES: [(&str, &str); 11] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
@@ -33,14 +33,14 @@ const BLOCK_NAMES: [(&str, &str); 11] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
-/// Names outside the blocks.
+/// Names outside the decoder blocks.
 const OUTER_NAMES: [(&str, &str); 3] = [
     ("token_embd.weight", "model.embed_tokens.weight"),
     ("output_norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
 ];
 
-/// Settings that change the arithmetic in ways that the decoder does not have.
+/// Settings that change the arithmetic in ways that the decoder does not support.
 const REFUSED: [&str; 7] = [
     "expert_count",
     "attention.clamp_kqv",
@@ -51,20 +51,24 @@ const REFUSED: [&str; 7] = [
     "residual_scale",
 ];
 
-/// The header of a GGUF file, and the file, rewound nowhere in particular.
+/// The header of a GGUF file, and the open file, whose position is unspecified.
 pub fn header(path: &Path) -> Result<(Content, File)> {
     let file = File::open(path).map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
     let content = Content::read(&mut BufReader::new(&file)).map_err(|e| {
         let why = e.to_string();
-        Error::invalid(format!("{} is no readable GGUF file: {}", path.display(), why.lines().next().unwrap_or(&why)))
+        Error::invalid(format!(
+            "{} is not a readable GGUF file: {}",
+            path.display(),
+            why.lines().next().unwrap_or(&why)
+        ))
     })?;
     Ok((content, file))
 }
 
 /// Reads the description and lists the tensors.
-pub fn open(path: &Path) -> Result<Opened> {
+pub fn open(path: &Path) -> Result<OpenModel> {
     let (content, file) = header(path)?;
-    describe(path, &content, file).map_err(|mut e| {
+    Description::read(&content).and_then(|description| description.open(path, file)).map_err(|mut e| {
         if !e.message.contains(&*path.to_string_lossy()) {
             e.message = format!("{}: {}", path.display(), e.message);
         }
@@ -72,35 +76,67 @@ pub fn open(path: &Path) -> Result<Opened> {
     })
 }
 
-fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
-    let meta = Metadata(&content.metadata);
-    let architecture = match meta.text("general.architecture")? {
-        Some(known @ ("llama" | "qwen2" | "qwen3")) => known,
-        other => {
-            let found = other.unwrap_or("(none)");
+/// The header of a model that can be loaded.
+struct Description<'a> {
+    content: &'a Content,
+    meta: GgufMetadata<'a>,
+    /// Prefix of the keys that depend on it.
+    architecture: &'a str,
+    num_heads: usize,
+    num_kv_heads: usize,
+}
+
+impl<'a> Description<'a> {
+    /// Errors: an architecture, or a variation of one, that is not supported; no number of heads.
+    fn read(content: &'a Content) -> Result<Self> {
+        let meta = GgufMetadata(&content.metadata);
+        let architecture = match meta.text("general.architecture")? {
+            Some(known @ ("llama" | "qwen2" | "qwen3")) => known,
+            other => {
+                let found = other.unwrap_or("(none)");
+                return Err(Error::invalid(format!(
+                    "architecture {found:?} is not supported, only llama, qwen2 and qwen3"
+                )));
+            }
+        };
+        if let Some(count @ 2..) = meta.integer("split.count")? {
             return Err(Error::invalid(format!(
-                "architecture {found:?} is not supported, only llama, qwen2 and qwen3"
+                "the file is one of {count} parts of a split model: join them with llama-gguf-split --merge"
             )));
         }
-    };
-    let key = |name: &str| format!("{architecture}.{name}");
-    if let Some(count @ 2..) = meta.integer("split.count")? {
-        return Err(Error::invalid(format!(
-            "one of {count} parts of a split model: join them with llama-gguf-split --merge"
-        )));
-    }
-    for key in REFUSED.map(key) {
-        if content.metadata.get(&key).is_some_and(|v| !is_off(v)) {
-            return Err(Error::invalid(format!("{key} is set: this variation of the architecture is not supported")));
+        for key in REFUSED.map(|name| format!("{architecture}.{name}")) {
+            if content.metadata.get(&key).is_some_and(|v| !is_off(v)) {
+                return Err(Error::invalid(format!(
+                    "{key} is set: this variation of the architecture is not supported"
+                )));
+            }
         }
+        let num_heads = meta.required(&format!("{architecture}.attention.head_count"))?;
+        let num_kv_heads = meta.integer(&format!("{architecture}.attention.head_count_kv"))?.unwrap_or(num_heads);
+        Ok(Self { content, meta, architecture, num_heads, num_kv_heads })
     }
 
-    let mut checkpoint =
-        Checkpoint::new(|name| gguf_name(name).map_or_else(|| name.to_string(), |own| format!("{own} ({name})")));
-    let num_heads = meta.required(&key("attention.head_count"))?;
-    let num_kv_heads = meta.integer(&key("attention.head_count_kv"))?.unwrap_or(num_heads);
-    let index = checkpoint.add_file(path, file);
-    for (label, info) in &content.tensor_infos {
+    /// The key of a setting of the architecture.
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    fn open(&self, path: &Path, file: File) -> Result<OpenModel> {
+        let mut tensors =
+            ModelTensors::new(|hf| gguf_name(hf).map_or_else(|| hf.into(), |own| format!("{own} ({hf})")));
+        let file = tensors.add_file(path, file);
+        for (label, info) in &self.content.tensor_infos {
+            let name = hf_name(label);
+            let entry = self.entry(label, info, name.as_deref(), file)?;
+            tensors.add(name.unwrap_or_else(|| label.clone()), entry)?;
+        }
+        let tied = tensors.shape("lm_head.weight").is_none();
+        let config = self.config(&mut tensors)?;
+        Ok(OpenModel { config, tensors, tied })
+    }
+
+    /// Where a tensor lies. Errors: a type that is not supported, rows that are no whole number of blocks.
+    fn entry(&self, label: &str, info: &TensorInfo, hf_name: Option<&str>, file: usize) -> Result<TensorEntry> {
         let codec = codec(info.ggml_dtype).ok_or_else(|| {
             Error::invalid(format!(
                 "tensor {label} is {:?}; supported are F32, F16, BF16, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0",
@@ -116,89 +152,102 @@ fn describe(path: &Path, content: &Content, file: File) -> Result<Opened> {
             _ => None,
         }
         .ok_or_else(|| {
-            Error::invalid(format!("tensor {label}: shape {shape:?} is no whole number of {codec:?} blocks"))
+            Error::invalid(format!("tensor {label}: shape {shape:?} is not a whole number of {codec:?} blocks"))
         })?;
-        let name = hf_name(label);
-        let interleaved_heads = match name.as_deref() {
-            // The other architectures turn halves in llama.cpp too.
-            _ if architecture != "llama" => None,
-            Some(n) if n.ends_with("q_proj.weight") => Some(num_heads),
-            Some(n) if n.ends_with("k_proj.weight") => Some(num_kv_heads),
+        let interleaved_heads = match hf_name {
+            // llama.cpp rotates halves too in the other architectures.
+            _ if self.architecture != "llama" => None,
+            Some(n) if n.ends_with("q_proj.weight") => Some(self.num_heads),
+            Some(n) if n.ends_with("k_proj.weight") => Some(self.num_kv_heads),
             _ => None,
         };
-        let offset = content.tensor_data_offset.saturating_add(info.offset);
-        let bytes = bytes as u64;
-        let form = Form::Values(codec);
-        let entry = Entry { label: label.clone(), form, shape, file: index, offset, bytes, interleaved_heads };
-        checkpoint.add(name.unwrap_or_else(|| label.clone()), entry)?;
+        Ok(TensorEntry {
+            label: label.to_string(),
+            encoding: TensorEncoding::Values(codec),
+            shape,
+            file,
+            offset: self.content.tensor_data_offset.saturating_add(info.offset),
+            bytes: bytes as u64,
+            interleaved_heads,
+        })
     }
 
-    let hidden_size = meta.required(&key("embedding_length"))?;
-    let head_dim = match meta.integer(&key("attention.key_length"))? {
-        Some(length) => length,
-        None if num_heads > 0 => hidden_size / num_heads,
-        None => 0,
-    };
-    for key in ["attention.value_length", "rope.dimension_count"].map(key) {
-        if let Some(length) = meta.integer(&key)?
-            && length != head_dim
-        {
-            return Err(Error::invalid(format!(
-                "{key} {length} differs from the head dimension {head_dim}: not supported"
-            )));
-        }
+    /// The shape of the decoder. Takes the tensor of RoPE factors, if there is one.
+    fn config(&self, tensors: &mut ModelTensors) -> Result<ModelConfig> {
+        let meta = &self.meta;
+        let hidden_size = meta.required(&self.key("embedding_length"))?;
+        let head_dim = self.head_dim(hidden_size)?;
+        let vocab_size = tensors
+            .shape("model.embed_tokens.weight")
+            .and_then(|shape| shape.first().copied())
+            .ok_or_else(|| Error::invalid("there is no tensor token_embd.weight"))?;
+        let factors = match tensors.shape("rope_freqs.weight") {
+            Some(_) => Some(tensors.vector("rope_freqs.weight", head_dim / 2)?),
+            None => None,
+        };
+        // Up to its length, a sliding window is full attention, and sequences end there.
+        let window = meta.integer(&self.key("attention.sliding_window"))?.filter(|&w| w > 0).unwrap_or(usize::MAX);
+        let eps = self.key("attention.layer_norm_rms_epsilon");
+        let config = ModelConfig {
+            hidden_size,
+            intermediate_size: meta.required(&self.key("feed_forward_length"))?,
+            num_layers: meta.required(&self.key("block_count"))?,
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim,
+            vocab_size,
+            rms_norm_eps: meta.float(&eps)?.ok_or_else(|| Error::invalid(format!("metadata {eps} is missing")))?,
+            rope_theta: meta.float(&self.key("rope.freq_base"))?.unwrap_or(10_000.0),
+            rope_scaling: self.rope_scaling(factors)?,
+            qkv_bias: self.architecture == "qwen2",
+            qk_norm: self.architecture == "qwen3",
+            max_position_embeddings: meta.required(&self.key("context_length"))?.min(window),
+        };
+        check_config(&config)?;
+        Ok(config)
     }
-    let vocab_size = checkpoint
-        .shape("model.embed_tokens.weight")
-        .and_then(|shape| shape.first().copied())
-        .ok_or_else(|| Error::invalid("there is no tensor token_embd.weight"))?;
-    let tied = checkpoint.shape("lm_head.weight").is_none();
-    let factors = match checkpoint.shape("rope_freqs.weight") {
-        Some(_) => Some(checkpoint.vector("rope_freqs.weight", head_dim / 2)?),
-        None => None,
-    };
-    // Up to its length, a window is full attention; beyond it no sequence goes.
-    let window = meta.integer(&key("attention.sliding_window"))?.filter(|&w| w > 0).unwrap_or(usize::MAX);
-    let epsilon = key("attention.layer_norm_rms_epsilon");
-    let config = ModelConfig {
-        hidden_size,
-        intermediate_size: meta.required(&key("feed_forward_length"))?,
-        num_layers: meta.required(&key("block_count"))?,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        vocab_size,
-        rms_norm_eps: meta.float(&epsilon)?.ok_or_else(|| Error::invalid(format!("metadata {epsilon} is missing")))?,
-        rope_theta: meta.float(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-        rope_scaling: rope_scaling(&meta, key, factors)?,
-        qkv_bias: architecture == "qwen2",
-        qk_norm: architecture == "qwen3",
-        max_position_embeddings: meta.required(&key("context_length"))?.min(window),
-    };
-    check_config(&config)?;
-    Ok(Opened { config, checkpoint, tied })
-}
 
-/// Linear scaling from the metadata; Llama 3's comes as a tensor of factors, one a frequency.
-fn rope_scaling(meta: &Metadata, key: impl Fn(&str) -> String, factors: Option<Vec<f32>>) -> Result<RopeScaling> {
-    let (kind, factor) = (key("rope.scaling.type"), key("rope.scaling.factor"));
-    let factor = match meta.text(&kind)? {
-        None => meta.float(&key("rope.scale_linear"))?.unwrap_or(1.0),
-        Some("none") => 1.0,
-        Some("linear") => {
-            meta.float(&factor)?.ok_or_else(|| Error::invalid(format!("{kind} is linear, but there is no {factor}")))?
+    /// Errors: heads whose values or rotated part have another width.
+    fn head_dim(&self, hidden_size: usize) -> Result<usize> {
+        let head_dim = match self.meta.integer(&self.key("attention.key_length"))? {
+            Some(length) => length,
+            None if self.num_heads > 0 => hidden_size / self.num_heads,
+            None => 0,
+        };
+        for key in ["attention.value_length", "rope.dimension_count"].map(|name| self.key(name)) {
+            if let Some(length) = self.meta.integer(&key)?
+                && length != head_dim
+            {
+                return Err(Error::invalid(format!(
+                    "{key} {length} differs from the head dimension {head_dim}: not supported"
+                )));
+            }
         }
-        Some(other) => {
-            return Err(Error::invalid(format!(
-                "RoPE scaling {other:?} is not supported: none, linear or llama3's factors"
-            )));
-        }
-    };
-    Ok(match factors {
-        Some(factors) => RopeScaling::Factors(factors.into_iter().map(|f| f * factor).collect()),
-        None if factor == 1.0 => RopeScaling::None,
-        None => RopeScaling::Linear { factor },
-    })
+        Ok(head_dim)
+    }
+
+    /// Linear scaling is in the metadata. Llama 3's is a tensor of `factors`, one per frequency.
+    fn rope_scaling(&self, factors: Option<Vec<f32>>) -> Result<RopeScaling> {
+        let (kind, factor) = (self.key("rope.scaling.type"), self.key("rope.scaling.factor"));
+        let number = |key: &str| self.meta.float(key);
+        let factor = match self.meta.text(&kind)? {
+            None => number(&self.key("rope.scale_linear"))?.unwrap_or(1.0),
+            Some("none") => 1.0,
+            Some("linear") => {
+                number(&factor)?.ok_or_else(|| Error::invalid(format!("{kind} is linear, but there is no {factor}")))?
+            }
+            Some(other) => {
+                return Err(Error::invalid(format!(
+                    "RoPE scaling {other:?} is not supported, only none, linear and llama3's factors"
+                )));
+            }
+        };
+        Ok(match factors {
+            Some(factors) => RopeScaling::Factors(factors.into_iter().map(|f| f * factor).collect()),
+            None if factor == 1.0 => RopeScaling::None,
+            None => RopeScaling::Linear { factor },
+        })
+    }
 }
 
 fn codec(dtype: GgmlDType) -> Option<Codec> {
@@ -229,7 +278,7 @@ fn hf_name(own: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{name}.{kind}"))
 }
 
-/// The other way.
+/// `model.layers.3.self_attn.q_proj.weight` to `blk.3.attn_q.weight`.
 pub fn gguf_name(hf: &str) -> Option<String> {
     if let Some((own, _)) = OUTER_NAMES.iter().find(|(_, name)| *name == hf) {
         return Some(own.to_string());
@@ -240,7 +289,7 @@ pub fn gguf_name(hf: &str) -> Option<String> {
     Some(format!("blk.{layer}.{own}.{kind}"))
 }
 
-/// Zero, false or empty: as good as absent.
+/// Whether a setting has no effect: zero, false or empty.
 fn is_off(value: &Value) -> bool {
     match value {
         Value::F32(v) => *v == 0.0,
@@ -252,7 +301,7 @@ fn is_off(value: &Value) -> bool {
     }
 }
 
-/// An integer of any width, if it is one and not negative.
+/// The value of an integer of any width that is not negative.
 pub fn integer(value: &Value) -> Option<usize> {
     match *value {
         Value::U8(v) => Some(v.into()),
@@ -267,10 +316,10 @@ pub fn integer(value: &Value) -> Option<usize> {
     }
 }
 
-/// Typed look-ups: a key that is absent is `None`, one of another type is an error that names it.
-pub struct Metadata<'a>(pub &'a HashMap<String, Value>);
+/// Typed look-ups in a header: `None` if the key is absent. Errors: a value of another type, naming the key.
+pub struct GgufMetadata<'a>(pub &'a HashMap<String, Value>);
 
-impl<'a> Metadata<'a> {
+impl<'a> GgufMetadata<'a> {
     /// An integer of any width.
     pub fn integer(&self, key: &str) -> Result<Option<usize>> {
         self.get(key, "a whole number", integer)
@@ -300,7 +349,7 @@ impl<'a> Metadata<'a> {
         self.get(key, "true or false", |v| v.to_bool().ok())
     }
 
-    /// An array, each element through `element`.
+    /// An array, with each element converted by `element`.
     pub fn list<T>(&self, key: &str, element: impl Fn(&'a Value) -> Option<T>) -> Result<Option<Vec<T>>> {
         self.get(key, "a list of one kind", |v| v.to_vec().ok()?.iter().map(&element).collect())
     }

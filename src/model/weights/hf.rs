@@ -11,15 +11,15 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::check::check_config;
-use super::checkpoint::{Checkpoint, Entry, Form};
-use super::{Opened, bnb};
+use super::tensors::{ModelTensors, TensorEncoding, TensorEntry};
+use super::{OpenModel, bnb};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 
-/// The settings of config.json that a decoder depends on; transformers' defaults where it has some.
+/// The settings of config.json that a decoder depends on, with transformers' defaults.
 #[derive(Deserialize)]
-struct Config {
+struct HfConfig {
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
@@ -34,24 +34,24 @@ struct Config {
     hidden_act: Option<String>,
     rope_theta: Option<f32>,
     /// Up to transformers 4.
-    rope_scaling: Option<Rope>,
-    /// From transformers 5, with the base in it.
-    rope_parameters: Option<Rope>,
+    rope_scaling: Option<HfRope>,
+    /// From transformers 5 on; contains `rope_theta`.
+    rope_parameters: Option<HfRope>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
     mlp_bias: bool,
     sliding_window: Option<usize>,
-    /// Whether Qwen models use it.
+    /// Whether a Qwen model uses `sliding_window`.
     use_sliding_window: Option<bool>,
-    /// Kinds of attention, by decoder block.
+    /// Kind of attention of each decoder block.
     layer_types: Option<Vec<String>>,
     partial_rotary_factor: Option<f32>,
     quantization_config: Option<Value>,
 }
 
 #[derive(Deserialize)]
-struct Rope {
+struct HfRope {
     rope_type: Option<String>,
     /// The older name of `rope_type`; some files have both.
     r#type: Option<String>,
@@ -62,7 +62,7 @@ struct Rope {
     original_max_position_embeddings: Option<usize>,
 }
 
-/// Decoders that differ in what config.json does not say.
+/// The supported architectures, which differ in ways that config.json does not say.
 #[derive(Clone, Copy, PartialEq)]
 enum Architecture {
     Llama,
@@ -90,7 +90,7 @@ impl Architecture {
     }
 }
 
-/// A model's shape from its config.json, and whether its embedding is also its head.
+/// A model's shape from its config.json, and whether the embedding is also the head.
 pub fn shape(path: &Path) -> Result<(ModelConfig, bool)> {
     let (config, tied, _) = read_config(path)?;
     Ok((config, tied))
@@ -100,47 +100,47 @@ pub fn shape(path: &Path) -> Result<(ModelConfig, bool)> {
 fn read_config(path: &Path) -> Result<(ModelConfig, bool, Option<Value>)> {
     let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
     let config: Value = read_json(path)?;
-    // Before the fields, which another architecture may lack.
+    // Read before the other fields, which another architecture may lack.
     let architecture = Architecture::read(&config).map_err(|e| bad(e.message))?;
-    let mut config: Config = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
+    let mut config: HfConfig = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
     let (tied, quantised) = (config.tie_word_embeddings, config.quantization_config.take());
     let config = describe(architecture, config).map_err(|e| bad(e.message))?;
     Ok((config, tied, quantised))
 }
 
 /// Reads the description and lists the tensors.
-pub fn open(dir: &Path) -> Result<Opened> {
+pub fn open(dir: &Path) -> Result<OpenModel> {
     let path = dir.join("config.json");
     let (config, tied, quantised) = read_config(&path)?;
     if let Some(q) = quantised.as_ref().filter(|q| !bnb::is_config(q)) {
         return Err(Error::invalid(format!(
-            "{}: a checkpoint quantised with {:?} is not supported, only 4-bit bitsandbytes (load the original, with \
-             --quantize nf4 if wanted)",
+            "{}: a model quantised with {:?} is not supported, only 4-bit bitsandbytes (load the original, with --quantize \
+             nf4 if you want 4 bits)",
             path.display(),
             q["quant_method"].as_str().unwrap_or("unknown")
         )));
     }
 
-    let mut checkpoint = Checkpoint::new(str::to_string);
+    let mut tensors = ModelTensors::new(str::to_string);
     for file in shards(dir)? {
-        list(&mut checkpoint, &dir.join(file))?;
+        list(&mut tensors, &dir.join(file))?;
     }
-    // Buffers that old versions of transformers saved; they follow from the configuration.
+    // Old versions of transformers saved these buffers, which follow from the configuration.
     for layer in 0..config.num_layers {
-        checkpoint.ignore(&format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
+        tensors.ignore(&format!("model.layers.{layer}.self_attn.rotary_emb.inv_freq"));
     }
     if tied {
-        checkpoint.ignore("lm_head.weight");
+        tensors.ignore("lm_head.weight");
     }
     if quantised.is_some() {
-        bnb::join(&mut checkpoint).map_err(|e| e.in_file(dir))?;
+        bnb::join(&mut tensors).map_err(|e| e.in_file(dir))?;
     }
-    Ok(Opened { config, checkpoint, tied })
+    Ok(OpenModel { config, tensors, tied })
 }
 
-fn describe(architecture: Architecture, c: Config) -> Result<ModelConfig> {
+fn describe(architecture: Architecture, c: HfConfig) -> Result<ModelConfig> {
     let refuse = |what: String| Err(Error::invalid(format!("{what} is not supported")));
-    // Qwen2 has its own biases, whatever this says.
+    // Qwen2 always has biases of q, k and v, and ignores this setting.
     let attention_bias = c.attention_bias && architecture != Architecture::Qwen2;
     if attention_bias || c.mlp_bias {
         return refuse(format!("{}: true", if attention_bias { "attention_bias" } else { "mlp_bias" }));
@@ -152,7 +152,7 @@ fn describe(architecture: Architecture, c: Config) -> Result<ModelConfig> {
     if let Some(other) = c.layer_types.iter().flatten().find(|t| !kinds.contains(&t.as_str())) {
         return refuse(format!("layer type {other:?}"));
     }
-    // Up to its length, a window is full attention; beyond it no sequence goes.
+    // Up to its length, a sliding window is full attention, and sequences end there.
     let qwen = matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3);
     let window = c.sliding_window.filter(|_| c.use_sliding_window.unwrap_or(!qwen)).unwrap_or(usize::MAX);
     if let Some(part) = c.partial_rotary_factor.filter(|&p| p != 1.0) {
@@ -185,10 +185,10 @@ fn describe(architecture: Architecture, c: Config) -> Result<ModelConfig> {
     Ok(config)
 }
 
-fn rope_scaling(rope: Rope) -> Result<RopeScaling> {
+fn rope_scaling(rope: HfRope) -> Result<RopeScaling> {
     let kind = rope.rope_type.as_deref().or(rope.r#type.as_deref()).unwrap_or("default");
     let need = |name: &str, value: Option<f32>| {
-        value.ok_or_else(|| Error::invalid(format!("RoPE scaling {kind:?} without {name}")))
+        value.ok_or_else(|| Error::invalid(format!("RoPE scaling {kind:?} needs {name}")))
     };
     match kind {
         "default" => Ok(RopeScaling::None),
@@ -199,31 +199,33 @@ fn rope_scaling(rope: Rope) -> Result<RopeScaling> {
             high_freq_factor: need("high_freq_factor", rope.high_freq_factor)?,
             original_max_position_embeddings: rope
                 .original_max_position_embeddings
-                .ok_or_else(|| Error::invalid("RoPE scaling \"llama3\" without original_max_position_embeddings"))?,
+                .ok_or_else(|| Error::invalid("RoPE scaling \"llama3\" needs original_max_position_embeddings"))?,
         }),
-        other => Err(Error::invalid(format!("RoPE scaling {other:?} is not supported: default, linear or llama3"))),
+        other => {
+            Err(Error::invalid(format!("RoPE scaling {other:?} is not supported, only default, linear and llama3")))
+        }
     }
 }
 
 /// File names of the shards, or of the one file.
 fn shards(dir: &Path) -> Result<BTreeSet<String>> {
     #[derive(Deserialize)]
-    struct Index {
+    struct ShardIndex {
         weight_map: BTreeMap<String, String>,
     }
     let index = dir.join("model.safetensors.index.json");
     if !index.is_file() {
         return Ok(BTreeSet::from(["model.safetensors".to_string()]));
     }
-    let files: BTreeSet<String> = read_json::<Index>(&index)?.weight_map.into_values().collect();
+    let files: BTreeSet<String> = read_json::<ShardIndex>(&index)?.weight_map.into_values().collect();
     match files.iter().find(|f| Path::new(f).components().count() != 1 || f.starts_with("..")) {
-        Some(outside) => Err(Error::invalid(format!("{}: {outside:?} is no file name", index.display()))),
+        Some(outside) => Err(Error::invalid(format!("{}: {outside:?} is not a file name", index.display()))),
         None => Ok(files),
     }
 }
 
 /// Adds the tensors of one safetensors file: u64 length, JSON header, data.
-pub fn list(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
+pub fn list(tensors: &mut ModelTensors, path: &Path) -> Result<()> {
     let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
     let mut file = File::open(path).map_err(|e| bad(e.to_string()))?;
     let mut length = [0; 8];
@@ -231,31 +233,33 @@ pub fn list(checkpoint: &mut Checkpoint, path: &Path) -> Result<()> {
     let length = u64::from_le_bytes(length);
     let size = file.metadata()?.len();
     if length > size.saturating_sub(8) {
-        return Err(bad(format!("no safetensors file, or truncated: a header of {length} bytes in a file of {size}")));
+        return Err(bad(format!(
+            "not a safetensors file, or truncated: a header of {length} bytes in a file of {size}"
+        )));
     }
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(|e| bad(e.to_string()))?;
     let header: Metadata = serde_json::from_slice(&header).map_err(|e| bad(format!("safetensors header: {e}")))?;
-    let index = checkpoint.add_file(path, file);
+    let index = tensors.add_file(path, file);
     for (name, info) in header.tensors() {
-        let form = match info.dtype {
-            Dtype::F32 => Form::Values(Codec::F32),
-            Dtype::F16 => Form::Values(Codec::F16),
-            Dtype::BF16 => Form::Values(Codec::BF16),
-            Dtype::U8 => Form::Bytes,
+        let encoding = match info.dtype {
+            Dtype::F32 => TensorEncoding::Values(Codec::F32),
+            Dtype::F16 => TensorEncoding::Values(Codec::F16),
+            Dtype::BF16 => TensorEncoding::Values(Codec::BF16),
+            Dtype::U8 => TensorEncoding::Bytes,
             other => return Err(bad(format!("tensor {name} is {other:?}; supported are F32, F16 and BF16"))),
         };
         let (start, end) = info.data_offsets;
-        let entry = Entry {
+        let entry = TensorEntry {
             label: name.clone(),
-            form,
+            encoding,
             shape: info.shape.clone(),
             file: index,
             offset: 8 + length + start as u64,
             bytes: (end - start) as u64,
             interleaved_heads: None,
         };
-        checkpoint.add(name, entry)?;
+        tensors.add(name, entry)?;
     }
     Ok(())
 }

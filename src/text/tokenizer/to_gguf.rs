@@ -13,7 +13,7 @@ use tokenizers::{
     Tokenizer,
 };
 
-use super::{Loaded, Metadata, assemble, build, byte_level, from_directory, token_type};
+use super::{GgufMetadata, Loaded, assemble, build, byte_level, from_directory, token_type};
 use crate::{Error, Result};
 
 /// Names of the known ways to cut words.
@@ -86,7 +86,7 @@ fn convert(loaded: &Loaded, rows: usize) -> Result<HashMap<String, Value>> {
     // All of it, special tokens too.
     let added = tokenizer.get_added_tokens_decoder().into_iter().map(|(_, token)| token.content + " ");
     let text = TEXT.to_owned() + &added.collect::<String>();
-    let again = build(&Metadata(&metadata))?.tokenizer;
+    let again = build(&GgufMetadata(&metadata))?.tokenizer;
     if encode(&again, &text, true)? != encode(tokenizer, &text, true)? {
         return Err(Error::invalid("rebuilt from GGUF metadata it gives other ids"));
     }

@@ -1,4 +1,4 @@
-//! The tensors of a model on disk: listed by name, read once each.
+//! The tensors of a model on disk: listed by name, and each read once.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -9,65 +9,66 @@ use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
-use super::bnb::Packed;
+use super::bnb::BnbTensors;
 use crate::ops::pool::parallel_for;
 use crate::ops::quant::{Codec, Source};
 use crate::{Error, Result};
 
 /// Where a tensor lies and what it is.
-pub struct Entry {
+pub struct TensorEntry {
     /// The name in the file, for messages.
     pub label: String,
     /// What its bytes are.
-    pub form: Form,
+    pub encoding: TensorEncoding,
     /// Outermost dimension first: `[out, in]` for a matrix.
     pub shape: Vec<usize>,
-    /// Index of its file in the checkpoint.
+    /// Index of its file in [`ModelTensors`].
     pub file: usize,
-    /// Where its bytes begin in that file.
+    /// First byte in that file.
     pub offset: u64,
-    /// How many there are.
+    /// Number of bytes.
     pub bytes: u64,
-    /// Heads whose rows the writer interleaved for its own RoPE (llama.cpp does, for q and k); undone on reading.
+    /// Number of heads, if the writer interleaved the rows of each head for its own RoPE, as llama.cpp does for q and k.
+    /// Reading undoes it.
     pub interleaved_heads: Option<usize>,
 }
 
 /// What the bytes of a tensor are.
-pub enum Form {
+pub enum TensorEncoding {
     /// Values, or blocks of them.
     Values(Codec),
-    /// 4-bit codes, whose scales are other tensors.
-    Packed(Box<Packed>),
-    /// Bytes that mean something only beside another tensor.
+    /// 4-bit codes of bitsandbytes, whose scales are other tensors.
+    Bnb(Box<BnbTensors>),
+    /// Bytes that mean something only together with another tensor.
     Bytes,
 }
 
-impl Form {
-    /// For messages.
+impl TensorEncoding {
+    /// For messages and the fingerprint.
     pub fn name(&self) -> String {
         match self {
             Self::Values(codec) => format!("{codec:?}"),
-            Self::Packed(_) => "4-bit".to_string(),
+            Self::Bnb(_) => "4-bit".to_string(),
             Self::Bytes => "U8".to_string(),
         }
     }
 }
 
-/// Rows of one tensor in memory.
-pub struct Rows {
-    /// For packing, as they are.
+/// The rows of a matrix in memory.
+pub struct MatrixRows {
+    /// The values as they are stored, for packing.
     pub source: Source<'static>,
     /// The name in the file, for messages.
     label: String,
 }
 
-impl Rows {
+impl MatrixRows {
     /// The values, if they are stored as floats.
     pub fn floats(&self) -> Result<Vec<f32>> {
-        let quantised = |form: String| {
+        let quantised = |encoding: String| {
             Error::invalid(format!(
-                "tensor {} is {form}; only F32, F16 and BF16 will do here (weights that are quantised already are not \
-                 quantised again)",
+                "tensor {} is {encoding}, expected F32, F16 or BF16 (weights that are quantised already are not quantised \
+                 again)",
                 self.label
             ))
         };
@@ -81,9 +82,9 @@ impl Rows {
     }
 }
 
-/// A value of each `N` bytes, on all threads.
+/// Converts each `N` bytes to a value, on all threads.
 fn convert<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
-    // Values of a task.
+    // Values per task.
     const PART: usize = 1 << 20;
     let (all, _) = bytes.as_chunks::<N>();
     let mut values = vec![0.0; all.len()];
@@ -95,29 +96,29 @@ fn convert<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32 + Sync) 
     values
 }
 
-/// All tensors of a model under Hugging Face's names. Reading takes a tensor out, so what is left at the end was not
-/// understood.
-pub struct Checkpoint {
+/// All tensors of a model under Hugging Face's names. Reading takes a tensor out, so a tensor that is left at the end was
+/// not understood.
+pub struct ModelTensors {
     files: Vec<(PathBuf, File)>,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, TensorEntry>,
     /// Turns a Hugging Face name into this format's own, for messages.
     own_name: fn(&str) -> String,
 }
 
-impl Checkpoint {
+impl ModelTensors {
     /// An empty list.
     pub fn new(own_name: fn(&str) -> String) -> Self {
         Self { files: Vec::new(), entries: BTreeMap::new(), own_name }
     }
 
-    /// Adds a file; the index is for [`Entry::file`].
+    /// Adds a file. Returns its index for [`TensorEntry::file`].
     pub fn add_file(&mut self, path: &Path, file: File) -> usize {
         self.files.push((path.to_path_buf(), file));
         self.files.len() - 1
     }
 
-    /// Adds a tensor; its bytes must lie within its file.
-    pub fn add(&mut self, name: String, entry: Entry) -> Result<()> {
+    /// Adds a tensor. Errors: bytes outside its file, a name that is listed already.
+    pub fn add(&mut self, name: String, entry: TensorEntry) -> Result<()> {
         let (path, file) = &self.files[entry.file];
         let length = file.metadata()?.len();
         if entry.offset.checked_add(entry.bytes).is_none_or(|end| end > length) {
@@ -130,7 +131,7 @@ impl Checkpoint {
             )));
         }
         if let Some(other) = self.entries.insert(name, entry) {
-            return Err(Error::invalid(format!("{}: tensor {} is there twice", self.place(), other.label)));
+            return Err(Error::invalid(format!("{}: tensor {} is listed twice", self.path(), other.label)));
         }
         Ok(())
     }
@@ -140,7 +141,7 @@ impl Checkpoint {
         self.entries.get(name).map(|e| e.shape.as_slice())
     }
 
-    /// Leaves a tensor out.
+    /// Drops a tensor that is not needed, if it is listed.
     pub fn ignore(&mut self, name: &str) {
         self.entries.remove(name);
     }
@@ -150,13 +151,13 @@ impl Checkpoint {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Takes a tensor, whatever it is.
-    pub fn remove(&mut self, name: &str) -> Option<Entry> {
+    /// Takes a tensor of any shape without reading it.
+    pub fn remove(&mut self, name: &str) -> Option<TensorEntry> {
         self.entries.remove(name)
     }
 
     /// Takes and reads a matrix, which must be `[n, k]`.
-    pub fn rows(&mut self, name: &str, n: usize, k: usize) -> Result<Rows> {
+    pub fn rows(&mut self, name: &str, n: usize, k: usize) -> Result<MatrixRows> {
         let entry = self.take(name, &[n, k])?;
         self.decode(entry, n, k)
     }
@@ -167,45 +168,49 @@ impl Checkpoint {
         self.decode(entry, 1, len)?.floats()
     }
 
-    fn decode(&self, entry: Entry, n: usize, k: usize) -> Result<Rows> {
+    fn decode(&self, entry: TensorEntry, n: usize, k: usize) -> Result<MatrixRows> {
         let mut bytes = self.read(&entry)?;
         if let Some(heads) = entry.interleaved_heads {
             bytes = separate_halves(&bytes, n, heads);
         }
-        let source = match &entry.form {
-            Form::Values(codec) => Source::Blocks { codec: *codec, n, k, bytes: Cow::Owned(bytes) },
-            Form::Packed(packed) => packed.source(n, k, bytes, self)?,
-            Form::Bytes => {
-                return Err(Error::invalid(format!("{}: tensor {} is U8, not numbers", self.place(), entry.label)));
+        let source = match &entry.encoding {
+            TensorEncoding::Values(codec) => Source::Blocks { codec: *codec, n, k, bytes: Cow::Owned(bytes) },
+            TensorEncoding::Bnb(tensors) => tensors.source(n, k, bytes, self)?,
+            TensorEncoding::Bytes => {
+                return Err(Error::invalid(format!(
+                    "{}: tensor {} is U8, expected floats or quantised values",
+                    self.path(),
+                    entry.label
+                )));
             }
         };
-        Ok(Rows { source, label: entry.label })
+        Ok(MatrixRows { source, label: entry.label })
     }
 
-    /// Fails if a tensor was not taken.
+    /// Errors: a tensor that was not taken.
     pub fn finish(&self) -> Result<()> {
         if self.entries.is_empty() {
             return Ok(());
         }
         let names: Vec<&str> = self.entries.values().map(|e| e.label.as_str()).take(8).collect();
         Err(Error::invalid(format!(
-            "{} has {} tensors that this decoder does not: {}{}",
-            self.place(),
+            "{} has {} tensors that this decoder does not use: {}{}",
+            self.path(),
             self.entries.len(),
             names.join(", "),
             if self.entries.len() > names.len() { ", ..." } else { "" }
         )))
     }
 
-    /// Feeds the description of each tensor and pages from its beginning, middle and end, in the order of the names.
+    /// Passes `feed` the description of each tensor, and pages from its beginning, middle and end, in the order of names.
     pub fn sample(&self, mut feed: impl FnMut(&[u8])) -> Result<()> {
         const PAGE: u64 = 4096;
         for (name, entry) in &self.entries {
-            feed(format!("{name} {} {:?}\n", entry.form.name(), entry.shape).as_bytes());
+            feed(format!("{name} {} {:?}\n", entry.encoding.name(), entry.shape).as_bytes());
             let mut parts = vec![entry];
-            if let Form::Packed(packed) = &entry.form {
-                feed(packed.settings().as_bytes());
-                parts.extend(packed.parts());
+            if let TensorEncoding::Bnb(tensors) = &entry.encoding {
+                feed(tensors.settings().as_bytes());
+                parts.extend(tensors.entries());
             }
             for entry in parts {
                 let last = entry.bytes.saturating_sub(PAGE);
@@ -219,15 +224,15 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn take(&mut self, name: &str, shape: &[usize]) -> Result<Entry> {
+    fn take(&mut self, name: &str, shape: &[usize]) -> Result<TensorEntry> {
         let entry = self
             .entries
             .remove(name)
-            .ok_or_else(|| Error::invalid(format!("{} has no tensor {}", self.place(), (self.own_name)(name))))?;
+            .ok_or_else(|| Error::invalid(format!("{} has no tensor {}", self.path(), (self.own_name)(name))))?;
         if entry.shape != shape {
             return Err(Error::invalid(format!(
                 "{}: tensor {} is {:?}, expected {shape:?}",
-                self.place(),
+                self.path(),
                 entry.label,
                 entry.shape
             )));
@@ -236,12 +241,13 @@ impl Checkpoint {
     }
 
     /// Reads a tensor that was taken.
-    pub fn read(&self, entry: &Entry) -> Result<Vec<u8>> {
+    pub fn read(&self, entry: &TensorEntry) -> Result<Vec<u8>> {
         self.read_at(entry, 0, entry.bytes)
     }
 
-    /// Plain reads, no map: nothing of the file stays resident, and one that shrinks meanwhile is an error, not a signal.
-    fn read_at(&self, entry: &Entry, start: u64, len: u64) -> Result<Vec<u8>> {
+    /// Reads instead of mapping the file: nothing of it stays resident, and a file that shrinks meanwhile is an error instead of
+    /// a signal.
+    fn read_at(&self, entry: &TensorEntry, start: u64, len: u64) -> Result<Vec<u8>> {
         let (path, mut file) = (&self.files[entry.file].0, &self.files[entry.file].1);
         let mut bytes = vec![0; len as usize];
         file.seek(SeekFrom::Start(entry.offset + start))
@@ -250,8 +256,8 @@ impl Checkpoint {
         Ok(bytes)
     }
 
-    /// The file, or the directory of several.
-    fn place(&self) -> String {
+    /// The path of the file, or of the directory if there are several.
+    fn path(&self) -> String {
         match &self.files[..] {
             [] => "the model".to_string(),
             [(path, _)] => path.display().to_string(),
@@ -260,9 +266,8 @@ impl Checkpoint {
     }
 }
 
-/// llama.cpp rotates neighbouring pairs where Hugging Face rotates the two halves of a head, so its converter stores a
-/// head's rows as first of one half, first of the other, second of one half, and so on. This puts the halves back
-/// together; rows move whole.
+/// Undoes llama.cpp's order of the rows of q and k. Its RoPE rotates neighbouring rows where Hugging Face's rotates the two
+/// halves of a head, so its converter interleaves the halves: the first row of each, then the second of each, and so on.
 fn separate_halves(bytes: &[u8], n: usize, heads: usize) -> Vec<u8> {
     let row = bytes.len() / n;
     let half = n / heads / 2;
