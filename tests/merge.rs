@@ -11,7 +11,7 @@ use quiver::adapter::peft;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::slots::SlotPool;
 use quiver::lora::weights::AdapterWeights;
-use quiver::merge::{self, Format};
+use quiver::merge::{self, MergeFormat};
 use quiver::model::decoder::Decoder;
 use quiver::model::kv::KvCache;
 use quiver::model::weights::Weights;
@@ -40,7 +40,7 @@ fn load(files: &ModelFiles) -> Weights {
     Weights::load(files, None, &Device::Cpu, |_| {}).unwrap()
 }
 
-fn merge(base: &ModelFiles, adapter: &str, format: Format, out: &Path) -> quiver::Result<()> {
+fn merge(base: &ModelFiles, adapter: &str, format: MergeFormat, out: &Path) -> quiver::Result<()> {
     let weights = load(base);
     let (adapter, _) = peft::read(&fixture(adapter), &weights.config).unwrap();
     merge::write(base, &weights, &adapter, format, out)
@@ -123,7 +123,7 @@ fn a_merged_directory_answers_as_the_adapter_beside_its_base() {
     for adapter in ["all-linear-r8", "rslora-patterns", "dora", "lm-head", "adalora"] {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
-        merge(&base, adapter, Format::Safetensors, &out).unwrap();
+        merge(&base, adapter, MergeFormat::Safetensors, &out).unwrap();
         let (before, after) = (distance(&base, adapter), distance(&directory(out), adapter));
         println!("{adapter}: base {before:.4}, merged {after:.4}");
         assert!(after < 0.01 && after < before / 10.0, "{adapter}: base {before}, merged {after}");
@@ -138,7 +138,8 @@ fn a_merged_gguf_file_is_as_good_as_its_format_and_keeps_its_row_order_and_token
     let base = gguf(source);
     assert!(distance(&base, "base") < 1e-4, "the test's own file");
     let mut last = 0.0;
-    for (format, allowed) in [(Format::GgufF16, 1e-3), (Format::GgufQ8_0, 0.02), (Format::GgufQ4_1, 0.3)] {
+    for (format, allowed) in [(MergeFormat::GgufF16, 1e-3), (MergeFormat::GgufQ8_0, 0.02), (MergeFormat::GgufQ4_1, 0.3)]
+    {
         let out = dir.path().join(format!("{format:?}.gguf"));
         merge(&base, "all-linear-r8", format, &out).unwrap();
         let metadata = gguf_file::Content::read(&mut File::open(&out).unwrap()).unwrap().metadata;
@@ -150,7 +151,7 @@ fn a_merged_gguf_file_is_as_good_as_its_format_and_keeps_its_row_order_and_token
     }
 
     let out = dir.path().join("directory");
-    merge(&base, "dora", Format::Safetensors, &out).unwrap();
+    merge(&base, "dora", MergeFormat::Safetensors, &out).unwrap();
     assert!(distance(&directory(out.clone()), "dora") < 0.01);
     let tokenizer = |files: &ModelFiles| {
         let codec = TextCodec::load(files).unwrap();
@@ -216,10 +217,10 @@ fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
             merge::write(&base, &weights, &adapter, format, &out).unwrap();
             out
         };
-        let want = logits(&directory(merged(Format::Safetensors, "merged")));
+        let want = logits(&directory(merged(MergeFormat::Safetensors, "merged")));
         let length = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>().sqrt();
         // Rounding, of what is compared with to bf16 too, and as sharp as a fixture's attention makes it; a wrong order is off by 1.
-        for (format, allowed) in [(Format::GgufF16, 0.03), (Format::GgufQ8_0, 0.1)] {
+        for (format, allowed) in [(MergeFormat::GgufF16, 0.03), (MergeFormat::GgufQ8_0, 0.1)] {
             let files = gguf(merged(format, &format!("{format:?}.gguf")));
             let have = logits(&files);
             assert_eq!(have.len(), want.len());
@@ -237,7 +238,7 @@ fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
 fn a_gguf_file_of_a_hugging_face_base_has_its_tokenizer() {
     let dir = with_tokenizer("peft-tiny/base", None);
     let (base, out) = (directory(dir.path().to_path_buf()), dir.path().join("merged.gguf"));
-    merge::write(&base, &load(&base), &AdapterWeights::default(), Format::GgufF16, &out).unwrap();
+    merge::write(&base, &load(&base), &AdapterWeights::default(), MergeFormat::GgufF16, &out).unwrap();
     let metadata = gguf_file::Content::read(&mut File::open(&out).unwrap()).unwrap().metadata;
     let text = |key: &str| metadata[key].to_string().unwrap().as_str();
     assert_eq!((text("tokenizer.ggml.model"), text("tokenizer.ggml.pre")), ("gpt2", "llama-bpe"));
@@ -282,7 +283,8 @@ fn a_tokenizer_that_gguf_cannot_say_is_refused_by_name() {
         }
         fs::write(&file, form.to_string()).unwrap();
         let (base, out) = (directory(dir.path().to_path_buf()), dir.path().join("merged.gguf"));
-        let error = merge::write(&base, &load(&base), &AdapterWeights::default(), Format::GgufF16, &out).unwrap_err();
+        let error =
+            merge::write(&base, &load(&base), &AdapterWeights::default(), MergeFormat::GgufF16, &out).unwrap_err();
         assert!(error.message.contains(why) && error.message.contains("convert_hf_to_gguf"), "{error}");
         assert!(!out.exists());
     }
@@ -294,8 +296,8 @@ fn what_cannot_be_merged_is_refused() {
     let base = directory(fixture("base"));
     let out = dir.path().join("merged");
     let refused = |adapter: &str, format, out: &Path| merge(&base, adapter, format, out).unwrap_err().to_string();
-    assert!(refused("lora-bias", Format::Safetensors, &out).contains("lora_bias"));
-    assert!(refused("qv-r4", Format::GgufF16, &out).contains("tokenizer.json"));
+    assert!(refused("lora-bias", MergeFormat::Safetensors, &out).contains("lora_bias"));
+    assert!(refused("qv-r4", MergeFormat::GgufF16, &out).contains("tokenizer.json"));
     assert!(!out.exists());
-    assert!(refused("qv-r4", Format::Safetensors, dir.path()).contains("is there already"));
+    assert!(refused("qv-r4", MergeFormat::Safetensors, dir.path()).contains("exists already"));
 }

@@ -9,7 +9,7 @@ use crate::adapter::peft;
 use crate::config::{NamedPath, ServeConfig};
 use crate::engine::request::SamplingParams;
 use crate::eval;
-use crate::merge::{self, Format};
+use crate::merge::{self, MergeFormat};
 use crate::runtime::{BaseModel, Runtime};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
@@ -24,7 +24,7 @@ pub struct MergeArgs {
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
     #[arg(long, value_enum)]
-    format: Format,
+    format: MergeFormat,
     /// Held-out examples, on which the base, the adapter beside it and the merged model are compared; 4 bits need them
     #[arg(long, value_name = "FILE", required_if_eq("format", "gguf-q4_1"))]
     file: Option<PathBuf>,

@@ -1,7 +1,8 @@
-//! A merged model as a GGUF file: the metadata of the base, or metadata as llama.cpp's converter makes it of a Hugging Face
-//! directory, and the tensors. Each is made when it is written, so that one at a time is in memory.
+//! A merged model as a GGUF file. The metadata is that of the base, or what llama.cpp's converter writes for a Hugging Face
+//! directory. Each tensor is computed when it is written, so that one at a time is in memory.
 //!
-//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, version 3. candle's writer wants all tensors at once.
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, version 3. candle has a writer, but it needs all tensors
+//! in memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -12,74 +13,45 @@ use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
-use super::{Entry, Format, Merged, Origin};
+use super::{MergeFormat, MergedModel, MergedTensor, TensorOrigin};
 use crate::arch::{ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::model::weights::gguf::{self, GgufMetadata};
 use crate::text::tokenizer;
 use crate::{Error, Result};
 
-/// Tensors begin at multiples of it, where metadata says nothing else.
+/// Alignment of tensors in bytes, GGUF's default.
 const ALIGNMENT: usize = 32;
-/// RoPE's factor for each frequency.
+/// The tensor of RoPE factors, one per frequency.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// A tensor of the file.
-struct Planned<'a> {
-    /// Its name in GGUF.
+struct GgufTensor<'a> {
+    /// Name in GGUF.
     label: String,
-    entry: Entry<'a>,
-    /// Heads whose rows go into llama.cpp's order.
-    heads: Option<usize>,
+    tensor: MergedTensor<'a>,
+    /// Number of heads, if the rows of each head are interleaved for llama.cpp's RoPE.
+    interleaved_heads: Option<usize>,
     dtype: GgmlDType,
 }
 
-/// Writes `merged`, whose base came from `base`, to `out`.
-pub fn write(base: &ModelFiles, merged: &Merged, format: Format, out: &Path) -> Result<()> {
-    let config = &merged.weights.config;
+/// Writes `merged`, whose base was loaded from `base`, to `out`.
+pub fn write(base: &ModelFiles, merged: &MergedModel, format: MergeFormat, out: &Path) -> Result<()> {
     let (mut metadata, others) = match &base.format {
-        ModelFormat::Gguf(source) => of_gguf(source, merged)?,
-        ModelFormat::HuggingFace(dir) => of_directory(&base.name, dir, config)?,
-        ModelFormat::Shape(_) => return Err(Error::internal("made-up weights have no metadata")),
+        ModelFormat::Gguf(source) => from_gguf(source, merged)?,
+        ModelFormat::HuggingFace(dir) => from_directory(&base.name, dir, &merged.weights.config)?,
+        ModelFormat::Shape(_) => return Err(Error::internal("dummy weights have no metadata")),
     };
-    let llama = GgufMetadata(&metadata).text("general.architecture")? == Some("llama");
-    // As llama.cpp numbers them.
-    let (matrix, table, file_type) = match format {
-        Format::GgufQ8_0 => (GgmlDType::Q8_0, GgmlDType::Q8_0, 7),
-        Format::GgufQ4_1 => (GgmlDType::Q4_1, GgmlDType::Q8_0, 3),
-        Format::Safetensors | Format::GgufF16 => (GgmlDType::F16, GgmlDType::F16, 1),
-    };
-    metadata.insert("general.file_type".into(), Value::U32(file_type));
-    // What is written has the alignment that holds when none is given.
+    let tensors =
+        tensors(merged, others, format, GgufMetadata(&metadata).text("general.architecture")? == Some("llama"))?;
+    metadata.insert("general.file_type".into(), Value::U32(file_type(format)));
+    // The tensors are written with the default alignment.
     metadata.remove("general.alignment");
-
-    let mut tensors = Vec::new();
-    for entry in merged.entries()? {
-        let label = gguf::gguf_name(&entry.name)
-            .ok_or_else(|| Error::internal(format!("GGUF has no name for {}", entry.name)))?;
-        let heads = match &entry.name {
-            name if llama && name.ends_with("q_proj.weight") => Some(config.num_heads),
-            name if llama && name.ends_with("k_proj.weight") => Some(config.num_kv_heads),
-            _ => None,
-        };
-        let dtype = match &entry.shape[..] {
-            [_] => GgmlDType::F32,
-            _ if ["token_embd.weight", "output.weight"].contains(&&*label) => table,
-            _ => matrix,
-        };
-        // Rows of no whole number of blocks stay in 16 bits, as llama.cpp leaves them.
-        let fits = entry.shape.last().is_some_and(|k| k.is_multiple_of(dtype.block_size()));
-        tensors.push(Planned { label, entry, heads, dtype: if fits { dtype } else { GgmlDType::F16 } });
-    }
-    for (label, values) in others {
-        let entry = Entry { name: label.clone(), shape: values.dims().to_vec(), origin: Origin::Vector(values) };
-        tensors.push(Planned { label, entry, heads: None, dtype: GgmlDType::F32 });
-    }
 
     let mut out = BufWriter::new(File::create(out)?);
     out.write_all(&header(&metadata.into_iter().collect(), &tensors)?)?;
     for tensor in &tensors {
-        let bytes = tensor.make()?;
+        let bytes = tensor.quantize()?;
         if bytes.data()?.len() != tensor.bytes() {
             return Err(Error::internal(format!("{} has another size than planned", tensor.label)));
         }
@@ -90,13 +62,63 @@ pub fn write(base: &ModelFiles, merged: &Merged, format: Format, out: &Path) -> 
     Ok(())
 }
 
-/// GgufMetadata and tensors beside the merged ones.
-type Others = (HashMap<String, Value>, Vec<(String, Tensor)>);
+/// llama.cpp's number of a format.
+fn file_type(format: MergeFormat) -> u32 {
+    match format {
+        MergeFormat::GgufQ8_0 => 7,
+        MergeFormat::GgufQ4_1 => 3,
+        MergeFormat::Safetensors | MergeFormat::GgufF16 => 1,
+    }
+}
 
-/// Of a base that is a GGUF file: its own.
-fn of_gguf(source: &Path, merged: &Merged) -> Result<Others> {
+/// The tensors of the file: the merged ones, and the `others` of the base. `llama` says whether the architecture is `llama`,
+/// where llama.cpp interleaves the rows of q and k.
+fn tensors<'a>(
+    merged: &MergedModel<'a>,
+    others: Vec<(String, Tensor)>,
+    format: MergeFormat,
+    llama: bool,
+) -> Result<Vec<GgufTensor<'a>>> {
+    let config = &merged.weights.config;
+    let (matrix, table) = match format {
+        MergeFormat::GgufQ8_0 => (GgmlDType::Q8_0, GgmlDType::Q8_0),
+        MergeFormat::GgufQ4_1 => (GgmlDType::Q4_1, GgmlDType::Q8_0),
+        MergeFormat::Safetensors | MergeFormat::GgufF16 => (GgmlDType::F16, GgmlDType::F16),
+    };
+    let mut tensors = Vec::new();
+    for tensor in merged.tensors()? {
+        let label = gguf::gguf_name(&tensor.name)
+            .ok_or_else(|| Error::internal(format!("GGUF has no name for {}", tensor.name)))?;
+        let interleaved_heads = match &tensor.name {
+            name if llama && name.ends_with("q_proj.weight") => Some(config.num_heads),
+            name if llama && name.ends_with("k_proj.weight") => Some(config.num_kv_heads),
+            _ => None,
+        };
+        let dtype = match &tensor.shape[..] {
+            [_] => GgmlDType::F32,
+            _ if ["token_embd.weight", "output.weight"].contains(&&*label) => table,
+            _ => matrix,
+        };
+        // Rows that are not a whole number of blocks stay in 16 bits, as in llama.cpp.
+        let fits = tensor.shape.last().is_some_and(|k| k.is_multiple_of(dtype.block_size()));
+        let dtype = if fits { dtype } else { GgmlDType::F16 };
+        tensors.push(GgufTensor { label, tensor, interleaved_heads, dtype });
+    }
+    for (label, values) in others {
+        let shape = values.dims().to_vec();
+        let tensor = MergedTensor { name: label.clone(), shape, origin: TensorOrigin::Vector(values) };
+        tensors.push(GgufTensor { label, tensor, interleaved_heads: None, dtype: GgmlDType::F32 });
+    }
+    Ok(tensors)
+}
+
+/// Metadata, and the tensors of the base that [`MergedModel::tensors`] does not list.
+type MetadataAndTensors = (HashMap<String, Value>, Vec<(String, Tensor)>);
+
+/// The metadata and further tensors of a base that is a GGUF file.
+fn from_gguf(source: &Path, merged: &MergedModel) -> Result<MetadataAndTensors> {
     let (content, mut file) = gguf::header(source)?;
-    let merged: Vec<_> = merged.entries()?.iter().filter_map(|entry| gguf::gguf_name(&entry.name)).collect();
+    let merged: Vec<_> = merged.tensors()?.iter().filter_map(|tensor| gguf::gguf_name(&tensor.name)).collect();
     let mut others = Vec::new();
     for label in content.tensor_infos.keys().filter(|label| !merged.contains(label)) {
         others.push((label.clone(), content.tensor(&mut file, label, &Device::Cpu)?.dequantize(&Device::Cpu)?));
@@ -104,8 +126,8 @@ fn of_gguf(source: &Path, merged: &Merged) -> Result<Others> {
     Ok((content.metadata, others))
 }
 
-/// Of a Hugging Face directory: as llama.cpp's converter makes them.
-fn of_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<Others> {
+/// The metadata and further tensors that llama.cpp's converter writes for a Hugging Face directory.
+fn from_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<MetadataAndTensors> {
     let mut metadata = tokenizer::to_gguf(dir, config.vocab_size)?;
     let architecture = match (config.qkv_bias, config.qk_norm) {
         (true, _) => "qwen2",
@@ -132,7 +154,7 @@ fn of_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<Others> 
         ("rope.dimension_count", config.head_dim),
         ("vocab_size", config.vocab_size),
     ] {
-        // The loader refuses what is larger.
+        // The loader refuses larger values.
         set(key, Value::U32(value as u32));
     }
     set("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps));
@@ -153,30 +175,30 @@ fn of_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<Others> 
     Ok((metadata, factors.into_iter().collect()))
 }
 
-impl Planned<'_> {
-    /// Bytes in the file.
+impl GgufTensor<'_> {
+    /// Bytes in the file, without padding.
     fn bytes(&self) -> usize {
-        self.entry.shape.iter().product::<usize>() / self.dtype.block_size() * self.dtype.type_size()
+        self.tensor.shape.iter().product::<usize>() / self.dtype.block_size() * self.dtype.type_size()
     }
 
-    fn make(&self) -> Result<QTensor> {
-        let mut values = self.entry.values()?;
-        if let Some(heads) = self.heads {
+    fn quantize(&self) -> Result<QTensor> {
+        let mut values = self.tensor.values()?;
+        if let Some(heads) = self.interleaved_heads {
             values = interleave_halves(&values, heads)?;
         }
         Ok(QTensor::quantize(&values, self.dtype)?)
     }
 }
 
-/// The rows of q or k as llama.cpp rotates them: first of one half of a head, first of the other, second of one half, and so
+/// The rows of q or k in the order of llama.cpp's RoPE: the first row of each half of a head, then the second of each, and so
 /// on. Loading undoes it.
 fn interleave_halves(rows: &Tensor, heads: usize) -> Result<Tensor> {
     let (n, k) = rows.dims2()?;
     Ok(rows.reshape((heads, 2, n / heads / 2, k))?.transpose(1, 2)?.contiguous()?.reshape((n, k))?)
 }
 
-/// Everything before the tensors.
-fn header(metadata: &BTreeMap<String, Value>, tensors: &[Planned]) -> Result<Vec<u8>> {
+/// The bytes before the tensors.
+fn header(metadata: &BTreeMap<String, Value>, tensors: &[GgufTensor]) -> Result<Vec<u8>> {
     let mut out = b"GGUF".to_vec();
     out.extend(3u32.to_le_bytes());
     out.extend((tensors.len() as u64).to_le_bytes());
@@ -189,9 +211,9 @@ fn header(metadata: &BTreeMap<String, Value>, tensors: &[Planned]) -> Result<Vec
     let mut offset = 0;
     for tensor in tensors {
         put_text(&mut out, &tensor.label);
-        out.extend((tensor.entry.shape.len() as u32).to_le_bytes());
-        // Fastest first.
-        for &n in tensor.entry.shape.iter().rev() {
+        out.extend((tensor.tensor.shape.len() as u32).to_le_bytes());
+        // Innermost dimension first.
+        for &n in tensor.tensor.shape.iter().rev() {
             out.extend((n as u64).to_le_bytes());
         }
         let dtype: u32 = match tensor.dtype {
@@ -199,7 +221,7 @@ fn header(metadata: &BTreeMap<String, Value>, tensors: &[Planned]) -> Result<Vec
             GgmlDType::F16 => 1,
             GgmlDType::Q4_1 => 3,
             GgmlDType::Q8_0 => 8,
-            other => return Err(Error::internal(format!("no merged model is written as {other:?}"))),
+            other => return Err(Error::internal(format!("merged models are not written as {other:?}"))),
         };
         out.extend(dtype.to_le_bytes());
         out.extend((offset as u64).to_le_bytes());
@@ -209,7 +231,7 @@ fn header(metadata: &BTreeMap<String, Value>, tensors: &[Planned]) -> Result<Vec
     Ok(out)
 }
 
-/// Bytes from `length` to where the next tensor may begin.
+/// Bytes from `length` to the next aligned offset.
 fn padding(length: usize) -> usize {
     length.next_multiple_of(ALIGNMENT) - length
 }
@@ -248,7 +270,7 @@ fn put(out: &mut Vec<u8>, value: &Value) {
         Value::Bool(v) => out.push((*v).into()),
         Value::String(text) => put_text(out, text),
         Value::Array(items) => {
-            // Of one type, and of any where there are none.
+            // All items have one type; an empty array may have any.
             out.extend(items.first().map_or(kind(&Value::U32(0)), kind).to_le_bytes());
             out.extend((items.len() as u64).to_le_bytes());
             items.iter().for_each(|item| put(out, item));

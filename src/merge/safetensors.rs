@@ -10,13 +10,13 @@ use half::bf16;
 use safetensors::tensor::{Dtype, View, serialize_to_file};
 use serde_json::{Value, json};
 
-use super::{Entry, Merged};
+use super::{MergedModel, MergedTensor};
 use crate::arch::RopeScaling;
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
-/// What a directory may have besides weights and config.json.
+/// Files that are copied from the directory of the base.
 const COPIED: [&str; 8] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,8 +28,8 @@ const COPIED: [&str; 8] = [
     "merges.txt",
 ];
 
-/// Writes `merged`, whose base came from `files`, to a new directory.
-pub fn write(files: &ModelFiles, merged: &Merged, dir: &Path) -> Result<()> {
+/// Writes `merged`, whose base was loaded from `files`, to a new directory.
+pub fn write(files: &ModelFiles, merged: &MergedModel, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir)?;
     let mut config = match &files.format {
         ModelFormat::HuggingFace(source) => {
@@ -48,39 +48,40 @@ pub fn write(files: &ModelFiles, merged: &Merged, dir: &Path) -> Result<()> {
     if let Some(config) = config.as_object_mut() {
         config.remove("quantization_config");
         config.insert("tie_word_embeddings".into(), merged.tied().into());
-        // The older name and the newer one.
+        // The name in transformers 4, and the one from transformers 5 on.
         config.insert("torch_dtype".into(), "bfloat16".into());
         config.insert("dtype".into(), "bfloat16".into());
     }
     fs::write(dir.join("config.json"), format!("{config:#}\n"))?;
 
     let failure = RefCell::new(None);
-    let tensors = merged.entries()?.into_iter();
-    let tensors = tensors.map(|entry| (entry.name.clone(), Rounded { entry, failure: &failure }));
+    let tensors = merged.tensors()?.into_iter();
+    let tensors = tensors.map(|tensor| (tensor.name.clone(), Bf16Tensor { tensor, failure: &failure }));
     let about = [("format".to_owned(), "pt".to_owned())].into();
     serialize_to_file(tensors, Some(about), &dir.join("model.safetensors"))
         .map_err(|e| Error::internal(format!("model.safetensors: {e}")))?;
     failure.into_inner().map_or(Ok(()), Err)
 }
 
-/// A tensor that is made when it is written, so that one at a time is in memory.
-struct Rounded<'a> {
-    entry: Entry<'a>,
-    /// The writer has no way to hear of an error.
+/// A tensor that is computed when it is written, so that one at a time is in memory.
+struct Bf16Tensor<'a> {
+    tensor: MergedTensor<'a>,
+    /// The last error, which [`View::data`] cannot return.
     failure: &'a RefCell<Option<Error>>,
 }
 
-impl View for Rounded<'_> {
+impl View for Bf16Tensor<'_> {
     fn dtype(&self) -> Dtype {
         Dtype::BF16
     }
 
     fn shape(&self) -> &[usize] {
-        &self.entry.shape
+        &self.tensor.shape
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let values = self.entry.values().and_then(|v| Ok(v.to_dtype(DType::BF16)?.flatten_all()?.to_vec1::<bf16>()?));
+        let values =
+            self.tensor.values().and_then(|v| Ok(v.to_dtype(DType::BF16)?.flatten_all()?.to_vec1::<bf16>()?));
         Cow::Owned(match values {
             Ok(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Err(error) => {
@@ -91,12 +92,12 @@ impl View for Rounded<'_> {
     }
 
     fn data_len(&self) -> usize {
-        2 * self.entry.shape.iter().product::<usize>()
+        2 * self.tensor.shape.iter().product::<usize>()
     }
 }
 
-/// config.json of a base that had none.
-fn config(merged: &Merged, codec: &TextCodec) -> Result<Value> {
+/// A config.json for a base that was loaded from GGUF.
+fn config(merged: &MergedModel, codec: &TextCodec) -> Result<Value> {
     let c = &merged.weights.config;
     let (class, kind) = match (c.qkv_bias, c.qk_norm) {
         (true, _) => ("Qwen2ForCausalLM", "qwen2"),
@@ -108,7 +109,7 @@ fn config(merged: &Merged, codec: &TextCodec) -> Result<Value> {
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
         RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {
             return Err(Error::invalid(
-                "the base has a RoPE factor for each frequency, which config.json cannot say: merge to GGUF",
+                "the base has a RoPE factor for each frequency, which config.json cannot express: merge to GGUF",
             ));
         }
     };
@@ -132,7 +133,7 @@ fn config(merged: &Merged, codec: &TextCodec) -> Result<Value> {
     }))
 }
 
-/// The files of a tokenizer that was rebuilt from GGUF metadata.
+/// Writes the files of a tokenizer that was rebuilt from GGUF metadata.
 fn write_tokenizer(codec: &TextCodec, dir: &Path) -> Result<()> {
     let (tokenizer, template) = codec.sources()?;
     fs::write(dir.join("tokenizer.json"), tokenizer)?;
