@@ -15,12 +15,12 @@ use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use futures::{StreamExt, stream};
 use quiver::bench::client::Client;
-use quiver::bench::load::{self, Bounds, Record, Run};
-use quiver::bench::report::{self, Report};
+use quiver::bench::load::{self, LoadRun, RequestRecord, RunLimits};
+use quiver::bench::report::{self, BenchReport};
 use quiver::bench::stats::{Quantiles, Summary, jain};
-use quiver::bench::target::{AdapterField, Observed, Target};
-use quiver::bench::traffic::{Arrivals, Lengths, Planned, Popularity, Prompts, Traffic};
-use quiver::bench::trial;
+use quiver::bench::target::{AdapterField, Observed, TargetServer};
+use quiver::bench::traffic::{Arrivals, Lengths, PlannedRequest, Popularity, Prompts, Traffic};
+use quiver::bench::verdict::{self, Verdict};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -36,7 +36,7 @@ fn traffic(arrivals: Arrivals) -> Traffic {
     }
 }
 
-fn plan(traffic: &Traffic, count: usize) -> Vec<Planned> {
+fn plan(traffic: &Traffic, count: usize) -> Vec<PlannedRequest> {
     traffic.plan().expect("valid traffic").take(count).collect()
 }
 
@@ -201,7 +201,7 @@ async fn complete(State(fake): State<Arc<Fake>>, body: String) -> Response {
 }
 
 /// Starts a fake server on threads of its own, so that it keeps time whatever the test does.
-fn fake(manner: Manner) -> (Target, Arc<Fake>) {
+fn fake(manner: Manner) -> (TargetServer, Arc<Fake>) {
     let fake = Arc::new(Fake { manner, start: Default::default(), bodies: Default::default() });
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.set_nonblocking(true).expect("it can be");
@@ -219,7 +219,7 @@ fn fake(manner: Manner) -> (Target, Arc<Fake>) {
             axum::serve(listener, router).await
         })
     });
-    let target = Target {
+    let target = TargetServer {
         client: Client::new(&url, None, Duration::from_secs(20)).expect("a client"),
         model: "fake".into(),
         adapters: vec!["a".into(), "b".into()],
@@ -232,11 +232,16 @@ fn fake(manner: Manner) -> (Target, Arc<Fake>) {
 }
 
 /// Runs traffic in a runtime of one thread.
-fn measure(target: &Target, traffic: &Traffic, requests: Option<usize>, duration: Option<f64>) -> (Run, Summary) {
+fn measure(
+    target: &TargetServer,
+    traffic: &Traffic,
+    requests: Option<usize>,
+    duration: Option<f64>,
+) -> (LoadRun, Summary) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (_keep, stop) = watch::channel(false);
-    let bounds = Bounds { requests, duration: duration.map(Duration::from_secs_f64) };
-    let run = runtime.block_on(load::run(target, traffic, bounds, stop, "test")).expect("it runs");
+    let limits = RunLimits { requests, duration: duration.map(Duration::from_secs_f64) };
+    let run = runtime.block_on(load::run(target, traffic, limits, stop, "test")).expect("it runs");
     let summary = Summary::of(&run, traffic.arrivals, 6.0);
     (run, summary)
 }
@@ -262,8 +267,9 @@ fn replies_are_timed_and_counted() {
     for (field, key, value) in
         [(AdapterField::Adapter, "adapter", json!("b")), (AdapterField::Lora, "lora", json!([{"id": 1, "scale": 1.0}]))]
     {
-        let planned = Planned { due: Duration::ZERO, prompt: json!([1]), output: 1, adapter: Some(1) };
-        let body: Value = serde_json::from_slice(&Target { field, ..target.clone() }.body(&planned)).expect("JSON");
+        let planned = PlannedRequest { due: Duration::ZERO, prompt: json!([1]), output: 1, adapter: Some(1) };
+        let body: Value =
+            serde_json::from_slice(&TargetServer { field, ..target.clone() }.body(&planned)).expect("JSON");
         assert_eq!((&body["model"], &body[key]), (&json!("fake"), &value));
     }
 }
@@ -279,8 +285,10 @@ fn failures_are_counted_by_kind() {
     assert!(
         run.records.iter().filter(|r| r.failure.as_deref() == Some("http 429")).all(|r| r.retry_after == Some(1.0))
     );
-    let gone =
-        Target { client: Client::new("http://127.0.0.1:1", None, Duration::from_secs(1)).expect("a client"), ..target };
+    let gone = TargetServer {
+        client: Client::new("http://127.0.0.1:1", None, Duration::from_secs(1)).expect("a client"),
+        ..target
+    };
     let (_, s) = measure(&gone, &traffic(Arrivals::Closed { clients: 2 }), Some(2), None);
     assert_eq!(s.failed, BTreeMap::from([("connect".to_owned(), 2)]));
     assert!(Client::new("https://127.0.0.1", None, Duration::from_secs(1)).is_err());
@@ -312,8 +320,8 @@ fn a_generator_that_is_late_says_so_and_counts_it() {
             std::thread::sleep(Duration::from_millis(500));
         });
         let (_keep, stop) = watch::channel(false);
-        let bounds = Bounds { requests: Some(100), duration: None };
-        load::run(&target, &traffic, bounds, stop, "test").await.expect("it runs")
+        let limits = RunLimits { requests: Some(100), duration: None };
+        load::run(&target, &traffic, limits, stop, "test").await.expect("it runs")
     });
     let s = Summary::of(&run, traffic.arrivals, 6.0);
     assert!(s.lag_ms.p99 > 300.0, "{:?}", s.lag_ms);
@@ -334,8 +342,8 @@ fn a_run_that_is_broken_off_keeps_what_it_has() {
             sender.send_replace(true);
             std::future::pending::<()>().await;
         });
-        let bounds = Bounds { requests: None, duration: Some(Duration::from_secs(60)) };
-        load::run(&target, &traffic, bounds, stop, "test").await.expect("it runs")
+        let limits = RunLimits { requests: None, duration: Some(Duration::from_secs(60)) };
+        load::run(&target, &traffic, limits, stop, "test").await.expect("it runs")
     });
     let s = Summary::of(&run, traffic.arrivals, 6.0);
     assert!(s.interrupted && s.completed > 0 && s.unfinished > 0, "{s:?}");
@@ -346,11 +354,11 @@ fn a_run_that_is_broken_off_keeps_what_it_has() {
 
 /// An overload of 9 seconds at 10 requests a second: every other is refused, the rest have their first token after `first(due)`.
 /// `memory` in MiB.
-fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, memory: [u64; 9]) -> trial::Verdict {
+fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, memory: [u64; 9]) -> Verdict {
     let record = |i: usize| {
         let due = i as f64 / 10.0;
         let refused = i.is_multiple_of(2);
-        Record {
+        RequestRecord {
             due,
             lag: 0.0,
             first: (!refused).then_some(first(due)),
@@ -363,7 +371,7 @@ fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, me
             retry_after,
         }
     };
-    let run = Run {
+    let run = LoadRun {
         records: (0..90).map(record).collect(),
         unfinished: 0,
         seconds: 9.0,
@@ -373,7 +381,7 @@ fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, me
         interrupted: false,
     };
     let summary = Summary::of(&run, Arrivals::Open { rate: 10.0, cv: 1.0 }, 6.0);
-    trial::overload(&run, &summary, 5.0)
+    verdict::overload(&run, &summary, 5.0)
 }
 
 #[test]
@@ -417,7 +425,7 @@ fn the_real_server_is_started_measured_soaked_and_stopped() {
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{args:?}: {said}");
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err(), "the server is still there");
-        Report::read(&dir.path().join(out)).expect("a report")
+        BenchReport::read(&dir.path().join(out)).expect("a report")
     };
     let page = dir.path().join("page.html");
     let report = bench(

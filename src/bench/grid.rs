@@ -1,53 +1,70 @@
-//! Series of runs: what papers vary, and what shows how a server grows.
+//! Grids: series of runs that papers use, and those that show how a server grows and what it does under overload.
 
-use std::time::Duration;
+use clap::ValueEnum;
 
-use super::load::Bounds;
+use super::load::RunLimits;
 use super::traffic::{Arrivals, Popularity, Traffic};
 
-/// Requests a second that S-LoRA's A10G sustained with its default traffic: its rates are scaled by what this machine
-/// sustains over that.
+/// Requests per second that S-LoRA's A10G sustained with its default traffic. Its rates are scaled by this machine's sustained
+/// rate over that one.
 const S_LORA_SUSTAINED: f64 = 1.6;
 
-/// Seconds of each of its runs.
+/// Seconds of each of S-LoRA's runs.
 const S_LORA_SECONDS: f64 = 300.0;
 
-/// Requests of each of Punica's runs, and how many run at once.
-const PUNICA: (usize, usize) = (1000, 32);
+/// Requests of each of Punica's runs.
+const PUNICA_REQUESTS: f64 = 1000.0;
+
+/// Requests that Punica runs at once.
+const PUNICA_CLIENTS: usize = 32;
 
 /// Seconds of each run of the growth curve.
 const GROWTH_SECONDS: f64 = 60.0;
 
-/// One run of a series.
-pub struct Point {
-    /// The variable.
-    pub varies: &'static str,
-    /// Its value.
-    pub x: f64,
-    /// For tables.
-    pub label: String,
-    /// What is sent.
-    pub traffic: Traffic,
-    /// For how long.
-    pub bounds: Bounds,
+/// Seconds of an overload.
+const OVERLOAD_SECONDS: f64 = 300.0;
+
+/// Kinds of grids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GridKind {
+    /// S-LoRA's sweeps: adapters, skew, burstiness and rate, one at a time, scaled to the machine
+    SLora,
+    /// Punica's popularities: distinct, uniform, skewed and identical adapters in a closed loop
+    Punica,
+    /// From no adapter to 2,000
+    Growth,
+    /// Twice the sustained rate for 5 minutes; fails unless the server refuses requests and continues to serve
+    Overload,
+    /// 30 minutes while adapters are loaded, replaced and unloaded; checks every reply (quiver only)
+    Soak,
 }
 
-impl Point {
+/// One run of a series.
+pub(super) struct GridPoint {
+    /// The variable of the series.
+    pub(super) varies: &'static str,
+    /// Its value.
+    pub(super) x: f64,
+    /// Label in tables.
+    pub(super) label: String,
+    /// Traffic of the run.
+    pub(super) traffic: Traffic,
+    /// Limits of the run.
+    pub(super) limits: RunLimits,
+}
+
+impl GridPoint {
     /// A run for one value of a variable.
-    pub fn new(varies: &'static str, x: f64, traffic: Traffic, bounds: Bounds) -> Self {
+    pub(super) fn new(varies: &'static str, x: f64, traffic: Traffic, limits: RunLimits) -> Self {
         let value = format!("{x:.2}");
         let label = format!("{varies} {}", value.trim_end_matches('0').trim_end_matches('.'));
-        Self { varies, x, label, traffic, bounds }
+        Self { varies, x, label, traffic, limits }
     }
 }
 
-fn seconds(seconds: f64) -> Bounds {
-    Bounds { requests: None, duration: Some(Duration::from_secs_f64(seconds)) }
-}
-
-/// S-LoRA's sweeps (Sheng et al., 2023), one variable at a time around 200 adapters, alpha 1, variation 1, rate 2. `sustained` is
-/// what the machine does, requests a second; `scale` shortens the runs.
-pub fn s_lora(base: &Traffic, sustained: f64, scale: f64) -> Vec<Point> {
+/// S-LoRA's sweeps (Sheng et al., 2023): one variable at a time around 200 adapters, alpha 1, variation 1, rate 2. `sustained` is
+/// this machine's rate, requests per second; `scale` multiplies the duration of the runs.
+pub(super) fn s_lora(base: &Traffic, sustained: f64, scale: f64) -> Vec<GridPoint> {
     let rate = |rate: f64| rate * sustained / S_LORA_SUSTAINED;
     let point = |varies, x: f64, adapters: usize, alpha, cv, rate: f64| {
         let traffic = Traffic {
@@ -56,7 +73,7 @@ pub fn s_lora(base: &Traffic, sustained: f64, scale: f64) -> Vec<Point> {
             popularity: Popularity::Power(alpha),
             ..base.clone()
         };
-        Point::new(varies, x, traffic, seconds(S_LORA_SECONDS * scale))
+        GridPoint::new(varies, x, traffic, RunLimits::seconds(S_LORA_SECONDS * scale))
     };
     let adapters = [1, 20, 50, 100, 200].into_iter().filter(|n| *n <= base.adapters.max(1));
     let adapters = adapters.map(|n| point("adapters", n as f64, n, 1.0, 1.0, rate(2.0)));
@@ -66,10 +83,11 @@ pub fn s_lora(base: &Traffic, sustained: f64, scale: f64) -> Vec<Point> {
     adapters.chain(alphas).chain(cvs).chain(rates).collect()
 }
 
-/// Punica's four popularities (Chen et al., 2023): each request its own adapter, the root of their number of adapters, each adapter
-/// 1.5 times the next one's requests, all the same. A closed loop, as their server takes requests first come, first served.
-pub fn punica(base: &Traffic, scale: f64) -> Vec<Point> {
-    let requests = ((PUNICA.0 as f64 * scale) as usize).max(1);
+/// Punica's four popularities (Chen et al., 2023): an adapter per request; as many adapters as the square root of the number of
+/// requests; each adapter with 1.5 times the requests of the next; one adapter. A closed loop, because Punica's server takes
+/// requests first come, first served.
+pub(super) fn punica(base: &Traffic, scale: f64) -> Vec<GridPoint> {
+    let requests = ((PUNICA_REQUESTS * scale) as usize).max(1);
     let root = (requests as f64).sqrt().ceil() as usize;
     let kinds = [
         ("distinct", requests, Popularity::Distinct),
@@ -77,25 +95,39 @@ pub fn punica(base: &Traffic, scale: f64) -> Vec<Point> {
         ("skewed", requests, Popularity::Geometric(1.5)),
         ("identical", 1, Popularity::One),
     ];
-    let point = |(label, adapters, popularity): (&str, usize, Popularity)| Point {
+    let point = |(label, adapters, popularity): (&str, usize, Popularity)| GridPoint {
         varies: "popularity",
         x: 0.0,
         label: label.to_owned(),
         traffic: Traffic {
-            arrivals: Arrivals::Closed { clients: PUNICA.1 },
+            arrivals: Arrivals::Closed { clients: PUNICA_CLIENTS },
             adapters: adapters.min(base.adapters),
             popularity,
             ..base.clone()
         },
-        bounds: Bounds { requests: Some(requests), duration: None },
+        limits: RunLimits { requests: Some(requests), duration: None },
     };
     kinds.map(point).into()
 }
 
-/// From the base alone to as many adapters as there are, up to 2,000, uniform, in a closed loop.
-pub fn growth(base: &Traffic, clients: usize, scale: f64) -> Vec<Point> {
+/// From the base alone to all adapters, at most 2,000, with uniform popularity in a closed loop.
+pub(super) fn growth(base: &Traffic, clients: usize, scale: f64) -> Vec<GridPoint> {
     let counts = [0, 1, 10, 50, 100, 200, 500, 1000, 2000].into_iter().filter(|n| *n <= base.adapters);
     let arrivals = Arrivals::Closed { clients };
     let traffic = |n| Traffic { arrivals, adapters: n, popularity: Popularity::Uniform, ..base.clone() };
-    counts.map(|n| Point::new("adapters", n as f64, traffic(n), seconds(GROWTH_SECONDS * scale))).collect()
+    let limits = RunLimits::seconds(GROWTH_SECONDS * scale);
+    counts.map(|n| GridPoint::new("adapters", n as f64, traffic(n), limits)).collect()
+}
+
+/// Twice the sustained rate. `limits` replace the default duration, which `scale` multiplies.
+pub(super) fn overload(
+    base: &Traffic,
+    sustained: f64,
+    cv: f64,
+    limits: Option<RunLimits>,
+    scale: f64,
+) -> Vec<GridPoint> {
+    let rate = 2.0 * sustained;
+    let traffic = Traffic { arrivals: Arrivals::Open { rate, cv }, ..base.clone() };
+    vec![GridPoint::new("rate", rate, traffic, limits.unwrap_or(RunLimits::seconds(OVERLOAD_SECONDS * scale)))]
 }

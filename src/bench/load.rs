@@ -1,4 +1,4 @@
-//! Keeps to a schedule, whatever the server does, and times every reply.
+//! The load generator: keeps to the schedule independent of the server, and times every reply.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,70 +9,82 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::client::Reply;
-use super::target::{Observed, Target};
-use super::traffic::{Arrivals, Plan, Planned, Traffic};
+use super::client::StreamedReply;
+use super::target::{Observed, TargetServer};
+use super::traffic::{Arrivals, PlannedRequest, Traffic, TrafficPlan};
 use crate::Result;
 
-/// Where a run ends.
-#[derive(Debug, Clone, Copy)]
-pub struct Bounds {
-    /// After this many requests.
+/// Limits of a run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunLimits {
+    /// Most requests.
     pub requests: Option<usize>,
-    /// After sending for this long; replies on their way are waited for.
+    /// Longest time of sending. Replies under way are waited for.
     pub duration: Option<Duration>,
 }
 
-/// One request, done. Times in seconds.
+impl RunLimits {
+    /// A run that sends for a number of seconds.
+    pub(crate) fn seconds(seconds: f64) -> Self {
+        Self { requests: None, duration: Some(Duration::from_secs_f64(seconds)) }
+    }
+
+    /// Whether sending is over at a time from the start.
+    fn over(self, at: Duration) -> bool {
+        self.duration.is_some_and(|duration| at > duration)
+    }
+}
+
+/// A request that has ended. Times are in seconds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Record {
-    /// When it was due, from the start.
+pub struct RequestRecord {
+    /// Time at which it was due, from the start of the run.
     pub due: f64,
-    /// How much later it was sent: the generator's fault, not the server's.
+    /// Delay from then until it was sent, which is the generator's fault and not the server's.
     pub lag: f64,
-    /// From when it was due to the first text.
+    /// From the time it was due to the first text.
     pub first: Option<f64>,
-    /// From when it was due to the end.
+    /// From the time it was due to the end.
     pub end: f64,
-    /// Between pieces of text, milliseconds. Too many to write down.
+    /// Gaps between pieces of text, milliseconds. Not written: there are too many.
     #[serde(skip)]
     pub gaps: Vec<f32>,
-    /// Tokens of the prompt.
+    /// Prompt tokens.
     pub input: usize,
-    /// Tokens of the reply.
+    /// Generated tokens.
     pub output: usize,
-    /// Its adapter's number.
+    /// Index of its adapter.
     pub adapter: Option<usize>,
-    /// What went wrong.
+    /// Kind of failure.
     pub failure: Option<String>,
-    /// After how many seconds to come again, as the refusal said.
+    /// `Retry-After` of a refusal, seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after: Option<f64>,
 }
 
-/// A whole run.
-pub struct Run {
-    /// By the time they were done.
-    pub records: Vec<Record>,
-    /// Requests sent that were not done when the run was broken off.
+/// Everything that a run observed.
+pub struct LoadRun {
+    /// The requests, in the order in which they ended.
+    pub records: Vec<RequestRecord>,
+    /// Requests that were sent but had not ended when the run was interrupted.
     pub unfinished: usize,
     /// From the first request to the last reply, seconds.
     pub seconds: f64,
-    /// Processors that the generator itself kept busy.
+    /// CPUs that the generator kept busy, on average.
     pub generator_cpus: f64,
-    /// The server before and after.
+    /// The server before and after the run.
     pub server: [Observed; 2],
-    /// Its memory meanwhile, bytes, a sample a second; empty where it does not say.
+    /// Samples of the server's memory, bytes, one per second; empty if the server does not report it.
     pub memory: Vec<u64>,
-    /// Someone pressed ctrl-C.
+    /// ctrl-C interrupted the run.
     pub interrupted: bool,
 }
 
-/// Becomes true when someone presses ctrl-C.
+/// Becomes true on ctrl-C.
 pub type Stop = watch::Receiver<bool>;
 
-/// Listens for ctrl-C: the first breaks the run off, the second ends the process.
-pub fn stop_on_ctrl_c() -> Stop {
+/// Listens for ctrl-C. The first one interrupts the run, the second one ends the process.
+pub(crate) fn stop_on_ctrl_c() -> Stop {
     let (sender, receiver) = watch::channel(false);
     tokio::spawn(async move {
         if tokio::signal::ctrl_c().await.is_ok() {
@@ -81,70 +93,76 @@ pub fn stop_on_ctrl_c() -> Stop {
                 std::process::exit(130);
             }
         }
-        // The sender lives on: a closed channel would look like a stop.
+        // The sender stays alive: receivers take a closed channel for a stop.
         std::future::pending::<()>().await;
     });
     receiver
 }
 
-/// Sent and done so far, for the progress bar.
+/// Requests so far, for the progress bar.
 #[derive(Default)]
-struct Progress {
+struct RequestCounts {
     sent: AtomicUsize,
     done: AtomicUsize,
     failed: AtomicUsize,
 }
 
-/// What the tasks of a run share.
-struct Shared {
-    target: Target,
+/// State shared by the tasks of a run.
+struct LoadState {
+    target: TargetServer,
     start: Instant,
-    records: Mutex<Vec<Record>>,
-    progress: Progress,
+    records: Mutex<Vec<RequestRecord>>,
+    counts: RequestCounts,
 }
 
-impl Shared {
-    /// Sends a request that was due `due` after the start, and writes down how it went. After a failure, how long a client
-    /// waits before it sends the next.
+impl LoadState {
+    /// Sends a request that was due at `due` from the start, and records the reply. Returns how long a client waits before its
+    /// next request if this one failed.
     async fn send(&self, due: Duration, adapter: Option<usize>, body: hyper::body::Bytes) -> Option<Duration> {
-        self.progress.sent.fetch_add(1, Relaxed);
+        self.counts.sent.fetch_add(1, Relaxed);
         let due_at = self.start + due;
         let since = |at: Instant| at.saturating_duration_since(due_at).as_secs_f64();
         let lag = since(Instant::now());
-        let Reply { first, gaps, prompt_tokens, tokens, retry_after, failure, .. } =
+        let StreamedReply { first, gaps, prompt_tokens, tokens, retry_after, failure, .. } =
             self.target.client.stream(self.target.path(), body).await;
         let end = since(Instant::now());
-        self.progress.done.fetch_add(1, Relaxed);
-        self.progress.failed.fetch_add(usize::from(failure.is_some()), Relaxed);
+        self.counts.done.fetch_add(1, Relaxed);
+        self.counts.failed.fetch_add(usize::from(failure.is_some()), Relaxed);
         let first = first.map(since);
         let (due, input, output) = (due.as_secs_f64(), prompt_tokens, tokens);
         let pause =
             failure.as_ref().map(|_| Duration::try_from_secs_f64(retry_after.unwrap_or(1.0)).unwrap_or_default());
-        let record = Record { due, lag, first, end, gaps, input, output, adapter, failure, retry_after };
-        // Nothing panics while it holds this lock, nor the others below.
+        let record = RequestRecord { due, lag, first, end, gaps, input, output, adapter, failure, retry_after };
+        // Nothing panics while it holds this lock or those below.
         self.records.lock().unwrap_or_else(PoisonError::into_inner).push(record);
         pause
     }
 }
 
-/// Runs traffic against a server. Errors: traffic that cannot be planned; what goes wrong with requests stands in the records.
-pub async fn run(target: &Target, traffic: &Traffic, bounds: Bounds, mut stop: Stop, label: &str) -> Result<Run> {
+/// Runs traffic against a server. Records hold the failures of requests. Errors: invalid parameters of the traffic.
+pub async fn run(
+    target: &TargetServer,
+    traffic: &Traffic,
+    limits: RunLimits,
+    mut stop: Stop,
+    label: &str,
+) -> Result<LoadRun> {
     let plan = traffic.plan()?;
     let before = target.observe().await;
     let cpu = cpu_seconds();
-    let shared = Arc::new(Shared {
+    let state = Arc::new(LoadState {
         target: target.clone(),
         start: Instant::now(),
         records: Mutex::default(),
-        progress: Progress::default(),
+        counts: RequestCounts::default(),
     });
-    let bar = tokio::spawn(show(shared.clone(), bounds, label.to_owned()));
+    let bar = tokio::spawn(show(state.clone(), limits, label.to_owned()));
     let memory = target.watch_memory();
     let mut tasks = JoinSet::new();
     let work = async {
         match traffic.arrivals {
-            Arrivals::Open { .. } => open(&shared, plan, bounds, &mut tasks).await,
-            Arrivals::Closed { clients } => closed(&shared, plan, bounds, clients, &mut tasks),
+            Arrivals::Open { .. } => open_loop(&state, plan, limits, &mut tasks).await,
+            Arrivals::Closed { clients } => closed_loop(&state, plan, limits, clients, &mut tasks),
         }
         while tasks.join_next().await.is_some() {}
     };
@@ -152,51 +170,51 @@ pub async fn run(target: &Target, traffic: &Traffic, bounds: Bounds, mut stop: S
         () = work => false,
         _ = stop.wait_for(|stopped| *stopped) => true,
     };
-    let seconds = shared.start.elapsed().as_secs_f64();
+    let seconds = state.start.elapsed().as_secs_f64();
     tasks.shutdown().await;
     bar.abort();
-    let records = std::mem::take(&mut *shared.records.lock().unwrap_or_else(PoisonError::into_inner));
-    let unfinished = shared.progress.sent.load(Relaxed) - records.len();
+    let records = std::mem::take(&mut *state.records.lock().unwrap_or_else(PoisonError::into_inner));
+    let unfinished = state.counts.sent.load(Relaxed) - records.len();
     let generator_cpus = (cpu_seconds() - cpu) / seconds;
     let server = [before, target.observe().await];
     let memory = memory.samples();
-    Ok(Run { records, unfinished, seconds, generator_cpus, server, memory, interrupted })
+    Ok(LoadRun { records, unfinished, seconds, generator_cpus, server, memory, interrupted })
 }
 
-/// Sends each request when it is due.
-async fn open(shared: &Arc<Shared>, plan: Plan, bounds: Bounds, tasks: &mut JoinSet<()>) {
-    for planned in plan.take(bounds.requests.unwrap_or(usize::MAX)) {
-        let Planned { due, adapter, .. } = planned;
-        if bounds.duration.is_some_and(|duration| due > duration) {
+/// Sends each request at the time it is due.
+async fn open_loop(state: &Arc<LoadState>, plan: TrafficPlan, limits: RunLimits, tasks: &mut JoinSet<()>) {
+    for planned in plan.take(limits.requests.unwrap_or(usize::MAX)) {
+        let PlannedRequest { due, adapter, .. } = planned;
+        if limits.over(due) {
             break;
         }
-        // Before it is due, so that only the sending is left then.
-        let body = shared.target.body(&planned);
-        tokio::time::sleep_until((shared.start + due).into()).await;
-        let shared = shared.clone();
+        // The body is made ahead of time, so that only the sending remains.
+        let body = state.target.body(&planned);
+        tokio::time::sleep_until((state.start + due).into()).await;
+        let state = state.clone();
         tasks.spawn(async move {
-            shared.send(due, adapter, body).await;
+            state.send(due, adapter, body).await;
         });
         while tasks.try_join_next().is_some() {}
     }
 }
 
-/// Clients that take the next request when they have a reply.
-fn closed(shared: &Arc<Shared>, plan: Plan, bounds: Bounds, clients: usize, tasks: &mut JoinSet<()>) {
-    let plan = Arc::new(Mutex::new(plan.take(bounds.requests.unwrap_or(usize::MAX))));
+/// Starts clients, each of which sends its next request after the reply to its last one.
+fn closed_loop(state: &Arc<LoadState>, plan: TrafficPlan, limits: RunLimits, clients: usize, tasks: &mut JoinSet<()>) {
+    let plan = Arc::new(Mutex::new(plan.take(limits.requests.unwrap_or(usize::MAX))));
     for _ in 0..clients {
-        let (shared, plan) = (shared.clone(), plan.clone());
+        let (state, plan) = (state.clone(), plan.clone());
         tasks.spawn(async move {
             loop {
-                let due = shared.start.elapsed();
-                if bounds.duration.is_some_and(|duration| due > duration) {
+                let due = state.start.elapsed();
+                if limits.over(due) {
                     break;
                 }
                 let Some(planned) = plan.lock().unwrap_or_else(PoisonError::into_inner).next() else { break };
-                let body = shared.target.body(&planned);
-                // A client that was refused and asks again at once would be an attack, not load.
-                if let Some(pause) = shared.send(due, planned.adapter, body).await {
-                    let left = bounds.duration.map(|duration| duration.saturating_sub(shared.start.elapsed()));
+                let body = state.target.body(&planned);
+                // A refused client waits: sending again at once would be an attack.
+                if let Some(pause) = state.send(due, planned.adapter, body).await {
+                    let left = limits.duration.map(|duration| duration.saturating_sub(state.start.elapsed()));
                     tokio::time::sleep(left.map_or(pause, |left| pause.min(left))).await;
                 }
             }
@@ -204,37 +222,37 @@ fn closed(shared: &Arc<Shared>, plan: Plan, bounds: Bounds, clients: usize, task
     }
 }
 
-/// Moves the progress bar until it is aborted.
-async fn show(shared: Arc<Shared>, bounds: Bounds, label: String) {
-    let (length, by_time) = match (bounds.duration, bounds.requests) {
+/// Updates the progress bar until the task is aborted.
+async fn show(state: Arc<LoadState>, limits: RunLimits, label: String) {
+    let (length, by_time) = match (limits.duration, limits.requests) {
         (Some(duration), _) => (duration.as_millis() as u64, true),
         (None, requests) => (requests.unwrap_or(0) as u64, false),
     };
     let style = ProgressStyle::with_template("{prefix} {bar:30} {msg}");
     let bar =
         ProgressBar::new(length).with_prefix(label).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let clear = Clear(bar);
+    let bar = ClearOnDrop(bar);
     loop {
-        let Progress { sent, done, failed } = &shared.progress;
+        let RequestCounts { sent, done, failed } = &state.counts;
         let (sent, done, failed) = (sent.load(Relaxed), done.load(Relaxed), failed.load(Relaxed));
-        let seconds = shared.start.elapsed();
-        clear.0.set_position(if by_time { (seconds.as_millis() as u64).min(length) } else { done as u64 });
+        let seconds = state.start.elapsed();
+        bar.0.set_position(if by_time { (seconds.as_millis() as u64).min(length) } else { done as u64 });
         let running = sent.saturating_sub(done);
-        clear.0.set_message(format!("{:.0} s, {done} done, {running} running, {failed} failed", seconds.as_secs_f64()));
+        bar.0.set_message(format!("{:.0} s, {done} done, {running} running, {failed} failed", seconds.as_secs_f64()));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-/// Takes the bar off the screen when its task is aborted.
-struct Clear(ProgressBar);
+/// A progress bar that is removed from the screen when its task is aborted.
+struct ClearOnDrop(ProgressBar);
 
-impl Drop for Clear {
+impl Drop for ClearOnDrop {
     fn drop(&mut self) {
         self.0.finish_and_clear();
     }
 }
 
-/// Processor time of this process so far.
+/// CPU time of this process so far, seconds.
 fn cpu_seconds() -> f64 {
     let Ok(pid) = sysinfo::get_current_pid() else { return 0.0 };
     let mut system = sysinfo::System::new();

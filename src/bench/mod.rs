@@ -1,19 +1,23 @@
-//! `quiver bench serve`: load on any OpenAI-compatible server, and what became of it.
+//! The benchmarks: `quiver bench engine` measures steps of the engine, `quiver bench serve` loads any OpenAI-compatible server.
 //!
-//! In the order of a run: [`traffic`] decides what is sent when, before any of it is sent; [`client`] sends and reads streams;
-//! [`target`] knows the server (its process, its models, its form of a request); [`load`] keeps to the schedule and
-//! times; [`stats`] sums up; [`report`] and [`plot`] write it down. [`grid`] holds the series of runs that papers
-//! use, [`trial`] those that end with a verdict. [`bandwidth`] is what `quiver bench engine` measures steps against.
+//! The modules of the load generator, in the order of a run: [`traffic`] determines all requests before the first is sent;
+//! [`client`] sends them and reads streams; [`target`] knows the server (its process, its models, its request format);
+//! [`load`] keeps to the schedule and times the replies; [`stats`] summarises them; [`report`] writes JSON, tables and charts.
+//! [`series`] runs several loads in a row, [`grid`] holds those that papers use; [`verdict`] judges an overload, [`soak`] checks
+//! every reply for a long time. [`engine`] measures steps against the memory [`bandwidth`].
 //!
-//! Latency counts from the time at which a request was due, not from when it was sent: a server that stalls is charged for the
+//! Latencies count from the time a request was due, not from the time it was sent: a server that stalls is charged for the
 //! requests that waited meanwhile (coordinated omission; Tene, 2013).
 
-pub mod bandwidth;
+mod bandwidth;
 pub mod client;
-pub mod grid;
+pub(crate) mod engine;
+pub(crate) mod grid;
 pub mod load;
 pub mod report;
+pub(crate) mod series;
+pub(crate) mod soak;
 pub mod stats;
 pub mod target;
 pub mod traffic;
-pub mod trial;
+pub mod verdict;

@@ -1,4 +1,4 @@
-//! What is written down: JSON with every request, a table, and a page of plots.
+//! Reports: JSON with every request, a table, and an HTML page of charts.
 
 use std::path::Path;
 
@@ -7,74 +7,74 @@ use minijinja::{Environment, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::load::Record;
+use super::load::RequestRecord;
 use super::stats::{AdapterStats, Quantiles, Summary};
-use super::trial::Verdict;
+use super::verdict::Verdict;
 use crate::plot::Chart;
 use crate::{Error, Result};
 
-/// Adapters whose figures a page shows of each run, those with the worst first-token latency first. JSON has all.
+/// Adapters that a page shows per run, those with the longest time to first token first. The JSON has all.
 const ADAPTERS_SHOWN: usize = 20;
 
-/// Points on a timeline.
+/// Points of a timeline.
 const TIMELINE: usize = 60;
 
-/// One invocation of the generator.
+/// Report of one invocation of the generator.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Report {
-    /// Name of the server in plots.
+pub struct BenchReport {
+    /// Name of the server in charts.
     pub name: String,
-    /// Words of the command line.
+    /// Arguments of the command line.
     pub command: Vec<String>,
-    /// When it began, RFC 3339.
+    /// Start time, RFC 3339.
     pub date: String,
     /// Version of the generator.
     pub version: String,
-    /// Where the generator ran.
+    /// Machine of the generator.
     pub machine: Machine,
-    /// What the server says of its version.
+    /// Name and version as the server reports them.
     pub server: Value,
-    /// In order.
+    /// Its runs, in order.
     pub runs: Vec<RunReport>,
-    /// What a trial found.
+    /// Verdict of an overload or soak.
     pub verdict: Option<Verdict>,
 }
 
-/// A computer.
+/// Description of a machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Machine {
-    /// Brand of the processor.
+    /// Brand of the CPU.
     pub cpu: String,
-    /// Hardware threads that the process may use.
+    /// Hardware threads available to the process.
     pub threads: usize,
-    /// Bytes.
+    /// Bytes of memory.
     pub memory: u64,
     /// Operating system.
     pub system: String,
 }
 
-/// One run of it.
+/// Report of one run.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RunReport {
-    /// What sets it apart, such as `adapters 20`.
+    /// Label, such as `adapters 20`.
     pub label: String,
-    /// The variable it belongs to a series of, such as `adapters`.
+    /// The variable of its series, such as `adapters`.
     pub varies: String,
-    /// Its value there.
+    /// Value of this variable.
     pub x: f64,
-    /// All of what was sent, in words.
+    /// Description of its traffic.
     pub traffic: String,
-    /// Names of adapters, by their numbers.
+    /// Names of the adapters, by index.
     pub adapters: Vec<String>,
-    /// Its figures.
+    /// Its statistics.
     pub summary: Summary,
     /// Every request.
-    pub records: Vec<Record>,
+    pub records: Vec<RequestRecord>,
 }
 
 impl Machine {
-    /// This one.
-    pub fn here() -> Self {
+    /// This machine.
+    fn here() -> Self {
         let system = sysinfo::System::new_with_specifics(
             sysinfo::RefreshKind::nothing()
                 .with_cpu(sysinfo::CpuRefreshKind::nothing())
@@ -89,15 +89,29 @@ impl Machine {
     }
 }
 
-impl Report {
-    /// Reads one back.
+impl BenchReport {
+    /// A report without runs, which starts now on this machine.
+    pub(crate) fn new(name: &str, server: Value) -> Self {
+        Self {
+            name: name.to_owned(),
+            command: std::env::args().collect(),
+            date: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine: Machine::here(),
+            server,
+            runs: Vec::new(),
+            verdict: None,
+        }
+    }
+
+    /// Reads a report from JSON.
     pub fn read(file: &Path) -> Result<Self> {
         let fail = |e: &dyn std::fmt::Display| Error::invalid(format!("{}: {e}", file.display()));
         serde_json::from_slice(&std::fs::read(file).map_err(|e| fail(&e))?).map_err(|e| fail(&e))
     }
 
-    /// Writes it as JSON.
-    pub fn write(&self, file: &Path) -> Result<()> {
+    /// Writes the report as JSON.
+    pub(crate) fn write(&self, file: &Path) -> Result<()> {
         let text = serde_json::to_string(self).map_err(|e| Error::internal(e.to_string()))?;
         write(file, &text)
     }
@@ -107,12 +121,12 @@ fn write(file: &Path, text: &str) -> Result<()> {
     std::fs::write(file, text).map_err(|e| Error::invalid(format!("{}: {e}", file.display())))
 }
 
-/// Names of the table's columns, in Markdown.
-pub const HEAD: &str = "| | req/s | out tok/s | TTFT p50/p90/p99 ms | between p50/p99 ms | whole p50/p99 ms | SLO | Jain | failed | lag p99 ms |\n\
+/// Header of the table, in Markdown.
+pub(crate) const HEAD: &str = "| | req/s | out tok/s | TTFT p50/p90/p99 ms | ITL p50/p99 ms | whole p50/p99 ms | SLO | Jain | failed | lag p99 ms |\n\
                         |---|---|---|---|---|---|---|---|---|---|";
 
-/// A run as a row of the table.
-pub fn row(label: &str, s: &Summary) -> String {
+/// Row of a run in the table.
+pub(crate) fn row(label: &str, s: &Summary) -> String {
     let failed: Vec<String> = s.failed.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
     let short = |ms: f64| if ms < 100.0 { format!("{ms:.1}") } else { format!("{ms:.0}") };
     let ends = |q: &Quantiles| format!("{}/{}", short(q.p50), short(q.p99));
@@ -132,15 +146,15 @@ pub fn row(label: &str, s: &Summary) -> String {
     )
 }
 
-/// Lines about a run that the table has no room for.
-pub fn notes(s: &Summary) -> Vec<String> {
+/// Notes about a run that do not fit into the table.
+pub(crate) fn notes(s: &Summary) -> Vec<String> {
     let mut notes = vec![format!(
-        "{} of {} requests in {:.1} s; latency counts from when a request was due, not from when it was sent",
+        "{} of {} requests in {:.1} s; latencies count from the time a request was due, not from the time it was sent",
         s.completed, s.requests, s.seconds
     )];
     if s.fairness.adapters.len() > 1 {
         notes.push(format!(
-            "{} adapters: Jain's index {:.3} of speed and {:.3} of throughput, worst p99 TTFT {:.2} times the median adapter's",
+            "{} adapters: Jain's index {:.3} for speed and {:.3} for throughput; the worst adapter's p99 TTFT is {:.2} times the median one",
             s.fairness.adapters.len(),
             s.fairness.jain_speed,
             s.fairness.jain_throughput,
@@ -149,18 +163,18 @@ pub fn notes(s: &Summary) -> Vec<String> {
     }
     if let Some(misses) = s.adapter_misses {
         let disk = s.disk_reads.unwrap_or(0);
-        notes.push(format!("{misses} adapters were brought into slots, {disk} of them from disk"));
+        notes.push(format!("{misses} adapter loads into slots, {disk} of them from disk"));
     }
     if let [Some(before), Some(after)] = s.resident_bytes {
         notes.push(format!("server memory {} before, {} after", ByteSize(before), ByteSize(after)));
     }
-    notes.extend(s.unfinished.gt(&0).then(|| format!("{} requests were broken off", s.unfinished)));
+    notes.extend(s.unfinished.gt(&0).then(|| format!("{} requests were interrupted", s.unfinished)));
     notes.extend(s.warning.iter().map(|warning| format!("WARNING: {warning}")));
     notes
 }
 
-/// Charts of a variable over all reports that have a series of it: throughput, and first-token latency.
-pub fn charts(reports: &[Report]) -> Vec<Chart> {
+/// Charts of throughput and time to first token over each variable that a series of the reports varies.
+pub fn charts(reports: &[BenchReport]) -> Vec<Chart> {
     let mut names: Vec<&str> = Vec::new();
     let runs = || reports.iter().flat_map(|report| report.runs.iter().map(move |run| (report, run)));
     for (_, run) in runs() {
@@ -172,7 +186,7 @@ pub fn charts(reports: &[Report]) -> Vec<Chart> {
     }
     let series = |varies: &str, of: fn(&Summary) -> f64, suffix: &str| {
         let mut lines: Vec<(String, Vec<(f64, f64)>)> = Vec::new();
-        // A logarithmic axis has no place for none: the table has it.
+        // A logarithmic axis has no zero: only the table shows that run.
         for (report, run) in runs().filter(|(_, run)| run.varies == varies && run.x > 0.0) {
             let name = format!("{}{suffix}", report.name);
             let point = (run.x, of(&run.summary));
@@ -201,7 +215,7 @@ pub fn charts(reports: &[Report]) -> Vec<Chart> {
     names.into_iter().flat_map(both).collect()
 }
 
-/// First-token latency of every request over the time it was due, and the rate of output.
+/// Charts of a run over time: generated tokens per second, and each request's time to first token.
 fn timeline(run: &RunReport) -> [Chart; 2] {
     let of = |failed: bool| {
         let chosen = run.records.iter().filter(move |r| r.failure.is_some() == failed);
@@ -210,7 +224,7 @@ fn timeline(run: &RunReport) -> [Chart; 2] {
     let width = (run.summary.seconds / TIMELINE as f64).max(1e-9);
     let mut tokens = vec![0.0; TIMELINE];
     for record in run.records.iter().filter(|r| r.failure.is_none()) {
-        // Evenly over the time from its first token to its last.
+        // Its tokens are spread evenly from its first token to its last.
         let (from, to) = (record.due + record.first.unwrap_or(record.end), record.due + record.end);
         let bins = ((from / width) as usize).min(TIMELINE - 1)..=((to / width) as usize).min(TIMELINE - 1);
         let share = record.output as f64 / bins.clone().count() as f64;
@@ -232,7 +246,8 @@ fn timeline(run: &RunReport) -> [Chart; 2] {
     [chart("tokens/s", false, vec![("tokens/s".into(), rate)]), chart("first token, ms", true, latency)]
 }
 
-/// Rows of the adapters that waited longest: name, requests, tokens a second, first-token p50 and p99 in milliseconds.
+/// Rows of the adapters with the longest time to first token: name, requests, tokens per second, TTFT p50 and p99 in
+/// milliseconds.
 fn slowest(run: &RunReport) -> Vec<[String; 5]> {
     let mut adapters: Vec<&AdapterStats> = run.summary.fairness.adapters.iter().collect();
     adapters.sort_by(|a, b| b.first_ms.p99.total_cmp(&a.first_ms.p99));
@@ -244,8 +259,8 @@ fn slowest(run: &RunReport) -> Vec<[String; 5]> {
     adapters.iter().take(ADAPTERS_SHOWN).map(row).collect()
 }
 
-/// Writes one page about several reports: tables, charts of all series, a timeline of each run.
-pub fn page(reports: &[Report], file: &Path) -> Result<()> {
+/// Writes an HTML page of several reports: tables, charts of all series, and a timeline per run.
+pub(crate) fn page(reports: &[BenchReport], file: &Path) -> Result<()> {
     let draw = |charts: &[Chart]| charts.iter().map(Chart::svg).collect::<Result<Vec<_>>>();
     let mut views = Vec::new();
     for report in reports {
@@ -274,6 +289,6 @@ pub fn page(reports: &[Report], file: &Path) -> Result<()> {
                 reports => views, plots => draw(&charts(reports))?, head,
             },
         )
-        .map_err(|e| Error::internal(format!("the page: {e:#}")))?;
+        .map_err(|e| Error::internal(format!("cannot render the page: {e:#}")))?;
     write(file, &text)
 }

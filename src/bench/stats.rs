@@ -1,37 +1,38 @@
-//! Figures of a run. Quantiles are exact: every sample is kept.
+//! Statistics of a run. Quantiles are exact, because every sample is kept.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::load::{Record, Run};
+use super::load::{LoadRun, RequestRecord};
+use super::target::Observed;
 use super::traffic::Arrivals;
 
-/// A generator that sends later than this, milliseconds at the 99th percentile, blurs what it measures.
-const LAG_MS: f64 = 10.0;
+/// Largest 99th percentile of the lag, milliseconds, without a warning.
+const MAX_LAG_MS: f64 = 10.0;
 
-/// Share of all processors beyond which a generator takes them from a server on the same machine.
-const CPU_SHARE: f64 = 0.25;
+/// Largest share of the CPUs that the generator may keep busy without a warning.
+const MAX_CPU_SHARE: f64 = 0.25;
 
-/// Quantiles of a set of samples (nearest rank), all 0 of none.
+/// Quantiles of samples (nearest rank); all 0 without samples.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Quantiles {
-    /// How many.
+    /// Number of samples.
     pub count: usize,
-    /// Arithmetic.
+    /// Arithmetic mean.
     pub mean: f64,
-    /// Half are at most this.
+    /// Median.
     pub p50: f64,
-    /// 9 of 10 are.
+    /// 90th percentile.
     pub p90: f64,
-    /// 99 of 100 are.
+    /// 99th percentile.
     pub p99: f64,
-    /// All are.
+    /// Maximum.
     pub max: f64,
 }
 
 impl Quantiles {
-    /// Of samples in any order.
+    /// Quantiles of samples in any order.
     pub fn of(samples: impl IntoIterator<Item = f64>) -> Self {
         let mut samples: Vec<f64> = samples.into_iter().collect();
         samples.sort_by(f64::total_cmp);
@@ -43,105 +44,104 @@ impl Quantiles {
     }
 }
 
-/// Jain's index of fairness (Jain, Chiu and Hawe, 1984): 1 where all have the same, 1/n where one has it all.
+/// Jain's fairness index (Jain, Chiu and Hawe, 1984): 1 if all shares are equal, 1/n if one has everything.
 pub fn jain(shares: &[f64]) -> f64 {
     let (sum, squares) = shares.iter().fold((0.0, 0.0), |(sum, squares), x| (sum + x, squares + x * x));
     if squares > 0.0 { sum * sum / (shares.len() as f64 * squares) } else { 1.0 }
 }
 
-/// What one adapter's requests saw.
+/// Statistics of one adapter's requests.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AdapterStats {
-    /// Its number; none is the base.
+    /// Index of the adapter; `None` is the base.
     pub adapter: Option<usize>,
-    /// Sent.
+    /// Requests that have ended.
     pub requests: usize,
-    /// Tokens generated a second, of all its requests together.
+    /// Generated tokens per second, all its requests together.
     pub tokens_per_s: f64,
-    /// Tokens a second that one of its requests saw, from when it was due, on average.
+    /// Mean over its requests of generated tokens per second, from the time each was due.
     pub speed: f64,
-    /// First token, milliseconds.
+    /// Time to first token, milliseconds.
     pub first_ms: Quantiles,
 }
 
-/// How evenly adapters were served.
+/// Fairness between adapters.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fairness {
-    /// Jain's index of the adapters' throughput. Follows their popularity: compare it between equal traffic only.
+    /// Jain's index of the adapters' throughput. It depends on their popularity: compare it for equal traffic only.
     pub jain_throughput: f64,
-    /// Jain's index of the speed that a request of each adapter saw, which popularity leaves alone.
+    /// Jain's index of the adapters' speed, which does not depend on their popularity.
     pub jain_speed: f64,
-    /// Worst of the adapters' 99th percentiles of the first token over the median one.
+    /// Largest over median of the adapters' 99th percentiles of the time to first token.
     pub worst_p99_over_median: f64,
-    /// Each that had requests.
+    /// The adapters that had requests.
     pub adapters: Vec<AdapterStats>,
 }
 
-/// Figures of a run. Latencies count from when a request was due.
+/// Statistics of a run. Latencies count from the time a request was due.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Summary {
-    /// Sent.
+    /// Requests sent.
     pub requests: usize,
-    /// Answered in full.
+    /// Requests answered in full.
     pub completed: usize,
-    /// Failed, by what went wrong.
+    /// Failed requests by kind of failure.
     pub failed: BTreeMap<String, usize>,
-    /// Broken off with the run.
+    /// Requests that had not ended when the run was interrupted.
     pub unfinished: usize,
-    /// From the first request to the last reply.
+    /// From the first request to the last reply, seconds.
     pub seconds: f64,
-    /// Requests a second that were due; none in a closed loop, which follows the server.
+    /// Requests due per second; `None` in a closed loop, whose rate depends on the server.
     pub offered_per_s: Option<f64>,
-    /// Answered in full, a second.
+    /// Requests answered in full per second.
     pub requests_per_s: f64,
-    /// Prompt tokens of these, a second.
+    /// Prompt tokens of these per second.
     pub input_per_s: f64,
-    /// Tokens generated for these, a second.
+    /// Generated tokens of these per second.
     pub output_per_s: f64,
-    /// First token, milliseconds.
+    /// Time to first token, milliseconds.
     pub first_ms: Quantiles,
-    /// Between pieces of text, mostly single tokens, milliseconds.
+    /// Inter-token latency, milliseconds: between pieces of text, mostly single tokens.
     pub between_ms: Quantiles,
-    /// Mean time of a token after the first, by request, milliseconds.
+    /// Mean time per token after the first, per request, milliseconds.
     pub token_ms: Quantiles,
-    /// Whole request, milliseconds.
+    /// Time of the whole request, milliseconds.
     pub whole_ms: Quantiles,
-    /// The first-token objective, seconds.
+    /// Objective of the time to first token, seconds.
     pub slo_s: f64,
-    /// Share of all requests that met it; what failed did not.
+    /// Share of all requests that met it. Failed requests did not.
     pub slo_attained: f64,
-    /// How evenly adapters were served.
+    /// Fairness between adapters.
     pub fairness: Fairness,
-    /// How late the generator sent, milliseconds.
+    /// Delay of sending, milliseconds.
     pub lag_ms: Quantiles,
-    /// Processors the generator kept busy.
+    /// CPUs that the generator kept busy, on average.
     pub generator_cpus: f64,
-    /// The generator was in the way.
+    /// Why the generator may have distorted the figures.
     pub warning: Option<String>,
-    /// Adapters the server brought into slots meanwhile, where it says.
+    /// Adapters that the server loaded into slots during the run, if it reports them.
     pub adapter_misses: Option<u64>,
-    /// Of these, from disk.
+    /// Those that were read from disk.
     pub disk_reads: Option<u64>,
-    /// The server's memory before and after, bytes.
+    /// The server's resident memory before and after the run, bytes.
     pub resident_bytes: [Option<u64>; 2],
-    /// The run was broken off.
+    /// ctrl-C interrupted the run.
     pub interrupted: bool,
 }
 
 impl Summary {
-    /// Sums a run up.
-    pub fn of(run: &Run, arrivals: Arrivals, slo_s: f64) -> Self {
+    /// Summarises a run.
+    pub fn of(run: &LoadRun, arrivals: Arrivals, slo_s: f64) -> Self {
         let records = &run.records;
-        let good: Vec<&Record> = records.iter().filter(|r| r.failure.is_none()).collect();
-        let ms = |of: fn(&Record) -> Option<f64>| Quantiles::of(good.iter().filter_map(|r| of(r)).map(|s| s * 1e3));
+        let good: Vec<&RequestRecord> = records.iter().filter(|r| r.failure.is_none()).collect();
+        let ms =
+            |of: fn(&RequestRecord) -> Option<f64>| Quantiles::of(good.iter().filter_map(|r| of(r)).map(|s| s * 1e3));
         let mut failed = BTreeMap::new();
         records.iter().filter_map(|r| r.failure.clone()).for_each(|kind| *failed.entry(kind).or_default() += 1);
-        let a_second = |of: fn(&Record) -> usize| good.iter().map(|r| of(r)).sum::<usize>() as f64 / run.seconds;
+        let a_second = |of: fn(&RequestRecord) -> usize| good.iter().map(|r| of(r)).sum::<usize>() as f64 / run.seconds;
         let requests = records.len() + run.unfinished;
         let attained = good.iter().filter(|r| r.first.is_some_and(|first| first <= slo_s)).count();
-        let grown = |of: fn(&super::target::Observed) -> Option<u64>| {
-            Some(of(&run.server[1])?.saturating_sub(of(&run.server[0])?))
-        };
+        let grown = |of: fn(&Observed) -> Option<u64>| Some(of(&run.server[1])?.saturating_sub(of(&run.server[0])?));
         let lag_ms = Quantiles::of(records.iter().map(|r| r.lag * 1e3));
         Self {
             requests,
@@ -173,18 +173,18 @@ impl Summary {
         }
     }
 
-    /// All that failed.
+    /// Number of failed requests.
     pub fn failures(&self) -> usize {
         self.failed.values().sum()
     }
 }
 
 impl Fairness {
-    fn of(records: &[Record], seconds: f64) -> Self {
-        let mut groups: BTreeMap<Option<usize>, Vec<&Record>> = BTreeMap::new();
+    fn of(records: &[RequestRecord], seconds: f64) -> Self {
+        let mut groups: BTreeMap<Option<usize>, Vec<&RequestRecord>> = BTreeMap::new();
         records.iter().for_each(|r| groups.entry(r.adapter).or_default().push(r));
-        let stats = |(adapter, records): (Option<usize>, Vec<&Record>)| {
-            let good: Vec<&&Record> = records.iter().filter(|r| r.failure.is_none()).collect();
+        let stats = |(adapter, records): (Option<usize>, Vec<&RequestRecord>)| {
+            let good: Vec<&&RequestRecord> = records.iter().filter(|r| r.failure.is_none()).collect();
             let tokens: usize = good.iter().map(|r| r.output).sum();
             let speeds: f64 = good.iter().map(|r| r.output as f64 / r.end.max(1e-9)).sum();
             AdapterStats {
@@ -207,15 +207,17 @@ impl Fairness {
     }
 }
 
-/// Says when the generator was in the way.
+/// Explains why the generator may have distorted the figures, if it may.
 fn warning(lag: &Quantiles, cpus: f64) -> Option<String> {
-    if lag.p99 > LAG_MS {
+    if lag.p99 > MAX_LAG_MS {
         return Some(format!(
-            "requests left {:.1} ms late at the 99th percentile: the generator, or a machine that it shares, was too slow",
+            "requests were sent {:.1} ms late at the 99th percentile: the generator or its machine was too slow",
             lag.p99
         ));
     }
     let all = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-    let busy = cpus > CPU_SHARE * all;
-    busy.then(|| format!("the generator kept {cpus:.2} of {all} processors busy: a server on this machine had fewer"))
+    let busy = cpus > MAX_CPU_SHARE * all;
+    busy.then(|| {
+        format!("the generator kept {cpus:.2} of {all} CPUs busy, which a server on this machine could not use")
+    })
 }

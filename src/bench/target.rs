@@ -1,4 +1,4 @@
-//! The server under load: its process, its models, its form of a request, what it says of itself.
+//! The server under load: its process, its models, its request format and its metrics.
 
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,73 +13,78 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 use super::client::Client;
-use super::traffic::Planned;
+use super::traffic::PlannedRequest;
 use crate::{Error, Result};
 
-/// How long a started server may take to be ready.
-const START: Duration = Duration::from_secs(600);
+/// Longest time until a started server is ready.
+const START_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// How long it may take to end before it is killed.
-const STOP: Duration = Duration::from_secs(40);
+/// Longest time until a stopped server ends; then it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(40);
 
-/// How a request names its adapter.
+/// The request field that names the adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum AdapterField {
-    /// As `model`: quiver, vLLM, SGLang, LoRAX
+    /// `model`: quiver, vLLM, SGLang, LoRAX
     Model,
-    /// As `adapter`: quiver, mistral.rs
+    /// `adapter`: quiver, mistral.rs
     Adapter,
-    /// As `lora`, by number: llama.cpp
+    /// `lora`, by index: llama.cpp
     Lora,
 }
 
-/// A server and how to speak to it.
+/// A server and its request format.
 #[derive(Clone)]
-pub struct Target {
-    /// Where it is.
+pub struct TargetServer {
+    /// Client of the server.
     pub client: Client,
     /// Name of the base.
     pub model: String,
-    /// Names of the adapters, in the order of popularity.
+    /// Names of the adapters, most popular first.
     pub adapters: Vec<String>,
-    /// Where requests name them.
+    /// Field that names them.
     pub field: AdapterField,
-    /// Chat completions rather than completions.
+    /// Send chat completions instead of completions.
     pub chat: bool,
-    /// Put into every request as it is.
+    /// Further fields of every request.
     pub extra: Map<String, Value>,
-    /// The process, where this program started it.
+    /// Process id, if this program started the server.
     pub pid: Option<u32>,
 }
 
-/// What a server says of itself, or the system of its process.
+/// State of a server, from its metrics page or its process.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Observed {
-    /// Bytes of memory in use.
+    /// Resident memory, bytes.
     pub resident_bytes: Option<u64>,
-    /// Adapters brought into a slot so far: requests that found theirs elsewhere.
+    /// Adapters loaded into a slot so far.
     pub adapter_misses: Option<u64>,
-    /// Of these, read from disk.
+    /// Those that were read from disk.
     pub disk_reads: Option<u64>,
-    /// Sequences that run or wait.
+    /// Running and waiting sequences.
     pub unfinished: Option<u64>,
-    /// Adapters it holds.
+    /// Registered adapters.
     pub adapters: Option<u64>,
 }
 
-impl Target {
-    /// Asks the server for the names of its base and adapters. `model` and `pattern` (`{}` stands for the number, `{:04}` for four
-    /// digits of it) go before what it says; `count` adapters are taken. Errors: there are not as many.
-    pub async fn discover(&mut self, model: Option<String>, pattern: Option<&str>, count: Option<usize>) -> Result<()> {
+impl TargetServer {
+    /// Takes the names of the base and the adapters from the server's model list. `model` and `pattern` (`{}` is the index,
+    /// `{:04}` the index with four digits) replace those names. Errors: no model, or fewer than `count` adapters.
+    pub(crate) async fn discover(
+        &mut self,
+        model: Option<String>,
+        pattern: Option<&str>,
+        count: Option<usize>,
+    ) -> Result<()> {
         let models = self.client.get("/v1/models").await.unwrap_or_default();
         let cards = || models["data"].as_array().into_iter().flatten();
         let id = |card: &Value| card["id"].as_str().map(str::to_owned);
         let base = cards().find(|card| card["parent"].is_null()).and_then(id);
         self.model = model
             .or(base)
-            .ok_or_else(|| Error::invalid(format!("{}/v1/models names no model: pass --model", self.client.url())))?;
+            .ok_or_else(|| Error::invalid(format!("{}/v1/models lists no model: pass --model", self.client.url())))?;
         self.adapters = match (pattern, self.field, count) {
-            (Some(pattern), _, count) => (0..count.unwrap_or(1)).map(|i| number(pattern, i)).collect(),
+            (Some(pattern), _, count) => (0..count.unwrap_or(1)).map(|i| fill_in(pattern, i)).collect(),
             (None, AdapterField::Lora, _) => {
                 let list = self.client.get("/lora-adapters").await.unwrap_or_default();
                 (0..list.as_array().map_or(0, Vec::len)).map(|i| i.to_string()).collect()
@@ -88,7 +93,7 @@ impl Target {
         };
         if count.is_some_and(|count| count > self.adapters.len()) {
             return Err(Error::invalid(format!(
-                "--adapters {}: the server has {}; load more, or give their names with --adapter-names",
+                "--adapters {}: the server has {}: load more, or pass their names with --adapter-names",
                 count.unwrap_or_default(),
                 self.adapters.len()
             )));
@@ -96,13 +101,13 @@ impl Target {
         Ok(())
     }
 
-    /// The route that requests go to.
-    pub fn path(&self) -> &'static str {
+    /// Route of the requests.
+    pub(super) fn path(&self) -> &'static str {
         if self.chat { "/v1/chat/completions" } else { "/v1/completions" }
     }
 
-    /// A request as bytes.
-    pub fn body(&self, planned: &Planned) -> Bytes {
+    /// Body of a request.
+    pub fn body(&self, planned: &PlannedRequest) -> Bytes {
         let mut body = json!({
             "model": self.model,
             "max_tokens": planned.output,
@@ -126,8 +131,8 @@ impl Target {
         body.to_string().into()
     }
 
-    /// Reads the server's metrics page, where it has one in Prometheus's format with our names or vLLM's.
-    pub async fn observe(&self) -> Observed {
+    /// Reads the server's metrics page, if it has one in Prometheus format with quiver's or vLLM's names.
+    pub(super) async fn observe(&self) -> Observed {
         let page = self.client.get("/metrics").await;
         let page = page.as_ref().and_then(Value::as_str).unwrap_or_default();
         let sum = |name: &str| {
@@ -148,12 +153,12 @@ impl Target {
     }
 
     /// Samples the server's memory every second until the watch is dropped.
-    pub fn watch_memory(&self) -> MemoryWatch {
+    pub(super) fn watch_memory(&self) -> MemoryWatch {
         let (target, samples) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
         let kept = samples.clone();
         let task = tokio::spawn(async move {
             let mut tick = tokio::time::interval(Duration::from_secs(1));
-            // A server that is slow to answer is not asked for what was missed.
+            // Missed ticks are dropped: a slow server gets no extra requests.
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 tick.tick().await;
@@ -167,14 +172,14 @@ impl Target {
         MemoryWatch { samples, task }
     }
 
-    /// What the server calls itself.
-    pub async fn version(&self) -> Value {
+    /// Name and version as the server reports them.
+    pub(crate) async fn version(&self) -> Value {
         self.client.get("/version").await.unwrap_or_default()
     }
 }
 
-/// `dummy-{:04}` with a number.
-fn number(pattern: &str, i: usize) -> String {
+/// Replaces the placeholder of a pattern such as `dummy-{:04}` by an index.
+fn fill_in(pattern: &str, i: usize) -> String {
     let Some((before, (width, after))) =
         pattern.split_once('{').and_then(|(before, rest)| Some((before, rest.split_once('}')?)))
     else {
@@ -185,16 +190,16 @@ fn number(pattern: &str, i: usize) -> String {
 }
 
 /// A server's memory over time.
-pub struct MemoryWatch {
-    /// Bytes, one a second.
+pub(super) struct MemoryWatch {
+    /// Bytes, one sample per second.
     samples: Arc<Mutex<Vec<u64>>>,
-    /// Takes them.
+    /// Takes the samples.
     task: JoinHandle<()>,
 }
 
 impl MemoryWatch {
-    /// Bytes so far, one a second; none where the server does not say.
-    pub fn samples(&self) -> Vec<u64> {
+    /// Samples so far; empty if the server does not report its memory.
+    pub(super) fn samples(&self) -> Vec<u64> {
         self.samples.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -205,7 +210,7 @@ impl Drop for MemoryWatch {
     }
 }
 
-/// Resident bytes of a process.
+/// Resident memory of a process, bytes.
 fn resident(pid: u32) -> Option<u64> {
     let pid = Pid::from_u32(pid);
     let mut system = System::new();
@@ -213,16 +218,16 @@ fn resident(pid: u32) -> Option<u64> {
     system.process(pid).map(sysinfo::Process::memory)
 }
 
-/// A server that this program started, and ends.
-pub struct Process {
+/// A server that this program starts and stops.
+pub(crate) struct ServerProcess {
     child: Child,
-    /// What it printed, to show when it fails.
+    /// Its output, shown if it fails.
     log: tempfile::NamedTempFile,
 }
 
-impl Process {
-    /// Starts a shell command; the process takes the shell's place, so that its memory and its end are the server's.
-    pub fn start(command: &str) -> Result<Self> {
+impl ServerProcess {
+    /// Starts a shell command. The server replaces the shell, so that the child's memory and exit are the server's.
+    pub(crate) fn start(command: &str) -> Result<Self> {
         let log = tempfile::NamedTempFile::new()?;
         let child = Command::new("sh")
             .args(["-c", &format!("exec {command}")])
@@ -230,27 +235,27 @@ impl Process {
             .stdout(log.reopen()?)
             .stderr(log.reopen()?)
             .kill_on_drop(true)
-            // Out of reach of the terminal's ctrl-C, which is for the generator.
+            // In a process group of its own, so that ctrl-C reaches only the generator.
             .process_group(0)
             .spawn()?;
         Ok(Self { child, log })
     }
 
-    /// Its number.
-    pub fn pid(&self) -> Option<u32> {
+    /// Process id.
+    pub(crate) fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Waits until it answers. Errors: it ended, or is not ready after ten minutes; with what it said.
-    pub async fn ready(&mut self, client: &Client) -> Result<()> {
+    /// Waits until the server is ready. Errors: it exited, or is not ready after ten minutes; with the end of its output.
+    pub(crate) async fn ready(&mut self, client: &Client) -> Result<()> {
         let start = Instant::now();
         while !ready(client).await {
             let ended = self.child.try_wait()?;
-            if ended.is_some() || start.elapsed() > START {
+            if ended.is_some() || start.elapsed() > START_TIMEOUT {
                 let said = std::fs::read_to_string(self.log.path()).unwrap_or_default();
                 let tail: Vec<&str> = said.lines().rev().take(15).collect();
                 let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
-                let what = ended.map_or("is not ready after ten minutes".into(), |status| format!("ended: {status}"));
+                let what = ended.map_or("is not ready after ten minutes".into(), |status| format!("exited: {status}"));
                 return Err(Error::invalid(format!("the server {what}\n{tail}")));
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -258,21 +263,21 @@ impl Process {
         Ok(())
     }
 
-    /// Asks it to end, and waits; kills it if it does not.
-    pub async fn stop(mut self) -> Result<()> {
+    /// Sends SIGTERM and waits; kills a server that does not exit.
+    pub(crate) async fn stop(mut self) -> Result<()> {
         if let Some(pid) = self.pid().map(Pid::from_u32) {
             let mut system = System::new();
             system.refresh_processes(ProcessesToUpdate::Some(&[pid]), false);
             system.process(pid).and_then(|process| process.kill_with(Signal::Term));
         }
-        if tokio::time::timeout(STOP, self.child.wait()).await.is_err() {
+        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
             self.child.kill().await?;
         }
         Ok(())
     }
 }
 
-/// Whether a server takes requests. `/health` says so with vLLM and llama.cpp, the list of models with us.
+/// Whether a server accepts requests: vLLM and llama.cpp report it at `/health`, quiver by its model list.
 async fn ready(client: &Client) -> bool {
     let answers = |path: &'static str| async move {
         client.call(hyper::Method::GET, path, None).await.is_ok_and(|(status, _)| status.is_success())

@@ -1,4 +1,4 @@
-//! What is sent when: arrivals, lengths, prompts and the popularity of adapters, all from one seed.
+//! The traffic of a run: arrivals, lengths, prompts and adapter popularity, all from one seed.
 
 use std::fmt;
 use std::path::Path;
@@ -16,34 +16,34 @@ use crate::{Error, Result};
 /// When requests are due.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arrivals {
-    /// Open loop: whatever the server does, requests come at random.
+    /// Open loop: requests arrive at random, independent of the server.
     Open {
-        /// Requests a second.
+        /// Requests per second.
         rate: f64,
-        /// Coefficient of variation of the gaps, which are Gamma distributed; 1 is a Poisson process, 0 a metronome.
+        /// Coefficient of variation of the gaps, which are Gamma distributed: 1 is a Poisson process, 0 a constant gap.
         cv: f64,
     },
-    /// Closed loop: each client sends its next request when it has the last reply.
+    /// Closed loop: each client sends its next request after the reply to its last one.
     Closed {
-        /// How many.
+        /// Number of clients.
         clients: usize,
     },
 }
 
-/// How many tokens.
+/// Distribution of a number of tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Lengths {
-    /// Always this many.
+    /// Constant.
     Fixed(usize),
-    /// Between two numbers, both included.
+    /// Uniform between two numbers, both inclusive.
     Uniform(usize, usize),
-    /// The logarithm is normal.
+    /// Log-normal.
     LogNormal {
-        /// As many requests are shorter as are longer.
+        /// Median.
         median: f64,
         /// Standard deviation of the logarithm.
         sigma: f64,
-        /// Longer ones are cut to this.
+        /// Upper limit; larger values are clamped to it.
         max: usize,
     },
 }
@@ -52,7 +52,7 @@ impl FromStr for Lengths {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let usage = || "write 128, 8..512 or lognormal:MEDIAN:SIGMA:MAX, all of at least 1".to_owned();
+        let usage = || "write 128, 8..512 or lognormal:MEDIAN:SIGMA:MAX, with lengths of at least 1".to_owned();
         let whole = |text: &str| text.parse().ok().filter(|n| *n > 0).ok_or_else(usage);
         if let Some((low, high)) = text.split_once("..") {
             let (low, high) = (whole(low)?, whole(high)?);
@@ -71,7 +71,7 @@ impl Lengths {
             Self::Fixed(n) => n,
             Self::Uniform(low, high) => rng.random_range(low..=high),
             Self::LogNormal { median, sigma, max } => {
-                // Parsing leaves only finite, positive parameters, which are the valid ones.
+                // Parsing has checked the parameters: finite and positive.
                 let length = LogNormal::new(median.ln(), sigma).map_or(median, |d| d.sample(rng));
                 (length.round() as usize).clamp(1, max)
             }
@@ -79,20 +79,20 @@ impl Lengths {
     }
 }
 
-/// Which adapters requests have.
+/// How requests choose adapters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Popularity {
-    /// All alike, at random.
+    /// At random, all equally likely.
     Uniform,
-    /// The i-th has weight `i^-alpha`.
+    /// At random: the i-th adapter has weight `i^-alpha`.
     Zipf(f64),
-    /// S-LoRA's power law: adapter `floor(n · u^(1/alpha))` for uniform `u`. 1 is uniform, less is more skewed.
+    /// S-LoRA's power law: adapter `floor(n · u^(1/alpha))` for uniform `u`. 1 is uniform; smaller values are more skewed.
     Power(f64),
-    /// Each has this many times the requests of the next: what Punica and SGLang call Zipf.
+    /// At random: each adapter has this many times the requests of the next one. Punica and SGLang call this Zipf.
     Geometric(f64),
-    /// One after another, so that neighbours never share one.
+    /// In turn, so that consecutive requests have different adapters.
     Distinct,
-    /// All requests have the first.
+    /// All requests use the first adapter.
     One,
 }
 
@@ -100,7 +100,7 @@ impl FromStr for Popularity {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let usage = "write uniform, distinct, one, zipf:ALPHA, power:ALPHA or geometric:RATIO, numbers above 0";
+        let usage = "write uniform, distinct, one, zipf:ALPHA, power:ALPHA or geometric:RATIO, with a number above 0";
         let number =
             |text: &str| text.parse::<f64>().ok().filter(|a| a.is_finite() && *a > 0.0).ok_or(usage.to_owned());
         match text.split_once(':') {
@@ -116,8 +116,8 @@ impl FromStr for Popularity {
 }
 
 impl Popularity {
-    /// Shares of `n` adapters, not normalised; none where order and not chance decides.
-    pub fn weights(self, n: usize) -> Option<Vec<f64>> {
+    /// Weights of `n` adapters, not normalised; `None` if the choice is not random.
+    pub(super) fn weights(self, n: usize) -> Option<Vec<f64>> {
         let weight = |i: usize| match self {
             Self::Zipf(alpha) => Some((i as f64 + 1.0).powf(-alpha)),
             Self::Power(alpha) => Some(((i + 1) as f64 / n as f64).powf(alpha) - (i as f64 / n as f64).powf(alpha)),
@@ -132,18 +132,18 @@ impl Popularity {
 /// What prompts are made of.
 #[derive(Debug, Clone)]
 pub enum Prompts {
-    /// Random token ids below a number: exact lengths, for servers that take ids as prompts.
+    /// Random token ids below this number. Lengths are exact. For servers that take ids as prompts.
     Tokens(u32),
-    /// Common English words, about a token each.
+    /// Common English words, about one token each.
     Words,
-    /// First turns of conversations, and the tokens of the replies; [`Lengths`] do not count then.
+    /// First turns of conversations with the tokens of their replies, in place of [`Lengths`].
     Conversations(Vec<(String, usize)>),
 }
 
-/// Characters a token has in English, by which the replies of a conversation file are measured: there is no tokenizer here.
+/// Estimated characters per token of English text. The generator has no tokenizer to measure conversations with.
 const CHARACTERS_A_TOKEN: usize = 4;
 
-/// Words that nearly every vocabulary has as one token.
+/// Words that are one token in nearly every vocabulary.
 const WORDS: &str = "the of and to in is that for it was on are as with his they at be this from have or by one had \
                      not but what all were when we there can an your which their said if do will each about how up out \
                      them then she many some so these would other into has more her two like him see time could no \
@@ -151,8 +151,9 @@ const WORDS: &str = "the of and to in is that for it was on are as with his they
                      little very after words called just where most know";
 
 impl Prompts {
-    /// Reads a file in ShareGPT's form: an array of `{"conversations": [{"value": prompt}, {"value": reply}, ...]}`. As in vLLM's
-    /// benchmark, pairs with less than 4 or more than 1024 tokens on a side, or 2048 in all, are left out. Errors: no such pair.
+    /// Reads a file in ShareGPT's format: an array of `{"conversations": [{"value": prompt}, {"value": reply}, ...]}`. As in
+    /// vLLM's benchmark, it skips pairs with fewer than 4 or more than 1024 tokens in prompt or reply, or more than 2048 in total.
+    /// Errors: no pair is left.
     pub fn share_gpt(file: &Path) -> Result<Self> {
         let fail = |what: String| Error::invalid(format!("{}: {what}", file.display()));
         let text = std::fs::read(file).map_err(|e| fail(e.to_string()))?;
@@ -166,28 +167,28 @@ impl Prompts {
         };
         let pairs: Vec<_> = list.as_array().into_iter().flatten().filter_map(pair).collect();
         if pairs.is_empty() {
-            return Err(fail("no conversation in ShareGPT's form, of a length that fits".into()));
+            return Err(fail("no conversation in ShareGPT's format with a suitable length".into()));
         }
         Ok(Self::Conversations(pairs))
     }
 }
 
-/// All that decides what is sent.
+/// Everything that determines the requests of a run.
 #[derive(Debug, Clone)]
 pub struct Traffic {
-    /// When.
+    /// Arrival process.
     pub arrivals: Arrivals,
-    /// Tokens of prompts.
+    /// Tokens of a prompt.
     pub input: Lengths,
-    /// Tokens of replies.
+    /// Tokens of a reply.
     pub output: Lengths,
     /// What prompts are made of.
     pub prompts: Prompts,
-    /// Adapters that take part; 0 is the base alone.
+    /// Number of adapters in use; 0 is the base alone.
     pub adapters: usize,
-    /// How requests choose among them.
+    /// How requests choose among the adapters.
     pub popularity: Popularity,
-    /// Same seed, same traffic.
+    /// The same seed gives the same traffic.
     pub seed: u64,
 }
 
@@ -206,36 +207,36 @@ impl fmt::Display for Traffic {
     }
 }
 
-/// One request that is to come.
+/// A request to send.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Planned {
-    /// When it is due, from the start; always 0 in a closed loop.
+pub struct PlannedRequest {
+    /// Time at which it is due, from the start of the run; always 0 in a closed loop.
     pub due: Duration,
-    /// Text, or token ids.
+    /// Text or token ids.
     pub prompt: Value,
     /// Tokens of the reply.
     pub output: usize,
-    /// Its adapter's number.
+    /// Index of its adapter.
     pub adapter: Option<usize>,
 }
 
-/// Endless traffic.
-pub struct Plan {
+/// The endless sequence of a traffic's requests.
+pub struct TrafficPlan {
     traffic: Traffic,
     rng: Pcg64,
-    /// Gaps in seconds; none in a closed loop or where all are equal.
+    /// Gaps in seconds; `None` in a closed loop or if all gaps are equal.
     gaps: Option<Gamma<f64>>,
-    /// None where order decides.
+    /// Random choice of an adapter; `None` if the choice is not random.
     choice: Option<WeightedIndex<f64>>,
-    /// Requests so far.
+    /// Number of requests so far.
     count: usize,
-    /// When the last one was due.
+    /// Time at which the last request was due.
     due: Duration,
 }
 
 impl Traffic {
-    /// The requests in order. Errors: a rate, variation or popularity that no distribution has.
-    pub fn plan(&self) -> Result<Plan> {
+    /// The requests in order. Errors: invalid parameters of the arrival process or of the popularity.
+    pub fn plan(&self) -> Result<TrafficPlan> {
         let fail = |e: &dyn std::fmt::Display| Error::invalid(format!("traffic: {e}"));
         let gaps = match self.arrivals {
             Arrivals::Open { rate, cv } if cv > 0.0 => {
@@ -246,14 +247,14 @@ impl Traffic {
         let weights = self.popularity.weights(self.adapters).filter(|weights| !weights.is_empty());
         let choice = weights.map(WeightedIndex::new).transpose().map_err(|e| fail(&e))?;
         let rng = Pcg64::seed_from_u64(self.seed);
-        Ok(Plan { traffic: self.clone(), rng, gaps, choice, count: 0, due: Duration::ZERO })
+        Ok(TrafficPlan { traffic: self.clone(), rng, gaps, choice, count: 0, due: Duration::ZERO })
     }
 }
 
-impl Iterator for Plan {
-    type Item = Planned;
+impl Iterator for TrafficPlan {
+    type Item = PlannedRequest;
 
-    fn next(&mut self) -> Option<Planned> {
+    fn next(&mut self) -> Option<PlannedRequest> {
         let (traffic, rng) = (&self.traffic, &mut self.rng);
         if let Arrivals::Open { rate, .. } = traffic.arrivals {
             let gap = self.gaps.as_ref().map_or(1.0 / rate, |gaps| gaps.sample(rng));
@@ -279,6 +280,6 @@ impl Iterator for Plan {
             }
         };
         self.count += 1;
-        Some(Planned { due: self.due, prompt, output, adapter })
+        Some(PlannedRequest { due: self.due, prompt, output, adapter })
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Map, json};
 
-use super::serve::start_logs;
+use super::{block_on, start_logs};
 use crate::config::ServeConfig;
 use crate::engine::request::SamplingParams;
 use crate::eval::{self, Scores};
@@ -53,7 +53,7 @@ impl EvalArgs {
             return Err(Error::invalid(format!("--temperature must be 0 or more, not {}", self.temperature)));
         }
         start_logs(&self.serve)?;
-        tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(self.evaluate())
+        block_on(self.evaluate())
     }
 
     async fn evaluate(self) -> Result<()> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::serve::start_logs;
+use super::{block_on, start_logs};
 use crate::adapter::peft;
 use crate::config::{NamedPath, ServeConfig};
 use crate::engine::request::SamplingParams;
@@ -50,9 +50,7 @@ impl MergeArgs {
         }
         println!("{}", self.out.display());
         match &self.file {
-            Some(file) => {
-                tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(self.measure(file, adapter))
-            }
+            Some(file) => block_on(self.measure(file, adapter)),
             None => Ok(()),
         }
     }

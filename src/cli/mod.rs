@@ -11,13 +11,15 @@ mod sweep;
 mod train;
 
 use std::ffi::OsString;
+use std::future::Future;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
-use crate::Result;
-use crate::config::{self, ServeConfig};
-use crate::hub;
+use crate::config::{self, LogFormat, ServeConfig};
+use crate::{Error, Result, hub};
 
 /// One 4-bit base model, many LoRA adapters: an OpenAI-compatible server.
 #[derive(Debug, Parser)]
@@ -110,11 +112,7 @@ fn parse(args: Vec<OsString>) -> Result<Cli> {
         }
         // The arguments alone were right, so what is wrong now stands in the file.
         matches = command.try_get_matches_from(&args).map_err(|e| {
-            crate::Error::invalid(format!(
-                "config file {}: {}",
-                file.display(),
-                e.to_string().trim_start_matches("error: ")
-            ))
+            Error::invalid(format!("config file {}: {}", file.display(), e.to_string().trim_start_matches("error: ")))
         })?;
     }
     Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit()))
@@ -128,13 +126,30 @@ impl Pull {
     }
 }
 
+/// Starts logging to stderr as the settings say. Errors: an invalid filter.
+fn start_logs(config: &ServeConfig) -> Result<()> {
+    let filter = EnvFilter::try_new(&config.log_level)
+        .map_err(|e| Error::invalid(format!("--log-level {:?}: {e}", config.log_level)))?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+    Ok(())
+}
+
+/// Runs a future on a multi-threaded runtime of its own.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{LoadFormat, LogFormat, NamedPath};
+    use crate::config::{LoadFormat, NamedPath};
     use crate::model::weights::Quantize;
 
     fn serve(args: &[&str], file: &str) -> Result<ServeConfig> {

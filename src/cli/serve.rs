@@ -1,15 +1,14 @@
 //! `quiver serve`: bind, load, announce, serve, drain.
 
-use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytesize::ByteSize;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
-use tracing_subscriber::EnvFilter;
 
-use crate::config::{LogFormat, ServeConfig};
+use super::start_logs;
+use crate::config::ServeConfig;
 use crate::finetune::context::JobContext;
 use crate::finetune::jobs::Jobs;
 use crate::finetune::store::Store;
@@ -143,15 +142,4 @@ async fn signal() {
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending().await
     }
-}
-
-pub fn start_logs(config: &ServeConfig) -> Result<()> {
-    let filter = EnvFilter::try_new(&config.log_level)
-        .map_err(|e| Error::invalid(format!("--log-level {:?}: {e}", config.log_level)))?;
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match config.log_format {
-        LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
-        LogFormat::Json => logs.json().init(),
-    }
-    Ok(())
 }
