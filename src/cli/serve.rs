@@ -58,13 +58,13 @@ async fn load(config: &ServeConfig, app: &App, store: Arc<Store>, address: Socke
     let loaded = LoadedModel::load(config, Some(store.jobs_dir())).await?;
     announce(config, &loaded, address);
     let runtime = Arc::new(loaded.start(config).await?);
-    let host = JobContext {
+    let context = JobContext {
         runtime: runtime.clone(),
         max_running: config.max_training_jobs,
         store,
-        lasting: config.state_dir.is_some(),
+        persistent: config.state_dir.is_some(),
     };
-    app.set_serving(Serving { runtime, jobs: Jobs::start(host, Handle::current())? });
+    app.set_serving(Serving { runtime, jobs: Jobs::start(context, Handle::current())? });
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use super::train::{Point, Settings, continued, read, step_bar};
 use crate::config::BaseConfig;
 use crate::fields::Fields;
 use crate::finetune::prepare::{Prepared, prepare};
-use crate::finetune::{monitor, settings};
+use crate::finetune::{results, settings};
 use crate::model::decoder::Decoder;
 use crate::runtime::BaseModel;
 use crate::train::job::JobReport;
@@ -145,7 +145,7 @@ impl SweepArgs {
                 "error": outcome.error.as_ref().map(|error| &error.message),
                 "steps": outcome.steps, "validations": outcome.validations,
             }));
-            lines.push((format!("lr {lr}, r {r}, {targets}"), monitor::curve(&outcome.validations)));
+            lines.push((format!("lr {lr}, r {r}, {targets}"), results::curve(&outcome.validations)));
         }
         lines.truncate(PLOTTED);
         let best = ranked.first().copied().filter(|&i| outcomes[i].loss().is_some());
@@ -153,7 +153,7 @@ impl SweepArgs {
         let report = json!({"best": best.as_ref().ok().map(|&i| &settings[i]), "runs": runs});
         std::fs::write(self.out.join("sweep.csv"), csv)?;
         std::fs::write(self.out.join("sweep.json"), format!("{report:#}\n"))?;
-        std::fs::write(self.out.join("sweep.svg"), monitor::losses("Held-out loss", lines).svg()?)?;
+        std::fs::write(self.out.join("sweep.svg"), results::loss_chart("Held-out loss", lines).svg()?)?;
         println!("\ncurves  {}", self.out.join("sweep.svg").display());
         let validation = self.validation_file.as_ref().map(|file| format!(" --validation-file {}", file.display()));
         println!(

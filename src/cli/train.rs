@@ -14,9 +14,9 @@ use crate::adapter::peft;
 use crate::arch::ModelConfig;
 use crate::config::BaseConfig;
 use crate::engine::BackgroundWork;
-use crate::finetune::monitor::{self, MetricsHistory};
+use crate::finetune::history::MetricsHistory;
 use crate::finetune::prepare::{Prepared, prepare, provenance};
-use crate::finetune::settings;
+use crate::finetune::{results, settings, tensorboard};
 use crate::lora::weights::AdapterWeights;
 use crate::model::decoder::Decoder;
 use crate::runtime::BaseModel;
@@ -252,7 +252,7 @@ impl TrainArgs {
             resume: state::exists(&dir),
             dir: dir.clone(),
             // The receiver lives as long as the loop that trains.
-            report: monitor::watched(&self.out, move |report| drop(told.send(report))),
+            report: tensorboard::with_events(&self.out, move |report| drop(told.send(report))),
         };
         let (commands, inbox) = channel();
         let trainer = Trainer::new(Arc::new(Decoder::new(weights)?), inbox)?;
@@ -273,7 +273,7 @@ impl TrainArgs {
             let entry = entry?;
             std::fs::copy(entry.path(), self.out.join(entry.file_name()))?;
         }
-        monitor::write(&self.out, &run.history.steps, &run.history.validations)?;
+        results::write(&self.out, &run.history.steps, &run.history.validations)?;
         run.print();
         println!("\nadapter   {}", self.out.display());
         println!("serve it  quiver serve --adapter NAME={}", self.out.display());
@@ -303,7 +303,7 @@ fn announce(prepared: &Prepared) {
     if let Some(valid) = &prepared.valid {
         println!("held out  {} examples", valid.statistics.examples);
     }
-    prepared.notes().iter().for_each(|note| println!("note      {note}"));
+    prepared.remarks().iter().for_each(|note| println!("note      {note}"));
     for (name, settings) in [("passes", hyperparameters), ("adapter", lora), ("training", training)] {
         println!("{name:<9} {settings}");
     }
@@ -369,7 +369,7 @@ fn follow(mut trainer: Trainer, reports: &Receiver<JobReport>, history: MetricsH
     loop {
         let worked = trainer.run_slice() || trainer.settle();
         for report in reports.try_iter() {
-            run.history.take(&report)?;
+            run.history.add(&report)?;
             match report {
                 JobReport::Started { steps, done, parameters } => {
                     run.done = done;

@@ -1,11 +1,11 @@
-//! What jobs need of the server that they run in.
+//! What fine-tuning jobs need of the server.
 
 use std::sync::Arc;
 
-use super::monitor;
 use super::prepare::{self, Prepared};
 use super::record::JobRecord;
 use super::store::Store;
+use super::tensorboard;
 use crate::adapter::peft;
 use crate::lora::weights::AdapterWeights;
 use crate::runtime::Runtime;
@@ -14,20 +14,20 @@ use crate::train::spec::JobSpec;
 use crate::train::state;
 use crate::{Error, Result};
 
-/// The parts of a server that jobs touch.
+/// The parts of a server that jobs use.
 pub struct JobContext {
-    /// The base, the engine that scores probes, the registry that gets the adapters, and the trainer.
+    /// The base, the engine that scores probes, the registry that checkpoints are published to, and the trainer.
     pub runtime: Arc<Runtime>,
-    /// Jobs that run at once.
+    /// Most jobs that run at once.
     pub max_running: usize,
-    /// Keeps everything.
+    /// Files and jobs on disk.
     pub store: Arc<Store>,
-    /// Whether it is still there at the next start.
-    pub lasting: bool,
+    /// Whether the store outlives the server: it is in a `--state-dir`.
+    pub persistent: bool,
 }
 
 impl JobContext {
-    /// Reads a job's files.
+    /// Reads a job's files and chooses its settings. Blocks. Errors: as [`prepare::prepare`]; a file cannot be read.
     pub fn read(&self, record: &JobRecord) -> Result<Prepared> {
         let content = |id: &str, param: &str| {
             let unreadable = |e| Error::invalid(format!("file {id:?} cannot be read: {e}")).param(param);
@@ -39,18 +39,19 @@ impl JobContext {
         prepare::prepare(&self.runtime.codec, &record.settings, longest, &train, valid.as_deref())
     }
 
-    /// The adapter that a job continues from.
-    pub fn from(&self, spec: &JobSpec) -> Result<Option<AdapterWeights>> {
+    /// The weights of the adapter that a job continues from, if it names one. Errors: it is not there or cannot be read.
+    pub(super) fn continued_adapter(&self, spec: &JobSpec) -> Result<Option<AdapterWeights>> {
         let Some(name) = &spec.from_checkpoint else { return Ok(None) };
         let Runtime { base, registry, .. } = &*self.runtime;
         let read = || peft::read(&registry.get(name)?.source, &base.shape).map(|(weights, _)| weights);
         read().map(Some).map_err(|e| e.param("training.from_checkpoint"))
     }
 
-    /// Everything that the trainer needs of a job.
-    pub fn job(&self, record: &JobRecord, report: Box<dyn FnMut(JobReport) + Send>) -> Result<Job> {
+    /// A job for the trainer, which sends its reports to `report`. Blocks. Errors: as [`Self::read`] and
+    /// [`Self::continued_adapter`]; the job's directory cannot be made.
+    pub(super) fn job(&self, record: &JobRecord, report: Box<dyn FnMut(JobReport) + Send>) -> Result<Job> {
         let Prepared { train, valid, spec } = self.read(record)?;
-        // Chosen once: a job that goes on must not find other settings.
+        // A job keeps the settings that were chosen first, also when it resumes.
         let spec = record.spec.clone().unwrap_or(spec);
         let dir = self.store.job_dir(&record.id);
         let Runtime { base, codec, .. } = &*self.runtime;
@@ -58,12 +59,12 @@ impl JobContext {
         Ok(Job {
             id: record.id.clone(),
             provenance: prepare::provenance(base.name(), &base.fingerprint, codec, &train)?,
-            from: self.from(&spec)?,
+            from: self.continued_adapter(&spec)?,
             resume: state::exists(&dir),
             train: train.examples,
             valid: valid.map(|valid| valid.examples).unwrap_or_default(),
             spec,
-            report: monitor::watched(&dir, report),
+            report: tensorboard::with_events(&dir, report),
             dir,
         })
     }

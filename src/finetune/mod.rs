@@ -1,10 +1,33 @@
-//! The life of a fine-tuning job: validated, queued, run by the trainer, published.
+//! The life of a fine-tuning job. Its computation is in [`train`](crate::train).
+//!
+//! In the order in which a job meets them:
+//!
+//! | file | what it is |
+//! |---|---|
+//! | [`settings`] | the settings of a request, as a [`JobSpec`](crate::train::spec::JobSpec) |
+//! | [`jobs`] | the handle to all jobs: create, pause, resume, cancel |
+//! | [`record`] | the record of a job, and the objects of OpenAI's API |
+//! | [`store`] | files, jobs and their events on disk |
+//! | `manager` | the thread that changes the states of jobs, and their queue |
+//! | [`prepare`] | a job's files, parsed, with its final settings |
+//! | [`context`] | what jobs need of the server, and the `Job` for the trainer |
+//! | `reports` | what the manager does with the reports of the trainer |
+//! | `gauges` | figures of jobs for the metrics page |
+//! | `publish` | publishing a checkpoint once trainer and server agree on its probe |
+//! | [`tensorboard`], [`history`], [`results`] | the metrics files of a job |
+//!
+//! `quiver train` and `quiver sweep` use the settings, the preparation and the metrics files, without a server or store.
 
 pub mod context;
+mod gauges;
+pub mod history;
 pub mod jobs;
-pub mod monitor;
+mod manager;
 pub mod prepare;
 mod publish;
 pub mod record;
+mod reports;
+pub mod results;
 pub mod settings;
 pub mod store;
+pub mod tensorboard;

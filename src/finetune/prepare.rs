@@ -1,4 +1,4 @@
-//! What a job needs before it can run: its files read, its settings chosen, and where its adapter comes from.
+//! Preparation of a job: its files are parsed, its settings are chosen, and the provenance of its adapter is noted.
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -11,18 +11,18 @@ use crate::text::codec::TextCodec;
 use crate::train::data::{self, Dataset};
 use crate::train::spec::JobSpec;
 
-/// A job's files and settings.
+/// A job's parsed files and final settings.
 pub struct Prepared {
     pub train: Dataset,
     pub valid: Option<Dataset>,
     pub spec: JobSpec,
 }
 
-/// Reads the files under `settings` (an object as [`settings::spec`] takes it) and chooses what is left open. `longest` bounds
-/// the length of examples.
+/// Parses the files of a job and chooses the settings that are not given. `settings` is an object as in [`settings::spec`];
+/// `longest` bounds the length of examples in tokens.
 ///
 /// # Errors
-/// `Invalid`: a setting, by its name, or a file, as `training_file` or `validation_file` with the lines.
+/// `Invalid`: a setting, with its name; a file, as `training_file` or `validation_file`, with the wrong lines.
 pub fn prepare(
     codec: &TextCodec,
     settings: &Value,
@@ -40,38 +40,39 @@ pub fn prepare(
 }
 
 impl Prepared {
-    /// What a person should know of the files, a sentence each.
-    pub fn notes(&self) -> Vec<String> {
+    /// Remarks on the files for the user, one sentence each.
+    pub fn remarks(&self) -> Vec<String> {
         let files = [("training", Some(&self.train)), ("validation", self.valid.as_ref())];
-        let mut notes = Vec::new();
+        let mut remarks = Vec::new();
         for (name, data) in files.into_iter().filter_map(|(name, data)| Some((name, data?))) {
             let counts = &data.statistics;
             if counts.truncated > 0 {
                 let most = self.spec.max_length;
-                notes.push(format!(
+                remarks.push(format!(
                     "{} of {} {name} examples were cut at {most} tokens",
                     counts.truncated, counts.examples
                 ));
             }
             if counts.dropped > 0 {
-                notes.push(format!("{} {name} examples were left out: nothing in them is trained", counts.dropped));
+                remarks
+                    .push(format!("{} {name} examples were dropped: they have no token to train on", counts.dropped));
             }
         }
-        notes
+        remarks
     }
 }
 
-/// What an adapter's config says of where it comes from, beside PEFT's keys: base, tokenizer and template it was trained with,
-/// and how its prompts were written.
+/// The keys of `adapter_config.json` that say where an adapter comes from: base, tokenizer and chat template, and the format of
+/// the training file. Errors: the tokenizer cannot be read.
 pub fn provenance(base: &str, fingerprint: &str, codec: &TextCodec, data: &Dataset) -> Result<Map<String, Value>> {
     let (tokenizer, template) = codec.sources()?;
     let hash = |text: String| hex(&Sha256::digest(text));
-    let ours = json!({
+    let quiver = json!({
         "base_fingerprint": fingerprint,
         "tokenizer_sha256": hash(tokenizer),
         "chat_template_sha256": template.map(hash),
         "data_format": data.format,
         "alpaca_ending": data.alpaca_ending,
     });
-    Ok([("base_model_name_or_path".to_owned(), base.into()), ("quiver".to_owned(), ours)].into_iter().collect())
+    Ok([("base_model_name_or_path".to_owned(), base.into()), ("quiver".to_owned(), quiver)].into_iter().collect())
 }

@@ -1,4 +1,4 @@
-//! From an adapter on disk to a model that answers, once trainer and server agree on what it says.
+//! Publishing: a checkpoint on disk becomes a model that requests can name, once trainer and server agree on its probe.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,46 +15,46 @@ use crate::runtime::Runtime;
 use crate::train::job::{Checkpoint, Probe};
 use crate::{Error, Result};
 
-/// Nats a token by which the server's log-probabilities of the probe may be off the trainer's, on average. Other order of sums
-/// and bf16 make less; a wrong scale, a wrong row or a wrong base make more.
+/// Largest mean difference, in nats a token, between the log-probabilities of trainer and server. Another order of sums and
+/// bf16 cause smaller differences; a wrong scale, row or base causes larger ones.
 const MAX_DIFFERENCE: f64 = 0.05;
 
-/// How long a probe goes on asking an engine whose queue is full.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a probe is submitted again while the engine's queue is full.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Brings adapters of jobs into service. Its calls block.
-pub struct Publisher {
-    pub runtime: Arc<Runtime>,
+/// Publishes adapters of jobs. Its calls block.
+pub(super) struct Publisher {
+    pub(super) runtime: Arc<Runtime>,
     /// Runs the registry's async calls.
-    pub tokio: Handle,
+    pub(super) tokio: Handle,
 }
 
 impl Publisher {
-    /// Compares the server's log-probabilities under the checkpoint with the trainer's, and gives it the name. The mean
-    /// difference, nats a token. Errors: it cannot be loaded, or they differ.
-    pub fn checkpoint(&self, name: &str, checkpoint: &Checkpoint) -> Result<f64> {
+    /// Compares the server's log-probabilities under a checkpoint with the trainer's, and publishes it as `name`. Returns the
+    /// mean difference in nats a token. Errors: the checkpoint cannot be loaded, or the log-probabilities differ.
+    pub(super) fn publish_checkpoint(&self, name: &str, checkpoint: &Checkpoint) -> Result<f64> {
         let staged = self.tokio.block_on(self.runtime.registry.load_unpublished(name, path(&checkpoint.dir)?))?;
         let served = self.score(staged.lease(), &checkpoint.probe)?;
         let trained = &checkpoint.probe.logprobs;
-        let off = trained.iter().zip(&served).map(|(a, b)| f64::from((a - b).abs()));
-        let (sum, most) = off.fold((0.0_f64, 0.0_f64), |(sum, most), off| (sum + off, most.max(off)));
+        let differences = trained.iter().zip(&served).map(|(a, b)| f64::from((a - b).abs()));
+        let (sum, most) = differences.fold((0.0_f64, 0.0_f64), |(sum, most), d| (sum + d, most.max(d)));
         let mean = sum / served.len().max(1) as f64;
-        // Not `>`: NaN is no agreement.
+        // Written such that NaN is an error.
         if served.len() == trained.len() && mean <= MAX_DIFFERENCE {
             self.runtime.registry.publish(staged);
             return Ok(mean);
         }
         let message = format!(
-            "the server does not say what the trainer says: after step {} their log-probabilities of the same {} tokens differ by \
-             {mean:.4} nats on average ({most:.4} at most), and {MAX_DIFFERENCE} are allowed",
-            checkpoint.step,
-            checkpoint.probe.tokens.len()
+            "trainer and server log-probabilities differ: by {mean:.4} nats a token on average and {most:.4} at most, over {} \
+             tokens after step {}; the limit is {MAX_DIFFERENCE} on average",
+            checkpoint.probe.tokens.len(),
+            checkpoint.step
         );
         Err(Error::new(ErrorKind::Conflict, message).code("train_serve_mismatch"))
     }
 
-    /// Gives what has been compared before a name, or another name.
-    pub fn again(&self, name: &str, dir: &Path) -> Result<()> {
+    /// Publishes a checkpoint that has been compared before as `name`. Errors: it cannot be loaded.
+    pub(super) fn publish(&self, name: &str, dir: &Path) -> Result<()> {
         let staged = self.tokio.block_on(self.runtime.registry.load_unpublished(name, path(dir)?))?;
         self.runtime.registry.publish(staged);
         Ok(())
@@ -75,7 +75,7 @@ impl Publisher {
                 events,
             });
             match submitted {
-                Err(e) if e.kind == ErrorKind::Overloaded && began.elapsed() < PATIENCE => {
+                Err(e) if e.kind == ErrorKind::Overloaded && began.elapsed() < QUEUE_TIMEOUT => {
                     thread::sleep(Duration::from_millis(100));
                     continue;
                 }
@@ -88,11 +88,11 @@ impl Publisher {
                     _ => {}
                 }
             }
-            return Err(Error::internal("the engine ended without an answer to a probe"));
+            return Err(Error::internal("the engine has ended without an answer to a probe"));
         }
     }
 }
 
 fn path(dir: &Path) -> Result<&str> {
-    dir.to_str().ok_or_else(|| Error::invalid(format!("{} is not UTF-8", dir.display())))
+    dir.to_str().ok_or_else(|| Error::invalid(format!("the path {} is not UTF-8", dir.display())))
 }

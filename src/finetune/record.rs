@@ -1,4 +1,4 @@
-//! What is kept of files and jobs.
+//! Files and jobs as they are stored, and the other objects of OpenAI's fine-tuning API.
 
 use std::time::SystemTime;
 
@@ -9,10 +9,10 @@ use crate::time::unix_seconds;
 use crate::train::job::{StepMetrics, Validation};
 use crate::train::spec::JobSpec;
 
-/// Stands for the organisation in names of models: a server has one.
+/// The organisation in the names of models. A server has only one.
 const ORGANISATION: &str = "quiver";
 
-/// Where a job is.
+/// Status of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobStatus {
@@ -26,7 +26,7 @@ pub enum JobStatus {
 }
 
 impl JobStatus {
-    /// As the API spells it.
+    /// The status in the API's spelling.
     pub fn word(self) -> &'static str {
         match self {
             Self::ValidatingFiles => "validating_files",
@@ -39,13 +39,13 @@ impl JobStatus {
         }
     }
 
-    /// Nothing will happen to the job any more.
+    /// Whether the status is final.
     pub fn ended(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
 }
 
-/// Why a job failed, in the form of OpenAI's API.
+/// Why a job failed, as the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobError {
     pub code: String,
@@ -53,31 +53,32 @@ pub struct JobError {
     pub param: Option<String>,
 }
 
-/// A job.
+/// A job, as it is stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JobRecord {
     pub id: String,
     pub created_at: u64,
     pub finished_at: Option<u64>,
     pub status: JobStatus,
-    /// Name of the base.
+    /// Name of the base model.
     pub base: String,
-    /// Id of a file.
+    /// Id of the training file.
     pub training_file: String,
     pub validation_file: Option<String>,
-    /// Becomes part of the names of its models.
+    /// Part of the names of its models.
     pub suffix: Option<String>,
-    /// The client's own.
+    /// Key-value pairs of the client.
     pub metadata: Map<String, Value>,
-    /// What was asked for (see [`super::settings`]).
+    /// The settings of the request (see [`super::settings`]).
     pub settings: Value,
     pub seed: u64,
-    /// What came of it, once the files were read.
+    /// The final settings, once the files are validated.
     pub spec: Option<JobSpec>,
-    /// Optimiser steps in all, once it runs, and those done.
+    /// Optimiser steps in all; 0 until the job runs.
     pub steps: usize,
+    /// Optimiser steps done.
     pub done: usize,
-    /// Tokens that went through the model.
+    /// Tokens of the steps done, trained on or not.
     pub trained_tokens: u64,
     pub estimated_finish: Option<u64>,
     pub fine_tuned_model: Option<String>,
@@ -86,20 +87,26 @@ pub struct JobRecord {
 }
 
 impl JobRecord {
-    /// Name of the model that it makes, or of a checkpoint after `step` steps.
+    /// Sets a final status.
+    pub(super) fn end(&mut self, status: JobStatus) {
+        (self.status, self.finished_at) = (status, Some(now()));
+        self.estimated_finish = None;
+    }
+
+    /// Name of the job's model, or of its checkpoint after `step` steps.
     pub fn model_id(&self, step: Option<usize>) -> String {
         let suffix = self.suffix.as_deref().unwrap_or_default();
         let model = format!("ft:{}:{ORGANISATION}:{suffix}:{}", self.base, self.short_id());
         step.map_or(model.clone(), |step| format!("{model}:ckpt-step-{step}"))
     }
 
-    /// Id of the checkpoint after `step` steps.
+    /// Id of the checkpoint after `step` steps, as an object of the API.
     pub fn checkpoint_id(&self, step: usize) -> String {
         format!("ftckpt_{}_{step}", self.short_id())
     }
 
-    /// Enough of its id to tell jobs apart.
-    pub fn short_id(&self) -> &str {
+    /// The first characters of its id, enough to tell jobs apart.
+    fn short_id(&self) -> &str {
         let random = self.id.trim_start_matches("ftjob-");
         &random[..random.len().min(8)]
     }
@@ -120,7 +127,7 @@ pub struct FileObject {
 }
 
 impl FileObject {
-    /// A file that is ready to be used.
+    /// A new file that is ready to be used.
     pub fn new(id: String, bytes: u64, filename: String, purpose: &str) -> Self {
         Self {
             id,
@@ -136,12 +143,12 @@ impl FileObject {
     }
 }
 
-/// An object with f32 values as short as they can be written, not as the f64 beside them.
-pub fn plain(object: &impl Serialize) -> Value {
+/// An object as JSON in which f32 values keep their shortest decimals. `serde_json::to_value` would convert them to f64 first.
+pub(super) fn shortest_floats(object: &impl Serialize) -> Value {
     serde_json::to_string(object).and_then(|text| serde_json::from_str(&text)).unwrap_or_default()
 }
 
-/// An id of its own.
+/// A new unique id.
 pub fn new_id(prefix: &str) -> String {
     format!("{prefix}{}", uuid::Uuid::new_v4().simple())
 }
@@ -151,8 +158,8 @@ pub fn now() -> u64 {
     unix_seconds(SystemTime::now())
 }
 
-/// An event of a job, as the API shows it.
-pub fn event(level: &str, message: &str, data: Option<Value>) -> Value {
+/// A new event of a job, as the API shows it.
+pub(super) fn event(level: &str, message: &str, data: Option<Value>) -> Value {
     json!({
         "id": new_id("ftevent-"),
         "object": "fine_tuning.job.event",
@@ -164,8 +171,13 @@ pub fn event(level: &str, message: &str, data: Option<Value>) -> Value {
     })
 }
 
-/// A checkpoint of a job, as the API shows it.
-pub fn checkpoint(record: &JobRecord, step: usize, trained: Option<&StepMetrics>, valid: Option<&Validation>) -> Value {
+/// A new checkpoint of a job, as the API shows it.
+pub(super) fn checkpoint(
+    record: &JobRecord,
+    step: usize,
+    trained: Option<&StepMetrics>,
+    valid: Option<&Validation>,
+) -> Value {
     let valid_loss = valid.map(|v| v.valid_loss);
     let valid_accuracy = valid.map(|v| v.valid_mean_token_accuracy);
     json!({
@@ -179,7 +191,7 @@ pub fn checkpoint(record: &JobRecord, step: usize, trained: Option<&StepMetrics>
             "step": step,
             "train_loss": trained.map(|t| t.train_loss),
             "train_mean_token_accuracy": trained.map(|t| t.train_mean_token_accuracy),
-            // Every validation reads the whole file.
+            // Every validation measures the whole file.
             "valid_loss": valid_loss,
             "valid_mean_token_accuracy": valid_accuracy,
             "full_valid_loss": valid_loss,

@@ -18,7 +18,7 @@
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use super::record::plain;
+use super::record::shortest_floats;
 use crate::arch::Module;
 use crate::fields::{self, Fields};
 use crate::train::data::{AlpacaEnding, DataOptions, Dataset};
@@ -156,7 +156,7 @@ pub fn spec(body: &Fields, longest: usize, data: Option<&Dataset>) -> Result<Job
 /// The settings as the API shows them: `(hyperparameters, lora, training)`.
 pub fn describe(spec: &JobSpec) -> (Value, Value, Value) {
     let optimizer = &spec.optimizer;
-    let rate = plain(&optimizer.learning_rate);
+    let rate = shortest_floats(&optimizer.learning_rate);
     let multiplier = rate.as_f64().unwrap_or_default() / LEARNING_RATE;
     let hyperparameters = json!({
         "n_epochs": spec.epochs,
@@ -167,8 +167,8 @@ pub fn describe(spec: &JobSpec) -> (Value, Value, Value) {
         "lr": rate,
         "scheduler": optimizer.schedule,
         "warmup_steps": optimizer.warmup_steps,
-        "weight_decay": plain(&optimizer.weight_decay),
-        "clip": plain(&optimizer.max_grad_norm),
+        "weight_decay": shortest_floats(&optimizer.weight_decay),
+        "clip": shortest_floats(&optimizer.max_grad_norm),
         "optim": optimizer.kind,
         "gradient_accumulation": spec.gradient_accumulation,
         "max_length": spec.max_length,
@@ -180,7 +180,7 @@ pub fn describe(spec: &JobSpec) -> (Value, Value, Value) {
         "early_stopping": spec.early_stopping,
         "from_checkpoint": spec.from_checkpoint,
     });
-    (hyperparameters, plain(&spec.lora), training)
+    (hyperparameters, shortest_floats(&spec.lora), training)
 }
 
 /// Three, unless the file is very small or very large.

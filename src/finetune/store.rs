@@ -1,8 +1,8 @@
-//! Files, jobs and what happened to them, in the state directory: objects as JSON in one SQLite table, contents of files
-//! and adapters of jobs beside it.
+//! Files, jobs and their events in the state directory: JSON objects in one SQLite table; contents of files and the jobs'
+//! directories next to it.
 //!
-//! SQLite, because a process that is killed at any point leaves either the old or the new state, and one file is easy to
-//! look into (`sqlite3 training.sqlite "select doc from objects"`). Every call blocks: async code goes through [`Store::run`].
+//! With SQLite, a process that is killed leaves either the old or the new state, and the state is easy to inspect (`sqlite3
+//! training.sqlite "select doc from objects"`). Every call blocks: async code uses [`Store::run`].
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,16 +14,16 @@ use serde::de::DeserializeOwned;
 use crate::error::ErrorKind;
 use crate::{Error, Result};
 
-/// What an object is.
+/// Kind of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ObjectKind {
-    /// An uploaded or resulting file.
+    /// An uploaded file, or a result of a job.
     File,
     /// A fine-tuning job.
     Job,
-    /// Of a job.
+    /// An event of a job.
     Event,
-    /// Of a job.
+    /// A checkpoint of a job.
     Checkpoint,
     /// Figures of an optimiser step of a job.
     Step,
@@ -44,26 +44,25 @@ impl ObjectKind {
     }
 }
 
-/// Which objects of a list.
+/// A page of a list.
 #[derive(Debug, Clone, Default)]
 pub struct PageQuery {
-    /// Id of the last one that was seen.
+    /// Id of the last object of the page before.
     pub after: Option<String>,
-    /// Most to give.
+    /// Most objects of the page.
     pub limit: usize,
-    /// Oldest first.
+    /// Oldest first, instead of newest first.
     pub ascending: bool,
 }
 
-/// The state of files and jobs.
+/// The store of files and jobs.
 pub struct Store {
     db: Mutex<Connection>,
     dir: PathBuf,
 }
 
 impl Store {
-    /// Opens the state in `dir`, and makes it if it is not there. Errors: the directory cannot be used, another process
-    /// uses it.
+    /// Opens the store in `dir`, or creates it. Errors: the directory cannot be used; another process uses it.
     pub fn open(dir: &Path) -> Result<Self> {
         let fail = |e: &dyn std::fmt::Display| {
             Error::invalid(format!("the state directory {} cannot be used for training: {e}", dir.display()))
@@ -71,11 +70,11 @@ impl Store {
         for part in ["files", "jobs"] {
             std::fs::create_dir_all(dir.join(part)).map_err(|e| fail(&e))?;
         }
-        // Absolute: adapters are found by it whatever the working directory.
+        // An absolute path, so that adapters are found from any working directory.
         let dir = dir.canonicalize().map_err(|e| fail(&e))?;
         let db = Connection::open(dir.join("training.sqlite")).map_err(|e| fail(&e))?;
         db.busy_timeout(std::time::Duration::from_secs(1)).map_err(|e| fail(&e))?;
-        // Two servers over one directory would train each other's jobs.
+        // An exclusive lock: two servers on one directory would run each other's jobs.
         db.execute_batch(
             "PRAGMA locking_mode = EXCLUSIVE;
              PRAGMA journal_mode = WAL;
@@ -96,7 +95,7 @@ impl Store {
         Ok(Self { db: Mutex::new(db), dir })
     }
 
-    /// Runs `work` beside the async threads.
+    /// Runs blocking work from async code.
     pub async fn run<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
@@ -105,10 +104,11 @@ impl Store {
         tokio::task::spawn_blocking(move || work(&store)).await.map_err(|e| Error::internal(e.to_string()))?
     }
 
-    /// Adds an object, or replaces the one of that id.
+    /// Adds an object, or replaces the one with that id. `parent` is the job of an event, checkpoint, step or validation, and
+    /// empty otherwise.
     pub fn put<T: Serialize>(&self, kind: ObjectKind, id: &str, parent: &str, doc: &T) -> Result<()> {
         let doc = serde_json::to_string(doc).map_err(|e| Error::internal(e.to_string()))?;
-        // An update, not a replacement of the row: an object keeps its place in lists.
+        // Updates the row instead of replacing it, so that the object keeps its place in lists.
         self.db()
             .prepare_cached(
                 "INSERT INTO objects (kind, id, parent, doc) VALUES (?1, ?2, ?3, ?4)
@@ -119,7 +119,7 @@ impl Store {
         Ok(())
     }
 
-    /// An object, if it is there.
+    /// An object, if it exists.
     pub fn find<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str) -> Result<Option<T>> {
         let doc = self
             .db()
@@ -129,7 +129,7 @@ impl Store {
         doc.map(|doc: String| read(&doc)).transpose()
     }
 
-    /// An object, or 404 on `param`.
+    /// An object. Errors: not found, with `param`.
     pub fn get<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str, param: &str) -> Result<T> {
         self.find(kind, id)?.ok_or_else(|| {
             let what = if kind == ObjectKind::Job { "fine-tuning job" } else { kind.word() };
@@ -137,13 +137,13 @@ impl Store {
         })
     }
 
-    /// Removes an object; false if it was not there.
+    /// Removes an object. False if it did not exist.
     pub fn delete(&self, kind: ObjectKind, id: &str) -> Result<bool> {
         let removed = self.db().execute("DELETE FROM objects WHERE id = ?1 AND kind = ?2", [id, kind.word()]);
         removed.map(|rows| rows > 0).map_err(failed)
     }
 
-    /// The objects of `parent` that `keep` lets through, and whether there are more. Errors: 400 for an unknown `after`.
+    /// A page of the objects of `parent` for which `keep` is true, and whether there are more. Errors: unknown `after`.
     pub fn page<T: DeserializeOwned>(
         &self,
         kind: ObjectKind,
@@ -165,9 +165,10 @@ impl Store {
                         .code("invalid_value")
                 })?,
         };
-        let (than, order) = if page.ascending { (">", "ASC") } else { ("<", "DESC") };
-        let query =
-            format!("SELECT doc FROM objects WHERE kind = ?1 AND parent = ?2 AND seq {than} ?3 ORDER BY seq {order}");
+        let (compare, order) = if page.ascending { (">", "ASC") } else { ("<", "DESC") };
+        let query = format!(
+            "SELECT doc FROM objects WHERE kind = ?1 AND parent = ?2 AND seq {compare} ?3 ORDER BY seq {order}"
+        );
         let mut query = db.prepare_cached(&query).map_err(failed)?;
         let mut rows = query.query(params![kind.word(), parent, last]).map_err(failed)?;
         let mut found = Vec::new();
@@ -186,32 +187,32 @@ impl Store {
 
     /// All objects of `parent`, oldest first.
     pub fn all<T: DeserializeOwned>(&self, kind: ObjectKind, parent: &str) -> Result<Vec<T>> {
-        let everything = PageQuery { after: None, limit: usize::MAX, ascending: true };
-        self.page(kind, parent, &everything, |_| true).map(|(all, _)| all)
+        let all = PageQuery { after: None, limit: usize::MAX, ascending: true };
+        self.page(kind, parent, &all, |_| true).map(|(objects, _)| objects)
     }
 
-    /// Where the content of a file lies.
+    /// Path of a file's content.
     pub fn file_path(&self, id: &str) -> PathBuf {
         self.files_dir().join(id)
     }
 
-    /// Where contents of files lie.
+    /// Directory of the contents of files.
     pub fn files_dir(&self) -> PathBuf {
         self.dir.join("files")
     }
 
-    /// Where a job's adapters and state lie.
+    /// Directory of a job's checkpoints and state.
     pub fn job_dir(&self, id: &str) -> PathBuf {
         self.jobs_dir().join(id)
     }
 
-    /// Where all jobs' adapters lie.
+    /// Directory of the directories of all jobs.
     pub fn jobs_dir(&self) -> PathBuf {
         self.dir.join("jobs")
     }
 
     fn db(&self) -> MutexGuard<'_, Connection> {
-        // A statement is done or not, whatever happened to the thread that asked for it.
+        // Statements are atomic, so the connection of a thread that panicked can be used.
         self.db.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -13,7 +13,6 @@ use super::{Serving, SharedApp};
 use crate::error::{AtPath, Error, ErrorKind, Result};
 use crate::fields::{self, Fields};
 use crate::finetune::jobs::JobAction;
-use crate::finetune::prepare::prepare;
 use crate::finetune::record::{FileObject, JobRecord, JobStatus, new_id, now};
 use crate::finetune::settings;
 use crate::finetune::store::{ObjectKind, PageQuery};
@@ -161,28 +160,25 @@ fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
 
 /// What a job would learn, and what it would take.
 async fn preview(serving: &Arc<Serving>, record: JobRecord) -> Result<Value> {
-    let (codec, longest, model) = (serving.codec.clone(), serving.limits().max_model_len, record.base.clone());
+    let context = serving.jobs.context().clone();
     let speed = serving.jobs.gauges().iter().rev().find_map(|gauge| gauge.tokens_per_second);
     serving
         .jobs
         .store()
-        .run(move |store| {
-            let read = |id: &String| std::fs::read(store.file_path(id)).at(store.file_path(id));
-            let train = read(&record.training_file)?;
-            let valid = record.validation_file.as_ref().map(read).transpose()?;
-            let prepared = prepare(&codec, &record.settings, longest, &train, valid.as_deref())?;
+        .run(move |_| {
+            let prepared = context.read(&record)?;
             let (hyperparameters, lora, training) = settings::describe(&prepared.spec);
             let data = &prepared.train;
             Ok(json!({
                 "object": "fine_tuning.dry_run",
-                "model": model,
+                "model": record.base,
                 "hyperparameters": hyperparameters,
                 "lora": lora,
                 "training": training,
                 "statistics": data.statistics,
                 "validation_statistics": prepared.valid.as_ref().map(|valid| &valid.statistics),
-                "notes": prepared.notes(),
-                "examples": data.preview(SHOWN, &codec)?,
+                "notes": prepared.remarks(),
+                "examples": data.preview(SHOWN, &context.runtime.codec)?,
                 "estimate": data.estimate(&prepared.spec, speed),
             }))
         })

@@ -313,7 +313,7 @@ fn a_job_that_fails_says_why_and_the_server_goes_on() {
     let server = Server::start();
     for (seed, code, message) in [
         (DIVERGES, "training_diverged", "NaN"),
-        (LIES, "train_serve_mismatch", "differ by 1.0000 nats"),
+        (LIES, "train_serve_mismatch", "differ: by 1.0000 nats"),
         (VANISHES, "training_failed", "the trainer has ended"),
     ] {
         let id = text(&server.job(json!({"seed": seed}))["id"]);

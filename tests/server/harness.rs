@@ -254,13 +254,13 @@ impl Server {
         };
         let trainer = trainer::start();
         let model = Arc::new(Runtime { base, codec, registry, engine: engine.clone(), trainer });
-        let host = JobContext {
+        let context = JobContext {
             runtime: model.clone(),
             max_running: 2,
             store: Arc::new(Store::open(&state).unwrap()),
-            lasting: true,
+            persistent: true,
         };
-        let serving = Serving { runtime: model, jobs: Jobs::start(host, runtime.handle().clone()).unwrap() };
+        let serving = Serving { runtime: model, jobs: Jobs::start(context, runtime.handle().clone()).unwrap() };
         let (stop, stopped) = oneshot::channel();
         let stopping = async {
             let _ = stopped.await;
