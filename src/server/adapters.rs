@@ -1,4 +1,4 @@
-//! Adapters over HTTP: our admin routes, vLLM's load and unload, llama.cpp's list.
+//! Routes that manage adapters: our admin routes, vLLM's load and unload, llama.cpp's list.
 
 use axum::Json;
 use axum::extract::State;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::SharedApp;
 use super::error_response::{ErrorResponse, client_message, status, with_status};
-use super::extract::{self, Name};
+use super::extract::{JsonBody, PathParam};
 use super::middleware::request_id;
 use crate::adapter::registry::{AdapterInfo, LoadOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -28,15 +28,18 @@ pub(super) async fn list(State(app): State<SharedApp>) -> Result<Json<Value>, Er
 }
 
 /// `GET /admin/adapters/{name}`.
-pub(super) async fn get(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn get(
+    State(app): State<SharedApp>,
+    PathParam(name): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.registry.get(&name)?)))
 }
 
-/// `PUT /admin/adapters/{name}` with `{source, pinned}`: loads, or replaces with a new generation.
+/// `PUT /admin/adapters/{name}` with `{source, pinned}`: loads an adapter, or replaces it with a new generation.
 pub(super) async fn put(
     State(app): State<SharedApp>,
-    Name(name): Name,
-    extract::Json(body): extract::Json,
+    PathParam(name): PathParam,
+    JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
@@ -46,8 +49,11 @@ pub(super) async fn put(
     Ok(Json(object(&serving.registry.load(&name, source, LoadOptions { pinned, replace: true }).await?)))
 }
 
-/// `DELETE /admin/adapters/{name}`: bytes freed now, and those that running requests still hold.
-pub(super) async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
+/// `DELETE /admin/adapters/{name}`: unloads it. The answer has the bytes freed now, and those that running requests hold.
+pub(super) async fn delete(
+    State(app): State<SharedApp>,
+    PathParam(name): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     let unloaded = app.serving()?.registry.unload(&name)?;
     let mut object = json!(unloaded);
     object["name"] = name.into();
@@ -55,24 +61,30 @@ pub(super) async fn delete(State(app): State<SharedApp>, Name(name): Name) -> Re
     Ok(Json(object))
 }
 
-/// `POST /admin/adapters/{name}/pin`: never evicted from its slot.
-pub(super) async fn pin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
+/// `POST /admin/adapters/{name}/pin`: keeps it in its slot.
+pub(super) async fn pin(
+    State(app): State<SharedApp>,
+    PathParam(name): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.registry.set_pinned(&name, true)?)))
 }
 
 /// `POST /admin/adapters/{name}/unpin`.
-pub(super) async fn unpin(State(app): State<SharedApp>, Name(name): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn unpin(
+    State(app): State<SharedApp>,
+    PathParam(name): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.registry.set_pinned(&name, false)?)))
 }
 
-/// `POST /v1/load_lora_adapter` as vLLM answers it. Fields we do not know are ignored: the Kubernetes LoRA syncer sends some.
+/// `POST /v1/load_lora_adapter`, answered like vLLM. Unknown fields are ignored: the Kubernetes LoRA syncer sends some.
 pub(super) async fn vllm_load(
     State(app): State<SharedApp>,
-    body: Result<extract::Json, ErrorResponse>,
+    body: Result<JsonBody, ErrorResponse>,
 ) -> Result<Response, ErrorResponse> {
     let serving = app.serving()?;
     let run = async {
-        let extract::Json(body) = body.map_err(|response| *response.error)?;
+        let JsonBody(body) = body.map_err(|response| *response.error)?;
         let body = Fields::of_body(&body)?;
         let both = "Both 'lora_name' and 'lora_path' must be provided.";
         let name = body.string("lora_name")?.filter(|s| !s.is_empty());
@@ -94,14 +106,14 @@ pub(super) async fn vllm_load(
     Ok(vllm_answer(run.await))
 }
 
-/// `POST /v1/unload_lora_adapter` as vLLM answers it.
+/// `POST /v1/unload_lora_adapter`, answered like vLLM.
 pub(super) async fn vllm_unload(
     State(app): State<SharedApp>,
-    body: Result<extract::Json, ErrorResponse>,
+    body: Result<JsonBody, ErrorResponse>,
 ) -> Result<Response, ErrorResponse> {
     let serving = app.serving()?;
     let run = || {
-        let extract::Json(body) = body.map_err(|response| *response.error)?;
+        let JsonBody(body) = body.map_err(|response| *response.error)?;
         let body = Fields::of_body(&body)?;
         let Some(name) = body.string("lora_name")?.filter(|s| !s.is_empty()) else {
             return Err(Error::invalid("'lora_name' needs to be provided to unload a LoRA adapter."));
@@ -117,7 +129,7 @@ pub(super) async fn vllm_unload(
     Ok(vllm_answer(run()))
 }
 
-/// Plain text on success, vLLM's envelope (its type words, the status as code) on errors.
+/// Plain text on success; on errors vLLM's body, with its type words and the status as `code`.
 fn vllm_answer(result: Result<String>) -> Response {
     let error = match result {
         Ok(text) => return text.into_response(),
@@ -134,7 +146,7 @@ fn vllm_answer(result: Result<String>) -> Response {
     with_status(&error, String::new(), Json(body))
 }
 
-/// `GET /lora-adapters` as llama.cpp lists them; `scale` is 0: an adapter takes part only where a request names it.
+/// `GET /lora-adapters`, in llama.cpp's form. `scale` is 0: an adapter applies only to requests that name it.
 pub(super) async fn llama_cpp_list(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let entry = |(id, info): (usize, &AdapterInfo)| json!({"id": id, "path": info.source, "scale": 0.0, "task_name": info.name, "prompt_prefix": ""});
     Ok(Json(app.serving()?.registry.list().iter().enumerate().map(entry).collect()))

@@ -1,4 +1,4 @@
-//! What handlers take from a request, refused in OpenAI's envelope where axum would answer in plain text.
+//! Extractors for handlers. They refuse requests with OpenAI's error body, where axum's own answer in plain text.
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
@@ -10,10 +10,11 @@ use crate::fields;
 use crate::finetune::store::PageQuery;
 use crate::{Error, Result as OurResult};
 
-/// A body that is JSON, whatever its content type says. 413 over the limit, 400 with the position when malformed.
-pub(super) struct Json(pub(super) Value);
+/// The body as JSON, whatever its content type says. Errors: `TooLarge` over the limit; `Invalid` with the position if
+/// malformed.
+pub(super) struct JsonBody(pub(super) Value);
 
-impl<S: Send + Sync> FromRequest<S> for Json {
+impl<S: Send + Sync> FromRequest<S> for JsonBody {
     type Rejection = ErrorResponse;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ErrorResponse> {
@@ -22,10 +23,10 @@ impl<S: Send + Sync> FromRequest<S> for Json {
     }
 }
 
-/// The name at the end of a path, percent-decoded.
-pub(super) struct Name(pub(super) String);
+/// The one parameter of a path, percent-decoded.
+pub(super) struct PathParam(pub(super) String);
 
-impl<S: Send + Sync> FromRequestParts<S> for Name {
+impl<S: Send + Sync> FromRequestParts<S> for PathParam {
     type Rejection = ErrorResponse;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ErrorResponse> {
@@ -34,10 +35,10 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     }
 }
 
-/// The parameters behind the `?`, in order.
-pub(super) struct Query(Vec<(String, String)>);
+/// The parameters after the `?`, in order.
+pub(super) struct QueryParams(Vec<(String, String)>);
 
-impl<S: Send + Sync> FromRequestParts<S> for Query {
+impl<S: Send + Sync> FromRequestParts<S> for QueryParams {
     type Rejection = ErrorResponse;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ErrorResponse> {
@@ -47,18 +48,18 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
     }
 }
 
-impl Query {
-    /// All of them.
+impl QueryParams {
+    /// All parameters.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// The last one of a name.
+    /// The last value of a name.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.iter().filter(|(other, _)| *other == name).map(|(_, value)| value).last()
     }
 
-    /// Which part of a list is wanted: `after`, `limit`, `order`.
+    /// Reads `after`, `limit` and `order`: which page of a list is wanted. `limit` is the default, `most` its maximum.
     pub(super) fn page(&self, limit: usize, most: usize) -> OurResult<PageQuery> {
         let wrong = |name: &str, allowed: &str, got: &str| fields::wrong(name, allowed, &got.into());
         let limit = match self.get("limit") {

@@ -1,4 +1,4 @@
-//! `/v1/files`: what jobs learn from, read line by line as it comes in, and what they leave.
+//! `/v1/files`: training files, checked when they are uploaded, and result files of jobs.
 
 use std::io::Write;
 
@@ -13,37 +13,38 @@ use tempfile::NamedTempFile;
 use tokio_util::io::ReaderStream;
 
 use super::error_response::ErrorResponse;
-use super::extract::{Name, Query};
+use super::extract::{PathParam, QueryParams};
 use super::{Serving, SharedApp};
 use crate::error::{AtPath, Error, ErrorKind, Result};
 use crate::finetune::record::{FileObject, JobRecord, new_id};
 use crate::finetune::store::{ObjectKind, Store};
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 
-/// Purpose of a file to learn from.
+/// Purpose of a training file.
 pub(super) const FINE_TUNE: &str = "fine-tune";
 
-/// Most files that a page of the list may have, and has by default.
+/// Maximum and default of files on a page of the list.
 const MAX_PAGE: usize = 10_000;
 
-/// `POST /v1/files`: multipart with `purpose` and `file`. A file that cannot be learnt from is refused, with its lines.
+/// `POST /v1/files`: multipart with `purpose` and `file`. Refuses a file that cannot be trained on, and names its lines.
 pub(super) async fn upload(
     State(app): State<SharedApp>,
     multipart: Result<Multipart, MultipartRejection>,
 ) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let mut parts = multipart.map_err(|e| {
-        let message = format!("a file comes as multipart/form-data with `purpose` and `file`: {}", e.body_text());
+        let message =
+            format!("send the file as multipart/form-data with the parts `purpose` and `file`: {}", e.body_text());
         Error::invalid(message).code("invalid_multipart")
     })?;
     let (mut purpose, mut file) = (None, None);
-    while let Some(part) = parts.next_field().await.map_err(broken)? {
+    while let Some(part) = parts.next_field().await.map_err(invalid_multipart)? {
         match part.name() {
-            Some("purpose") => purpose = Some(part.text().await.map_err(broken)?),
+            Some("purpose") => purpose = Some(part.text().await.map_err(invalid_multipart)?),
             Some("file") => file = Some(receive(part, serving.jobs.store()).await?),
             other => {
                 let name = other.unwrap_or_default();
-                let message = format!("unknown part `{name}`: a file comes with `purpose` and `file`");
+                let message = format!("unknown part `{name}`: the parts are `purpose` and `file`");
                 return Err(Error::invalid(message).param(name).code("unknown_field").into());
             }
         }
@@ -62,7 +63,7 @@ pub(super) async fn upload(
     let codec = serving.codec.clone();
     let keep = move |store: &Store| {
         let bytes = std::fs::read(content.path()).at(content.path())?;
-        // Settings of jobs decide what is cut; here only what no setting can mend is wrong.
+        // A job's settings decide what is cut. Only what no setting can mend is refused here.
         let options =
             DataOptions { max_length: usize::MAX, train_on_inputs: false, alpaca_ending: AlpacaEnding::default() };
         data::parse(&bytes, &codec, &options).map_err(|e| e.param("file"))?;
@@ -75,30 +76,30 @@ pub(super) async fn upload(
     Ok(Json(json!(serving.jobs.store().run(keep).await?)))
 }
 
-/// The name and the content of a file, on disk.
+/// Writes the content of a part to disk, and returns its name and the file.
 async fn receive(mut part: Field<'_>, store: &Store) -> Result<(String, NamedTempFile)> {
     let name = part.file_name().filter(|name| !name.is_empty()).unwrap_or("file").to_owned();
     let mut file = NamedTempFile::new_in(store.files_dir()).at(store.files_dir())?;
-    // Into the page cache, which is quick: no thread is held up.
-    while let Some(chunk) = part.chunk().await.map_err(broken)? {
+    // Writing to the page cache is fast enough for an async thread.
+    while let Some(chunk) = part.chunk().await.map_err(invalid_multipart)? {
         file.write_all(&chunk).at(file.path())?;
     }
     Ok((name, file))
 }
 
-fn broken(e: MultipartError) -> Error {
+fn invalid_multipart(e: MultipartError) -> Error {
     match e.status() {
         StatusCode::PAYLOAD_TOO_LARGE => {
             Error::new(ErrorKind::TooLarge, "the file is larger than this server allows (--max-file)")
                 .param("file")
                 .code("file_too_large")
         }
-        _ => Error::invalid(format!("the multipart body is broken: {}", e.body_text())).code("invalid_multipart"),
+        _ => Error::invalid(format!("invalid multipart body: {}", e.body_text())).code("invalid_multipart"),
     }
 }
 
 /// `GET /v1/files`, newest first unless `order=asc`.
-pub(super) async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn list(State(app): State<SharedApp>, query: QueryParams) -> Result<Json<Value>, ErrorResponse> {
     let page = query.page(MAX_PAGE, MAX_PAGE)?;
     let purpose = query.get("purpose").map(str::to_owned);
     let keep = move |file: &FileObject| purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose);
@@ -107,13 +108,13 @@ pub(super) async fn list(State(app): State<SharedApp>, query: Query) -> Result<J
 }
 
 /// `GET /v1/files/{id}`.
-pub(super) async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn get(State(app): State<SharedApp>, PathParam(id): PathParam) -> Result<Json<Value>, ErrorResponse> {
     let file: FileObject = store(&app)?.run(move |store| store.get(ObjectKind::File, &id, "file_id")).await?;
     Ok(Json(json!(file)))
 }
 
 /// `GET /v1/files/{id}/content`.
-pub(super) async fn content(State(app): State<SharedApp>, Name(id): Name) -> Result<Response, ErrorResponse> {
+pub(super) async fn content(State(app): State<SharedApp>, PathParam(id): PathParam) -> Result<Response, ErrorResponse> {
     let open = move |store: &Store| {
         let file: FileObject = store.get(ObjectKind::File, &id, "file_id")?;
         let path = store.file_path(&id);
@@ -128,15 +129,18 @@ pub(super) async fn content(State(app): State<SharedApp>, Name(id): Name) -> Res
     Ok((headers, Body::from_stream(content)).into_response())
 }
 
-/// `DELETE /v1/files/{id}`; 409 while a job still needs it.
-pub(super) async fn delete(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+/// `DELETE /v1/files/{id}`. Errors: `Conflict` while a job still needs the file.
+pub(super) async fn delete(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     let remove = move |store: &Store| {
         let _: FileObject = store.get(ObjectKind::File, &id, "file_id")?;
         let needs = |job: &JobRecord| {
             !job.status.ended() && (job.training_file == id || job.validation_file.as_deref() == Some(&id))
         };
         if let Some(job) = store.all(ObjectKind::Job, "")?.iter().find(|job| needs(job)) {
-            let message = format!("file {id} is needed by job {}, which is {}", job.id, job.status.word());
+            let message = format!("file {id} is in use by job {}, which is {}", job.id, job.status.word());
             return Err(Error::new(ErrorKind::Conflict, message).param("file_id").code("file_in_use"));
         }
         store.delete(ObjectKind::File, &id)?;

@@ -1,4 +1,4 @@
-//! `/v1/fine_tuning`: jobs as OpenAI's API has them, with two objects of settings more: `lora` and `training`.
+//! `/v1/fine_tuning`: OpenAI's API of jobs, with two more objects of settings: `lora` and `training`.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use axum::extract::State;
 use serde_json::{Map, Value, json};
 
 use super::error_response::ErrorResponse;
-use super::extract::{self, Name, Query};
+use super::extract::{JsonBody, PathParam, QueryParams};
 use super::files::FINE_TUNE;
 use super::{Serving, SharedApp};
 use crate::error::{AtPath, Error, ErrorKind, Result};
@@ -17,26 +17,26 @@ use crate::finetune::record::{FileObject, JobRecord, JobStatus, new_id, now};
 use crate::finetune::settings;
 use crate::finetune::store::{ObjectKind, PageQuery};
 
-/// Fields of a new job, beside those of [`settings`].
+/// Fields of a new job, in addition to those of [`settings`].
 const FIELDS: [&str; 7] =
     ["model", "training_file", "validation_file", "suffix", "metadata", "integrations", "dry_run"];
 
 /// Limits of `metadata`, as OpenAI's: pairs, and characters of keys and values.
 const METADATA: (usize, usize, usize) = (16, 64, 512);
 
-/// Characters of a suffix.
+/// Limit on the characters of a suffix.
 const MAX_SUFFIX: usize = 64;
 
-/// Most objects of a page.
+/// Limit on the objects of a page.
 const MAX_PAGE: usize = 100;
 
 /// Examples that a dry run shows.
 const SHOWN: usize = 3;
 
-/// `POST /v1/fine_tuning/jobs`. With `dry_run`, says what would be learnt and creates nothing.
+/// `POST /v1/fine_tuning/jobs`. With `dry_run`, describes the job and creates nothing.
 pub(super) async fn create(
     State(app): State<SharedApp>,
-    extract::Json(body): extract::Json,
+    JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let (record, dry_run) = read(serving, &body)?;
@@ -48,7 +48,7 @@ pub(super) async fn create(
         .run(move |store| {
             for (id, param) in files.iter().filter_map(|(id, param)| Some((id.as_ref()?, *param))) {
                 let file: FileObject = store.find(ObjectKind::File, id)?.ok_or_else(|| {
-                    Error::invalid(format!("`{param}`: there is no file {id:?}")).param(param).code("file_not_found")
+                    Error::invalid(format!("`{param}`: no such file: {id:?}")).param(param).code("file_not_found")
                 })?;
                 if file.purpose != FINE_TUNE {
                     let message =
@@ -65,7 +65,7 @@ pub(super) async fn create(
     Ok(Json(object(&serving.jobs.create(record).await?)))
 }
 
-/// A job from a request; whether it is only a question.
+/// Reads a job from a request, and whether it is a dry run.
 fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
     let fields = Fields::of_body(body)?;
     let known: Vec<&str> = FIELDS.iter().chain(&settings::FIELDS).copied().collect();
@@ -77,7 +77,7 @@ fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
         continue_from(serving, model, &mut chosen)?;
     }
     if fields.array("integrations")?.is_some_and(|list| !list.is_empty()) {
-        let message = "`integrations` are not supported: this server sends nothing to others";
+        let message = "`integrations` are not supported: this server sends no data to other services";
         return Err(Error::invalid(message).param("integrations").code("unsupported_parameter"));
     }
     let chosen = Value::Object(chosen);
@@ -107,11 +107,11 @@ fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
     Ok((record, fields.boolean("dry_run")?.unwrap_or(false)))
 }
 
-/// A model that was fine-tuned before, as the one to continue from.
+/// Makes `model`, an adapter, the checkpoint that training continues from.
 fn continue_from(serving: &Serving, model: &str, settings: &mut Map<String, Value>) -> Result<()> {
     serving.registry.get(model).map_err(|_| {
         Error::not_found(format!(
-            "The model `{model}` does not exist: give the base, or a fine-tuned model to go on from"
+            "The model `{model}` does not exist: give the base, or a fine-tuned model to continue from"
         ))
         .param("model")
         .code("model_not_found")
@@ -122,12 +122,12 @@ fn continue_from(serving: &Serving, model: &str, settings: &mut Map<String, Valu
             training.insert("from_checkpoint".into(), model.into());
             Ok(())
         }
-        // Its own check says what is wrong with it.
+        // `settings` reports that it is no object.
         None => Ok(()),
-        Some(_) => {
-            Err(Error::invalid("`model` and `training.from_checkpoint` name two adapters to go on from: give one")
-                .param("training.from_checkpoint"))
-        }
+        Some(_) => Err(Error::invalid(
+            "`model` and `training.from_checkpoint` name different adapters to continue from: give one of them",
+        )
+        .param("training.from_checkpoint")),
     }
 }
 
@@ -149,7 +149,7 @@ fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
         let value = metadata.string(name)?.unwrap_or_default();
         if name.chars().count() > key_length || value.chars().count() > value_length || map.len() == pairs {
             let message = format!(
-                "`metadata` has up to {pairs} pairs, with keys of up to {key_length} and values of up to {value_length} characters"
+                "`metadata` may have up to {pairs} pairs, with keys of up to {key_length} and values of up to {value_length} characters"
             );
             return Err(Error::invalid(message).param("metadata").code("invalid_value"));
         }
@@ -158,7 +158,7 @@ fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
     Ok(map)
 }
 
-/// What a job would learn, and what it would take.
+/// The answer to a dry run: settings, statistics, examples and an estimate of the time.
 async fn preview(serving: &Arc<Serving>, record: JobRecord) -> Result<Value> {
     let context = serving.jobs.context().clone();
     let speed = serving.jobs.gauges().iter().rev().find_map(|gauge| gauge.tokens_per_second);
@@ -185,7 +185,7 @@ async fn preview(serving: &Arc<Serving>, record: JobRecord) -> Result<Value> {
         .await
 }
 
-/// A job as OpenAI's API shows it, and its settings.
+/// A job in the form of OpenAI's API, with its settings.
 fn object(record: &JobRecord) -> Value {
     let auto = || json!({"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"});
     let (hyperparameters, lora, training) = match &record.spec {
@@ -218,8 +218,8 @@ fn object(record: &JobRecord) -> Value {
     })
 }
 
-/// `GET /v1/fine_tuning/jobs`, newest first; `metadata[key]=value` keeps those that have it.
-pub(super) async fn list(State(app): State<SharedApp>, query: Query) -> Result<Json<Value>, ErrorResponse> {
+/// `GET /v1/fine_tuning/jobs`, newest first. `metadata[key]=value` filters by metadata.
+pub(super) async fn list(State(app): State<SharedApp>, query: QueryParams) -> Result<Json<Value>, ErrorResponse> {
     let page = query.page(20, MAX_PAGE)?;
     let wanted: Vec<(String, String)> = query
         .iter()
@@ -235,30 +235,39 @@ pub(super) async fn list(State(app): State<SharedApp>, query: Query) -> Result<J
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}`.
-pub(super) async fn get(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn get(State(app): State<SharedApp>, PathParam(id): PathParam) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&job(app.serving()?, id).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/cancel`.
-pub(super) async fn cancel(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn cancel(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Cancel).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/pause`.
-pub(super) async fn pause(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn pause(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Pause).await?)))
 }
 
 /// `POST /v1/fine_tuning/jobs/{id}/resume`.
-pub(super) async fn resume(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+pub(super) async fn resume(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(object(&app.serving()?.jobs.change(&id, JobAction::Resume).await?)))
 }
 
 /// `GET /v1/fine_tuning/jobs/{id}/events`, newest first.
 pub(super) async fn events(
     State(app): State<SharedApp>,
-    Name(id): Name,
-    query: Query,
+    PathParam(id): PathParam,
+    query: QueryParams,
 ) -> Result<Json<Value>, ErrorResponse> {
     of_job(app.serving()?, id, ObjectKind::Event, query.page(20, MAX_PAGE)?).await
 }
@@ -266,8 +275,8 @@ pub(super) async fn events(
 /// `GET /v1/fine_tuning/jobs/{id}/checkpoints`, newest first.
 pub(super) async fn checkpoints(
     State(app): State<SharedApp>,
-    Name(id): Name,
-    query: Query,
+    PathParam(id): PathParam,
+    query: QueryParams,
 ) -> Result<Json<Value>, ErrorResponse> {
     of_job(app.serving()?, id, ObjectKind::Checkpoint, query.page(10, MAX_PAGE)?).await
 }
@@ -290,27 +299,31 @@ async fn job(serving: &Serving, id: String) -> Result<JobRecord> {
     serving.jobs.store().run(move |store| store.get(ObjectKind::Job, &id, "fine_tuning_job_id")).await
 }
 
-/// A page of a list.
+/// A page of a list, in the form of OpenAI's API.
 pub(super) fn list_object(data: Vec<Value>, more: bool) -> Value {
     let id = |object: Option<&Value>| object.map_or(Value::Null, |object| object["id"].clone());
     json!({"object": "list", "first_id": id(data.first()), "last_id": id(data.last()), "data": data, "has_more": more})
 }
 
-/// `DELETE /v1/models/{id}`: takes a model that was fine-tuned here out of service and off the disk.
-pub(super) async fn delete_model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+/// `DELETE /v1/models/{id}`: unloads a model that was fine-tuned here and deletes it from the disk.
+pub(super) async fn delete_model(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let forbidden =
         |message: String| Error::new(ErrorKind::Forbidden, message).param("model").code("model_not_deletable");
     if serving.base.names.contains(&id) {
-        return Err(forbidden(format!("`{id}` is the base: it stays as long as the server")).into());
+        return Err(forbidden(format!("`{id}` is the base model, which cannot be deleted")).into());
     }
     let info = serving.registry.get(&id).map_err(|_| super::info::no_model(&id))?;
     if !info.source.starts_with(serving.jobs.store().jobs_dir()) {
-        let message = format!("`{id}` was not fine-tuned here: an operator unloads it (DELETE /admin/adapters/{id})");
+        let message =
+            format!("`{id}` was not fine-tuned here: an operator can unload it with DELETE /admin/adapters/{id}");
         return Err(forbidden(message).into());
     }
     serving.registry.unload(&id)?;
-    // The last checkpoint is the model too, under two names.
+    // The final model and its last checkpoint are two names of one directory.
     if !serving.registry.list().iter().any(|other| other.source == info.source) {
         serving.jobs.store().run(move |_| std::fs::remove_dir_all(&info.source).at(&info.source)).await?;
     }

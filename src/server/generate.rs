@@ -1,4 +1,4 @@
-//! A checked request through the engine: submit its sequences, then answer whole or as server-sent events.
+//! Runs a checked request: submits its sequences to the engine and answers with one body or with server-sent events.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,97 +13,95 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::middleware::request_id;
-use super::params::Shared;
-use super::response::{Echo, Form, Kind, Sent, Usage, Whole};
-use super::select_adapter::Leased;
-use super::stream::{Piece, pieces};
+use super::params::CommonParams;
+use super::response::{CompletionOutput, EchoedPrompt, Endpoint, ResponseBuilder, StreamedChoice, UsageInfo};
+use super::select_adapter::LeasedAdapters;
+use super::stream::{OutputDelta, RunningSequence, output_deltas};
 use super::{Serving, SharedApp, error_response};
 use crate::Result;
 use crate::engine::request::{Request, SamplingParams};
 use crate::time::unix_seconds;
 
-/// A request with nothing left to check.
-pub(super) struct Job {
-    /// Which endpoint.
-    pub(super) kind: Kind,
-    /// `model` of the response.
+/// A request whose fields are all checked.
+pub(super) struct CheckedRequest {
+    /// The endpoint that it came to.
+    pub(super) endpoint: Endpoint,
+    /// `model` in the response.
     pub(super) model: String,
-    /// Adapters that answer.
-    pub(super) leased: Leased,
-    /// Fields of both endpoints.
-    pub(super) shared: Shared,
-    /// Sequences of each prompt; the best `n` are answered.
+    /// Its adapters.
+    pub(super) adapters: LeasedAdapters,
+    /// Parameters of both endpoints.
+    pub(super) common: CommonParams,
+    /// Sequences generated for each prompt; the response has the best `n`.
     pub(super) best_of: usize,
-    /// Alternatives to report.
+    /// Log-probabilities are asked for, with this many alternatives.
     pub(super) logprobs: Option<usize>,
-    /// Token ids of each prompt, and how to sample it.
+    /// Token ids of each prompt.
     pub(super) prompts: Vec<Vec<u32>>,
-    /// Parallel to `prompts`.
+    /// How to sample, parallel to `prompts`.
     pub(super) params: Vec<SamplingParams>,
-    /// Parallel to `prompts`, or empty.
-    pub(super) echo: Vec<Echo>,
-    /// For queue time and latency.
+    /// Parallel to `prompts`, or empty without `echo`.
+    pub(super) echo: Vec<EchoedPrompt>,
+    /// When the request arrived, for queue time and latency.
     pub(super) arrived: Instant,
 }
 
-/// Runs the job. Errors come before the first byte of an answer; later ones inside the stream.
-pub(super) async fn run(app: &SharedApp, serving: &Arc<Serving>, job: Job) -> Result<Response> {
-    let prefix = if job.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+/// Runs the request. An error here comes before the first byte of the answer; later ones become events of the stream.
+pub(super) async fn run(app: &SharedApp, serving: &Arc<Serving>, request: CheckedRequest) -> Result<Response> {
+    let prefix = if request.endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
     let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
-    let mut usage = Usage { prompt: job.prompts.iter().map(Vec::len).sum(), ..Usage::default() };
-    let sequences = submit(app, serving, &job, &id)?;
+    let mut usage = UsageInfo { prompt: request.prompts.iter().map(Vec::len).sum(), ..UsageInfo::default() };
+    let sequences = submit(app, serving, &request, &id)?;
     let count = sequences.len();
-    let pieces = pieces(&serving.codec, &job.shared.text, job.shared.sampling.min_tokens, sequences);
-    let form = Form {
-        kind: job.kind,
+    let deltas = output_deltas(&serving.codec, &request.common.text, request.common.sampling.min_tokens, sequences);
+    let builder = ResponseBuilder {
+        endpoint: request.endpoint,
         id,
-        model: job.model,
-        adapter: job.leased.adapter,
-        generation: job.leased.generation,
+        model: request.model,
+        adapter: request.adapters.adapter,
+        generation: request.adapters.generation,
         created: unix_seconds(SystemTime::now()),
-        logprobs: job.logprobs,
-        echo: job.echo,
-        n: job.shared.n,
+        logprobs: request.logprobs,
+        echo: request.echo,
+        n: request.common.n,
         codec: serving.codec.clone(),
     };
-    if job.shared.stream {
-        return Ok(event_stream(form, pieces, count, usage, job.shared.include_usage));
+    if request.common.stream {
+        return Ok(event_stream(builder, deltas, count, usage, request.common.include_usage));
     }
-    let mut wholes: Vec<Whole> = std::iter::repeat_with(Whole::default).take(count).collect();
-    tokio::pin!(pieces);
-    while let Some((index, piece)) = pieces.next().await {
-        wholes[index].push(piece?);
+    let mut outputs: Vec<CompletionOutput> = std::iter::repeat_with(CompletionOutput::default).take(count).collect();
+    tokio::pin!(deltas);
+    while let Some((index, delta)) = deltas.next().await {
+        outputs[index].push(delta?);
     }
-    for (index, whole) in wholes.iter().enumerate() {
-        whole.finish.iter().for_each(|finish| usage.add(finish, index, job.best_of));
+    for (index, output) in outputs.iter().enumerate() {
+        output.finish.iter().for_each(|finish| usage.add(finish, index, request.best_of));
     }
     let mut choices = Vec::new();
-    let mut wholes = wholes.into_iter();
+    let mut outputs = outputs.into_iter();
     loop {
-        let mut candidates: Vec<Whole> = wholes.by_ref().take(job.best_of).collect();
+        let mut candidates: Vec<CompletionOutput> = outputs.by_ref().take(request.best_of).collect();
         if candidates.is_empty() {
             break;
         }
-        if job.best_of > job.shared.n {
+        if request.best_of > request.common.n {
             candidates.sort_by(|a, b| b.score().total_cmp(&a.score()));
-            candidates.truncate(job.shared.n);
+            candidates.truncate(request.common.n);
         }
-        for whole in candidates {
-            choices.push(form.choice(choices.len(), whole)?);
+        for output in candidates {
+            choices.push(builder.choice(choices.len(), output)?);
         }
     }
-    let mut object = form.object(choices, false);
+    let mut object = builder.object(choices, false);
     object["usage"] = usage.object();
     Ok(Json(object).into_response())
 }
 
-type Sequences = Vec<(mpsc::UnboundedReceiver<crate::engine::request::Event>, crate::server::metrics::Track)>;
-
-/// Hands every sequence to the engine, or none: those already in are cancelled by dropping their receivers.
-fn submit(app: &SharedApp, serving: &Serving, job: &Job, id: &str) -> Result<Sequences> {
-    let mut sequences = Vec::with_capacity(job.prompts.len() * job.best_of);
-    for (prompt, params) in job.prompts.iter().zip(&job.params) {
-        for choice in 0..job.best_of {
+/// Submits all sequences to the engine, or none: on an error, dropping the receivers cancels those submitted before.
+fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str) -> Result<Vec<RunningSequence>> {
+    let mut sequences = Vec::with_capacity(request.prompts.len() * request.best_of);
+    for (prompt, params) in request.prompts.iter().zip(&request.params) {
+        for choice in 0..request.best_of {
             let (events, receiver) = mpsc::unbounded_channel();
             let mut params = params.clone();
             // Choices of one prompt differ, and the same request repeats them.
@@ -112,61 +110,63 @@ fn submit(app: &SharedApp, serving: &Serving, job: &Job, id: &str) -> Result<Seq
                 id: id.to_owned(),
                 prompt: prompt.clone(),
                 params,
-                adapters: job.leased.terms.clone(),
-                arrived: job.arrived,
+                adapters: request.adapters.terms.clone(),
+                arrived: request.arrived,
                 events,
             })?;
-            sequences
-                .push((receiver, app.metrics.track(serving.base.name(), &job.leased.label, prompt.len(), job.arrived)));
+            let (model, adapter) = (serving.base.name(), &request.adapters.label);
+            let metrics = app.metrics.track(model, adapter, prompt.len(), request.arrived);
+            sequences.push(RunningSequence { events: receiver, metrics });
         }
     }
     Ok(sequences)
 }
 
 fn event_stream(
-    form: Form,
-    pieces: impl stream::Stream<Item = (usize, Result<Piece>)> + Send + 'static,
+    builder: ResponseBuilder,
+    deltas: impl stream::Stream<Item = (usize, Result<OutputDelta>)> + Send + 'static,
     choices: usize,
-    usage: Usage,
+    usage: UsageInfo,
     include_usage: bool,
 ) -> Response {
-    let opening = form.opening(choices);
+    let opening = builder.opening(choices);
     let request_id = request_id();
-    let mut writer = Writer { form, usage, include_usage, request_id, sent: vec![Sent::default(); choices] };
+    let mut writer =
+        EventWriter { builder, usage, include_usage, request_id, sent: vec![StreamedChoice::default(); choices] };
     let opening = writer.data(opening);
     let events = stream::iter([opening])
-        .chain(pieces.map(Some).chain(stream::once(async { None })).map(move |item| writer.events(item)))
-        // An error ends the stream; what other choices still send is of no use then.
+        .chain(deltas.map(Some).chain(stream::once(async { None })).map(move |item| writer.events(item)))
+        // An error ends the stream, also for the other choices.
         .scan(false, |ended, (events, last)| {
             let done = std::mem::replace(ended, last);
             async move { (!done).then(|| stream::iter(events.into_iter().map(Ok::<_, Infallible>))) }
         })
         .flatten();
-    // Proxies that buffer (nginx) would hold tokens back.
+    // Proxies that buffer, such as nginx, would hold tokens back.
     let headers = [(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"))];
     (headers, Sse::new(events).keep_alive(KeepAlive::default())).into_response()
 }
 
-/// Turns pieces into server-sent events.
-struct Writer {
-    form: Form,
-    usage: Usage,
+/// Turns output deltas into server-sent events.
+struct EventWriter {
+    builder: ResponseBuilder,
+    usage: UsageInfo,
     include_usage: bool,
     /// For internal errors: events are written after the handler has returned.
     request_id: String,
-    /// By choice.
-    sent: Vec<Sent>,
+    /// One for each choice.
+    sent: Vec<StreamedChoice>,
 }
 
-impl Writer {
-    /// The events of a piece, or of the end (`None`), and whether they are the last.
-    fn events(&mut self, item: Option<(usize, Result<Piece>)>) -> (Vec<SseEvent>, bool) {
+impl EventWriter {
+    /// The events of a delta, or of the end (`None`), and whether they are the last.
+    fn events(&mut self, item: Option<(usize, Result<OutputDelta>)>) -> (Vec<SseEvent>, bool) {
         match item {
-            Some((index, Ok(piece))) => {
-                if let Some(finish) = &piece.finish {
-                    self.usage.add(finish, index, self.form.n);
+            Some((index, Ok(delta))) => {
+                if let Some(finish) = &delta.finish {
+                    self.usage.add(finish, index, self.builder.n);
                 }
-                let chunks = self.form.chunks(index, piece, &mut self.sent[index]);
+                let chunks = self.builder.chunks(index, delta, &mut self.sent[index]);
                 self.data(chunks)
             }
             Some((_, Err(error))) => {
@@ -176,7 +176,7 @@ impl Writer {
             None => {
                 let mut events = Vec::new();
                 if self.include_usage {
-                    let mut chunk = self.form.object(Vec::new(), true);
+                    let mut chunk = self.builder.object(Vec::new(), true);
                     chunk["usage"] = self.usage.object();
                     events.push(SseEvent::default().data(chunk.to_string()));
                 }

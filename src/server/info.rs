@@ -1,4 +1,4 @@
-//! What a client may ask about the server: models, tokens, health, metrics.
+//! Routes about the server: health, version, metrics, models, tokenization.
 
 use axum::Json;
 use axum::extract::State;
@@ -7,22 +7,22 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::error_response::ErrorResponse;
-use super::extract::{self, Name};
+use super::extract::{JsonBody, PathParam};
 use super::params::token_ids;
 use super::{App, Serving, SharedApp};
 use crate::adapter::registry::AdapterInfo;
 use crate::fields::{self, Fields};
-use crate::server::metrics::Live;
+use crate::server::metrics::ScrapeInput;
 use crate::text::messages::chat_prompt;
 use crate::time::unix_seconds;
 use crate::{Error, Result};
 
-/// `GET /health`: the process answers.
+/// `GET /health`: 200 as long as the process answers.
 pub(super) async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-/// `GET /ready`: 200 once the model is loaded, 503 before and while draining.
+/// `GET /ready`: 200 once the model is loaded, 503 before that and while the server shuts down.
 pub(super) async fn ready(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     Ok(Json(json!({"status": "ready", "model": serving.base.name()})))
@@ -37,7 +37,7 @@ pub(super) async fn version() -> Json<Value> {
 pub(super) async fn metrics(State(app): State<SharedApp>) -> Result<Response, ErrorResponse> {
     let page = match app.serving.get() {
         None => app.metrics.render(None)?,
-        Some(serving) => app.metrics.render(Some(Live {
+        Some(serving) => app.metrics.render(Some(ScrapeInput {
             model: serving.base.name(),
             stats: serving.engine.stats(),
             adapters: &serving.registry.list(),
@@ -50,7 +50,7 @@ pub(super) async fn metrics(State(app): State<SharedApp>) -> Result<Response, Er
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response())
 }
 
-/// `GET /v1/models`: the base's names, then the adapters.
+/// `GET /v1/models`: the names of the base, then the adapters.
 pub(super) async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let bases = serving.base.names.iter().map(|name| base_card(&app, serving, name));
@@ -59,8 +59,11 @@ pub(super) async fn models(State(app): State<SharedApp>) -> Result<Json<Value>, 
     Ok(Json(json!({"object": "list", "data": data})))
 }
 
-/// `GET /v1/models/{id}`; names of bases may have slashes in them.
-pub(super) async fn model(State(app): State<SharedApp>, Name(id): Name) -> Result<Json<Value>, ErrorResponse> {
+/// `GET /v1/models/{id}`. The name of a base may contain slashes.
+pub(super) async fn model(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     if serving.base.names.contains(&id) {
         return Ok(Json(base_card(&app, serving, &id)));
@@ -71,7 +74,7 @@ pub(super) async fn model(State(app): State<SharedApp>, Name(id): Name) -> Resul
     }
 }
 
-/// 404.
+/// `NotFound` for a model.
 pub(super) fn no_model(id: &str) -> Error {
     Error::not_found(format!("The model `{id}` does not exist.")).param("model").code("model_not_found")
 }
@@ -111,10 +114,10 @@ fn card(serving: &Serving, id: &str, created: u64, root: Value, parent: Value) -
     })
 }
 
-/// `POST /tokenize` in vLLM's form: `prompt` or `messages` to ids.
+/// `POST /tokenize`, in vLLM's form: token ids of `prompt` or `messages`.
 pub(super) async fn tokenize(
     State(app): State<SharedApp>,
-    extract::Json(body): extract::Json,
+    JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
@@ -122,10 +125,10 @@ pub(super) async fn tokenize(
     let special = body.boolean("add_special_tokens")?;
     let (text, special) = match (body.string("prompt")?, body.get("messages")) {
         (Some(_), Some(_)) => {
-            return Err(Error::invalid("give `prompt` or `messages`, not both").param("messages").into());
+            return Err(Error::invalid("give either `prompt` or `messages`, not both").param("messages").into());
         }
         (Some(prompt), None) => (prompt.to_owned(), special.unwrap_or(true)),
-        // A chat template writes its own special tokens.
+        // A chat template contains its own special tokens.
         (None, Some(_)) => (chat_prompt(&body, &serving.codec)?, special.unwrap_or(false)),
         (None, None) => {
             return Err(Error::invalid("`prompt` (a string) or `messages` (an array) is required")
@@ -139,10 +142,10 @@ pub(super) async fn tokenize(
     Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.limits().max_model_len, "tokens": tokens})))
 }
 
-/// `POST /detokenize`: `tokens` to text.
+/// `POST /detokenize`: the text of `tokens`.
 pub(super) async fn detokenize(
     State(app): State<SharedApp>,
-    extract::Json(body): extract::Json,
+    JsonBody(body): JsonBody,
 ) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;

@@ -1,5 +1,7 @@
-//! HTTP: shared state, router, shutdown. A request goes `openai` (parse, resolve the adapter) -> `prompt` (tokens) ->
-//! `generate` (engine) -> `stream` (text, stop strings) -> `response` (OpenAI's objects).
+//! The HTTP server: shared state, routes, shutdown.
+//!
+//! A request passes through [`openai`] (fields), [`select_adapter`] (leases), [`generate`] (submission to the engine),
+//! [`stream`] (text and stop strings) and [`response`] (OpenAI's objects). [`error_response`] turns errors into answers.
 
 mod adapters;
 mod error_response;
@@ -38,20 +40,20 @@ use crate::runtime::Runtime;
 use metrics::Metrics;
 use middleware::AccessKeys;
 
-/// Settings of the HTTP side.
+/// Settings of the HTTP server.
 #[derive(Debug, Clone)]
 pub struct HttpConfig {
-    /// AccessKeys for inference; none: open to all.
+    /// Keys for inference; if empty, no key is needed.
     pub api_keys: Vec<String>,
-    /// Key for the admin routes; none: only loopback may use them.
+    /// Key for the admin routes; without one, only clients on this machine may use them.
     pub admin_key: Option<String>,
-    /// Longest request body, bytes.
+    /// Limit on request bodies, bytes.
     pub max_body: usize,
-    /// Longest file to train on, bytes.
+    /// Limit on uploaded files, bytes.
     pub max_file: usize,
 }
 
-/// A loaded model with all that answers requests for it.
+/// A loaded model and everything that serves it.
 pub struct Serving {
     /// The model, its adapters and the engine.
     pub runtime: Arc<Runtime>,
@@ -73,20 +75,20 @@ impl Serving {
         self.engine.config()
     }
 
-    /// 400 when one request wants more sequences than the queue could ever take; `param` is the field to lower.
+    /// Refuses a request with more sequences than the queue can hold; `param` is the field to lower.
     fn check_sequences(&self, sequences: usize, param: &str) -> Result<()> {
         let most = self.limits().max_waiting;
         if sequences <= most {
             return Ok(());
         }
         let message = format!(
-            "this request makes {sequences} sequences (prompts times choices), and this server takes {most} at once: split it"
+            "this request makes {sequences} sequences (prompts times choices), but this server takes {most} at once: split it"
         );
         Err(Error::invalid(message).param(param).code("too_many_sequences"))
     }
 }
 
-/// What all handlers share.
+/// State that all handlers share.
 pub struct App {
     keys: AccessKeys,
     max_body: usize,
@@ -99,11 +101,11 @@ pub struct App {
     started: SystemTime,
 }
 
-/// Handlers' state.
+/// The state as handlers get it.
 pub type SharedApp = Arc<App>;
 
 impl App {
-    /// A server without a model: alive, not ready.
+    /// A server without a model: it answers, but is not ready.
     pub fn new(config: &HttpConfig) -> Result<SharedApp> {
         Ok(Arc::new(Self {
             keys: AccessKeys::new(&config.api_keys, config.admin_key.as_deref()),
@@ -116,18 +118,18 @@ impl App {
         }))
     }
 
-    /// Makes it ready. Only the first call counts: a server has one model for life.
+    /// Makes the server ready. Only the first call has an effect: a server keeps its model.
     pub fn set_serving(&self, serving: Serving) {
         let _ = self.serving.set(Arc::new(serving));
     }
 
-    /// The loaded model; 503 while it loads and while the server shuts down.
+    /// The loaded model. Errors: `Unavailable` while it loads and while the server shuts down.
     fn serving(&self) -> Result<&Arc<Serving>> {
         let unavailable = |message| Err(Error::new(ErrorKind::Unavailable, message));
         match self.serving.get() {
             _ if self.draining.load(Ordering::Relaxed) => unavailable("the server is shutting down"),
             Some(serving) => Ok(serving),
-            None => unavailable("the model is loading: GET /ready answers 200 once it is there"),
+            None => unavailable("the model is loading: GET /ready answers 200 once it is loaded"),
         }
     }
 }
@@ -176,8 +178,8 @@ pub fn router(app: SharedApp) -> Router {
     middleware::observe(router).with_state(app)
 }
 
-/// Serves until `stop` resolves; then takes no new connection or request and returns when what runs has ended, or
-/// after `drain_timeout`.
+/// Serves until `stop` resolves. Then it accepts no new connections or requests, and returns when the running requests have
+/// ended, or after `drain_timeout`.
 pub async fn serve(
     listener: TcpListener,
     app: SharedApp,
@@ -194,7 +196,7 @@ pub async fn serve(
         }
     };
     let service = router(app.clone()).into_make_service_with_connect_info::<SocketAddr>();
-    // A token is a small packet: held back until the last one is acknowledged (Nagle), it comes up to 40 ms late.
+    // A token is a small packet. Nagle's algorithm would hold it back until the last one is acknowledged, up to 40 ms.
     let listener = listener.tap_io(|connection| {
         if let Err(e) = connection.set_nodelay(true) {
             tracing::warn!("TCP_NODELAY: {e}");
@@ -204,7 +206,7 @@ pub async fn serve(
     let finish = async {
         server.await?;
         if let Some(serving) = app.serving.get() {
-            // Before the engine takes no more: checkpoints on their way are still compared with what it says.
+            // Before the engine stops: checkpoints that are being published still run probes on it.
             serving.jobs.stop().await;
             serving.engine.drain().await;
         }
@@ -212,13 +214,13 @@ pub async fn serve(
     };
     let give_up = async {
         stopped.notified().await;
-        tracing::info!(timeout_s = drain_timeout.as_secs_f64(), "draining: finishing what runs");
+        tracing::info!(timeout_s = drain_timeout.as_secs_f64(), "shutting down: waiting for running requests");
         tokio::time::sleep(drain_timeout).await;
     };
     tokio::select! {
         result = finish => result,
         () = give_up => {
-            tracing::warn!("drain timeout: leaving requests unfinished");
+            tracing::warn!("drain timeout: running requests are aborted");
             Ok(())
         }
     }

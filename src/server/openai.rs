@@ -1,33 +1,33 @@
-//! `POST /v1/completions` and `/v1/chat/completions`: fields to prompts and parameters, checked before the engine sees them.
+//! `POST /v1/completions` and `/v1/chat/completions`: reads and checks the fields, and makes a [`CheckedRequest`] of them.
 
 use axum::extract::State;
 use axum::response::Response;
 use serde_json::Value;
 
 use super::error_response::ErrorResponse;
-use super::extract::Json;
-use super::generate::{self, Job};
-use super::params::{self, MAX_TOP_LOGPROBS, SHARED, Shared};
-use super::response::{Echo, Kind};
-use super::select_adapter::Selection;
+use super::extract::JsonBody;
+use super::generate::{self, CheckedRequest};
+use super::params::{self, COMMON_FIELDS, CommonParams, MAX_TOP_LOGPROBS};
+use super::response::{EchoedPrompt, Endpoint};
+use super::select_adapter::AdapterSelection;
 use super::{Serving, SharedApp};
 use crate::fields::{self, Fields};
 use crate::text::messages::chat_prompt;
 use crate::{Error, Result};
 
-/// `max_tokens` of a completion that does not say (OpenAI's).
+/// Default of `max_tokens` for completions, as in OpenAI's API.
 const DEFAULT_MAX_TOKENS: usize = 16;
 
-/// Prompts of one request.
+/// Limit on the prompts of one request.
 const MAX_PROMPTS: usize = 2048;
 
-/// Sequences generated for one prompt, of which `n` are answered.
+/// Limit on `best_of`, the sequences generated for one prompt.
 const MAX_BEST_OF: i64 = 128;
 
 const COMPLETION_FIELDS: &[&str] = &["prompt", "echo", "best_of", "add_special_tokens"];
 const CHAT_FIELDS: &[&str] = &["messages", "top_logprobs", "add_generation_prompt"];
 
-/// Fields of OpenAI's, some near ours in spelling, that change nothing here.
+/// Fields of OpenAI's API that have no effect here. They are known, so that those spelt almost like ours are accepted.
 const IGNORED: &[&str] = &[
     "tools",
     "tool_choice",
@@ -43,41 +43,45 @@ const IGNORED: &[&str] = &[
 ];
 
 /// `POST /v1/completions`.
-pub(super) async fn completions(State(app): State<SharedApp>, Json(body): Json) -> Result<Response, ErrorResponse> {
-    answer(app, &body, Kind::Completion).await
+pub(super) async fn completions(
+    State(app): State<SharedApp>,
+    JsonBody(body): JsonBody,
+) -> Result<Response, ErrorResponse> {
+    answer(app, &body, Endpoint::Completion).await
 }
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat_completions(
     State(app): State<SharedApp>,
-    Json(body): Json,
+    JsonBody(body): JsonBody,
 ) -> Result<Response, ErrorResponse> {
-    answer(app, &body, Kind::Chat).await
+    answer(app, &body, Endpoint::Chat).await
 }
 
-async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, ErrorResponse> {
+async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Response, ErrorResponse> {
     let arrived = std::time::Instant::now();
     let serving = app.serving()?.clone();
     let body = Fields::of_body(body)?;
-    let known = [SHARED, if kind == Kind::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS }, IGNORED].concat();
+    let known =
+        [COMMON_FIELDS, if endpoint == Endpoint::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS }, IGNORED].concat();
     fields::check_unknown(&body, &known)?;
-    let selection = Selection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
-    let leased = selection.lease(&serving.registry)?;
-    let label = leased.label.clone();
-    let parsed = match kind {
-        Kind::Completion => Parsed::completion(&body, &serving),
-        Kind::Chat => Parsed::chat(&body, &serving),
+    let selection = AdapterSelection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
+    let adapters = selection.lease(&serving.registry)?;
+    let label = adapters.label.clone();
+    let parsed = match endpoint {
+        Endpoint::Completion => ParsedRequest::completion(&body, &serving),
+        Endpoint::Chat => ParsedRequest::chat(&body, &serving),
     };
     let model = body.get("model").and_then(Value::as_str).unwrap_or(serving.base.name()).to_owned();
     let run = async {
-        let Parsed { shared, best_of, logprobs, echo, inputs } = parsed?;
+        let ParsedRequest { common, best_of, logprobs, echo, inputs } = parsed?;
         let (prompts, echo) = encode(&serving, inputs, echo).await?;
         let params = prompts
             .iter()
             .map(|ids| {
-                let mut params = shared.sampling.clone();
-                params.max_tokens = room(&serving, ids.len(), shared.max_tokens, kind)?;
-                params.logprobs = logprobs.or((best_of > shared.n).then_some(0));
+                let mut params = common.sampling.clone();
+                params.max_tokens = max_tokens(&serving, ids.len(), common.max_tokens, endpoint)?;
+                params.logprobs = logprobs.or((best_of > common.n).then_some(0));
                 params.prompt_logprobs = if echo.is_empty() { None } else { logprobs };
                 Ok(params)
             })
@@ -85,20 +89,20 @@ async fn answer(app: SharedApp, body: &Value, kind: Kind) -> Result<Response, Er
         generate::run(
             &app,
             &serving,
-            Job { kind, model, leased, shared, best_of, logprobs, prompts, params, echo, arrived },
+            CheckedRequest { endpoint, model, adapters, common, best_of, logprobs, prompts, params, echo, arrived },
         )
         .await
     };
     run.await.map_err(|error| ErrorResponse { error: Box::new(error), adapter: label })
 }
 
-/// How many tokens a prompt may still make; an error when it does not fit.
-fn room(serving: &Serving, prompt: usize, asked: Option<usize>, kind: Kind) -> Result<usize> {
+/// How many tokens may be generated after a prompt. Errors: the prompt, or the prompt and `asked`, exceed the context length.
+fn max_tokens(serving: &Serving, prompt: usize, asked: Option<usize>, endpoint: Endpoint) -> Result<usize> {
     let limit = serving.limits().max_model_len;
     let too_long = |message: String, param| Err(Error::invalid(message).param(param).code("context_length_exceeded"));
-    let (default, param) = match kind {
-        Kind::Completion => (DEFAULT_MAX_TOKENS, "prompt"),
-        Kind::Chat => (usize::MAX, "messages"),
+    let (default, param) = match endpoint {
+        Endpoint::Completion => (DEFAULT_MAX_TOKENS, "prompt"),
+        Endpoint::Chat => (usize::MAX, "messages"),
     };
     match asked {
         _ if prompt > limit || (prompt == limit && asked != Some(0)) => too_long(
@@ -118,44 +122,45 @@ fn room(serving: &Serving, prompt: usize, asked: Option<usize>, kind: Kind) -> R
     }
 }
 
-/// One prompt before the tokenizer.
-enum Input {
-    /// Text, and whether the model's special tokens go around it.
+/// A prompt as the request gives it.
+enum PromptInput {
+    /// Text, and whether to add the model's special tokens around it.
     Text(String, bool),
-    /// Ids as they are.
+    /// Token ids.
     Ids(Vec<u32>),
 }
 
-/// A request's fields.
-struct Parsed {
-    shared: Shared,
-    /// Sequences of each prompt.
+/// The fields of a request.
+struct ParsedRequest {
+    common: CommonParams,
+    /// Sequences generated for each prompt.
     best_of: usize,
-    /// Alternatives to report.
+    /// Log-probabilities are asked for, with this many alternatives.
     logprobs: Option<usize>,
-    /// Give the prompt back.
+    /// The response repeats the prompt.
     echo: bool,
-    inputs: Vec<Input>,
+    inputs: Vec<PromptInput>,
 }
 
-impl Parsed {
+impl ParsedRequest {
     fn completion(body: &Fields, serving: &Serving) -> Result<Self> {
         let vocab_size = serving.codec.vocab_size();
         if body.get("prompt").is_none() && body.get("messages").is_some() {
             return Err(
-                Error::invalid("`messages` belongs to /v1/chat/completions; here it is `prompt`").param("messages")
+                Error::invalid("`messages` belongs to /v1/chat/completions: use `prompt` here").param("messages")
             );
         }
-        let shared = params::parse(body, vocab_size, 0)?;
-        let best_of = body.integer("best_of", 1..=MAX_BEST_OF)?.map_or(shared.n, |n| n as usize);
-        if best_of < shared.n {
-            let message = format!("`best_of` must be at least `n` ({}), not {best_of}", shared.n);
+        let common = params::parse(body, vocab_size, 0)?;
+        let best_of = body.integer("best_of", 1..=MAX_BEST_OF)?.map_or(common.n, |n| n as usize);
+        if best_of < common.n {
+            let message = format!("`best_of` must be at least `n` ({}), not {best_of}", common.n);
             return Err(Error::invalid(message).param("best_of").code("invalid_value"));
         }
-        if best_of > shared.n && shared.stream {
-            return Err(
-                Error::invalid("`best_of` above `n` cannot be streamed: the best is known at the end").param("best_of")
-            );
+        if best_of > common.n && common.stream {
+            return Err(Error::invalid(
+                "`best_of` above `n` cannot be streamed: the best choices are known only at the end",
+            )
+            .param("best_of"));
         }
         let add_special_tokens = body.boolean("add_special_tokens")?.unwrap_or(true);
         let inputs = prompts(body, vocab_size, add_special_tokens)?;
@@ -165,47 +170,47 @@ impl Parsed {
             logprobs: body.integer("logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize),
             echo: body.boolean("echo")?.unwrap_or(false),
             inputs,
-            shared,
+            common,
         })
     }
 
     fn chat(body: &Fields, serving: &Serving) -> Result<Self> {
         if body.get("messages").is_none() && body.get("prompt").is_some() {
-            return Err(Error::invalid("`prompt` belongs to /v1/completions; here it is `messages`").param("prompt"));
+            return Err(Error::invalid("`prompt` belongs to /v1/completions: use `messages` here").param("prompt"));
         }
-        let shared = params::parse(body, serving.codec.vocab_size(), 1)?;
+        let common = params::parse(body, serving.codec.vocab_size(), 1)?;
         let top = body.integer("top_logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize);
         let wanted = body.boolean("logprobs")?.unwrap_or(false);
         if top.is_some() && !wanted {
             return Err(Error::invalid("`top_logprobs` is only allowed when `logprobs` is true").param("top_logprobs"));
         }
-        serving.check_sequences(shared.n, "n")?;
+        serving.check_sequences(common.n, "n")?;
         let text = chat_prompt(body, &serving.codec)?;
         Ok(Self {
-            best_of: shared.n,
+            best_of: common.n,
             logprobs: wanted.then_some(top.unwrap_or(0)),
             echo: false,
-            inputs: vec![Input::Text(text, false)],
-            shared,
+            inputs: vec![PromptInput::Text(text, false)],
+            common,
         })
     }
 }
 
-/// `prompt`: text, token ids, or an array of either.
-fn prompts(body: &Fields, vocab_size: usize, add_special_tokens: bool) -> Result<Vec<Input>> {
+/// Reads `prompt`: text, token ids, or an array of either.
+fn prompts(body: &Fields, vocab_size: usize, add_special_tokens: bool) -> Result<Vec<PromptInput>> {
     const ALLOWED: &str = "a string, an array of strings, an array of token ids, or an array of such arrays";
     let prompt = body.required("prompt", body.get("prompt"), ALLOWED)?;
-    let text = |s: &String| Input::Text(s.clone(), add_special_tokens);
+    let text = |s: &String| PromptInput::Text(s.clone(), add_special_tokens);
     let list = match prompt {
         Value::String(s) => return Ok(vec![text(s)]),
         Value::Array(list) if !list.is_empty() => list,
         other => return Err(fields::wrong("prompt", ALLOWED, other)),
     };
     if list[0].is_number() {
-        return Ok(vec![Input::Ids(params::token_ids(list, "prompt", vocab_size)?)]);
+        return Ok(vec![PromptInput::Ids(params::token_ids(list, "prompt", vocab_size)?)]);
     }
     if list.len() > MAX_PROMPTS {
-        let message = format!("`prompt` has {} prompts, and {MAX_PROMPTS} are allowed", list.len());
+        let message = format!("`prompt` has {} prompts; at most {MAX_PROMPTS} are allowed", list.len());
         return Err(Error::invalid(message).param("prompt").code("invalid_value"));
     }
     list.iter()
@@ -213,29 +218,29 @@ fn prompts(body: &Fields, vocab_size: usize, add_special_tokens: bool) -> Result
         .map(|(i, value)| match (value, &list[0]) {
             (Value::String(s), Value::String(_)) => Ok(text(s)),
             (Value::Array(ids), Value::Array(_)) if !ids.is_empty() => {
-                Ok(Input::Ids(params::token_ids(ids, &format!("prompt[{i}]"), vocab_size)?))
+                Ok(PromptInput::Ids(params::token_ids(ids, &format!("prompt[{i}]"), vocab_size)?))
             }
             (other, Value::String(_)) => {
-                Err(fields::wrong(&format!("prompt[{i}]"), "a string as the first one", other))
+                Err(fields::wrong(&format!("prompt[{i}]"), "a string, like the first prompt", other))
             }
             (other, _) => Err(fields::wrong(&format!("prompt[{i}]"), "a string or an array of token ids", other)),
         })
         .collect()
 }
 
-/// Token ids of all prompts, and what `echo` gives back, off the threads that serve sockets.
-async fn encode(serving: &Serving, inputs: Vec<Input>, echo: bool) -> Result<(Vec<Vec<u32>>, Vec<Echo>)> {
+/// Token ids of all prompts, and what `echo` repeats. Tokenizes on a blocking thread.
+async fn encode(serving: &Serving, inputs: Vec<PromptInput>, echo: bool) -> Result<(Vec<Vec<u32>>, Vec<EchoedPrompt>)> {
     let codec = serving.codec.clone();
     let work = move || {
         let mut prompts = Vec::with_capacity(inputs.len());
         let mut echoes = Vec::new();
         for input in inputs {
             let (ids, text) = match input {
-                Input::Text(text, special) => (codec.encode_prompt(&text, special)?, Some(text)),
-                Input::Ids(ids) => (ids, None),
+                PromptInput::Text(text, special) => (codec.encode_prompt(&text, special)?, Some(text)),
+                PromptInput::Ids(ids) => (ids, None),
             };
             if echo {
-                echoes.push(Echo::new(&codec, &ids, text)?);
+                echoes.push(EchoedPrompt::new(&codec, &ids, text)?);
             }
             prompts.push(ids);
         }

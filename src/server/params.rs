@@ -1,4 +1,4 @@
-//! The fields that completions and chat share, checked.
+//! Reads and checks the fields that completions and chat completions have in common.
 
 use serde_json::Value;
 
@@ -6,18 +6,20 @@ use crate::engine::request::SamplingParams;
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
 
-/// Stop strings of one request, and their bytes.
+/// Limit on the stop strings of one request.
 const MAX_STOPS: usize = 16;
+
+/// Limit on the bytes of a stop string.
 const MAX_STOP_BYTES: usize = 1024;
 
-/// Choices of one prompt.
+/// Limit on `n`, the choices for one prompt.
 const MAX_CHOICES: i64 = 128;
 
-/// Alternatives that log-probabilities may list.
+/// Limit on the alternatives that log-probabilities list.
 pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
 
-/// Fields read here, and those that OpenAI's clients send and that change nothing.
-pub(super) const SHARED: &[&str] = &[
+/// The fields read here, and `user`, which OpenAI's clients send and which has no effect.
+pub(super) const COMMON_FIELDS: &[&str] = &[
     "model",
     "adapter",
     "stream",
@@ -44,7 +46,7 @@ pub(super) const SHARED: &[&str] = &[
     "user",
 ];
 
-/// Fields of OpenAI's and vLLM's that we do not serve, and for which a plain answer would be a wrong one.
+/// Fields of OpenAI's and vLLM's APIs that are not supported and cannot be ignored: an answer without them would be wrong.
 const UNSUPPORTED: &[(&str, &str)] = &[
     ("suffix", "insertion is not supported"),
     ("tools", "tools are not supported"),
@@ -61,16 +63,16 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("audio", "only text is supported"),
 ];
 
-/// What completions and chat have in common.
+/// The parameters that completions and chat completions have in common.
 #[derive(Debug, Clone)]
-pub(super) struct Shared {
-    /// How to sample; `max_tokens` is still to be set from `max_tokens` below, log-probabilities by the endpoint.
+pub(super) struct CommonParams {
+    /// How to sample. The endpoint sets its `max_tokens` and its log-probabilities later.
     pub(super) sampling: SamplingParams,
-    /// Most tokens to generate, where the request says so.
+    /// Limit on the generated tokens, if the request has one.
     pub(super) max_tokens: Option<usize>,
-    /// Choices of each prompt.
+    /// Choices for each prompt.
     pub(super) n: usize,
-    /// Answer in server-sent events.
+    /// Answer with server-sent events.
     pub(super) stream: bool,
     /// Send the usage as the last event of a stream.
     pub(super) include_usage: bool,
@@ -83,14 +85,14 @@ pub(super) struct Shared {
 pub(super) struct TextOptions {
     /// Strings that end the text.
     pub(super) stops: Vec<String>,
-    /// Leave the stop string in the text.
+    /// Keep the stop string in the text.
     pub(super) include_stop: bool,
     /// Leave special tokens out of the text.
     pub(super) skip_special_tokens: bool,
 }
 
-/// Reads the shared fields; `vocab_size` bounds token ids, `min_max_tokens` is the least that `max_tokens` may be.
-pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<Shared> {
+/// Reads the common fields. `vocab_size` bounds token ids; `min_max_tokens` is the lower bound of `max_tokens`.
+pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<CommonParams> {
     refuse_unsupported(body)?;
     let defaults = SamplingParams::default();
     let max_tokens = match (
@@ -99,7 +101,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
     ) {
         (Some(a), Some(b)) if a != b => {
             return Err(Error::invalid(format!(
-                "`max_tokens` is {a} and `max_completion_tokens` is {b}: they mean the same, give one"
+                "`max_tokens` is {a} and `max_completion_tokens` is {b}: they mean the same, so give one of them"
             ))
             .param("max_completion_tokens"));
         }
@@ -120,7 +122,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
     let sampling = SamplingParams {
         temperature: number("temperature", 0.0..=2.0, defaults.temperature)?,
         top_p: number("top_p", 0.0..=1.0, defaults.top_p)?,
-        // vLLM's clients send -1 for "all".
+        // vLLM's clients send -1 for all tokens.
         top_k: body.integer("top_k", -1..=i64::MAX)?.unwrap_or(0).max(0) as usize,
         min_p: number("min_p", 0.0..=1.0, defaults.min_p)?,
         repetition_penalty,
@@ -151,7 +153,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         }
         None => false,
     };
-    Ok(Shared {
+    Ok(CommonParams {
         sampling,
         max_tokens,
         n: body.integer("n", 1..=MAX_CHOICES)?.unwrap_or(1) as usize,
@@ -165,7 +167,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
     })
 }
 
-/// Every element as a token id.
+/// The elements of an array as token ids.
 pub(super) fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Result<Vec<u32>> {
     let id = |(i, value)| fields::integer(value, &format!("{path}[{i}]"), 0..=vocab_size as i64 - 1);
     values.iter().enumerate().map(|entry| id(entry).map(|id| id as u32)).collect()
@@ -194,7 +196,7 @@ fn logit_bias(body: &Fields, vocab_size: usize) -> Result<Vec<(u32, f32)>> {
         .map(|key| {
             let path = map.path_of(key);
             let id = key.parse::<u32>().ok().filter(|id| (*id as usize) < vocab_size).ok_or_else(|| {
-                Error::invalid(format!("`{path}`: keys are token ids from 0 to {}, not {key:?}", vocab_size - 1))
+                Error::invalid(format!("`{path}`: keys must be token ids from 0 to {}, not {key:?}", vocab_size - 1))
                     .param("logit_bias")
                     .code("invalid_value")
             })?;
@@ -216,7 +218,7 @@ fn stops(body: &Fields) -> Result<Vec<String>> {
             list.iter().enumerate().map(|(i, v)| check(v, &format!("stop[{i}]"))).collect()
         }
         Some(Value::Array(list)) => {
-            Err(Error::invalid(format!("`stop` must be {allowed}, not {} of them", list.len()))
+            Err(Error::invalid(format!("`stop` must be {allowed}, not an array of {}", list.len()))
                 .param("stop")
                 .code("invalid_value"))
         }

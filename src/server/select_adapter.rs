@@ -1,4 +1,5 @@
-//! Which adapter answers: `adapter`, `model`, or `base:adapter`. A request for an adapter is never answered by the base.
+//! Selects the adapter of a request by `adapter`, by `model`, or by `model: "base:adapter"`. The base never answers a request
+//! for an adapter.
 
 use serde_json::{Value, json};
 
@@ -7,36 +8,36 @@ use crate::adapter::registry::Registry;
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
 
-/// Adapters that one request may sum.
+/// Limit on the adapters of a weighted sum.
 const MAX_TERMS: usize = 8;
 
-/// What a request asked for, before any lease is taken.
+/// The adapters that a request names. No lease is taken yet.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Selection {
+pub(super) enum AdapterSelection {
     /// The base model alone.
     Base,
-    /// One adapter at full weight.
+    /// One adapter at weight 1.
     One(String),
-    /// A weighted sum.
+    /// A weighted sum of adapters.
     Sum(Vec<(String, f64)>),
 }
 
-/// A selection with its generations held for as long as the request runs.
+/// The adapters of a request, with leases that keep their generations alive while it runs.
 #[derive(Clone)]
-pub(super) struct Leased {
-    /// What the engine adds to the base.
+pub(super) struct LeasedAdapters {
+    /// The adapters with their weights; empty for the base.
     pub(super) terms: Vec<(Lease, f32)>,
-    /// `adapter` of the response: null, a name, or a list of names and weights.
+    /// `adapter` in the response: null, a name, or a list of names and weights.
     pub(super) adapter: Value,
-    /// `adapter_generation` of the response, in the same form.
+    /// `adapter_generation` in the response, in the same form.
     pub(super) generation: Value,
     /// `adapter` label of metrics: empty for the base, names joined by `+` for a sum.
     pub(super) label: String,
 }
 
-impl Selection {
-    /// Reads `adapter` and `model`. `base_names` are the names of the base; `exists` says whether an adapter is loaded.
-    /// Errors: 404 for a `model` that is neither; 400 for two that disagree.
+impl AdapterSelection {
+    /// Reads `adapter` and `model`. `base_names` are the names of the base; `exists` tells whether an adapter is loaded.
+    /// Errors: `NotFound` for a `model` that is neither base nor adapter; `Invalid` if the two fields disagree.
     pub(super) fn parse(body: &Fields, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Self> {
         let by_adapter = body.get("adapter").map(parse_adapter).transpose()?;
         let by_model = match body.string("model")? {
@@ -47,8 +48,8 @@ impl Selection {
             (Some(adapter), None | Some((_, Self::Base))) => Ok(adapter),
             (Some(adapter), Some((_, model))) if adapter == model => Ok(adapter),
             (Some(_), Some((model, _))) => Err(Error::invalid(format!(
-                "`model` is {model:?}, which selects an adapter, and `adapter` asks for another: give one of them, or the \
-                 same in both"
+                "`model` is {model:?} and selects one adapter, but `adapter` selects another: give one of the fields, or the \
+                 same adapter in both"
             ))
             .param("adapter")
             .code("adapter_conflict")),
@@ -57,19 +58,21 @@ impl Selection {
         }
     }
 
-    /// Takes the leases; 404 names the adapter that is not loaded.
-    pub(super) fn lease(&self, registry: &Registry) -> Result<Leased> {
+    /// Takes the leases. Errors: `NotFound` names an adapter that is not loaded.
+    pub(super) fn lease(&self, registry: &Registry) -> Result<LeasedAdapters> {
         let one = |name: &str| registry.lease(name).map_err(|e| e.param("adapter"));
         Ok(match self {
-            Self::Base => Leased { terms: vec![], adapter: Value::Null, generation: Value::Null, label: String::new() },
+            Self::Base => {
+                LeasedAdapters { terms: vec![], adapter: Value::Null, generation: Value::Null, label: String::new() }
+            }
             Self::One(name) => {
                 let lease = one(name)?;
                 let generation = json!(lease.id);
-                Leased { terms: vec![(lease, 1.0)], adapter: json!(name), generation, label: name.clone() }
+                LeasedAdapters { terms: vec![(lease, 1.0)], adapter: json!(name), generation, label: name.clone() }
             }
             Self::Sum(terms) => {
                 let leases = terms.iter().map(|(n, w)| Ok((one(n)?, *w as f32))).collect::<Result<Vec<_>>>()?;
-                Leased {
+                LeasedAdapters {
                     adapter: terms.iter().map(|(name, weight)| json!({"name": name, "weight": weight})).collect(),
                     generation: leases.iter().map(|(lease, _)| json!(lease.id)).collect(),
                     label: terms.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join("+"),
@@ -80,19 +83,19 @@ impl Selection {
     }
 }
 
-fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Selection> {
+fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<AdapterSelection> {
     if base_names.iter().any(|base| base == model) {
-        return Ok(Selection::Base);
+        return Ok(AdapterSelection::Base);
     }
     if exists(model) {
-        return Ok(Selection::One(model.to_owned()));
+        return Ok(AdapterSelection::One(model.to_owned()));
     }
     for base in base_names {
         if let Some(adapter) = model.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')) {
             return if exists(adapter) {
-                Ok(Selection::One(adapter.to_owned()))
+                Ok(AdapterSelection::One(adapter.to_owned()))
             } else {
-                Err(Error::not_found(format!("The adapter `{adapter}` does not exist (asked for by `model`)."))
+                Err(Error::not_found(format!("The adapter `{adapter}`, which `model` selects, does not exist."))
                     .param("model")
                     .code("adapter_not_found"))
             };
@@ -105,13 +108,13 @@ fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool
     .code("model_not_found"))
 }
 
-fn parse_adapter(value: &Value) -> Result<Selection> {
+fn parse_adapter(value: &Value) -> Result<AdapterSelection> {
     let terms = match value {
-        Value::String(name) if !name.is_empty() => return Ok(Selection::One(name.clone())),
+        Value::String(name) if !name.is_empty() => return Ok(AdapterSelection::One(name.clone())),
         Value::Array(terms) if (1..=MAX_TERMS).contains(&terms.len()) => terms,
         other => {
             let allowed = format!(
-                "an adapter's name or an array of 1 to {MAX_TERMS} objects {{\"name\", \"weight\"}} (leave it out for the base)"
+                "an adapter's name or an array of 1 to {MAX_TERMS} objects {{\"name\", \"weight\"}} (omit it for the base)"
             );
             let mut error = fields::wrong("adapter", &allowed, other);
             if let Value::Array(terms) = other
@@ -129,14 +132,17 @@ fn parse_adapter(value: &Value) -> Result<Selection> {
         let name = term.required("name", term.string("name")?, "the adapter's name")?;
         let weight = term.number("weight", -100.0..=100.0)?.unwrap_or(1.0);
         if sum.iter().any(|(other, _)| other == name) {
-            return Err(Error::invalid(format!("`adapter` lists {name:?} twice: add the weights up")).param("adapter"));
+            return Err(Error::invalid(format!(
+                "`adapter` lists {name:?} twice: list it once, with the sum of the weights"
+            ))
+            .param("adapter"));
         }
         sum.push((name.to_owned(), weight));
     }
-    // A sum of one at full weight is that adapter: same answer, same cache, and it may agree with `model`.
+    // One term of weight 1 is the same as the adapter itself: same output, same prefix cache, and it may agree with `model`.
     match &sum[..] {
-        [(name, 1.0)] => Ok(Selection::One(name.clone())),
-        _ => Ok(Selection::Sum(sum)),
+        [(name, 1.0)] => Ok(AdapterSelection::One(name.clone())),
+        _ => Ok(AdapterSelection::Sum(sum)),
     }
 }
 
@@ -144,25 +150,25 @@ fn parse_adapter(value: &Value) -> Result<Selection> {
 mod tests {
     use super::*;
 
-    fn select(body: Value) -> Result<Selection> {
+    fn select(body: Value) -> Result<AdapterSelection> {
         let bases = ["base".to_owned(), "org/base:1b".to_owned()];
-        Selection::parse(&Fields::of_body(&body)?, &bases, |name| ["a", "b", "x:y"].contains(&name))
+        AdapterSelection::parse(&Fields::of_body(&body)?, &bases, |name| ["a", "b", "x:y"].contains(&name))
     }
 
     #[test]
     fn table() {
-        let one = |name: &str| Selection::One(name.into());
+        let one = |name: &str| AdapterSelection::One(name.into());
         for (body, want) in [
-            (json!({}), Selection::Base),
-            (json!({"model": null, "adapter": null}), Selection::Base),
-            (json!({"model": "base"}), Selection::Base),
-            (json!({"model": "org/base:1b"}), Selection::Base),
+            (json!({}), AdapterSelection::Base),
+            (json!({"model": null, "adapter": null}), AdapterSelection::Base),
+            (json!({"model": "base"}), AdapterSelection::Base),
+            (json!({"model": "org/base:1b"}), AdapterSelection::Base),
             (json!({"model": "a"}), one("a")),
             (json!({"model": "x:y"}), one("x:y")),
             (json!({"model": "base:a"}), one("a")),
             (json!({"model": "org/base:1b:b"}), one("b")),
             (json!({"adapter": "a"}), one("a")),
-            // Existence of `adapter` is the lease's business.
+            // Whether `adapter` exists is checked when the lease is taken.
             (json!({"adapter": "gone"}), one("gone")),
             (json!({"model": "base", "adapter": "a"}), one("a")),
             (json!({"model": "a", "adapter": "a"}), one("a")),
@@ -170,7 +176,7 @@ mod tests {
             (json!({"adapter": [{"name": "a"}]}), one("a")),
             (
                 json!({"adapter": [{"name": "a", "weight": 0.5}, {"name": "b", "weight": -2}]}),
-                Selection::Sum(vec![("a".into(), 0.5), ("b".into(), -2.0)]),
+                AdapterSelection::Sum(vec![("a".into(), 0.5), ("b".into(), -2.0)]),
             ),
         ] {
             assert_eq!(select(body.clone()).unwrap_or_else(|e| panic!("{body}: {e}")), want, "{body}");

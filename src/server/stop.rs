@@ -1,22 +1,23 @@
-//! Stop strings over a stream of text: nothing that could begin a stop string is let out until it is decided.
+//! Finds stop strings in a stream of text. Text that could be the beginning of a stop string is held back until that is
+//! decided.
 
-/// Looks for stop strings in text that comes in pieces. The result does not depend on how the text was cut: the match
-/// that ends first wins, and of those the one that starts first.
+/// Looks for stop strings in text that comes in pieces. The result does not depend on how the text was cut. Of several
+/// matches, the one that ends first wins; of those, the one that starts first.
 pub(super) struct StopMatcher {
-    /// Not empty strings.
+    /// Non-empty strings.
     stops: Vec<String>,
-    /// Leave the stop string in the text instead of cutting before it.
+    /// Keep the stop string in the text instead of cutting before it.
     include: bool,
-    /// Text held back: it may be the beginning of a stop string.
+    /// Text that may be the beginning of a stop string.
     held: String,
 }
 
-/// What a piece of text decided.
+/// The result of one more piece of text.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Scanned {
-    /// Text that may go out now.
+pub(super) struct StopScan {
+    /// Text that may be sent now.
     pub(super) text: String,
-    /// Index of the stop string that was found; the text ends there for good.
+    /// Index of the stop string that was found, if any; the text ends there.
     pub(super) stop: Option<usize>,
 }
 
@@ -26,13 +27,13 @@ impl StopMatcher {
         Self { stops, include, held: String::new() }
     }
 
-    /// The stop string of this index.
+    /// The stop string at this index.
     pub(super) fn stop(&self, index: usize) -> &str {
         &self.stops[index]
     }
 
     /// Takes the next piece of text.
-    pub(super) fn push(&mut self, piece: &str) -> Scanned {
+    pub(super) fn push(&mut self, piece: &str) -> StopScan {
         self.held.push_str(piece);
         let first = self.stops.iter().enumerate().filter_map(|(i, stop)| {
             let start = self.held.find(stop.as_str())?;
@@ -41,20 +42,20 @@ impl StopMatcher {
         if let Some((end, start, i)) = first.min() {
             let mut text = std::mem::take(&mut self.held);
             text.truncate(if self.include { end } else { start });
-            return Scanned { text, stop: Some(i) };
+            return StopScan { text, stop: Some(i) };
         }
         let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        Scanned { text: std::mem::replace(&mut self.held, rest), stop: None }
+        StopScan { text: std::mem::replace(&mut self.held, rest), stop: None }
     }
 
-    /// What was held back when the text ended without a stop string.
+    /// The text held back, when the text ends without a stop string.
     pub(super) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }
 
-/// Length of the longest end of `text` that `stop` begins with, short of the whole of it.
+/// Length of the longest suffix of `text` that is a proper prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     let mut lengths = stop.char_indices().map(|(i, _)| i).skip(1).collect::<Vec<_>>();
     lengths.reverse();

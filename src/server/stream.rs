@@ -1,4 +1,4 @@
-//! Engine events to text: whole characters only, stop strings cut, tokens aligned with the text they made.
+//! Turns the engine's events into text: whole characters only, cut at stop strings, with each token beside its text.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,79 +7,87 @@ use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tracing::Instrument;
 
+use super::metrics::SequenceMetrics;
 use super::params::TextOptions;
 use super::stop::StopMatcher;
 use crate::engine::request::{Event, FinishReason, Logprobs};
-use crate::server::metrics::Track;
 use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
-/// A token and where its text begins.
+/// A generated or echoed token, and where its text begins.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Token {
+pub(super) struct OutputToken {
     /// Its id.
     pub(super) id: u32,
     /// Characters of text before it.
     pub(super) offset: usize,
-    /// When asked for; the first token of a prompt has none.
+    /// Present if asked for, except for the first token of a prompt.
     pub(super) logprobs: Option<Logprobs>,
 }
 
-/// What ended a sequence, besides its length or the model's own end.
+/// The stop string or stop id that ended a sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum StopReason {
-    /// A stop string.
+    /// A stop string of the request.
     Text(String),
-    /// A stop id.
+    /// An id of `stop_token_ids`.
     Token(u32),
 }
 
-/// The end of a sequence.
+/// How a sequence ended.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Finish {
-    /// Why.
+pub(super) struct FinishDetails {
+    /// Its finish reason.
     pub(super) reason: FinishReason,
-    /// Which stop string or id, if one did it.
+    /// The stop string or id, if one ended it.
     pub(super) stop: Option<StopReason>,
-    /// Tokens generated, those behind a stop string included.
+    /// Tokens generated, including those behind a stop string.
     pub(super) completion_tokens: usize,
     /// Prompt tokens found in the prefix cache; 0 when a stop string ended the sequence.
     pub(super) cached_tokens: usize,
 }
 
-/// News of one sequence.
+/// What is new in the output of one sequence.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Piece {
-    /// Log-probabilities of the prompt, once and first, when asked for.
+pub(super) struct OutputDelta {
+    /// Log-probabilities of the prompt, in the first delta, if asked for.
     pub(super) prompt: Option<Vec<Option<Logprobs>>>,
     /// Text to append.
     pub(super) text: String,
-    /// The tokens whose text is out now.
-    pub(super) tokens: Vec<Token>,
-    /// The last piece has it.
-    pub(super) finish: Option<Finish>,
+    /// The tokens whose text is now complete in the output.
+    pub(super) tokens: Vec<OutputToken>,
+    /// Set in the last delta.
+    pub(super) finish: Option<FinishDetails>,
 }
 
-/// Follows sequences and gives out their pieces as they come, each with the index of its sequence. Dropping the stream
-/// drops the receivers, which tells the engine to cancel.
-pub(super) fn pieces(
+/// A sequence that the engine has admitted.
+pub(super) struct RunningSequence {
+    /// What the engine reports of it.
+    pub(super) events: UnboundedReceiver<Event>,
+    /// Its clocks and counters.
+    pub(super) metrics: SequenceMetrics,
+}
+
+/// The output deltas of sequences as they come, each with the index of its sequence. Dropping the stream drops the
+/// receivers, which tells the engine to cancel.
+pub(super) fn output_deltas(
     codec: &Arc<TextCodec>,
     options: &TextOptions,
     min_tokens: usize,
-    sequences: Vec<(UnboundedReceiver<Event>, Track)>,
-) -> UnboundedReceiverStream<(usize, Result<Piece>)> {
+    sequences: Vec<RunningSequence>,
+) -> UnboundedReceiverStream<(usize, Result<OutputDelta>)> {
     let (sender, receiver) = mpsc::unbounded_channel();
-    for (index, (events, track)) in sequences.into_iter().enumerate() {
+    for (index, sequence) in sequences.into_iter().enumerate() {
         let (codec, sender) = (codec.clone(), sender.clone());
         let assembler = Assembler::new(StopMatcher::new(options.stops.clone(), options.include_stop), min_tokens);
         let skip_special_tokens = options.skip_special_tokens;
         let follow = async move {
             tokio::select! {
                 () = sender.closed() => {}
-                () = follow(&codec, skip_special_tokens, assembler, events, track, index, &sender) => {}
+                () = follow(&codec, skip_special_tokens, assembler, sequence, index, &sender) => {}
             }
         };
-        // The request's span goes along, so that log lines from here have its id.
+        // With the request's span, so that log lines from here have its id.
         tokio::spawn(follow.in_current_span());
     }
     UnboundedReceiverStream::new(receiver)
@@ -89,22 +97,22 @@ async fn follow(
     codec: &TextCodec,
     skip_special_tokens: bool,
     mut assembler: Assembler,
-    mut events: UnboundedReceiver<Event>,
-    mut track: Track,
+    sequence: RunningSequence,
     index: usize,
-    sender: &UnboundedSender<(usize, Result<Piece>)>,
+    sender: &UnboundedSender<(usize, Result<OutputDelta>)>,
 ) {
+    let RunningSequence { mut events, mut metrics } = sequence;
     let mut text = codec.stream(skip_special_tokens);
     loop {
         let event = events.recv().await.unwrap_or_else(|| Event::Failed(Error::internal("the engine stopped")));
-        let piece = match event {
+        let delta = match event {
             Event::Scheduled => {
-                track.scheduled();
+                metrics.scheduled();
                 continue;
             }
-            Event::Prompt(logprobs) => Ok(Piece { prompt: Some(logprobs), ..Piece::default() }),
+            Event::Prompt(logprobs) => Ok(OutputDelta { prompt: Some(logprobs), ..OutputDelta::default() }),
             Event::Token { id, logprobs } => {
-                track.token();
+                metrics.token();
                 text.push(id).map(|text| assembler.token(&text, id, logprobs))
             }
             Event::Finished { reason, cached_tokens, stop_token } => {
@@ -112,33 +120,34 @@ async fn follow(
             }
             Event::Failed(error) => Err(error),
         };
-        let done = match &piece {
-            Ok(Piece { finish, .. }) => finish.as_ref().map(|finish| track.finish(finish.reason)).is_some(),
+        let done = match &delta {
+            Ok(OutputDelta { finish, .. }) => finish.as_ref().map(|finish| metrics.finish(finish.reason)).is_some(),
             Err(error) => {
-                track.fail(error.kind);
+                metrics.fail(error.kind);
                 true
             }
         };
-        let worth_sending = piece.as_ref().map_or(true, |piece| *piece != Piece::default());
-        if (worth_sending && sender.send((index, piece)).is_err()) || done {
+        let worth_sending = delta.as_ref().map_or(true, |delta| *delta != OutputDelta::default());
+        if (worth_sending && sender.send((index, delta)).is_err()) || done {
             return;
         }
     }
 }
 
-/// Joins the text of tokens with stop strings: lets out text once it is decided, and each token with the last of its text.
+/// Releases text once no stop string can begin in it, and each token together with the end of its text.
 struct Assembler {
     /// Finds stop strings.
     matcher: StopMatcher,
-    /// Stop strings count only in text of later tokens.
+    /// Stop strings are ignored in the text of the first `min_tokens` tokens.
     min_tokens: usize,
-    /// Tokens so far.
+    /// Tokens generated so far.
     generated: usize,
-    /// Characters of text so far, and how many of them are out.
+    /// Characters of text so far.
     received: usize,
+    /// Characters of text released.
     released: usize,
-    /// Tokens whose text is not all out, each with the character where its text ends.
-    held: VecDeque<(usize, Token)>,
+    /// Tokens whose text is not all released, each with the character where its text ends.
+    held: VecDeque<(usize, OutputToken)>,
 }
 
 impl Assembler {
@@ -146,57 +155,57 @@ impl Assembler {
         Self { matcher, min_tokens, generated: 0, received: 0, released: 0, held: VecDeque::new() }
     }
 
-    /// The next token with the text it completed.
-    fn token(&mut self, text: &str, id: u32, logprobs: Option<Logprobs>) -> Piece {
+    /// Takes the next token and the text that it completed.
+    fn token(&mut self, text: &str, id: u32, logprobs: Option<Logprobs>) -> OutputDelta {
         let offset = self.received;
         self.generated += 1;
         self.received += text.chars().count();
-        self.held.push_back((self.received, Token { id, offset, logprobs }));
+        self.held.push_back((self.received, OutputToken { id, offset, logprobs }));
         self.scan(text)
     }
 
-    /// The end, with the text that was still undecided.
-    fn finish(&mut self, tail: &str, reason: FinishReason, cached_tokens: usize, stop: Option<u32>) -> Piece {
+    /// Takes the end of the sequence and its last text, and releases the rest.
+    fn finish(&mut self, tail: &str, reason: FinishReason, cached_tokens: usize, stop: Option<u32>) -> OutputDelta {
         self.received += tail.chars().count();
-        let mut piece = self.scan(tail);
-        if piece.finish.is_none() {
-            piece.text.push_str(&self.matcher.finish());
-            piece.tokens.extend(self.held.drain(..).map(|(_, token)| token));
-            piece.finish = Some(Finish {
+        let mut delta = self.scan(tail);
+        if delta.finish.is_none() {
+            delta.text.push_str(&self.matcher.finish());
+            delta.tokens.extend(self.held.drain(..).map(|(_, token)| token));
+            delta.finish = Some(FinishDetails {
                 reason,
                 stop: stop.map(StopReason::Token),
                 completion_tokens: self.generated,
                 cached_tokens,
             });
         }
-        piece
+        delta
     }
 
-    fn scan(&mut self, text: &str) -> Piece {
+    fn scan(&mut self, text: &str) -> OutputDelta {
         if self.generated <= self.min_tokens {
             return self.release(text.to_owned());
         }
         let scanned = self.matcher.push(text);
-        let mut piece = self.release(scanned.text);
+        let mut delta = self.release(scanned.text);
         if let Some(stop) = scanned.stop {
             // A token that began before the cut has text in the answer.
             let inside = self.held.iter().take_while(|(_, token)| token.offset < self.released).count();
-            piece.tokens.extend(self.held.drain(..inside).map(|(_, token)| token));
-            piece.finish = Some(Finish {
+            delta.tokens.extend(self.held.drain(..inside).map(|(_, token)| token));
+            delta.finish = Some(FinishDetails {
                 reason: FinishReason::Stop,
                 stop: Some(StopReason::Text(self.matcher.stop(stop).to_owned())),
                 completion_tokens: self.generated,
                 cached_tokens: 0,
             });
         }
-        piece
+        delta
     }
 
-    fn release(&mut self, text: String) -> Piece {
+    fn release(&mut self, text: String) -> OutputDelta {
         self.released += text.chars().count();
         let out = self.held.iter().take_while(|(end, _)| *end <= self.released).count();
         let tokens = self.held.drain(..out).map(|(_, token)| token).collect();
-        Piece { text, tokens, ..Piece::default() }
+        OutputDelta { text, tokens, ..OutputDelta::default() }
     }
 }
 
@@ -207,22 +216,22 @@ mod tests {
     use super::*;
 
     /// Text, ids of tokens and the finish of a whole run.
-    fn run(stops: &[&str], min_tokens: usize, tokens: &[&str]) -> (String, Vec<u32>, Finish) {
+    fn run(stops: &[&str], min_tokens: usize, tokens: &[&str]) -> (String, Vec<u32>, FinishDetails) {
         let stops = stops.iter().map(|s| (*s).to_owned()).collect();
         let mut assembler = Assembler::new(StopMatcher::new(stops, false), min_tokens);
         let (mut text, mut ids) = (String::new(), vec![]);
         for (id, token) in tokens.iter().enumerate() {
-            let piece = assembler.token(token, id as u32, None);
-            text.push_str(&piece.text);
-            ids.extend(piece.tokens.iter().map(|t| t.id));
-            if let Some(finish) = piece.finish {
+            let delta = assembler.token(token, id as u32, None);
+            text.push_str(&delta.text);
+            ids.extend(delta.tokens.iter().map(|t| t.id));
+            if let Some(finish) = delta.finish {
                 return (text, ids, finish);
             }
         }
-        let piece = assembler.finish("", FinishReason::Length, 0, None);
-        text.push_str(&piece.text);
-        ids.extend(piece.tokens.iter().map(|t| t.id));
-        (text, ids, piece.finish.expect("the end has a finish"))
+        let delta = assembler.finish("", FinishReason::Length, 0, None);
+        text.push_str(&delta.text);
+        ids.extend(delta.tokens.iter().map(|t| t.id));
+        (text, ids, delta.finish.expect("the end has a finish"))
     }
 
     #[test]
@@ -240,11 +249,11 @@ mod tests {
     #[test]
     fn a_token_waits_for_all_of_its_text() {
         let mut assembler = Assembler::new(StopMatcher::new(vec!["xy".into()], false), 0);
-        let piece = assembler.token("ax", 0, None);
-        assert_eq!((piece.text.as_str(), piece.tokens.len()), ("a", 0));
-        let piece = assembler.token("z", 1, None);
-        assert_eq!((piece.text.as_str(), piece.tokens.len()), ("xz", 2));
-        assert_eq!(piece.tokens[1].offset, 2);
+        let delta = assembler.token("ax", 0, None);
+        assert_eq!((delta.text.as_str(), delta.tokens.len()), ("a", 0));
+        let delta = assembler.token("z", 1, None);
+        assert_eq!((delta.text.as_str(), delta.tokens.len()), ("xz", 2));
+        assert_eq!(delta.tokens[1].offset, 2);
     }
 
     #[test]
