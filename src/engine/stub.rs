@@ -1,4 +1,4 @@
-//! The part of `cuda` that the engine names, in a build without it: types that are never made.
+//! What the engine uses of `cuda`, in a build without it: types without values.
 
 use candle_core::{Device, Tensor};
 
@@ -9,7 +9,7 @@ use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
 use crate::ops::batch::Batch;
 
-/// Never made.
+/// Has no values.
 pub enum Steps {}
 
 impl Steps {
@@ -19,7 +19,7 @@ impl Steps {
     }
 
     /// Never called.
-    pub fn record(&mut self, _: &Decoder, _: &mut KvCache, _: &SlotPool, _: impl Fn(f32)) -> Result<()> {
+    pub fn capture(&mut self, _: &Decoder, _: &mut KvCache, _: &SlotPool, _: impl Fn(f32)) -> Result<()> {
         match *self {}
     }
 

@@ -1,91 +1,124 @@
-//! Memory of recorded steps: the outputs of their ops, at fixed places, without allocation nodes between the kernels of a graph.
+//! Memory of captured graphs: the outputs of their ops at fixed addresses, without allocation nodes between the kernels.
 //!
-//! Graphs run one at a time, so all share one arena. It has two halves that decoder blocks take in turn: what a block makes
-//! lives until the end of the next, so that a step touches little memory and activations stay in the second-level cache.
+//! Graphs run one at a time, so all share one arena. It has two halves, which decoder blocks use alternately: the outputs of
+//! a block live until the end of the next, so that a step touches little memory and activations stay in the L2 cache.
 
-use std::cell::RefCell;
-use std::mem::ManuallyDrop;
+use std::sync::Arc;
 
-use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, InplaceOp1, Layout, Shape, Storage, Tensor};
 
-use super::address;
+use super::{Context, address};
 use crate::Result;
 
-/// Every output starts at a multiple of this, in bytes.
+/// Alignment of outputs in bytes.
 const ALIGN: usize = 256;
 
-/// The memory; kept as long as graphs that use it.
+/// The memory. It must live as long as the graphs that use it.
 pub struct Arena {
-    device: CudaDevice,
+    context: Arc<Context>,
     memory: CudaSlice<u8>,
 }
 
-/// Tensors whose memory is the arena's: dropping them would free it piece by piece, so that nobody does.
-pub type Kept = ManuallyDrop<Vec<Tensor>>;
-
-/// An arena in use by this thread.
-struct Active {
-    device: CudaDevice,
+/// An arena from which a capture takes its outputs.
+pub(super) struct ActiveArena {
+    /// Address of the first half.
     start: u64,
+    /// Bytes of a half.
     half: usize,
-    /// Bytes taken in each half, and the half in turn.
+    /// Bytes taken of each half.
     taken: [usize; 2],
-    turn: usize,
-    kept: Vec<Tensor>,
+    /// The half in use.
+    current: usize,
+    tensors: ArenaTensors,
 }
 
-thread_local! {
-    static ACTIVE: RefCell<Option<Active>> = const { RefCell::new(None) };
-}
+/// The tensors that lie in the arena. They do not own their memory, so that dropping them must not free it.
+#[derive(Default)]
+pub struct ArenaTensors(Vec<Tensor>);
 
 impl Arena {
-    /// Two halves of `half` bytes. Errors: no memory.
-    pub fn new(device: &CudaDevice, half: usize) -> Result<Self> {
-        // SAFETY: kernels read of it what they have written.
-        let memory = unsafe { device.alloc::<u8>(2 * half.next_multiple_of(ALIGN))? };
-        Ok(Self { device: device.clone(), memory })
+    /// An arena of two halves of `half` bytes. Errors: no memory.
+    pub fn new(context: Arc<Context>, half: usize) -> Result<Self> {
+        // SAFETY: kernels read only what they have written.
+        let memory = unsafe { context.device().alloc::<u8>(2 * half.next_multiple_of(ALIGN))? };
+        Ok(Self { context, memory })
     }
 
-    /// Runs `step` with its outputs in the arena; those that find no room are allocated as usual.
-    pub fn run<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<(T, Kept)> {
+    /// Runs `step` with its outputs in the arena; outputs that find no room are allocated as usual. The tensors must be kept
+    /// as long as the graph is replayed.
+    pub fn run<T>(&self, step: impl FnOnce() -> Result<T>) -> (Result<T>, ArenaTensors) {
         let (start, half) = (address(&self.memory), self.memory.len() / 2);
-        let active = Active { device: self.device.clone(), start, half, taken: [0; 2], turn: 0, kept: Vec::new() };
-        ACTIVE.set(Some(active));
+        let active = ActiveArena { start, half, taken: [0; 2], current: 0, tensors: ArenaTensors::default() };
+        *self.context.arena() = Some(active);
         let result = step();
-        let kept = ManuallyDrop::new(ACTIVE.take().map_or_else(Vec::new, |active| active.kept));
-        Ok((result?, kept))
+        let active = self.context.arena().take();
+        (result, active.map(|active| active.tensors).unwrap_or_default())
     }
 }
 
-/// A decoder block begins: outputs of the block before the last are not needed any more.
-pub fn next_block() {
-    ACTIVE.with_borrow_mut(|active| {
-        if let Some(active) = active {
-            active.turn ^= 1;
-            active.taken[active.turn] = 0;
-        }
-    });
-}
+impl ActiveArena {
+    /// See [`super::next_block`].
+    pub fn next_block(&mut self) {
+        self.current ^= 1;
+        self.taken[self.current] = 0;
+    }
 
-/// Room for an output in the arena that is in use, if one is.
-pub fn take<T: CudaDType + DeviceRepr>(shape: &Shape) -> Option<(Tensor, u64)> {
-    ACTIVE.with_borrow_mut(|active| {
-        let active = active.as_mut()?;
-        let (count, at) = (shape.elem_count(), active.taken[active.turn]);
-        let end = at + (count * size_of::<T>()).next_multiple_of(ALIGN);
-        if end > active.half {
+    /// An output and its address; `None` if the half has no room.
+    pub fn take<T: CudaDType + DeviceRepr>(&mut self, device: &CudaDevice, shape: &Shape) -> Option<(Tensor, u64)> {
+        let (count, offset) = (shape.elem_count(), self.taken[self.current]);
+        let end = offset + (count * size_of::<T>()).next_multiple_of(ALIGN);
+        if end > self.half {
             return None;
         }
-        active.taken[active.turn] = end;
-        let at = active.start + (active.turn * active.half + at) as u64;
-        // SAFETY: inside the arena, given to nobody else until the block after the next; never freed, see `Kept`.
-        let slice = unsafe { active.device.cuda_stream().upgrade_device_ptr::<T>(at, count) };
-        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, active.device.clone()));
+        self.taken[self.current] = end;
+        let at = self.start + (self.current * self.half + offset) as u64;
+        // SAFETY: inside the arena, and given to no other output until the block after the next; `ArenaTensors` never frees it.
+        let slice = unsafe { device.cuda_stream().upgrade_device_ptr::<T>(at, count) };
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
         let tensor = Tensor::from_storage(storage, shape.clone(), BackpropOp::none(), false);
-        active.kept.push(tensor.clone());
+        self.tensors.0.push(tensor.clone());
         Some((tensor, at))
-    })
+    }
+}
+
+impl Drop for ArenaTensors {
+    fn drop(&mut self) {
+        for tensor in self.0.drain(..) {
+            if tensor.inplace_op1(&DetachMemory).is_err() {
+                // Then it still refers to the arena, and must never be freed.
+                std::mem::forget(tensor);
+            }
+        }
+    }
+}
+
+/// Takes a tensor's memory away without freeing it.
+struct DetachMemory;
+
+impl InplaceOp1 for DetachMemory {
+    fn name(&self) -> &'static str {
+        "arena-detach"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        candle_core::bail!("the arena is on a GPU")
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> candle_core::Result<()> {
+        // SAFETY: nothing reads this byte.
+        let other = unsafe { storage.device.alloc::<u8>(1)? };
+        match std::mem::replace(&mut storage.slice, CudaStorageSlice::U8(other)) {
+            CudaStorageSlice::BF16(slice) => slice.leak(),
+            CudaStorageSlice::F32(slice) => slice.leak(),
+            CudaStorageSlice::U32(slice) => slice.leak(),
+            other => {
+                std::mem::forget(other);
+                0
+            }
+        };
+        Ok(())
+    }
 }

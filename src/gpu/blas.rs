@@ -1,56 +1,57 @@
-//! Matrix products by cuBLAS into memory of ours: candle's own have results of their operands' type and no strides.
+//! Matrix products by cuBLAS into a given buffer. Candle's own have neither strides nor a result type of their own.
 
 use std::ffi::c_void;
 
+use candle_core::DType;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::{CudaDevice, DType};
 
+use super::Context;
 use crate::{Error, Result};
 
-/// `c [m, n] = a [m, k] · b`, all row-major, `a` and `b` bf16, sums in f32.
+/// `c [m, n] = a [m, k] · b`, all row-major, `a` and `b` bf16, accumulated in f32.
 #[derive(Debug)]
-pub struct Product {
+pub struct BlasProduct {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    /// Address of `a`, and values from one of its rows to the next.
+    /// Address of `a`, and its row stride in values.
     pub a: (u64, usize),
     /// Address of `b`, `[k, n]`.
     pub b: u64,
-    /// `b` is `[n, k]` instead.
+    /// Whether `b` is `[n, k]` instead.
     pub b_transposed: bool,
     /// Address of `c`.
     pub c: u64,
-    /// Of `c`: bf16 or f32.
+    /// Type of `c`: bf16 or f32.
     pub dtype: DType,
 }
 
-impl Product {
-    /// Launches it on the device's stream. Errors: cuBLAS refuses it.
+impl BlasProduct {
+    /// Launches the product on the device's stream. Errors: cuBLAS refuses it.
     ///
     /// # Safety
     /// The addresses are of live device memory of these shapes, used by nothing else at that point of the stream.
-    pub unsafe fn launch(&self, device: &CudaDevice) -> Result<()> {
+    pub unsafe fn launch(&self, context: &Context) -> Result<()> {
         let &Self { m, n, k, a: (a, a_stride), b, b_transposed, c, dtype } = self;
         if m == 0 || n == 0 {
             return Ok(());
         }
         let failed = |e: &dyn std::fmt::Debug| Error::internal(format!("{self:?} by cuBLAS: {e:?}"));
-        device.cuda_stream().context().bind_to_thread().map_err(|e| failed(&e))?;
+        context.driver().bind_to_thread().map_err(|e| failed(&e))?;
         let (one, zero) = (1f32, 0f32);
         let number = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
         let bf16 = sys::cudaDataType::CUDA_R_16BF;
         let c_type = if dtype == DType::F32 { sys::cudaDataType::CUDA_R_32F } else { bf16 };
         // cuBLAS is column-major: to it, rows are columns, and this is cᵀ = bᵀ · aᵀ.
-        let (turn, b_stride) = match b_transposed {
+        let (operation, b_stride) = match b_transposed {
             true => (sys::cublasOperation_t::CUBLAS_OP_T, k),
             false => (sys::cublasOperation_t::CUBLAS_OP_N, n),
         };
         // SAFETY: the caller's promise; the factors are read before the call returns.
         unsafe {
             result::gemm_ex(
-                *device.cublas_handle().handle(),
-                turn,
+                *context.device().cublas_handle().handle(),
+                operation,
                 sys::cublasOperation_t::CUBLAS_OP_N,
                 n as i32,
                 m as i32,

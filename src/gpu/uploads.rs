@@ -1,5 +1,5 @@
-//! Small arrays that every decoder block of a training step needs again: positions, tiles of work. The last few stay on the
-//! device, found by what they hold.
+//! Small arrays that every decoder block of a training step reads again: positions, tiles of work. The last few stay on the
+//! device and are found by their content.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,24 +9,31 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 
 use crate::Result;
 
-/// How many: a step needs four, and several jobs may take turns.
+/// Arrays kept: a step needs four, and several jobs may alternate.
 const KEPT: usize = 32;
 
-/// Words on the host, which a copy may still read, and on the device.
-type Upload = (Vec<u32>, Arc<CudaSlice<u32>>);
+/// The last arrays, most recent first.
+#[derive(Default)]
+pub(super) struct UploadCache(Mutex<VecDeque<UploadedArray>>);
 
-/// `words` on the device, good while the result lives and until the stream is through with what was launched by then.
-pub fn upload(device: &CudaDevice, words: &[u32]) -> Result<Arc<CudaSlice<u32>>> {
-    // One process drives one GPU.
-    static UPLOADS: Mutex<VecDeque<Upload>> = Mutex::new(VecDeque::new());
-    let mut uploads = UPLOADS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(i) = uploads.iter().position(|(host, _)| host == words) {
-        uploads.swap(0, i);
-        return Ok(uploads[0].1.clone());
+struct UploadedArray {
+    /// The source of the copy, which may still read it.
+    host: Vec<u32>,
+    device: Arc<CudaSlice<u32>>,
+}
+
+impl UploadCache {
+    /// See [`super::Context::upload`].
+    pub fn upload(&self, device: &CudaDevice, words: &[u32]) -> Result<Arc<CudaSlice<u32>>> {
+        let mut arrays = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = arrays.iter().position(|array| array.host == words) {
+            arrays.swap(0, i);
+            return Ok(arrays[0].device.clone());
+        }
+        arrays.truncate(KEPT - 1);
+        let host = words.to_vec();
+        let on_device = Arc::new(device.clone_htod(&host)?);
+        arrays.push_front(UploadedArray { host, device: on_device.clone() });
+        Ok(on_device)
     }
-    uploads.truncate(KEPT - 1);
-    let host = words.to_vec();
-    let on_device = Arc::new(device.clone_htod(&host)?);
-    uploads.push_front((host, on_device.clone()));
-    Ok(on_device)
 }

@@ -1,10 +1,10 @@
-//! An adapter as it lies in a GPU's memory: 16-bit values, one block of them for each site that it changes.
+//! An adapter as it lies in a GPU's memory: 16-bit values, in one block for each site that the adapter changes.
 //!
-//! A block holds A `[Σ rank, k]` with the site's modules stacked, B `[n, rank]` of each, the biases as f32, and under DoRA
-//! the gains of all outputs of the site `[Σ n]` f32. Ranks are rounded up to a multiple of 8 by zeros, which add nothing and
-//! keep every row at a 16-byte address; beyond that each module keeps its own. What `kernels/lora.cuh` reads of it beside the
-//! values is the entry of each site. The host knows no gains: it writes magnitudes, and 1 for modules without them (see
-//! `gains.rs`).
+//! A block holds A `[Σ rank, k]` with the site's modules stacked, B `[n, rank]` of each module, the biases as f32, and under
+//! DoRA the gains of all outputs of the site `[Σ n]` f32. Ranks are rounded up to a multiple of 8 by zeros, which add nothing
+//! and keep every row at a 16-byte address; beyond that each module keeps its own rank. Kernels find a block by its
+//! [`SlotEntry`]. The host does not know the gains: it writes magnitudes, and 1 for modules without them (see
+//! `cuda/gains.rs`).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,14 +13,9 @@ use std::thread;
 use half::bf16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
-use crate::arch::ModelConfig;
-use crate::arch::{Module, Site};
+use crate::arch::{ModelConfig, Module, Site};
 use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use crate::{Error, Result};
-
-/// 16-bit values of an entry of the slot table: the block's address, the ranks of its modules and which have a bias (one
-/// value each), the scales (f32), where the block's gains start, in 16 bytes (u32; 0: it has none).
-pub const ENTRY: usize = 16;
 
 /// Ranks are multiples of this.
 const RANK_STEP: usize = 8;
@@ -31,49 +26,104 @@ const BLOCK_STEP: usize = 64;
 /// Threads that write an image.
 const WRITERS: usize = 4;
 
-/// A multiple of this many bytes is what an image takes.
-const STEP: usize = 256;
+/// Image sizes are multiples of this many bytes.
+const IMAGE_STEP: usize = 256;
+
+/// An entry of the slot table: where a slot's weights for one site of one layer are. `Entry` in `kernels/lora.cuh` is the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct SlotEntry {
+    /// Address of the site's block; 0 if the adapter does not change the site.
+    pub address: u64,
+    /// Ranks of the modules, rounded up.
+    pub ranks: [u16; 3],
+    /// Which modules have a bias.
+    pub biases: [bool; 3],
+    /// Factors of the modules' deltas.
+    pub scales: [f32; 3],
+    /// Where the gains start in the block, in units of 16 bytes; 0 if it has none.
+    pub gains: u32,
+}
+
+impl SlotEntry {
+    /// 16-bit words of an encoded entry.
+    pub const WORDS: usize = 16;
+
+    /// Entries of a slot: four sites of each layer, then the head.
+    pub fn count(num_layers: usize) -> usize {
+        4 * num_layers + 1
+    }
+
+    /// The index of a site among a slot's entries. The head belongs to no layer.
+    pub fn index(layer: usize, site: Site, num_layers: usize) -> usize {
+        if site == Site::Head { 4 * num_layers } else { 4 * layer + site as usize }
+    }
+
+    /// The layer and site of an index; the head's layer is the number of layers.
+    pub fn place(index: usize, num_layers: usize) -> (usize, Site) {
+        let layer = index / 4;
+        (layer, if layer == num_layers { Site::Head } else { Site::ALL[index % 4] })
+    }
+
+    /// The words that kernels read, in the order of a little-endian machine.
+    pub fn encode(self) -> [u16; Self::WORDS] {
+        let mut words = [0; Self::WORDS];
+        (0..4).for_each(|i| words[i] = (self.address >> (16 * i)) as u16);
+        words[4..7].copy_from_slice(&self.ranks);
+        words[7] = (0..3).map(|i| u16::from(self.biases[i]) << i).sum();
+        (0..3).for_each(|i| words[8 + 2 * i..10 + 2 * i].copy_from_slice(&halves(self.scales[i].to_bits())));
+        words[14..].copy_from_slice(&halves(self.gains));
+        words
+    }
+
+    /// The entry of these words.
+    #[cfg(test)]
+    fn decode(words: [u16; Self::WORDS]) -> Self {
+        let whole = |i: usize| u32::from(words[i]) | u32::from(words[i + 1]) << 16;
+        Self {
+            address: u64::from(whole(0)) | u64::from(whole(2)) << 32,
+            ranks: [words[4], words[5], words[6]],
+            biases: std::array::from_fn(|i| words[7] >> i & 1 == 1),
+            scales: std::array::from_fn(|i| f32::from_bits(whole(8 + 2 * i))),
+            gains: whole(14),
+        }
+    }
+}
 
 /// Where everything of one adapter is in its image.
 #[derive(Debug)]
 pub struct ImageLayout {
-    /// By entry: four of each decoder block, then the head's.
+    /// By [`SlotEntry::index`].
     blocks: BTreeMap<usize, SiteBlock>,
     /// Bytes of the image.
     pub bytes: usize,
-    /// Most ranks of all modules together, in any decoder block, by site.
+    /// Largest total rank of a site's modules in any layer, by site.
     pub ranks: [usize; 5],
 }
 
-/// The weights of one site.
+/// The weights of one site. Positions are in 16-bit values from the block's start.
 #[derive(Debug)]
 pub struct SiteBlock {
-    /// First value.
-    pub at: usize,
+    /// First value in the image.
+    pub start: usize,
     /// Input features.
     pub k: usize,
-    /// Output features of each module; 0 for those that the site does not have.
+    /// Output features of each module; 0 for modules that the site does not have.
     pub n: [usize; 3],
-    /// Rounded up; 0 for a module that is not there.
+    /// Ranks, rounded up; 0 for modules that the adapter does not change.
     pub ranks: [usize; 3],
     /// Which modules have a bias.
     biases: [bool; 3],
-    /// Factors of the deltas.
+    /// Factors of the modules' deltas.
     pub scales: [f32; 3],
     /// Which modules have DoRA's magnitudes.
     pub magnitudes: [bool; 3],
 }
 
-/// Entries of a slot.
-pub fn entries(model: &ModelConfig) -> usize {
-    4 * model.num_layers + 1
-}
-
-/// The entry of a site, and the place of a module in it.
-fn entry(layer: usize, module: Module, model: &ModelConfig) -> (usize, usize) {
-    let site = module.site();
-    let entry = if site == Site::Head { 4 * model.num_layers } else { 4 * layer + site as usize };
-    (entry, site.modules().iter().position(|m| *m == module).unwrap_or_default())
+/// The entry of a module, and the module's position in its site.
+fn locate(m: &ModuleWeights, model: &ModelConfig) -> (usize, usize) {
+    let site = m.module.site();
+    let position = site.modules().iter().position(|module| *module == m.module).unwrap_or_default();
+    (SlotEntry::index(m.layer, site, model.num_layers), position)
 }
 
 impl ImageLayout {
@@ -81,44 +131,38 @@ impl ImageLayout {
     pub fn new(weights: &AdapterWeights, model: &ModelConfig) -> Result<Self> {
         let mut blocks = BTreeMap::new();
         for m in &weights.modules {
-            let (entry, i) = entry(m.layer, m.module, model);
-            let block = blocks.entry(entry).or_insert_with(|| {
-                let (_, k) = m.module.shape(model);
-                let mut n = [0; 3];
-                n.iter_mut().zip(m.module.site().modules()).for_each(|(n, module)| *n = module.shape(model).0);
-                let (biases, magnitudes) = ([false; 3], [false; 3]);
-                SiteBlock { at: 0, k, n, ranks: [0; 3], biases, scales: [0.0; 3], magnitudes }
-            });
+            let (entry, i) = locate(m, model);
+            let block = blocks.entry(entry).or_insert_with(|| SiteBlock::empty(m.module.site(), model));
             let rank = m.rank.next_multiple_of(RANK_STEP);
             if rank > usize::from(u16::MAX) {
-                return Err(Error::invalid(format!("a rank of {} is not served on a GPU", m.rank)));
+                return Err(Error::invalid(format!("rank {} is too large for a GPU", m.rank)));
             }
             (block.ranks[i], block.biases[i], block.scales[i]) = (rank, m.bias.is_some(), m.scale);
             block.magnitudes[i] = m.magnitude.is_some();
         }
         let (mut end, mut ranks) = (0usize, [0; 5]);
-        for (entry, block) in &mut blocks {
-            block.at = end.next_multiple_of(BLOCK_STEP);
-            end = block.at + block.len();
-            let site = if *entry == 4 * model.num_layers { Site::Head as usize } else { entry % 4 };
-            ranks[site] = ranks[site].max(block.rank());
+        for (&entry, block) in &mut blocks {
+            block.start = end.next_multiple_of(BLOCK_STEP);
+            end = block.start + block.len();
+            let (_, site) = SlotEntry::place(entry, model.num_layers);
+            ranks[site as usize] = ranks[site as usize].max(block.rank());
         }
-        Ok(Self { blocks, bytes: (2 * end).next_multiple_of(STEP), ranks })
+        Ok(Self { blocks, bytes: (2 * end).next_multiple_of(IMAGE_STEP), ranks })
     }
 
-    /// Writes the values, rounded to bf16; what the image has beside them is left as it is. By a few threads, since a request
-    /// waits for it and one cannot fill the bus.
+    /// Writes the values, rounded to bf16; gaps between blocks are left as they are. Several threads write, since a request
+    /// waits for the image and one thread cannot fill the bus.
     pub fn write(&self, weights: &AdapterWeights, model: &ModelConfig, image: &mut [u16]) {
         let mut modules: BTreeMap<usize, Vec<(usize, &ModuleWeights)>> = BTreeMap::new();
         for m in &weights.modules {
-            let (entry, i) = entry(m.layer, m.module, model);
+            let (entry, i) = locate(m, model);
             modules.entry(entry).or_default().push((i, m));
         }
         let (mut rest, mut end) = (image, 0);
         let mut blocks = Vec::new();
         for (entry, block) in &self.blocks {
-            let (image, after) = rest[block.at - end..].split_at_mut(block.len());
-            (rest, end) = (after, block.at + block.len());
+            let (image, after) = rest[block.start - end..].split_at_mut(block.len());
+            (rest, end) = (after, block.start + block.len());
             blocks.push((block, &modules[entry], image));
         }
         thread::scope(|scope| {
@@ -133,18 +177,12 @@ impl ImageLayout {
         });
     }
 
-    /// The slot's row of the table, for an image at address `base`: `[entries][ENTRY]`.
-    pub fn row(&self, base: u64, model: &ModelConfig) -> Vec<u16> {
-        let mut row = vec![0; entries(model) * ENTRY];
+    /// The slot's row of the table, for an image at address `base`: its encoded entries.
+    pub fn table_row(&self, base: u64, model: &ModelConfig) -> Vec<u16> {
+        let mut row = vec![0; SlotEntry::count(model.num_layers) * SlotEntry::WORDS];
+        let (entries, _) = row.as_chunks_mut::<{ SlotEntry::WORDS }>();
         for (entry, block) in &self.blocks {
-            let entry = &mut row[entry * ENTRY..(entry + 1) * ENTRY];
-            let address = base + 2 * block.at as u64;
-            (0..4).for_each(|i| entry[i] = (address >> (16 * i)) as u16);
-            (0..3).for_each(|i| entry[4 + i] = block.ranks[i] as u16);
-            entry[7] = (0..3).map(|i| u16::from(block.biases[i]) << i).sum();
-            (0..3).for_each(|i| entry[8 + 2 * i..10 + 2 * i].copy_from_slice(&halves(block.scales[i].to_bits())));
-            let gains = if block.gained() { 2 * block.gain(0) / 16 } else { 0 };
-            entry[14..].copy_from_slice(&halves(gains as u32));
+            entries[*entry] = block.entry(base).encode();
         }
         row
     }
@@ -155,12 +193,37 @@ impl ImageLayout {
     }
 
     /// Entries whose blocks have gains.
-    pub fn gained(&self) -> impl Iterator<Item = usize> {
-        self.blocks.iter().filter(|(_, block)| block.gained()).map(|(entry, _)| *entry)
+    pub fn entries_with_gains(&self) -> impl Iterator<Item = usize> {
+        self.blocks.iter().filter(|(_, block)| block.has_gains()).map(|(entry, _)| *entry)
     }
 }
 
 impl SiteBlock {
+    /// A block of a site without any module.
+    fn empty(site: Site, model: &ModelConfig) -> Self {
+        let modules = site.modules();
+        Self {
+            start: 0,
+            k: modules[0].shape(model).1,
+            n: std::array::from_fn(|i| modules.get(i).map_or(0, |module: &Module| module.shape(model).0)),
+            ranks: [0; 3],
+            biases: [false; 3],
+            scales: [0.0; 3],
+            magnitudes: [false; 3],
+        }
+    }
+
+    /// The block's entry, for an image at address `base`.
+    fn entry(&self, base: u64) -> SlotEntry {
+        SlotEntry {
+            address: base + 2 * self.start as u64,
+            ranks: self.ranks.map(|rank| rank as u16),
+            biases: self.biases,
+            scales: self.scales,
+            gains: if self.has_gains() { (2 * self.gain(0) / 16) as u32 } else { 0 },
+        }
+    }
+
     /// Writes module `i` to the block's image.
     fn write(&self, i: usize, m: &ModuleWeights, image: &mut [u16]) {
         let (k, n, padded) = (self.k, self.n[i], self.ranks[i]);
@@ -186,12 +249,11 @@ impl SiteBlock {
         }
     }
 
-    /// Whether it has gains.
-    fn gained(&self) -> bool {
+    fn has_gains(&self) -> bool {
         self.magnitudes.contains(&true)
     }
 
-    /// Ranks of all modules.
+    /// Total rank of all modules.
     pub fn rank(&self) -> usize {
         self.ranks.iter().sum()
     }
@@ -201,19 +263,19 @@ impl SiteBlock {
         self.k * self.ranks[..i].iter().sum::<usize>()
     }
 
-    /// Where B of module `i` starts; of the fourth, where all B end.
+    /// Where B of module `i` starts; for 3, where all B end.
     pub fn b(&self, i: usize) -> usize {
         self.k * self.rank() + (0..i).map(|j| self.n[j] * self.ranks[j]).sum::<usize>()
     }
 
-    /// Where the bias of module `i` starts; of the fourth, where all biases end. Each takes a multiple of 16 bytes.
+    /// Where the bias of module `i` starts; for 3, where all biases end. Each takes a multiple of 16 bytes.
     fn bias(&self, i: usize) -> usize {
         self.b(3) + (0..i).filter(|j| self.biases[*j]).map(|j| 2 * self.n[j].next_multiple_of(4)).sum::<usize>()
     }
 
-    /// Where the gains of module `i` start, those of all modules following one another; of the fourth, where the block ends.
+    /// Where the gains of module `i` start, those of all modules following one another; for 3, where the block ends.
     pub fn gain(&self, i: usize) -> usize {
-        self.bias(3) + if self.gained() { 2 * self.n[..i].iter().sum::<usize>() } else { 0 }
+        self.bias(3) + if self.has_gains() { 2 * self.n[..i].iter().sum::<usize>() } else { 0 }
     }
 
     fn len(&self) -> usize {
@@ -221,7 +283,7 @@ impl SiteBlock {
     }
 }
 
-/// A 32-bit value as two, in the order of a little-endian machine.
+/// A 32-bit value as two words, in the order of a little-endian machine.
 fn halves(bits: u32) -> [u16; 2] {
     [bits as u16, (bits >> 16) as u16]
 }
@@ -259,7 +321,7 @@ mod tests {
         }
     }
 
-    /// A module whose values are exact in bf16, in each of the three precisions by turns.
+    /// A module whose values are exact in bf16, stored in one of the three precisions.
     fn module(layer: usize, module: Module, rank: usize, bias: bool) -> ModuleWeights {
         let (n, k) = module.shape(&model());
         let seed = (layer * 10 + module as usize) as u64;
@@ -283,7 +345,8 @@ mod tests {
         }
     }
 
-    /// Everything, magnitudes in the place of gains, is found again by the entries and the formulas of `kernels/lora.cuh`, over memory that was not zero.
+    /// By the entries and the formulas of `kernels/lora.cuh`, everything is found again, with magnitudes in the place of gains, over
+    /// memory that was not zero.
     #[test]
     fn kernels_find_every_value() {
         let model = model();
@@ -304,19 +367,19 @@ mod tests {
         };
         let layout = ImageLayout::new(&weights, &model).unwrap();
         assert_eq!(layout.ranks, [24, 0, 24, 8, 8]);
-        assert_eq!(layout.bytes % STEP, 0);
-        assert_eq!(layout.gained().collect::<Vec<_>>(), [3, 6]);
+        assert_eq!(layout.bytes % IMAGE_STEP, 0);
+        assert_eq!(layout.entries_with_gains().collect::<Vec<_>>(), [3, 6]);
         let mut image = vec![0x7fff; layout.bytes / 2];
         layout.write(&weights, &model, &mut image);
         let base = 0x7f12_3456_7800u64;
-        let row = layout.row(base, &model);
+        let row = layout.table_row(base, &model);
         let mut seen = 0;
-        for (e, entry) in row.chunks_exact(ENTRY).enumerate() {
+        for (e, entry) in row.chunks_exact(SlotEntry::WORDS).enumerate() {
             let site = Site::ALL[if e == 8 { 4 } else { e % 4 }];
             let ranks: Vec<usize> = entry[4..7].iter().map(|r| usize::from(*r)).collect();
             let address = (0..4).map(|i| u64::from(entry[i]) << (16 * i)).sum::<u64>();
             if address == 0 {
-                assert_eq!(entry, [0; ENTRY]);
+                assert_eq!(entry, [0; SlotEntry::WORDS]);
                 continue;
             }
             assert_eq!(address % 128, 0);
@@ -368,6 +431,23 @@ mod tests {
     }
 
     fn entry_of(m: &ModuleWeights, model: &ModelConfig) -> usize {
-        entry(m.layer, m.module, model).0
+        locate(m, model).0
+    }
+
+    #[test]
+    fn entries_survive_encoding_and_have_one_index_each() {
+        let entry = SlotEntry {
+            address: 0x7f12_3456_7800,
+            ranks: [8, 0, 65_528],
+            biases: [true, false, true],
+            scales: [0.5, 0.0, -3.25],
+            gains: 0x1_2345,
+        };
+        assert_eq!(SlotEntry::decode(entry.encode()), entry);
+        assert_eq!(SlotEntry::default().encode(), [0; SlotEntry::WORDS]);
+        for index in 0..SlotEntry::count(3) {
+            let (layer, site) = SlotEntry::place(index, 3);
+            assert_eq!(SlotEntry::index(layer, site, 3), index);
+        }
     }
 }

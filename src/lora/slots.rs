@@ -9,7 +9,7 @@ use candle_core::Device;
 
 use self::allocator::RangeAllocator;
 use super::BaseMatrices;
-use super::cuda::slots::{self, DeviceSlots, Image, SLOTS, Staging};
+use super::cuda::slots::{self, AdapterImage, DeviceSlots, PinnedStaging, SLOTS};
 use super::delta::LoraPair;
 use super::magnitude::Magnitude;
 use super::weights::AdapterWeights;
@@ -82,14 +82,14 @@ pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device
 pub enum SlotStager {
     /// As [`SlotWeights`].
     Host,
-    /// In page-locked memory, as they will be on a GPU.
-    Gpu(Arc<Staging>),
+    /// In pinned memory, as they will be on a GPU.
+    Gpu(Arc<PinnedStaging>),
 }
 
 /// An adapter laid out for a slot.
 pub enum StagedWeights {
     Host(SlotWeights),
-    Gpu(Image),
+    Gpu(AdapterImage),
 }
 
 impl SlotStager {

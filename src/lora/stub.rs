@@ -1,4 +1,4 @@
-//! The part of `cuda` that slots name, in a build without it: types that are never made.
+//! What slots use of `cuda`, in a build without it: types without values.
 
 pub mod slots {
     //! Slots in a GPU's memory.
@@ -13,29 +13,29 @@ pub mod slots {
     use crate::lora::BaseMatrices;
     use crate::lora::weights::AdapterWeights;
 
-    /// Never made.
+    /// Has no values.
     pub enum DeviceSlots {}
 
-    /// Never made.
-    pub enum Image {}
+    /// Has no values.
+    pub enum AdapterImage {}
 
-    /// Never made.
-    pub enum Staging {}
+    /// Has no values.
+    pub enum PinnedStaging {}
 
     /// There is no table.
     pub const SLOTS: usize = 0;
 
-    /// The CPU has its own slots.
+    /// The CPU has slots of its own.
     pub fn open(_: &Device, _: &ModelConfig, _: usize) -> Result<Option<DeviceSlots>> {
         Ok(None)
     }
 
-    /// The CPU's slots have another form.
+    /// The CPU lays adapters out differently.
     pub fn image_bytes(_: &Device, _: &AdapterWeights, _: &ModelConfig) -> Result<Option<usize>> {
         Ok(None)
     }
 
-    impl Image {
+    impl AdapterImage {
         /// Never called.
         pub fn bytes(&self) -> usize {
             match *self {}
@@ -44,12 +44,12 @@ pub mod slots {
 
     impl DeviceSlots {
         /// Never called.
-        pub fn staging(&self) -> &Arc<Staging> {
+        pub fn staging(&self) -> &Arc<PinnedStaging> {
             match *self {}
         }
 
         /// Never called.
-        pub fn put(&mut self, _: u32, _: Range<usize>, _: Image) -> Result<()> {
+        pub fn put(&mut self, _: u32, _: Range<usize>, _: AdapterImage) -> Result<()> {
             match *self {}
         }
 
@@ -69,9 +69,9 @@ pub mod slots {
         }
     }
 
-    impl Staging {
+    impl PinnedStaging {
         /// Never called.
-        pub fn image(&self, _: &AdapterWeights, _: &ModelConfig) -> Result<Image> {
+        pub fn image(&self, _: &AdapterWeights, _: &ModelConfig) -> Result<AdapterImage> {
             match *self {}
         }
     }

@@ -81,7 +81,7 @@ impl Decoder {
 
         let (mut residual, mut x) = self.embed(&batch.tokens, batch.step.as_ref())?;
         for layer in 0..layers.len() {
-            gpu::next_block();
+            gpu::next_block(norm.device())?;
             hook.layer = layer;
             match self.block(layer).forward(&mut hook, residual, x)? {
                 Some(next) => (residual, x) = next,

@@ -7,6 +7,7 @@ use candle_core::Device;
 use super::progress::LoadProgress;
 use crate::adapter::registry::{LoadOptions, Registry};
 use crate::config::{BaseConfig, LoadFormat, NamedPath, ServeConfig};
+use crate::gpu::OpenOptions;
 use crate::hub::ModelFiles;
 use crate::model::weights::Weights;
 use crate::ops::pool;
@@ -29,10 +30,7 @@ impl BaseModel {
     /// Applies the settings of the process (device, threads), then finds, downloads if needed, and reads the model. Shows
     /// progress. Blocks.
     pub fn load(config: &BaseConfig) -> Result<Self> {
-        let device = gpu::open(config.device)?;
-        if config.deterministic {
-            gpu::be_deterministic();
-        }
+        let device = gpu::open(config.device, OpenOptions { deterministic: config.deterministic })?;
         if let Some(threads) = config.threads {
             pool::set_threads(threads);
         }

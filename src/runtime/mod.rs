@@ -169,7 +169,7 @@ fn runner(model: Arc<Decoder>, tiers: Tiers, plan: &MemoryPlan, device: &Device)
     let mut steps =
         Steps::on(device, model.config(), plan.max_batch_tokens, plan.max_running, plan.max_running_blocks())?;
     if let Some(steps) = &mut steps {
-        steps.record(&model, &mut kv, tiers.pool(), |_| {})?;
+        steps.capture(&model, &mut kv, tiers.pool(), |_| {})?;
     }
     Ok(ModelRunner { model, kv, tiers, steps })
 }

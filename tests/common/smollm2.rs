@@ -51,7 +51,7 @@ impl SmolLm2 {
         let tiers = registry.tiers().expect("loader threads");
         let mut steps = Steps::on(device, model.config(), 128, 16, 16 * 129).expect("memory for steps");
         if let Some(steps) = &mut steps {
-            steps.record(&model, &mut kv, tiers.pool(), |_| {}).expect("graphs");
+            steps.capture(&model, &mut kv, tiers.pool(), |_| {}).expect("graphs");
         }
         let engine = Engine::start(
             ModelRunner { kv, tiers, model: Arc::new(model), steps },

@@ -4,9 +4,12 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
+use quiver::arch::Heads;
 use quiver::engine::cuda::{Bucket, StepBuffers};
 use quiver::lora::slots::SlotPool;
-use quiver::ops::attention::{BLOCK, Heads, append, attention, decode_words, decode_work, prefill_words, prefill_work};
+use quiver::ops::attention::{
+    BLOCK, append, attention, block_len, decode_words, decode_work, prefill_words, prefill_work,
+};
 use quiver::ops::batch::Batch;
 use quiver::ops::batch::Capacity;
 use quiver::ops::rope::RopeTable;
@@ -352,9 +355,9 @@ fn work_fits_its_room() {
             }
             let capacity = Capacity { rows: batch.rows(), spans: batch.spans.len(), table: batch.block_tables.len() };
             for fixed in [None, Some(batch.rows())] {
-                assert!(decode_work(&batch, fixed).len() <= decode_words(capacity), "{lens:?}");
+                assert!(decode_work(&batch, fixed, false).len() <= decode_words(capacity), "{lens:?}");
             }
-            assert!(prefill_work(&batch).len() <= prefill_words(capacity), "{lens:?}");
+            assert!(prefill_work(&batch, false).len() <= prefill_words(capacity), "{lens:?}");
         }
     }
 }

@@ -1,9 +1,9 @@
-//! `--deterministic` on a GPU: one test alone in its process, since the setting is the process's.
+//! `--deterministic` on a GPU.
 
 use std::path::Path;
 
 use quiver::engine::request::SamplingParams;
-use quiver::gpu::{self, DeviceChoice};
+use quiver::gpu::{self, DeviceChoice, OpenOptions};
 
 #[path = "../common/smollm2.rs"]
 mod smollm2;
@@ -12,8 +12,8 @@ use smollm2::SmolLm2;
 /// Tokens decoded in a crowd have the bits that they have alone, and that they have as a prompt.
 #[test]
 fn no_company_and_no_cut_of_the_prompt_changes_a_bit() {
-    gpu::be_deterministic();
-    let device = gpu::open(DeviceChoice::Cuda(0)).expect("this test needs a GPU");
+    let options = OpenOptions { deterministic: true };
+    let device = gpu::open(DeviceChoice::Cuda(0), options).expect("this test needs a GPU");
     let server = SmolLm2::start(&device, 1 << 30);
     for name in ["qa", "writing", "code"] {
         server.load(name, &Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name));

@@ -10,7 +10,8 @@ use quiver::arch::ModelConfig;
 use quiver::arch::{Module, Site};
 use quiver::engine::cuda::Steps;
 use quiver::hub::{ModelFiles, ModelFormat};
-use quiver::lora::delta::{Adapters, add_delta};
+use quiver::lora::BaseMatrices;
+use quiver::lora::delta::{Adapters, add_delta, gained};
 use quiver::lora::slots::SlotPool;
 use quiver::lora::weights::{AdapterWeights, FloatVec};
 use quiver::model::decoder::Decoder;
@@ -246,7 +247,7 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let run = |pool: &SlotPool| run(&model, pool, Site::Qkv, &rows, &one, DType::BF16, Some(4));
     for i in [0, 1, 2, 4, 0, 3, 2] {
         assert_eq!(pool.load(&all[i], &model).unwrap(), 0);
-        assert_eq!(quiver::lora::gained(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
+        assert_eq!(gained(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
         (0..2).for_each(|_| pool.prepare(0, &base).unwrap());
         assert_eq!(run(&pool), run(&alone[i]), "adapter {i}");
         pool.remove(0);
@@ -254,7 +255,7 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let slot = pool.load(&all[0], &model).unwrap();
     pool.prepare(slot, &base).unwrap();
     for terms in [vec![(slot, 0.5)], vec![(slot, 1.0), (slot, 1.0)]] {
-        assert!(quiver::lora::gained(&[Segment { rows: 0..1, terms }], &pool).is_err());
+        assert!(gained(&[Segment { rows: 0..1, terms }], &pool).is_err());
     }
 }
 
@@ -275,7 +276,7 @@ impl Served {
         let pool = SlotPool::on(device, model.config(), 1 << 20).unwrap();
         let mut steps = Steps::on(device, model.config(), 8, 8, 64).unwrap();
         if let Some(steps) = &mut steps {
-            steps.record(&model, &mut kv, &pool, |_| {}).unwrap();
+            steps.capture(&model, &mut kv, &pool, |_| {}).unwrap();
         }
         Self { model, kv, pool, steps }
     }

@@ -359,7 +359,7 @@ fn a_slot_given_to_another_computes_the_other() {
         pool.remove(0);
     }
     // Nobody may name a slot that is free.
-    assert!(quiver::lora::work(&one, &pool).is_err());
+    assert!(quiver::lora::delta::work(&one, &pool).is_err());
 }
 
 /// An adapter that does not fit is refused, and the room of those that went is whole again.

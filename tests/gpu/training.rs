@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
+use quiver::arch::Heads;
 use quiver::ops::adamw::{AdamwStep, adamw_step, adamw8bit_step, sum_of_squares, zero_moments};
-use quiver::ops::attention::{Heads, causal, causal_backward};
+use quiver::ops::attention::{causal, causal_backward};
 use quiver::ops::heads::{QkNorm, qk_norm_backward};
 use quiver::ops::loss::{LossTarget, cross_entropy};
 use quiver::ops::norm::rms_norm_backward;

@@ -1,6 +1,5 @@
-//! How steps run on a GPU: their metadata in device memory, and decode steps as recorded CUDA graphs.
+//! How steps run on a GPU: their metadata in device memory, and decode steps as captured CUDA graphs.
 
-mod graph;
 mod step_buffers;
 mod steps;
 

@@ -1,22 +1,27 @@
 //! A step's metadata in device memory, at addresses that never change, so that a captured graph reads each step's own.
 //!
-//! Everything is 32-bit words in one buffer, filled on the host and copied at once. Regions have fixed starts; the block
-//! tables, the only long ones, come last, so that the copy ends where they end.
+//! Everything is 32-bit words in one buffer, filled on the host and copied at once. The block tables, the only long region, come
+//! last, so that the copy ends where they end.
+
+use std::iter::repeat_n;
+use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PinnedHostSlice};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 
-use crate::gpu::address;
+use crate::gpu::pinned::PinnedBuffer;
+use crate::gpu::{Context, address};
 use crate::lora::delta;
 use crate::lora::slots::SlotPool;
 use crate::ops::attention;
-use crate::ops::batch::{Batch, Capacity, DeviceStep, Worklist};
+use crate::ops::batch::{Batch, Capacity, DeviceStep, Span, Worklist};
 use crate::{Error, Result};
 
-/// What a recorded step is for.
+/// The decode steps that one captured graph runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Bucket {
-    /// Rows; a batch with fewer is filled up.
+    /// Rows; a batch with fewer is padded.
     pub rows: usize,
     /// Whether rows may have adapters.
     pub adapters: bool,
@@ -24,128 +29,212 @@ pub struct Bucket {
     pub gains: bool,
 }
 
-/// The buffer and where its regions start, in words.
-pub struct StepBuffers {
-    device: CudaDevice,
-    words: CudaSlice<u32>,
-    staging: PinnedHostSlice<u32>,
-    capacity: Capacity,
-    starts: [usize; REGIONS],
+/// The regions of the buffer, in order.
+#[derive(Debug, Clone, Copy)]
+enum Region {
+    Tokens,
+    Positions,
+    SlotMapping,
+    Spans,
+    DecodeWork,
+    PrefillWork,
+    AdapterWork,
+    /// As [`Region::AdapterWork`], once only the rows whose logits are wanted are left.
+    LogitAdapterWork,
+    BlockTables,
 }
 
-/// tokens, positions, slot mapping, spans, decode work, prefill work, adapter work, the same of logit rows, block tables.
-const REGIONS: usize = 9;
+impl Region {
+    const ALL: [Self; 9] = [
+        Self::Tokens,
+        Self::Positions,
+        Self::SlotMapping,
+        Self::Spans,
+        Self::DecodeWork,
+        Self::PrefillWork,
+        Self::AdapterWork,
+        Self::LogitAdapterWork,
+        Self::BlockTables,
+    ];
 
-impl StepBuffers {
-    /// Buffers for steps of up to `capacity`.
-    pub fn new(device: &CudaDevice, capacity: Capacity) -> Result<Self> {
-        let Capacity { rows, spans, table } = capacity;
-        let sizes = [
-            rows,
-            rows,
-            rows,
-            4 * spans,
-            attention::decode_words(capacity),
-            attention::prefill_words(capacity),
-            delta::work_words(capacity),
-            delta::work_words(capacity),
-            table,
-        ];
-        let mut starts = [0; REGIONS];
-        let mut end = 0usize;
-        for (start, size) in starts.iter_mut().zip(sizes) {
-            *start = end;
-            // 16-byte loads are allowed from every region's start.
-            end += size.next_multiple_of(4);
+    /// Words of the region in steps of up to `capacity`.
+    fn words(self, capacity: Capacity) -> usize {
+        match self {
+            Self::Tokens | Self::Positions | Self::SlotMapping => capacity.rows,
+            Self::Spans => 4 * capacity.spans,
+            Self::DecodeWork => attention::decode_words(capacity),
+            Self::PrefillWork => attention::prefill_words(capacity),
+            Self::AdapterWork | Self::LogitAdapterWork => delta::work_words(capacity),
+            Self::BlockTables => capacity.table,
         }
-        let words = device.alloc_zeros::<u32>(end)?;
-        // SAFETY: every word is written below before the device reads it, or is never read.
-        let staging = unsafe { device.cuda_stream().context().alloc_pinned_with_flags::<u32>(end, 0) }
-            .map_err(|e| Error::internal(format!("pinned memory: {e}")))?;
-        Ok(Self { device: device.clone(), words, staging, capacity, starts })
+    }
+}
+
+/// The buffer on both sides.
+pub struct StepBuffers {
+    gpu: Arc<Context>,
+    words: CudaSlice<u32>,
+    staging: PinnedBuffer<u32>,
+    capacity: Capacity,
+    regions: Regions,
+}
+
+/// Where regions start, in words, and where the last one ends.
+struct Regions([usize; Region::ALL.len() + 1]);
+
+/// What launches depend on beside the worklists.
+struct StepShape {
+    /// Rows, padding included.
+    rows: usize,
+    /// Whether the step runs as a graph.
+    fixed: bool,
+    adapters: bool,
+    gains: bool,
+}
+
+/// The worklists of a step.
+struct StepWork {
+    decode: Vec<u32>,
+    prefill: Vec<u32>,
+    adapters: Vec<u32>,
+    logit_adapters: Vec<u32>,
+}
+
+impl StepWork {
+    fn new(batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>, deterministic: bool) -> Result<Self> {
+        Ok(Self {
+            decode: attention::decode_work(batch, bucket.map(|b| b.rows), deterministic),
+            prefill: attention::prefill_work(batch, deterministic),
+            adapters: delta::work(&batch.segments, slots)?,
+            logit_adapters: delta::work(&batch.logit_segments(), slots)?,
+        })
+    }
+}
+
+impl Regions {
+    fn new(capacity: Capacity) -> Self {
+        let mut starts = [0; Region::ALL.len() + 1];
+        for (i, region) in Region::ALL.into_iter().enumerate() {
+            // 16-byte loads are allowed from every region's start.
+            starts[i + 1] = starts[i] + region.words(capacity).next_multiple_of(4);
+        }
+        Self(starts)
     }
 
-    /// Copies a batch's metadata to the device; a bucket makes it a fixed step, filled up to the bucket's rows. The step
-    /// before must have been read back, or this would change what it still reads. Errors: the batch is larger than the
-    /// capacity or the bucket.
+    /// The words of a region.
+    fn range(&self, region: Region) -> Range<usize> {
+        self.0[region as usize]..self.0[region as usize + 1]
+    }
+
+    /// Words of all regions.
+    fn len(&self) -> usize {
+        self.0[Region::ALL.len()]
+    }
+
+    /// Writes a step's metadata into `to`, its rows padded to `rows`. Errors: a region is too small.
+    fn fill(&self, to: &mut [u32], batch: &Batch, work: &StepWork, rows: usize) -> Result<()> {
+        let mut write = |region: Region, words: &mut dyn Iterator<Item = u32>| {
+            for (to, word) in to[self.range(region)].iter_mut().zip(&mut *words) {
+                *to = word;
+            }
+            match words.next() {
+                None => Ok(()),
+                Some(_) => Err(Error::internal(format!("the region {region:?} of a step's metadata is full"))),
+            }
+        };
+        let padding = |value: u32| repeat_n(value, rows - batch.tokens.len());
+        write(Region::Tokens, &mut batch.tokens.iter().copied().chain(padding(0)))?;
+        write(Region::Positions, &mut batch.positions.iter().copied().chain(padding(0)))?;
+        write(Region::SlotMapping, &mut batch.slot_mapping.iter().copied().chain(padding(u32::MAX)))?;
+        let span = |s: &Span| [s.rows.start, s.rows.len(), s.context_len, s.table.start].map(|word| word as u32);
+        write(Region::Spans, &mut batch.spans.iter().flat_map(span))?;
+        write(Region::DecodeWork, &mut work.decode.iter().copied())?;
+        write(Region::PrefillWork, &mut work.prefill.iter().copied())?;
+        write(Region::AdapterWork, &mut work.adapters.iter().copied())?;
+        write(Region::LogitAdapterWork, &mut work.logit_adapters.iter().copied())?;
+        write(Region::BlockTables, &mut batch.block_tables.iter().copied())
+    }
+}
+
+impl StepBuffers {
+    /// Buffers for steps of up to `capacity`. Errors: no memory.
+    pub fn new(device: &CudaDevice, capacity: Capacity) -> Result<Self> {
+        let gpu = Context::of(device)?;
+        let regions = Regions::new(capacity);
+        let words = device.alloc_zeros::<u32>(regions.len())?;
+        let staging = PinnedBuffer::new(&gpu, regions.len())?;
+        Ok(Self { gpu, words, staging, capacity, regions })
+    }
+
+    /// Copies a batch's metadata to the device. A bucket makes it a fixed step, padded to the bucket's rows. The results of
+    /// the step before must have been read back, since this overwrites what that step reads. Errors: the batch is larger than
+    /// the capacity or the bucket.
     pub fn upload(&mut self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<DeviceStep> {
-        let fixed = bucket.is_some();
-        let adapters_too = bucket.is_none_or(|b| b.adapters);
+        let shape = self.check(batch, slots, bucket)?;
+        let work = StepWork::new(batch, slots, bucket, self.gpu.deterministic)?;
+        let host = self.staging.as_mut_slice()?;
+        self.regions.fill(host, batch, &work, shape.rows)?;
+        let used = self.regions.range(Region::BlockTables).start + batch.block_tables.len();
+        self.gpu.device().memcpy_htod(&host[..used], &mut self.words.slice_mut(..used))?;
+        Ok(self.describe(&shape, &work))
+    }
+
+    /// The shape of a batch's step. Errors: the batch is larger than the capacity or the bucket.
+    fn check(&self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<StepShape> {
         let gained = delta::gained(&batch.segments, slots)?;
-        let gains = bucket.map_or(gained, |b| b.gains);
-        let rows = bucket.map_or(batch.tokens.len(), |b| b.rows);
-        if rows < batch.tokens.len() || !adapters_too && !batch.segments.is_empty() || gained && !gains {
+        let shape = StepShape {
+            rows: bucket.map_or(batch.tokens.len(), |b| b.rows),
+            fixed: bucket.is_some(),
+            adapters: bucket.is_none_or(|b| b.adapters),
+            gains: bucket.map_or(gained, |b| b.gains),
+        };
+        let adapters_fit = (shape.adapters || batch.segments.is_empty()) && (shape.gains || !gained);
+        if shape.rows < batch.tokens.len() || !adapters_fit {
             return Err(Error::internal(format!(
-                "{} rows, {} of them with adapters, in {bucket:?}",
+                "{} rows, with {} adapter segments, in {bucket:?}",
                 batch.tokens.len(),
                 batch.segments.len()
             )));
         }
-        let Capacity { rows: most_rows, spans: most_spans, table } = self.capacity;
-        if rows > most_rows || batch.spans.len() > most_spans || batch.block_tables.len() > table {
+        let Capacity { rows, spans, table } = self.capacity;
+        if shape.rows > rows || batch.spans.len() > spans || batch.block_tables.len() > table {
             return Err(Error::internal(format!(
-                "a step of {rows} rows, {} sequences and {} block ids; there is room for {:?}",
+                "a step of {} rows, {} sequences and {} block ids exceeds {:?}",
+                shape.rows,
                 batch.spans.len(),
                 batch.block_tables.len(),
                 self.capacity
             )));
         }
-        let spans = batch
-            .spans
-            .iter()
-            .flat_map(|s| [s.rows.start as u32, s.rows.len() as u32, s.context_len as u32, s.table.start as u32]);
-        let decode = attention::decode_work(batch, bucket.map(|b| b.rows));
-        let prefill = attention::prefill_work(batch);
-        let adapters = delta::work(&batch.segments, slots)?;
-        let logit_adapters = delta::work(&batch.logit_segments(), slots)?;
-        let lens = [decode.len(), prefill.len(), adapters.len(), logit_adapters.len()];
+        Ok(shape)
+    }
 
-        let to = self.staging.as_mut_slice().map_err(|e| Error::internal(format!("pinned memory: {e}")))?;
-        let starts = self.starts;
-        let mut fill = |region: usize, values: &mut dyn Iterator<Item = u32>| -> Result<()> {
-            let end = starts.get(region + 1).copied().unwrap_or(to.len());
-            for (to, value) in to[starts[region]..end].iter_mut().zip(&mut *values) {
-                *to = value;
-            }
-            match values.next() {
-                None => Ok(()),
-                Some(_) => Err(Error::internal(format!("region {region} of a step's metadata is full"))),
-            }
+    /// Where the step's metadata lie on the device.
+    fn describe(&self, shape: &StepShape, work: &StepWork) -> DeviceStep {
+        let at = |region: Region| address(&self.words) + 4 * self.regions.range(region).start as u64;
+        // A fixed step's launches depend on the room for work instead.
+        let list = |region: Region, words: &[u32]| {
+            let room = self.regions.range(region).len();
+            Worklist { words: at(region), len: if shape.fixed { room } else { words.len() } }
         };
-        let padding = rows - batch.tokens.len();
-        let pad = |value: u32| std::iter::repeat_n(value, padding);
-        fill(0, &mut batch.tokens.iter().copied().chain(pad(0)))?;
-        fill(1, &mut batch.positions.iter().copied().chain(pad(0)))?;
-        fill(2, &mut batch.slot_mapping.iter().copied().chain(pad(u32::MAX)))?;
-        fill(3, &mut spans.into_iter())?;
-        fill(4, &mut decode.into_iter())?;
-        fill(5, &mut prefill.into_iter())?;
-        fill(6, &mut adapters.into_iter())?;
-        fill(7, &mut logit_adapters.into_iter())?;
-        fill(8, &mut batch.block_tables.iter().copied())?;
-
-        let used = starts[8] + batch.block_tables.len();
-        self.device.memcpy_htod(&to[..used], &mut self.words.slice_mut(..used))?;
-        let at = |region: usize| address(&self.words) + 4 * starts[region] as u64;
-        let work = |region: usize, len: usize| Worklist {
-            words: at(region),
-            len: if fixed { starts[region + 1] - starts[region] } else { len },
+        let list_if = |present: bool, region: Region, words: &[u32]| match present {
+            true => list(region, words),
+            false => Worklist { words: at(region), len: 0 },
         };
-        let none = |list: Worklist| Worklist { len: 0, ..list };
-        Ok(DeviceStep {
-            rows,
-            fixed,
-            tokens: at(0),
-            positions: at(1),
-            slot_mapping: at(2),
-            spans: at(3),
-            decode: work(4, lens[0]),
+        DeviceStep {
+            rows: shape.rows,
+            fixed: shape.fixed,
+            tokens: at(Region::Tokens),
+            positions: at(Region::Positions),
+            slot_mapping: at(Region::SlotMapping),
+            spans: at(Region::Spans),
+            decode: list(Region::DecodeWork, &work.decode),
             // A fixed step has decode rows only.
-            prefill: if fixed { none(work(5, 0)) } else { work(5, lens[1]) },
-            gains,
-            lora: if adapters_too { work(6, lens[2]) } else { none(work(6, 0)) },
-            lora_logits: if adapters_too { work(7, lens[3]) } else { none(work(7, 0)) },
-            block_tables: at(8),
-        })
+            prefill: list_if(!shape.fixed, Region::PrefillWork, &work.prefill),
+            gains: shape.gains,
+            lora: list_if(shape.adapters, Region::AdapterWork, &work.adapters),
+            lora_logits: list_if(shape.adapters, Region::LogitAdapterWork, &work.logit_adapters),
+            block_tables: at(Region::BlockTables),
+        }
     }
 }

@@ -9,8 +9,8 @@ use half::bf16;
 
 use super::Adapters;
 use crate::arch::Site;
-use crate::gpu::input;
-use crate::gpu::kernels::{Arg, Grid, launch};
+use crate::gpu::kernels::{Arg, ByDtype, KernelHandle, KernelSet, Kernels, LaunchGrid};
+use crate::gpu::{Context, input};
 use crate::lora::cuda::slots::DeviceSlots;
 use crate::lora::slots::SlotPool;
 use crate::ops::batch::Capacity;
@@ -34,20 +34,17 @@ const LIST: usize = 16;
 const TERM: usize = 8;
 const CHUNK: usize = 4;
 
-/// Pieces of few rows, or of many.
-struct Pieces {
+/// SegmentPieces of few rows, or of many.
+struct SegmentPieces {
     /// Rows of a shrinking item.
     shrink_rows: usize,
     /// Rows of an expanding item: a chunk.
     expand_rows: usize,
     /// Most blocks on a multiprocessor that a launch asks for; those of Hopper hold as many of the usual kernels.
     blocks: usize,
-    shrink: &'static str,
-    expand: &'static str,
-    expand_f32: &'static str,
 }
 
-impl Pieces {
+impl SegmentPieces {
     /// How many pieces of up to `each` rows there may be: in steps of few rows, each may have an adapter of its own.
     fn most(&self, rows: usize, each: usize) -> usize {
         if self.shrink_rows == PIECES[0].shrink_rows { rows } else { rows.div_ceil(each) }
@@ -55,24 +52,39 @@ impl Pieces {
 }
 
 /// In the order of the lists in the worklist.
-const PIECES: [Pieces; 2] = [
-    Pieces {
-        shrink_rows: 8,
-        expand_rows: 8,
-        blocks: 5,
-        shrink: "lora_shrink_small",
-        expand: "lora_expand_small",
-        expand_f32: "lora_expand_small_f32",
-    },
-    Pieces {
-        shrink_rows: 64,
-        expand_rows: 32,
-        blocks: 4,
-        shrink: "lora_shrink_large",
-        expand: "lora_expand_large",
-        expand_f32: "lora_expand_large_f32",
-    },
+const PIECES: [SegmentPieces; 2] = [
+    SegmentPieces { shrink_rows: 8, expand_rows: 8, blocks: 5 },
+    SegmentPieces { shrink_rows: 64, expand_rows: 32, blocks: 4 },
 ];
+
+/// The kernels, shrink and expand in the order of [`PIECES`].
+struct LoraKernels {
+    pieces: [PieceKernels; 2],
+    gain: ByDtype,
+}
+
+struct PieceKernels {
+    shrink: KernelHandle,
+    expand: ByDtype,
+}
+
+impl KernelSet for LoraKernels {
+    fn resolve(kernels: &Kernels) -> Result<Self> {
+        let by_dtype = |name: &str| -> Result<ByDtype> {
+            Ok(ByDtype { bf16: kernels.get(name)?, f32: kernels.get(&format!("{name}_f32"))? })
+        };
+        let pieces = |shrink: &str, expand: &str| -> Result<PieceKernels> {
+            Ok(PieceKernels { shrink: kernels.get(shrink)?, expand: by_dtype(expand)? })
+        };
+        Ok(Self {
+            pieces: [
+                pieces("lora_shrink_small", "lora_expand_small")?,
+                pieces("lora_shrink_large", "lora_expand_large")?,
+            ],
+            gain: by_dtype("lora_gain")?,
+        })
+    }
+}
 
 /// Up to this many rows in large pieces, each split of `k` is an item of its own, so that there are enough.
 const APART_ROWS: usize = 512;
@@ -157,7 +169,7 @@ pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
         }
         let plane = hidden - first_hidden;
         if apart {
-            hidden += plane * (slots.most(|k| splits(k).0) - 1);
+            hidden += plane * (slots.most_splits(|k| splits(k).0) - 1);
         }
         let header = [terms, chunks, usize::from(apart), plane, term_at, chunk_at, starts_at, 0];
         let header = header.into_iter().map(|word| word as u32).chain(ends);
@@ -204,38 +216,41 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
         // A graph is recorded for other segments than this step's.
         if step.fixed { i == 0 || rows > SMALL_STEP } else { adapters.segments.iter().any(|s| list(s, end) == i) }
     };
-    let device = y.device().as_cuda_device()?;
-    let (table, entries) = slots.table();
+    let gpu = Context::of_tensor(y)?;
+    let kernels = gpu.kernels::<LoraKernels>()?;
+    let table = slots.table();
     let (splits, width) = splits(k);
     let x = input::<bf16>(x)?;
     let to = if y.dtype() == DType::F32 { input::<f32>(y)? } else { input::<bf16>(y)? };
-    let lists = || PIECES.iter().enumerate().filter(|(i, _)| there(*i)).map(|(_, pieces)| pieces);
-    let entry: [Arg; 4] = [entries.into(), slots.entry(layer, site).into(), k.into(), splits.into()];
-    // Enough blocks for all items of a few adapters, at least one on each multiprocessor; any number does any work.
-    let grid = |pieces: &Pieces, items: usize| {
-        let (least, most) = (slots.processors(), pieces.blocks * slots.processors());
-        Grid::new(items.clamp(least, most), 128)
+    let lists = || {
+        let lists = PIECES.iter().zip(&kernels.pieces).enumerate();
+        lists.filter(|(i, _)| there(*i)).map(|(_, list)| list)
     };
-    for pieces in lists() {
-        let args = [&[work.words.into(), table.into(), x.into()], &entry[..], &[width.into(), (site as usize).into()]];
+    let entry: [Arg; 4] = [table.entries.into(), slots.entry(layer, site).into(), k.into(), splits.into()];
+    // Enough blocks for all items of a few adapters, at least one on each multiprocessor; any number does any work.
+    let grid = |pieces: &SegmentPieces, items: usize| {
+        let (least, most) = (gpu.multiprocessors, pieces.blocks * gpu.multiprocessors);
+        LaunchGrid::new(items.clamp(least, most), 128)
+    };
+    for (pieces, kernels) in lists() {
+        let args =
+            [&[work.words.into(), table.address.into(), x.into()], &entry[..], &[width.into(), (site as usize).into()]];
         let grid = grid(pieces, pieces.most(rows, pieces.shrink_rows) * splits * 4);
         // SAFETY: the worklist is of segments in these rows and of slots that are ready, whose blocks have the model's
         // shapes, as `x` was checked to have; what shrinking leaves has room in the worklist's workspace.
-        unsafe { launch(device, pieces.shrink, grid, &args.concat())? };
+        unsafe { gpu.launch(&kernels.shrink, grid, &args.concat())? };
     }
-    for pieces in lists() {
-        let name = if y.dtype() == DType::F32 { pieces.expand_f32 } else { pieces.expand };
-        let args = [&[work.words.into(), table.into(), to.into()], &entry[..], &shape.n.map(Arg::from)];
+    for (pieces, kernels) in lists() {
+        let args = [&[work.words.into(), table.address.into(), to.into()], &entry[..], &shape.n.map(Arg::from)];
         let grid = grid(pieces, pieces.most(rows, pieces.expand_rows) * n.div_ceil(4 * 64));
         // SAFETY: as above, and `y` has the shape of the site; nothing else uses it meanwhile.
-        unsafe { launch(device, name, grid, &args.concat())? };
+        unsafe { gpu.launch(kernels.expand.get(y.dtype()), grid, &args.concat())? };
     }
     if step.gains {
-        let name = if y.dtype() == DType::F32 { "lora_gain_f32" } else { "lora_gain" };
-        let args: [Arg; 6] = [work.words.into(), table.into(), to.into(), entry[0], entry[1], n.into()];
-        let grid = Grid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * slots.processors()), 128);
+        let args: [Arg; 6] = [work.words.into(), table.address.into(), to.into(), entry[0], entry[1], n.into()];
+        let grid = LaunchGrid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * gpu.multiprocessors), 128);
         // SAFETY: as above.
-        unsafe { launch(device, name, grid, &args)? };
+        unsafe { gpu.launch(kernels.gain.get(y.dtype()), grid, &args)? };
     }
     Ok(())
 }

@@ -3,16 +3,18 @@
 use candle_core::Tensor;
 
 use super::{BLOCK, Factors, map, midpoints, total};
-use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::uploads::upload;
-use crate::gpu::{address, input, output};
+use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
+use crate::gpu::{Context, address, input};
 use crate::{Error, Result};
 
-/// Values of a block of threads, and with 8-bit moments.
+/// Values of a thread block.
 const VALUES: usize = 1024;
+/// Values of a thread block with 8-bit moments.
 const VALUES8: usize = 8 * BLOCK;
-/// Most blocks, and so partial sums, of a sum of squares.
+/// Most thread blocks, and so partial sums, of a sum of squares.
 const SUMS: usize = 1024;
+
+kernel_set!(AdamwKernels { adamw, adamw8bit, squares });
 
 impl Factors {
     /// The kernels' `FACTORS`.
@@ -24,39 +26,42 @@ impl Factors {
 
 /// As [`super::adamw_step`], which has checked the sizes.
 pub fn step(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &Factors) -> Result<()> {
-    let count = params.elem_count();
+    let (count, gpu) = (params.elem_count(), Context::of_tensor(params)?);
     let args = [values(params)?, values(grads)?, values(m)?, values(v)?, count.into()];
-    let grid = Grid::new(count.div_ceil(VALUES), 256);
+    let grid = LaunchGrid::new(count.div_ceil(VALUES), 256);
     // SAFETY: four buffers of `count` values, aligned as `values` has checked.
-    unsafe { launch(params.device().as_cuda_device()?, "adamw", grid, &[&args[..], &factors.args()].concat())? };
+    unsafe { gpu.launch(&gpu.kernels::<AdamwKernels>()?.adamw, grid, &[&args[..], &factors.args()].concat())? };
     Ok(())
 }
 
 /// As [`super::adamw8bit_step`], which has checked the sizes.
 pub fn step8(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &Factors) -> Result<()> {
-    let (count, device) = (params.elem_count(), params.device().as_cuda_device()?);
+    let (count, gpu) = (params.elem_count(), Context::of_tensor(params)?);
     let mut maps: Vec<u32> = Vec::with_capacity(4 * BLOCK);
     for second in [false, true] {
         maps.extend(map(second).iter().chain(midpoints(second)).map(|x| x.to_bits()));
         maps.push(0);
     }
-    let maps = upload(device, &maps)?;
+    let maps = gpu.upload(&maps)?;
     let moments = [input::<u8>(m)?.into(), input::<u8>(v)?.into()];
     let args =
         [&[values(params)?, values(grads)?], &moments[..], &[address(&maps).into(), count.into()], &factors.args()];
-    let grid = Grid::new(count.div_ceil(VALUES8), 256);
+    let grid = LaunchGrid::new(count.div_ceil(VALUES8), 256);
     // SAFETY: as above, and moments of whole blocks, which keep words aligned.
-    unsafe { launch(device, "adamw8bit", grid, &args.concat())? };
+    unsafe { gpu.launch(&gpu.kernels::<AdamwKernels>()?.adamw8bit, grid, &args.concat())? };
     Ok(())
 }
 
 /// As [`super::sum_of_squares`].
 pub fn sum_of_squares(x: &Tensor) -> Result<f32> {
-    let (count, device) = (x.elem_count(), x.device().as_cuda_device()?);
+    let (count, gpu) = (x.elem_count(), Context::of_tensor(x)?);
     let blocks = count.div_ceil(VALUES).min(SUMS);
-    let (sums, to) = output::<f32>(device, blocks)?;
+    let (sums, to) = gpu.output::<f32>(blocks)?;
     // SAFETY: `count` values, aligned, and a sum for each block.
-    unsafe { launch(device, "squares", Grid::new(blocks, 256), &[values(x)?, count.into(), to.into()])? };
+    unsafe {
+        let squares = &gpu.kernels::<AdamwKernels>()?.squares;
+        gpu.launch(squares, LaunchGrid::new(blocks, 256), &[values(x)?, count.into(), to.into()])?
+    };
     Ok(total(&sums.to_vec1()?))
 }
 

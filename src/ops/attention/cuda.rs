@@ -4,66 +4,74 @@ use std::cmp::Reverse;
 use std::f32::consts::LOG2_E;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, sys};
-use candle_core::{CudaDevice, Tensor};
+use candle_core::Tensor;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::bf16;
 
 use super::{BLOCK, Heads};
-use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::{address, deterministic, input, output};
-use crate::ops::batch::{Batch, Span};
-use crate::ops::batch::{Capacity, DeviceStep};
+use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
+use crate::gpu::{Context, address, input};
+use crate::ops::batch::{Batch, Capacity, DeviceStep, Span};
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
 mod causal;
 pub use causal::{causal, causal_backward};
 
-/// Threads a block, and the warps that they are.
-const THREADS: u32 = 128;
+/// Warps and threads of a thread block.
 const WARPS: usize = 4;
-/// Words before a worklist's entries and items, and of each of these.
+const THREADS: usize = 32 * WARPS;
+/// Words of a worklist's header, and of each of its entries and items.
 const HEADER: usize = 4;
 const ITEM: usize = 4;
-/// Keys of a part of a decoded row; more where a row would have more parts than [`PARTS`].
+/// Keys of a KV split; more where a decode row would have more splits than [`PARTS`].
 const PART_KEYS: usize = 64;
-/// Most parts of a decoded row.
+/// Most KV splits of a decode row.
 const PARTS: usize = 32;
-/// Query heads that one block of a decode kernel takes.
+/// Query heads that a thread block of a decode kernel takes.
 const DECODE_HEADS: usize = 8;
-/// Blocks of a decode kernel that a multiprocessor holds.
+/// Thread blocks of a decode kernel that an SM holds.
 const DECODE_BLOCKS: usize = 5;
-/// Query rows of a block of a prefill kernel: positions times the heads of a group.
+/// Query rows of a thread block of a prefill kernel: positions times the heads of a group.
 const PREFILL_ROWS: usize = 128;
 /// Widest head.
 const MOST_DIM: usize = 256;
 
-/// Words that [`decode_work`] may take.
+kernel_set!(AttentionKernels {
+    rope_append_1,
+    rope_append_8,
+    attn_decode_64,
+    attn_decode_128,
+    attn_decode_any,
+    attn_merge_64,
+    attn_merge_128,
+    attn_prefill_64,
+    attn_prefill_128,
+    attn_prefill_any,
+});
+
+/// Most words of [`decode_work`].
 pub fn decode_words(capacity: Capacity) -> usize {
     let spans = capacity.spans.min(capacity.rows);
-    // An entry for each row of a fixed step; and a row of n blocks has at most 1 + n / 4 parts.
+    // An entry for each row of a fixed step; and a row of n KV blocks has at most 1 + n / 4 splits.
     HEADER + ITEM * (capacity.rows + spans + ((PARTS - 1) * spans).min(capacity.table * BLOCK / PART_KEYS))
 }
 
-/// Words that [`prefill_work`] may take.
+/// Most words of [`prefill_work`].
 pub fn prefill_words(capacity: Capacity) -> usize {
     HEADER + ITEM * capacity.spans.min(capacity.rows)
 }
 
-/// Whether a sequence with so many rows in a step takes the way of decoded rows.
-fn decoded(rows: usize) -> bool {
-    rows == 1 && !deterministic()
+/// Whether the decode kernels run a sequence. On a device opened as deterministic the prefill kernels run all.
+fn decodes(span: &Span, deterministic: bool) -> bool {
+    span.rows.len() == 1 && !deterministic
 }
 
-/// Sequences that decode.
-fn decoding(batch: &Batch) -> impl Iterator<Item = &Span> {
-    batch.spans.iter().filter(|s| decoded(s.rows.len()))
-}
-
-/// The sequences that decode, in a fixed step up to `fixed` of them: for each its place among the items, its row and its parts,
-/// then the items, parts of keys; longest first, so that no block ends up alone with long parts.
-pub fn decode_work(batch: &Batch, fixed: Option<usize>) -> Vec<u32> {
-    let mut spans: Vec<_> = decoding(batch).collect();
+/// The worklist of the decode kernels: an entry for each decode row (its first item, its row, its number of splits), then one
+/// item per KV split of each decode row. Long rows come first, so that no thread block ends up alone with long splits. In a
+/// fixed step there is room for `fixed` entries. `deterministic` is the device's.
+pub fn decode_work(batch: &Batch, fixed: Option<usize>, deterministic: bool) -> Vec<u32> {
+    let mut spans: Vec<_> = batch.spans.iter().filter(|s| decodes(s, deterministic)).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
     let rows = fixed.unwrap_or(spans.len());
     let mut words = vec![0; HEADER + ITEM * rows];
@@ -83,9 +91,9 @@ pub fn decode_work(batch: &Batch, fixed: Option<usize>) -> Vec<u32> {
     words
 }
 
-/// The other sequences, longest first.
-pub fn prefill_work(batch: &Batch) -> Vec<u32> {
-    let mut spans: Vec<_> = batch.spans.iter().filter(|s| !decoded(s.rows.len())).collect();
+/// The worklist of the prefill kernels: the other sequences, longest first.
+pub fn prefill_work(batch: &Batch, deterministic: bool) -> Vec<u32> {
+    let mut spans: Vec<_> = batch.spans.iter().filter(|s| !decodes(s, deterministic)).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
     let mut words = vec![spans.len() as u32, 0, 0, 0];
     for span in spans {
@@ -103,9 +111,12 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
         return Err(Error::internal(format!("a rotary table of width {} for {heads:?}", table.head_dim())));
     }
     // 16 bytes of both halves of a head at once, where they are aligned.
-    let (name, pairs) = if heads.dim.is_multiple_of(16) { ("rope_append_8", 8) } else { ("rope_append_1", 1) };
+    let gpu = Context::of_tensor(qkv)?;
+    let kernels = gpu.kernels::<AttentionKernels>()?;
+    let vectors = heads.dim.is_multiple_of(16);
+    let (kernel, pairs) = if vectors { (&kernels.rope_append_8, 8) } else { (&kernels.rope_append_1, 1) };
     let pieces = (heads.query + 2 * heads.kv) * (heads.dim / 2 / pairs);
-    let grid = Grid { blocks: (rows as u32, pieces.div_ceil(THREADS as usize) as u32, 1), ..Grid::new(1, THREADS) };
+    let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(THREADS), THREADS);
     let args = [
         input::<bf16>(qkv)?.into(),
         input::<bf16>(cache)?.into(),
@@ -117,8 +128,7 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
         heads.dim.into(),
     ];
     // SAFETY: shapes as the contract; slots are of the cache and positions of the table.
-    unsafe { launch(qkv.device().as_cuda_device()?, name, grid, &args)? };
-    Ok(())
+    unsafe { gpu.launch(kernel, grid, &args) }
 }
 
 /// As [`super::attention`]. The caller has checked shapes and spans. Errors: rows left out between spans, a span of several rows in
@@ -130,18 +140,21 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
     if heads.dim > MOST_DIM || gaps || step.fixed && covered != batch.spans.len() {
         return Err(Error::internal(format!("{heads:?}, fixed: {}, {:?}", step.fixed, batch.spans)));
     }
-    let (out, to) = output::<bf16>(qkv.device().as_cuda_device()?, (rows, heads.query * heads.dim))?;
-    let call = Call {
-        device: qkv.device().as_cuda_device()?,
+    let gpu = Context::of_tensor(qkv)?;
+    let (out, to) = gpu.output::<bf16>((rows, heads.query * heads.dim))?;
+    let call = PagedAttention {
+        kernels: &*gpu.kernels::<AttentionKernels>()?,
+        gpu: &gpu,
         heads,
         group: heads.query / heads.kv,
         fast: matches!(heads.dim, 64 | 128),
-        inputs: [input::<bf16>(qkv)?.into(), input::<bf16>(cache)?.into()],
+        qkv: input::<bf16>(qkv)?,
+        cache: input::<bf16>(cache)?,
         scale: LOG2_E / (heads.dim as f32).sqrt(),
         to,
     };
     call.prefill(batch, step)?;
-    let entries = if step.fixed { rows } else { decoding(batch).count() };
+    let entries = if step.fixed { rows } else { batch.spans.iter().filter(|s| call.decodes(s)).count() };
     call.decode(step, rows, entries, rows - covered)?;
     Ok(out)
 }
@@ -150,45 +163,57 @@ fn uploaded(batch: &Batch) -> Result<&DeviceStep> {
     batch.step.as_ref().ok_or_else(|| Error::internal("a batch that was not copied to the GPU"))
 }
 
-/// What both kinds of attention need.
-struct Call<'a> {
-    device: &'a CudaDevice,
+/// What the launches for decode rows and for prefill have in common.
+struct PagedAttention<'a> {
+    gpu: &'a Context,
+    kernels: &'a AttentionKernels,
     heads: Heads,
     /// Query heads of a key-value head.
     group: usize,
     /// Whether the width has kernels on tensor cores.
     fast: bool,
-    /// qkv and cache.
-    inputs: [Arg; 2],
+    /// Address of the rows.
+    qkv: u64,
+    /// Address of the layer's KV cache.
+    cache: u64,
+    /// Of the scores, for powers of two.
     scale: f32,
     /// Address of the output.
     to: u64,
 }
 
-impl Call<'_> {
-    /// Sequences that decode, of which the worklist has `entries`, and zeros for the `left` rows after all sequences.
+impl PagedAttention<'_> {
+    fn decodes(&self, span: &Span) -> bool {
+        decodes(span, self.gpu.deterministic)
+    }
+
+    /// Runs the decode rows, of which the worklist has `entries`, and writes zeros to the `left` rows after all sequences.
     fn decode(&self, step: &DeviceStep, rows: usize, entries: usize, left: usize) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
-        // In a fixed step the room for items; else their number.
+        // In a fixed step, room for items; else their number.
         let room = (step.decode.len.saturating_sub(HEADER) / ITEM).saturating_sub(entries);
         let at = step.decode.words + 4 * HEADER as u64;
         let items = at + (4 * ITEM * entries) as u64;
-        let name = match dim {
-            64 => "attn_decode_64",
-            128 => "attn_decode_128",
-            _ => "attn_decode_any",
+        let kernel = match dim {
+            64 => &self.kernels.attn_decode_64,
+            128 => &self.kernels.attn_decode_128,
+            _ => &self.kernels.attn_decode_any,
         };
         let most = if step.fixed { rows * PARTS } else { room + left };
         let units = most * if self.fast { kv * self.group.div_ceil(DECODE_HEADS) } else { query.div_ceil(WARPS) };
         if units == 0 {
             return Ok(());
         }
-        let blocks = if step.fixed { units.min(DECODE_BLOCKS * multiprocessors(self.device)?) } else { units };
-        let partial = if self.fast { workspace(self.device, (room + entries) * query, dim)? } else { 0 };
-        let [qkv, cache] = self.inputs;
+        let blocks = if step.fixed { units.min(DECODE_BLOCKS * self.gpu.multiprocessors) } else { units };
+        let partial = if self.fast {
+            let workspace = self.gpu.get_or_init(|_| Ok(Workspace::default()))?;
+            workspace.reserve(self.gpu, (room + entries) * query, dim)?
+        } else {
+            0
+        };
         let args: [Arg; 13] = [
-            qkv,
-            cache,
+            self.qkv.into(),
+            self.cache.into(),
             step.decode.words.into(),
             items.into(),
             room.into(),
@@ -204,36 +229,34 @@ impl Call<'_> {
         let args = &args[..args.len() - usize::from(self.fast)];
         // SAFETY: shapes as the contract, items and blocks of `decode_work` and the caller; the workspace is as large as `room`
         // needs, and kernels that use it follow one another.
-        unsafe { launch(self.device, name, Grid::new(blocks, THREADS), args)? };
+        unsafe { self.gpu.launch(kernel, LaunchGrid::new(blocks, THREADS), args)? };
         if self.fast && entries > 0 {
-            let name = if dim == 64 { "attn_merge_64" } else { "attn_merge_128" };
+            let kernel = if dim == 64 { &self.kernels.attn_merge_64 } else { &self.kernels.attn_merge_128 };
             let args = [at.into(), entries.into(), room.into(), query.into(), partial.into(), self.to.into()];
             // SAFETY: as above.
-            unsafe { launch(self.device, name, Grid::new((entries * query).div_ceil(WARPS), THREADS), &args)? };
+            unsafe { self.gpu.launch(kernel, LaunchGrid::new((entries * query).div_ceil(WARPS), THREADS), &args)? };
         }
         Ok(())
     }
 
-    /// The other sequences; a fixed step has none.
+    /// Runs the other sequences; a fixed step has none.
     fn prefill(&self, batch: &Batch, step: &DeviceStep) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         if step.prefill.len <= HEADER {
             return Ok(());
         }
-        let spans = || batch.spans.iter().map(|s| s.rows.len()).filter(|rows| !decoded(*rows));
+        let spans = || batch.spans.iter().filter(|s| !self.decodes(s)).map(|s| s.rows.len());
         let fast = self.fast && self.group <= PREFILL_ROWS;
-        let (name, blocks) = match dim {
-            64 | 128 if fast => {
-                let tiles: usize = spans().map(|rows| rows.div_ceil(PREFILL_ROWS / self.group)).sum();
-                (if dim == 64 { "attn_prefill_64" } else { "attn_prefill_128" }, tiles * kv)
-            }
-            _ => ("attn_prefill_any", (spans().sum::<usize>() * query).div_ceil(WARPS)),
+        let tiles = || spans().map(|rows| rows.div_ceil(PREFILL_ROWS / self.group)).sum::<usize>();
+        let (kernel, blocks) = match dim {
+            64 if fast => (&self.kernels.attn_prefill_64, tiles() * kv),
+            128 if fast => (&self.kernels.attn_prefill_128, tiles() * kv),
+            _ => (&self.kernels.attn_prefill_any, (spans().sum::<usize>() * query).div_ceil(WARPS)),
         };
         let shared = if fast { 768 * dim as u32 } else { 0 };
-        let [qkv, cache] = self.inputs;
         let args: [Arg; 9] = [
-            qkv,
-            cache,
+            self.qkv.into(),
+            self.cache.into(),
             step.prefill.words.into(),
             step.block_tables.into(),
             kv.into(),
@@ -244,27 +267,28 @@ impl Call<'_> {
         ];
         let args = &args[..args.len() - usize::from(fast)];
         // SAFETY: shapes as the contract, spans and blocks of `prefill_work` and the caller.
-        unsafe { launch(self.device, name, Grid { shared, ..Grid::new(blocks, THREADS) }, args)? };
-        Ok(())
+        unsafe { self.gpu.launch(kernel, LaunchGrid { shared, ..LaunchGrid::new(blocks, THREADS) }, args) }
     }
 }
 
-fn multiprocessors(device: &CudaDevice) -> Result<usize> {
-    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    let count = device.cuda_stream().context().attribute(attribute);
-    Ok(count.map_err(|e| Error::internal(format!("the GPU's multiprocessors: {e}")))? as usize)
-}
+/// Where KV splits leave their sums for the merge, `[items·heads][dim]`, with their maxima and sums `[items·heads][2]`. One
+/// buffer serves all launches, since they follow one another.
+///
+/// A buffer that a larger one replaces stays, since captured graphs contain its address; fixed steps always need the same
+/// size, so that all their graphs use one.
+#[derive(Default)]
+struct Workspace(Mutex<Vec<CudaSlice<f32>>>);
 
-/// Sums of parts `[items·heads][dim]` with their maxima and sums `[items·heads][2]`: one for all launches, since they follow one
-/// another. What a larger one replaces stays, since graphs know its address; fixed steps always need the same.
-fn workspace(device: &CudaDevice, rows: usize, dim: usize) -> Result<u64> {
-    static KEPT: Mutex<Vec<CudaSlice<f32>>> = Mutex::new(Vec::new());
-    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-    let (len, had) = (rows * (dim + 2), kept.last().map_or(0, CudaSlice::len));
-    if had < len {
-        // At least twice as much, so that all of them together are not more than twice the last.
-        // SAFETY: kernels read of it what they have written.
-        kept.push(unsafe { device.alloc::<f32>(len.max(2 * had))? });
+impl Workspace {
+    /// The address of room for so many rows.
+    fn reserve(&self, gpu: &Context, rows: usize, dim: usize) -> Result<u64> {
+        let mut buffers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (len, had) = (rows * (dim + 2), buffers.last().map_or(0, CudaSlice::len));
+        if had < len {
+            // At least twice as much, so that all of them together are not more than twice the last.
+            // SAFETY: kernels read only what they have written.
+            buffers.push(unsafe { gpu.device().alloc::<f32>(len.max(2 * had))? });
+        }
+        Ok(address(&buffers[buffers.len() - 1]))
     }
-    Ok(address(&kept[kept.len() - 1]))
 }

@@ -5,14 +5,16 @@ use half::bf16;
 
 use super::Dropout;
 use crate::Result;
-use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::{input, output};
+use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
+use crate::gpu::{Context, input};
+
+kernel_set!(DropoutKernels { dropout });
 
 /// As [`super::dropout`], in bf16.
 pub fn dropout(x: &Tensor, op: &Dropout) -> Result<Tensor> {
     let n = x.elem_count();
-    let device = x.device().as_cuda_device()?;
-    let (y, to) = output::<bf16>(device, x.shape())?;
+    let gpu = Context::of_tensor(x)?;
+    let (y, to) = gpu.output::<bf16>(x.shape())?;
     let args = [
         input::<bf16>(x)?.into(),
         n.into(),
@@ -22,6 +24,6 @@ pub fn dropout(x: &Tensor, op: &Dropout) -> Result<Tensor> {
         to.into(),
     ];
     // SAFETY: shapes as the kernel's contract; the seed is a 64-bit number, as an address is.
-    unsafe { launch(device, "dropout", Grid::new(n.div_ceil(512), 256), &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<DropoutKernels>()?.dropout, LaunchGrid::new(n.div_ceil(512), 256), &args)? };
     Ok(y)
 }

@@ -5,14 +5,16 @@ use half::bf16;
 
 use super::QkNorm;
 use crate::arch::Heads;
-use crate::gpu::input;
-use crate::gpu::kernels::{Grid, launch};
+use crate::gpu::kernels::{LaunchGrid, kernel_set};
+use crate::gpu::{Context, input};
 use crate::{Error, Result};
 
-/// Heads of a block, a warp each.
+/// Heads of a block, one a warp.
 const WARPS: usize = 8;
 /// Widest head: what a warp keeps in registers.
 const MAX_DIM: usize = 256;
+
+kernel_set!(HeadKernels { finish_heads, finish_heads_backward });
 
 /// As [`super::bias_and_qk_norm`], whose checks were made, `qkv` bf16.
 pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm>, heads: Heads) -> Result<()> {
@@ -32,8 +34,9 @@ pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm
         touched.into(),
         heads.dim.into(),
     ];
+    let gpu = Context::of_tensor(qkv)?;
     // SAFETY: shapes as the kernel's contract, checked by `super::bias_and_qk_norm` and above.
-    unsafe { launch(qkv.device().as_cuda_device()?, "finish_heads", grid(rows, touched), &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.finish_heads, grid(rows, touched), &args)? };
     Ok(())
 }
 
@@ -51,8 +54,9 @@ pub fn qk_norm_backward(dqkv: &Tensor, qkv_raw: &Tensor, norm: QkNorm, heads: He
         heads.dim.into(),
     ];
     let grid = grid(dqkv.dim(0)?, heads.query + heads.kv);
+    let gpu = Context::of_tensor(dqkv)?;
     // SAFETY: as above.
-    unsafe { launch(dqkv.device().as_cuda_device()?, "finish_heads_backward", grid, &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.finish_heads_backward, grid, &args)? };
     Ok(())
 }
 
@@ -64,7 +68,6 @@ fn check(heads: Heads) -> Result<()> {
 }
 
 /// A warp for each of `heads` heads of each row.
-fn grid(rows: usize, heads: usize) -> Grid {
-    // Rows along x, of which there may be more than 65,535.
-    Grid { blocks: (rows as u32, heads.div_ceil(WARPS) as u32, 1), ..Grid::new(1, 32 * WARPS as u32) }
+fn grid(rows: usize, heads: usize) -> LaunchGrid {
+    LaunchGrid::new_2d(rows, heads.div_ceil(WARPS), 32 * WARPS)
 }

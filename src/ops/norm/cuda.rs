@@ -3,21 +3,23 @@
 use candle_core::Tensor;
 use half::bf16;
 
-use crate::gpu::kernels::{Grid, launch};
-use crate::gpu::{input, output};
+use crate::gpu::kernels::{LaunchGrid, kernel_set};
+use crate::gpu::{Context, input};
 use crate::{Error, Result};
 
 /// Values a thread keeps.
 const PER_THREAD: usize = 16;
 
+kernel_set!(NormKernels { rms_norm, add_rms_norm, rms_norm_backward });
+
 /// As [`super::rms_norm`], `x` f32 and the result bf16.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let (t, n, grid) = shape(x, weight)?;
-    let device = x.device().as_cuda_device()?;
-    let (y, to) = output::<bf16>(device, (t, n))?;
+    let gpu = Context::of_tensor(x)?;
+    let (y, to) = gpu.output::<bf16>((t, n))?;
     let args = [input::<f32>(x)?.into(), input::<f32>(weight)?.into(), eps.into(), n.into(), to.into()];
     // SAFETY: shapes as the kernel's contract, checked by `shape`.
-    unsafe { launch(device, "rms_norm", grid, &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<NormKernels>()?.rms_norm, grid, &args)? };
     Ok(y)
 }
 
@@ -27,14 +29,14 @@ pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Re
     if delta.dims() != x.dims() {
         return Err(Error::internal(format!("sum of {:?} and {:?}", x.shape(), delta.shape())));
     }
-    let device = x.device().as_cuda_device()?;
-    let (sum, sum_at) = output::<f32>(device, (t, n))?;
-    let (y, to) = output::<bf16>(device, (t, n))?;
+    let gpu = Context::of_tensor(x)?;
+    let (sum, sum_at) = gpu.output::<f32>((t, n))?;
+    let (y, to) = gpu.output::<bf16>((t, n))?;
     let weight = input::<f32>(weight)?;
     let (x, delta) = (input::<f32>(x)?, input::<bf16>(delta)?);
     let args = [x.into(), delta.into(), weight.into(), eps.into(), n.into(), sum_at.into(), to.into()];
     // SAFETY: as above, and `delta` has the shape of `x`.
-    unsafe { launch(device, "add_rms_norm", grid, &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<NormKernels>()?.add_rms_norm, grid, &args)? };
     Ok((sum, y))
 }
 
@@ -47,8 +49,8 @@ pub fn rms_norm_backward(
     eps: f32,
 ) -> Result<Tensor> {
     let (t, n, _) = shape(x, weight)?;
-    let device = x.device().as_cuda_device()?;
-    let (dx, to) = output::<f32>(device, (t, n))?;
+    let gpu = Context::of_tensor(x)?;
+    let (dx, to) = gpu.output::<f32>((t, n))?;
     let args = [
         input::<f32>(x)?.into(),
         input::<f32>(weight)?.into(),
@@ -58,14 +60,14 @@ pub fn rms_norm_backward(
         n.into(),
         to.into(),
     ];
-    // Long rows are many, so that a block has few threads with all that they can keep, and several blocks hide each other's waits.
-    let grid = Grid::new(t, n.div_ceil(PER_THREAD).next_multiple_of(32) as u32);
+    // Training has many long rows: with few threads a block, each keeping all it can, several blocks hide each other's waits.
+    let grid = LaunchGrid::new(t, n.div_ceil(PER_THREAD).next_multiple_of(32));
     // SAFETY: shapes as the kernel's contract.
-    unsafe { launch(device, "rms_norm_backward", grid, &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<NormKernels>()?.rms_norm_backward, grid, &args)? };
     Ok(dx)
 }
 
-fn shape(x: &Tensor, weight: &Tensor) -> Result<(usize, usize, Grid)> {
+fn shape(x: &Tensor, weight: &Tensor) -> Result<(usize, usize, LaunchGrid)> {
     let (t, n) = x.dims2()?;
     if weight.dims() != [n] || n % 4 != 0 || n > PER_THREAD * 1024 {
         return Err(Error::internal(format!(
@@ -75,5 +77,5 @@ fn shape(x: &Tensor, weight: &Tensor) -> Result<(usize, usize, Grid)> {
             PER_THREAD * 1024
         )));
     }
-    Ok((t, n, Grid::new(t, (n / 4).next_multiple_of(32).min(1024) as u32)))
+    Ok((t, n, LaunchGrid::new(t, (n / 4).next_multiple_of(32).min(1024))))
 }

@@ -1,16 +1,19 @@
-//! Resident matrices on the GPU: see `kernels/quant.cu` for the layout and the kernels' contracts.
+//! Resident matrices on the GPU. The layout is described in `kernels/quant.cuh`, the kernels' contracts in their files.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+mod kernels;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, sys};
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, DType, Tensor};
 use half::bf16;
 
+use self::kernels::{QuantKernels, SmallProduct, WideProduct};
 use super::tiles::{INPUTS, PackedTiles, ROWS, TileFormat};
 use super::{MatrixStorage, QMatrix, Source};
-use crate::gpu::blas::Product;
-use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::{address, deterministic, input, output};
+use crate::gpu::blas::BlasProduct;
+use crate::gpu::kernels::{Arg, LaunchGrid};
+use crate::gpu::{Context, address, input};
 use crate::ops::batch::DeviceStep;
 use crate::{Error, Result};
 
@@ -31,7 +34,8 @@ const NF4_FACTOR: f32 = 1.436_752;
 
 /// Rows of one source, repacked, in device memory.
 pub struct TilePart {
-    device: CudaDevice,
+    gpu: Arc<Context>,
+    kernels: Arc<QuantKernels>,
     format: TileFormat,
     n: usize,
     k: usize,
@@ -55,10 +59,12 @@ impl TilePart {
                 _ => parts.push(tiles),
             }
         }
-        parts.into_iter().map(|tiles| Self::upload(tiles, device)).collect()
+        let gpu = Context::of(device)?;
+        parts.into_iter().map(|tiles| Self::upload(tiles, &gpu)).collect()
     }
 
-    fn upload(tiles: PackedTiles, device: &CudaDevice) -> Result<Self> {
+    fn upload(tiles: PackedTiles, gpu: &Arc<Context>) -> Result<Self> {
+        let device = gpu.device();
         let (mut pairs, mut codebook) = (None, None);
         if tiles.format == TileFormat::Lut {
             let value = |code: usize| u32::from(bf16::from_f32(tiles.codebook[code] * NF4_FACTOR).to_bits());
@@ -67,7 +73,8 @@ impl TilePart {
             codebook = Some(device.clone_htod(&tiles.codebook[..])?);
         }
         let part = Self {
-            device: device.clone(),
+            gpu: gpu.clone(),
+            kernels: gpu.kernels()?,
             format: tiles.format,
             n: tiles.n,
             k: tiles.k,
@@ -78,7 +85,7 @@ impl TilePart {
             zero: tiles.zero,
         };
         // The host's copy goes now, and the copies above may still read it.
-        device.cuda_stream().synchronize().map_err(|e| Error::internal(format!("copying weights: {e}")))?;
+        gpu.stream().synchronize().map_err(|e| Error::internal(format!("copying weights: {e}")))?;
         Ok(part)
     }
 
@@ -112,28 +119,28 @@ impl TilePart {
     }
 
     /// Writes the values to `out [n, k]` bf16.
-    fn dequantise(&self, out: u64) -> candle_core::Result<()> {
-        let grid = Grid::new((self.tiles() * self.n.div_ceil(ROWS)).div_ceil(8), 256);
+    fn dequantise(&self, out: u64) -> Result<()> {
+        let grid = LaunchGrid::new((self.tiles() * self.n.div_ceil(ROWS)).div_ceil(8), 256);
         let mut args = self.args();
         args.extend([Arg::from(self.codebook()), out.into()]);
         // SAFETY: `out` has n k values; the rest is this part's own memory.
-        unsafe { launch(&self.device, &format!("dequantise_{}", self.format.name()), grid, &args) }
+        unsafe { self.gpu.launch(self.kernels.dequantise(self.format), grid, &args) }
     }
 
     /// Writes the values of rows `ids[i] - offset` that are this part's to `out [rows, k]` f32.
-    fn gather(&self, ids: u64, rows: usize, offset: usize, out: u64) -> candle_core::Result<()> {
-        let grid = Grid { blocks: (self.tiles().div_ceil(8) as u32, rows as u32, 1), ..Grid::new(1, 256) };
+    fn gather(&self, ids: u64, rows: usize, offset: usize, out: u64) -> Result<()> {
+        let grid = LaunchGrid::new_2d(self.tiles().div_ceil(8), rows, 256);
         let mut args = self.args();
         args.extend([Arg::from(self.codebook()), ids.into(), offset.into(), out.into()]);
         // SAFETY: `ids` has `rows` ids and `out` rows k values; the kernel skips ids of other parts.
-        unsafe { launch(&self.device, &format!("gather_{}", self.format.name()), grid, &args) }
+        unsafe { self.gpu.launch(self.kernels.gather(self.format), grid, &args) }
     }
 
     /// `y[:, column..column + n] = x [m, k] · Wᵀ` for up to [`fused_rows`] rows, `y` with `ldy` columns, bf16 or f32.
     fn product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let few = match slices(self.n) {
             // Without slices the wide product is faster, unless all activations fit beside the small one's rings.
-            1 if fused_rows(&self.device)? > SMALL_ROWS => (NEAR_BYTES / (2 * self.k)).clamp(1, NEAR_ROWS),
+            1 if fused_rows(&self.gpu) > SMALL_ROWS => (NEAR_BYTES / (2 * self.k)).clamp(1, NEAR_ROWS),
             _ => SMALL_ROWS,
         };
         if m > few { self.wide_product(x, m, y, ldy, dtype) } else { self.small_product(x, m, y, ldy, dtype) }
@@ -146,73 +153,67 @@ impl TilePart {
         let stages = if matches!(self.format, TileFormat::Dense | TileFormat::Lut) { 2 } else { 3 };
         let rings = self.table() + 8 * self.ring(stages);
         // Small GPUs have 99 KB for a block, 4 of which the kernel takes itself.
-        let room = if fused_rows(&self.device)? > SMALL_ROWS { usize::MAX } else { 95 << 10 };
-        let (size, near) = match m {
-            ..=NEAR_ROWS if near <= NEAR_BYTES && rings + near <= room => ("near", near),
-            ..=8 => ("8", 0),
-            _ => ("16", 0),
+        let room = if fused_rows(&self.gpu) > SMALL_ROWS { usize::MAX } else { 95 << 10 };
+        let (variant, near) = match m {
+            ..=NEAR_ROWS if near <= NEAR_BYTES && rings + near <= room => (SmallProduct::Near, near),
+            ..=8 => (SmallProduct::Rows8, 0),
+            _ => (SmallProduct::Rows16, 0),
         };
         let sums = self.group_sums(x, m)?;
         let mut args = self.args();
         let sums_at = sums.as_ref().map_or(0, |s| s.1);
         args.extend([Arg::from(x), y.into(), m.into(), ldy.into(), slices.into(), sums_at.into()]);
         let blocks = self.n.div_ceil(ROWS).div_ceil(8 / slices);
-        let grid = Grid { shared: (rings + near) as u32, ..Grid::new(blocks, 256) };
+        let grid = LaunchGrid { shared: (rings + near) as u32, ..LaunchGrid::new(blocks, 256) };
         // SAFETY: x and y have the shapes that the caller promises, m rows of k and ldy.
-        unsafe { launch(&self.device, &self.kernel(size, dtype), grid, &args)? };
-        Ok(())
+        unsafe { self.gpu.launch(self.kernels.small(self.format, variant, dtype), grid, &args) }
     }
 
     /// For up to [`FUSED_ROWS`] rows, which `arrivals` has counters for, on Hopper.
     fn wide_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let slices = slices(self.n);
-        let tokens = [16, 32].into_iter().find(|&tokens| m <= tokens).unwrap_or(64);
+        let variant = WideProduct::for_rows(m, self.n <= NARROW);
+        let (tokens, teams) = (variant.tokens(), variant.teams());
         let pieces = m.div_ceil(tokens);
-        let teams = if self.n <= NARROW { 2 } else { 1 };
         let rows = ROWS * WARPS / teams;
         let (blocks, layers) = (self.n.div_ceil(rows), slices / teams);
         // The activations in the order of the products, and their sums over groups.
         let group = self.format.sum_group();
-        let arranged = output::<bf16>(&self.device, pieces * self.tiles() * tokens * INPUTS)?;
+        let arranged = self.gpu.output::<bf16>(pieces * self.tiles() * tokens * INPUTS)?;
         let sums = match group {
-            Some(group) => Some(output::<f32>(&self.device, pieces * self.tiles() * tokens * (INPUTS / group))?),
+            Some(group) => Some(self.gpu.output::<f32>(pieces * self.tiles() * tokens * (INPUTS / group))?),
             None => None,
         };
         let sums = sums.as_ref().map_or(0, |s| s.1);
         let args: [Arg; 6] =
             [x.into(), m.into(), self.k.into(), group.unwrap_or(0).into(), arranged.1.into(), sums.into()];
         let blocks_of = |x: usize, y: usize, z: usize| (x as u32, y as u32, z as u32);
-        let grid = Grid { blocks: blocks_of(self.tiles(), tokens / 16, pieces), ..Grid::new(1, 64) };
-        let name = if self.format.bits8() { "arrange_8" } else { "arrange_4" };
+        let grid = LaunchGrid { blocks: blocks_of(self.tiles(), tokens / 16, pieces), ..LaunchGrid::new(1, 64) };
+        let kernel = if self.format.bits8() { &self.kernels.arrange_8 } else { &self.kernels.arrange_4 };
         // SAFETY: x has m rows of k; the rest has the sizes of the contract.
-        unsafe { launch(&self.device, name, grid, &args)? };
+        unsafe { self.gpu.launch(kernel, grid, &args)? };
 
         let partial = match layers {
             1 => None,
-            _ => Some(output::<f32>(&self.device, pieces * blocks * layers * rows * tokens)?),
+            _ => Some(self.gpu.output::<f32>(pieces * blocks * layers * rows * tokens)?),
         };
         let partial = partial.as_ref().map_or(0, |p| p.1);
         let mut args = self.args();
         args.extend([Arg::from(arranged.1), y.into(), m.into(), ldy.into(), slices.into(), sums.into()]);
-        args.extend([Arg::from(partial), arrivals(&self.device)?.into()]);
+        let arrivals = self.gpu.get_or_init(ArrivalCounters::new)?;
+        args.extend([Arg::from(partial), address(&arrivals.0).into()]);
         // Three stages of up to four tiles of activations, and their sums; a ring for each warp. The sums at the end take less.
         let tiles = self.format.chunk().min(256 / tokens / teams);
         let stage = tiles * tokens * (2 * INPUTS + group.map_or(0, |group| INPUTS / group * 4));
         let stages = if matches!(self.format, TileFormat::Dense | TileFormat::Lut | TileFormat::Sm8) { 2 } else { 3 };
         let shared = 3 * teams * stage + self.table() + WARPS * self.ring(stages);
-        let grid = Grid {
+        let grid = LaunchGrid {
             blocks: blocks_of(blocks, layers, pieces),
             shared: shared as u32,
-            ..Grid::new(1, 32 * WARPS as u32)
+            ..LaunchGrid::new(1, 32 * WARPS)
         };
-        let size = format!("{tokens}{}", if teams == 2 { "n" } else { "w" });
         // SAFETY: as above; `partial` and the counters have the sizes of the contract.
-        unsafe { launch(&self.device, &self.kernel(&size, dtype), grid, &args)? };
-        Ok(())
-    }
-
-    fn kernel(&self, size: &str, dtype: DType) -> String {
-        format!("gemm_{}_{size}_{}", self.format.name(), if dtype == DType::F32 { "f32" } else { "bf16" })
+        unsafe { self.gpu.launch(self.kernels.wide(self.format, variant, dtype), grid, &args) }
     }
 
     /// Bytes of a codebook's table in shared memory.
@@ -229,10 +230,10 @@ impl TilePart {
     fn group_sums(&self, x: u64, m: usize) -> Result<Option<(Tensor, u64)>> {
         let Some(group) = self.format.sum_group() else { return Ok(None) };
         let count = self.tiles() * INPUTS / group * 64;
-        let sums = output::<f32>(&self.device, count)?;
+        let sums = self.gpu.output::<f32>(count)?;
         let args = [Arg::from(x), m.into(), self.k.into(), group.into(), sums.1.into()];
         // SAFETY: x has m rows of k, and sums the size of the contract.
-        unsafe { launch(&self.device, "group_sums", Grid::new(count.div_ceil(256), 256), &args)? };
+        unsafe { self.gpu.launch(&self.kernels.group_sums, LaunchGrid::new(count.div_ceil(256), 256), &args)? };
         Ok(Some(sums))
     }
 }
@@ -256,29 +257,21 @@ pub fn workspace_bytes(n: usize, k: usize, rows: usize) -> usize {
 }
 
 /// Rows up to which products are taken with the packed weights: `quant_wide.cu` needs Hopper's own instructions.
-fn fused_rows(device: &CudaDevice) -> candle_core::Result<usize> {
-    static MAJOR: OnceLock<i32> = OnceLock::new();
-    let rows = |major: i32| if major == 9 { FUSED_ROWS } else { SMALL_ROWS };
-    if let Some(major) = MAJOR.get() {
-        return Ok(rows(*major));
-    }
-    let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-    let major = device.cuda_stream().context().attribute(attribute);
-    let major = major.map_err(|e| candle_core::Error::Msg(format!("the GPU's compute capability: {e}")))?;
-    Ok(rows(*MAJOR.get_or_init(|| major)))
+fn fused_rows(gpu: &Context) -> usize {
+    if gpu.compute_major == 9 { FUSED_ROWS } else { SMALL_ROWS }
 }
 
-/// Counters of blocks that have arrived, zero between products: one for all, since products follow one another.
-fn arrivals(device: &CudaDevice) -> candle_core::Result<u64> {
+/// Counters of thread blocks that have arrived, which are zero between products. One buffer serves all launches, since products
+/// follow one another; captured graphs contain its address.
+struct ArrivalCounters(CudaSlice<i32>);
+
+impl ArrivalCounters {
     /// 256-row blocks of the widest matrix with slices, for each 64 rows of activations.
-    const MOST: usize = 99 * FUSED_ROWS.div_ceil(64);
-    static COUNTERS: Mutex<Option<CudaSlice<i32>>> = Mutex::new(None);
-    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-    let counters = match &mut *counters {
-        Some(counters) => counters,
-        none => none.insert(device.alloc_zeros::<i32>(MOST)?),
-    };
-    Ok(address(counters))
+    const COUNT: usize = 99 * FUSED_ROWS.div_ceil(64);
+
+    fn new(gpu: &Context) -> Result<Self> {
+        Ok(Self(gpu.device().alloc_zeros::<i32>(Self::COUNT)?))
+    }
 }
 
 impl QMatrix {
@@ -288,16 +281,16 @@ impl QMatrix {
         if k != self.k {
             return Err(Error::internal(format!("product of [{m}, {k}] with a [{}, {}] matrix", self.n, self.k)));
         }
-        let device = &parts[0].device;
-        let at_once = fused_rows(device)?;
+        let gpu = &parts[0].gpu;
+        let at_once = fused_rows(gpu);
         // Rows of other lengths are not aligned for the kernels' loads.
-        let fused = k % 8 == 0 && (m <= at_once || dtype == DType::F32 || deterministic());
+        let fused = k % 8 == 0 && (m <= at_once || dtype == DType::F32 || gpu.deterministic);
         if !fused {
             return Ok(x.matmul(&self.dequantised(parts)?.t()?)?.to_dtype(dtype)?);
         }
         let (y, to) = match dtype {
-            DType::F32 => output::<f32>(device, (m, self.n))?,
-            _ => output::<bf16>(device, (m, self.n))?,
+            DType::F32 => gpu.output::<f32>((m, self.n))?,
+            _ => gpu.output::<bf16>((m, self.n))?,
         };
         let x = input::<bf16>(x)?;
         for first in (0..m).step_by(at_once) {
@@ -314,16 +307,16 @@ impl QMatrix {
 
     /// `dy [m, n] bf16 -> [m, k]`, whose shape was checked.
     pub(super) fn multiply_transposed_cuda(&self, parts: &[TilePart], dy: &Tensor, dtype: DType) -> Result<Tensor> {
-        let (device, m) = (&parts[0].device, dy.dim(0)?);
+        let (gpu, m) = (&parts[0].gpu, dy.dim(0)?);
         let (dx, to) = match dtype {
-            DType::F32 => output::<f32>(device, (m, self.k))?,
-            _ => output::<bf16>(device, (m, self.k))?,
+            DType::F32 => gpu.output::<f32>((m, self.k))?,
+            _ => gpu.output::<bf16>((m, self.k))?,
         };
         let values = self.dequantised(parts)?;
         let (a, b) = ((input::<bf16>(dy)?, self.n), input::<bf16>(&values)?);
-        let product = Product { m, n: self.k, k: self.n, a, b, b_transposed: false, c: to, dtype };
+        let product = BlasProduct { m, n: self.k, k: self.n, a, b, b_transposed: false, c: to, dtype };
         // SAFETY: shapes of the tensors.
-        unsafe { product.launch(device)? };
+        unsafe { product.launch(gpu)? };
         Ok(dx)
     }
 
@@ -337,7 +330,7 @@ impl QMatrix {
 
     /// All values `[n, k]` bf16.
     fn dequantised(&self, parts: &[TilePart]) -> Result<Tensor> {
-        let (values, mut to) = output::<bf16>(&parts[0].device, (self.n, self.k))?;
+        let (values, mut to) = parts[0].gpu.output::<bf16>((self.n, self.k))?;
         for part in parts {
             part.dequantise(to)?;
             to += (2 * part.n * self.k) as u64;
@@ -347,16 +340,16 @@ impl QMatrix {
 
     /// Rows `ids`, or the tokens of `step`, as `[rows, k]` f32.
     pub(super) fn gather_cuda(&self, parts: &[TilePart], ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
-        let device = &parts[0].device;
+        let gpu = &parts[0].gpu;
         let uploaded;
         let (ids, rows) = match step {
             Some(step) => (step.tokens, step.rows),
             None => {
-                uploaded = device.clone_htod(ids)?;
+                uploaded = gpu.device().clone_htod(ids)?;
                 (address(&uploaded), ids.len())
             }
         };
-        let (out, to) = output::<f32>(device, (rows, self.k))?;
+        let (out, to) = gpu.output::<f32>((rows, self.k))?;
         let mut offset = 0;
         for part in parts {
             part.gather(ids, rows, offset, to)?;

@@ -33,6 +33,9 @@ pub enum TileFormat {
 }
 
 impl TileFormat {
+    /// All formats, in the order of the variants.
+    pub const ALL: [Self; 7] = [Self::S16, Self::Sm16, Self::K4, Self::Lut, Self::S8, Self::Sm8, Self::Dense];
+
     /// As in the kernels' names.
     pub fn name(self) -> &'static str {
         match self {

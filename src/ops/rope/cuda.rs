@@ -5,20 +5,24 @@ use half::bf16;
 
 use super::{Direction, RopeTable};
 use crate::Result;
-use crate::gpu::kernels::{Grid, launch};
-use crate::gpu::uploads::upload;
-use crate::gpu::{address, input};
+use crate::gpu::kernels::{LaunchGrid, kernel_set};
+use crate::gpu::{Context, address, input};
 
-/// Threads a block.
+/// Threads of a block.
 const THREADS: usize = 128;
+
+kernel_set!(RopeKernels { rope_turn_1, rope_turn_8 });
 
 /// As [`super::rotate`], whose checks were made.
 pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<()> {
-    let (device, (rows, width), dim) = (x.device().as_cuda_device()?, x.dims2()?, table.head_dim());
+    let ((rows, width), dim) = (x.dims2()?, table.head_dim());
+    let gpu = Context::of_tensor(x)?;
+    let kernels = gpu.kernels::<RopeKernels>()?;
     // 16 bytes of both halves of a head at once, where they are aligned.
-    let (name, pairs) = if dim % 16 == 0 && width % 8 == 0 { ("rope_turn_8", 8) } else { ("rope_turn_1", 1) };
+    let vectors = dim % 16 == 0 && width % 8 == 0;
+    let (kernel, pairs) = if vectors { (&kernels.rope_turn_8, 8) } else { (&kernels.rope_turn_1, 1) };
     let pieces = heads * (dim / 2 / pairs);
-    let positions = upload(device, positions)?;
+    let positions = gpu.upload(positions)?;
     let args = [
         input::<bf16>(x)?.into(),
         address(&positions).into(),
@@ -28,8 +32,8 @@ pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, di
         dim.into(),
         direction.sign().into(),
     ];
-    let blocks = (rows as u32, pieces.div_ceil(THREADS) as u32, 1);
+    let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(THREADS), THREADS);
     // SAFETY: shapes as the contract, and positions of the table, by the caller's checks.
-    unsafe { launch(device, name, Grid { blocks, ..Grid::new(1, THREADS as u32) }, &args)? };
+    unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(())
 }

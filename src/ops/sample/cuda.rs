@@ -4,20 +4,23 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Layout, Shape};
 
 use super::SamplePlan;
-use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::{address, tensor_address};
+use crate::Result;
+use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
+use crate::gpu::{Context, address, tensor_address};
 
-/// Ids that a warp takes of a row.
+/// Ids of a row that a warp takes.
 const SEGMENT: usize = 1024;
 
-/// Largest logits of parts of a segment, one a lane.
+/// Parts of a segment whose largest logits are kept, one a lane.
 const CHUNKS: usize = 32;
 
-/// Warps a block where a warp works alone.
+/// Warps of a thread block where each warp works alone.
 const WARPS: usize = 8;
 
-/// Threads a block where a block has a row.
-const THREADS: u32 = 512;
+/// Threads of a thread block that has a row.
+const THREADS: usize = 512;
+
+kernel_set!(SampleKernels { sample_edit, sample_max, sample_best, sample_sum, sample_pick });
 
 /// `u32 [2 rows + stride tasks]`: see [`super::SampleLaunch`].
 pub(super) fn forward(
@@ -25,7 +28,13 @@ pub(super) fn forward(
     logits: &CudaStorage,
     layout: &Layout,
 ) -> candle_core::Result<(CudaStorage, Shape)> {
+    run(plan, logits, layout).map_err(candle_core::Error::wrap)
+}
+
+fn run(plan: &SamplePlan, logits: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
     let device = logits.device();
+    let gpu = Context::of(device)?;
+    let kernels = gpu.kernels::<SampleKernels>()?;
     let (rows, vocab) = layout.shape().dims2()?;
     let x = tensor_address::<f32>("sample", logits, layout)?;
     let segments = vocab.div_ceil(SEGMENT);
@@ -46,32 +55,36 @@ pub(super) fn forward(
     let maxima_at = if plan.picks { sums_at + 8 * sums as u64 } else { 0 };
 
     let vocab_arg = Arg::from(vocab);
-    let by_segment = |rows: usize| Grid {
-        blocks: (segments.div_ceil(WARPS) as u32, rows as u32, 1),
-        threads: 32 * WARPS as u32,
-        shared: 0,
-    };
-    let by_row = Grid::new(plan.tasks, THREADS);
+    let by_segment = |rows: usize| LaunchGrid::new_2d(segments.div_ceil(WARPS), rows, 32 * WARPS);
+    let by_row = LaunchGrid::new(plan.tasks, THREADS);
     if plan.edits {
-        // SAFETY: tasks point to rows of the logits and to lists in their own buffer (Plan::new); nothing else uses the
+        let args = [x.into(), vocab_arg, tasks.into()];
+        // SAFETY: tasks point to rows of the logits and to lists in their own buffer (SamplePlan::new); nothing else uses the
         // logits at this point of the stream.
-        unsafe { launch(device, "sample_edit", by_row, &[x.into(), vocab_arg, tasks.into()])? };
+        unsafe { gpu.launch(&kernels.sample_edit, by_row, &args)? };
     }
+    let args = [x.into(), vocab_arg, partials.into(), maxima_at.into()];
     // SAFETY: logits of this shape, and scratch of the sizes above.
-    unsafe {
-        launch(device, "sample_max", by_segment(rows), &[x.into(), vocab_arg, partials.into(), maxima_at.into()])?
-    };
-    let by_best = Grid::new(rows.div_ceil(WARPS), 32 * WARPS as u32);
+    unsafe { gpu.launch(&kernels.sample_max, by_segment(rows), &args)? };
+    let args = [partials.into(), vocab_arg, rows.into(), best.into()];
     // SAFETY: as above; `out` starts with two words a row.
-    unsafe { launch(device, "sample_best", by_best, &[partials.into(), vocab_arg, rows.into(), best.into()])? };
+    unsafe { gpu.launch(&kernels.sample_best, LaunchGrid::new(rows.div_ceil(WARPS), 32 * WARPS), &args)? };
     if plan.picks {
-        let sum = [x.into(), vocab_arg, tasks.into(), best.into(), sums_at.into()];
+        let args = [x.into(), vocab_arg, tasks.into(), best.into(), sums_at.into()];
         // SAFETY: as above, two sums a task and segment.
-        unsafe { launch(device, "sample_sum", by_segment(plan.tasks), &sum)? };
-        let pick = [x.into(), vocab_arg, tasks.into(), best.into(), maxima_at.into(), sums_at.into(), records.into()];
-        let pick = [&pick[..], &[plan.stride.into()]].concat();
+        unsafe { gpu.launch(&kernels.sample_sum, by_segment(plan.tasks), &args)? };
+        let args = [
+            x.into(),
+            vocab_arg,
+            tasks.into(),
+            best.into(),
+            maxima_at.into(),
+            sums_at.into(),
+            records.into(),
+            plan.stride.into(),
+        ];
         // SAFETY: as above; `out` goes on with `stride` words a task, enough for its alternatives.
-        unsafe { launch(device, "sample_pick", by_row, &pick)? };
+        unsafe { gpu.launch(&kernels.sample_pick, by_row, &args)? };
     }
     Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), Shape::from(len)))
 }

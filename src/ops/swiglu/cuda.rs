@@ -3,31 +3,38 @@
 use candle_core::Tensor;
 use half::bf16;
 
-use crate::gpu::kernels::{Grid, launch};
-use crate::gpu::{input, output};
+use crate::gpu::kernels::{KernelHandle, LaunchGrid, kernel_set};
+use crate::gpu::{Context, input};
 use crate::{Error, Result};
+
+/// Threads of a block.
+const THREADS: usize = 256;
+
+kernel_set!(SwigluKernels { swiglu_2, swiglu_8, swiglu_backward_2, swiglu_backward_8 });
 
 /// As [`super::swiglu`], in bf16.
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     let (t, n) = shape(gate_up)?;
-    let device = gate_up.device().as_cuda_device()?;
-    let (y, to) = output::<bf16>(device, (t, n))?;
-    let (values, grid) = grid(t, n);
+    let gpu = Context::of_tensor(gate_up)?;
+    let kernels = gpu.kernels::<SwigluKernels>()?;
+    let (y, to) = gpu.output::<bf16>((t, n))?;
+    let (kernel, grid) = choose(t, n, &kernels.swiglu_2, &kernels.swiglu_8);
     let args = [input::<bf16>(gate_up)?.into(), n.into(), to.into()];
     // SAFETY: shapes as the kernel's contract.
-    unsafe { launch(device, &format!("swiglu_{values}"), grid, &args)? };
+    unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(y)
 }
 
 /// As [`super::swiglu_backward`], whose checks were made, in bf16.
 pub fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<Tensor> {
     let (t, n) = shape(gate_up)?;
-    let device = gate_up.device().as_cuda_device()?;
-    let (dx, to) = output::<bf16>(device, (t, 2 * n))?;
-    let (values, grid) = grid(t, n);
+    let gpu = Context::of_tensor(gate_up)?;
+    let kernels = gpu.kernels::<SwigluKernels>()?;
+    let (dx, to) = gpu.output::<bf16>((t, 2 * n))?;
+    let (kernel, grid) = choose(t, n, &kernels.swiglu_backward_2, &kernels.swiglu_backward_8);
     let args = [input::<bf16>(gate_up)?.into(), input::<bf16>(dh)?.into(), n.into(), to.into()];
     // SAFETY: shapes as the kernel's contract.
-    unsafe { launch(device, &format!("swiglu_backward_{values}"), grid, &args)? };
+    unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(dx)
 }
 
@@ -39,9 +46,8 @@ fn shape(gate_up: &Tensor) -> Result<(usize, usize)> {
     Ok((t, width / 2))
 }
 
-/// Values a thread takes, and the grid: many where there are enough rows to fill the GPU all the same.
-fn grid(t: usize, n: usize) -> (usize, Grid) {
-    let values = if t > 64 && n.is_multiple_of(8) { 8 } else { 2 };
-    // Rows along x, of which there may be more than 65,535.
-    (values, Grid { blocks: (t as u32, n.div_ceil(256 * values) as u32, 1), ..Grid::new(1, 256) })
+/// The kernel whose threads take 2 or 8 values each, and its grid: 8 where the rows fill the GPU all the same.
+fn choose<'a>(t: usize, n: usize, two: &'a KernelHandle, eight: &'a KernelHandle) -> (&'a KernelHandle, LaunchGrid) {
+    let (kernel, values) = if t > 64 && n.is_multiple_of(8) { (eight, 8) } else { (two, 2) };
+    (kernel, LaunchGrid::new_2d(t, n.div_ceil(THREADS * values), THREADS))
 }

@@ -1,21 +1,18 @@
 //! What the tests on a GPU share.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::cell::OnceCell;
 
 use candle_core::Device;
 use half::bf16;
-use quiver::gpu::{self, DeviceChoice};
+use quiver::gpu::{self, DeviceChoice, OpenOptions};
 
-/// The GPU, opened once. Workspaces are one for all launches, since the engine has one thread: a test that has asked for the GPU
-/// has it for itself until the test's thread ends.
+/// The GPU, opened once a thread: each test has a device of its own, with its own stream and workspaces.
 pub fn device() -> Device {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    static TURN: Mutex<()> = Mutex::new(());
     thread_local! {
-        static MINE: MutexGuard<'static, ()> = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        static DEVICE: OnceCell<Device> = const { OnceCell::new() };
     }
-    MINE.with(|_| ());
-    DEVICE.get_or_init(|| gpu::open(DeviceChoice::Cuda(0)).expect("these tests need a GPU")).clone()
+    let open = || gpu::open(DeviceChoice::Cuda(0), OpenOptions::default()).expect("these tests need a GPU");
+    DEVICE.with(|device| device.get_or_init(open).clone())
 }
 
 /// `len` values in [-1, 1), rounded to bf16, the same for the same seed.

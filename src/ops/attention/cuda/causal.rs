@@ -5,28 +5,77 @@ use std::f32::consts::LOG2_E;
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::Tensor;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
-use candle_core::{CudaDevice, Tensor};
 use half::bf16;
 
 use super::{Heads, MOST_DIM, PREFILL_ROWS, THREADS};
-use crate::gpu::kernels::{Arg, Grid, launch};
-use crate::gpu::uploads::upload;
-use crate::gpu::{address, input, output};
+use crate::gpu::kernels::{Arg, KernelHandle, KernelSet, Kernels, LaunchGrid};
+use crate::gpu::{Context, address, input};
 use crate::{Error, Result};
 
-/// Keys of a block that computes their gradients, and positions of a block of the kernels for any width.
+/// Keys of a thread block that computes their gradients, and positions of a thread block of the kernels for any width.
 const TILE: usize = 64;
-/// Threads of a block of the dot products.
+/// Threads of a thread block of the dot products.
 const DELTA_THREADS: usize = 256;
+
+struct CausalKernels {
+    delta: KernelHandle,
+    forward: ByWidth,
+    query_gradient: ByWidth,
+    key_gradient: ByWidth,
+}
+
+/// A kernel for each width of heads that tensor cores take, and one for all other widths.
+struct ByWidth {
+    w64: KernelHandle,
+    w96: KernelHandle,
+    w128: KernelHandle,
+    any: KernelHandle,
+}
+
+impl KernelSet for CausalKernels {
+    fn resolve(kernels: &Kernels) -> Result<Self> {
+        let by_width = |name: &str| -> Result<ByWidth> {
+            let get = |width: &str| kernels.get(&format!("{name}_{width}"));
+            Ok(ByWidth { w64: get("64")?, w96: get("96")?, w128: get("128")?, any: get("any")? })
+        };
+        Ok(Self {
+            delta: kernels.get("attn_delta")?,
+            forward: by_width("attn_causal")?,
+            query_gradient: by_width("attn_causal_dq")?,
+            key_gradient: by_width("attn_causal_dkv")?,
+        })
+    }
+}
+
+impl ByWidth {
+    /// The kernel on tensor cores, if the width has one.
+    fn fast(&self, dim: usize) -> Option<&KernelHandle> {
+        match dim {
+            64 => Some(&self.w64),
+            96 => Some(&self.w96),
+            128 => Some(&self.w128),
+            _ => None,
+        }
+    }
+}
 
 /// As [`super::super::causal`], whose checks were made. Errors: a head that is too wide or of odd width.
 pub fn causal(qkv: &Tensor, sequences: &[Range<usize>], heads: Heads) -> Result<(Tensor, Tensor)> {
-    let call = Call::new(qkv, sequences, heads)?;
+    let gpu = Context::of_tensor(qkv)?;
+    let kernels = gpu.kernels::<CausalKernels>()?;
+    let call = CausalAttention::new(&gpu, sequences, heads)?;
     let rows = qkv.dim(0)?;
-    let (out, out_at) = output::<bf16>(call.device, (rows, heads.query * heads.dim))?;
-    let (lse, lse_at) = output::<f32>(call.device, (rows, heads.query))?;
-    call.launch("attn_causal", Tiles::Queries, 0, &[input::<bf16>(qkv)?.into()], &[out_at.into(), lse_at.into()])?;
+    let (out, out_at) = gpu.output::<bf16>((rows, heads.query * heads.dim))?;
+    let (lse, lse_at) = gpu.output::<f32>((rows, heads.query))?;
+    call.launch(
+        &kernels.forward,
+        CausalTiles::Queries,
+        0,
+        &[input::<bf16>(qkv)?.into()],
+        &[out_at.into(), lse_at.into()],
+    )?;
     Ok((out, lse))
 }
 
@@ -39,75 +88,84 @@ pub fn causal_backward(
     sequences: &[Range<usize>],
     heads: Heads,
 ) -> Result<Tensor> {
-    let call = Call::new(qkv, sequences, heads)?;
+    let gpu = Context::of_tensor(qkv)?;
+    let kernels = gpu.kernels::<CausalKernels>()?;
+    let call = CausalAttention::new(&gpu, sequences, heads)?;
     let rows = qkv.dim(0)?;
-    let (_delta, delta_at) = output::<f32>(call.device, (rows, heads.query))?;
+    let (_delta, delta_at) = gpu.output::<f32>((rows, heads.query))?;
     let dout = Arg::from(input::<bf16>(dout)?);
     let rows = rows * heads.query;
     let lanes = if heads.dim.is_multiple_of(8) { (heads.dim / 8).next_power_of_two() } else { 32 };
-    let grid = Grid::new(rows.div_ceil(DELTA_THREADS / lanes), DELTA_THREADS as u32);
+    let grid = LaunchGrid::new(rows.div_ceil(DELTA_THREADS / lanes), DELTA_THREADS);
     let args = [input::<bf16>(out)?.into(), dout, heads.dim.into(), rows.into(), lanes.into(), delta_at.into()];
     // SAFETY: shapes as the contract, by the caller's checks.
-    unsafe { launch(call.device, "attn_delta", grid, &args)? };
-    let (dqkv, to) = output::<bf16>(call.device, qkv.dims2()?)?;
+    unsafe { gpu.launch(&kernels.delta, grid, &args)? };
+    let (dqkv, to) = gpu.output::<bf16>(qkv.dims2()?)?;
     let inputs = [input::<bf16>(qkv)?.into(), dout, input::<f32>(lse)?.into(), delta_at.into()];
-    call.launch("attn_causal_dq", Tiles::Queries, 0, &inputs, &[to.into()])?;
-    call.launch("attn_causal_dkv", Tiles::Keys, 16 * TILE, &inputs, &[to.into()])?;
+    call.launch(&kernels.query_gradient, CausalTiles::Queries, 0, &inputs, &[to.into()])?;
+    call.launch(&kernels.key_gradient, CausalTiles::Keys, 16 * TILE, &inputs, &[to.into()])?;
     Ok(dqkv)
 }
 
-/// What a kernel's tiles are of.
+/// What a kernel's tiles consist of.
 #[derive(Clone, Copy)]
-enum Tiles {
+enum CausalTiles {
     Queries,
     Keys,
 }
 
-struct Call<'a> {
-    device: &'a CudaDevice,
+struct CausalAttention<'a> {
+    gpu: &'a Context,
     sequences: &'a [Range<usize>],
     heads: Heads,
     /// Query heads of a key-value head.
     group: usize,
-    /// Whether the width has kernels on tensor cores.
+    /// Whether the kernels on tensor cores take the group.
     fast: bool,
 }
 
-impl<'a> Call<'a> {
-    fn new(qkv: &'a Tensor, sequences: &'a [Range<usize>], heads: Heads) -> Result<Self> {
+impl<'a> CausalAttention<'a> {
+    fn new(gpu: &'a Context, sequences: &'a [Range<usize>], heads: Heads) -> Result<Self> {
         if !heads.dim.is_multiple_of(2) || heads.dim > MOST_DIM {
             return Err(Error::internal(format!("attention of {heads:?}: widths are even, at most {MOST_DIM}")));
         }
         let group = heads.query / heads.kv;
         let fast = matches!(heads.dim, 64 | 96 | 128) && group <= PREFILL_ROWS;
-        Ok(Self { device: qkv.device().as_cuda_device()?, sequences, heads, group, fast })
+        Ok(Self { gpu, sequences, heads, group, fast })
     }
 
-    /// `name(inputs, work, kv_heads, group, scale, outputs)`, with `more` bytes of shared memory.
-    fn launch(&self, name: &str, tiles: Tiles, more: usize, inputs: &[Arg], outputs: &[Arg]) -> Result<()> {
+    /// Launches `kernel(inputs, work, kv_heads, group, scale, outputs)` with `more` bytes of shared memory beside the tiles'.
+    fn launch(
+        &self,
+        kernels: &ByWidth,
+        tiles: CausalTiles,
+        more: usize,
+        inputs: &[Arg],
+        outputs: &[Arg],
+    ) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         let (work, items) = self.work(tiles)?;
         let scale = LOG2_E / (dim as f32).sqrt();
         let middle = [address(&work).into(), kv.into(), self.group.into(), scale.into()];
         let args = [inputs, &middle, outputs].concat();
-        if self.fast {
+        if let Some(kernel) = kernels.fast(dim).filter(|_| self.fast) {
             let row = if dim > 64 { 256 } else { 128 };
-            let grid = Grid { shared: (384 * row + more) as u32, ..Grid::new(items * kv, THREADS) };
+            let grid = LaunchGrid { shared: (384 * row + more) as u32, ..LaunchGrid::new(items * kv, THREADS) };
             // SAFETY: shapes as the contract, by the caller's checks, and tiles of sequences in these rows.
-            unsafe { launch(self.device, &format!("{name}_{dim}"), grid, &args)? };
+            unsafe { self.gpu.launch(kernel, grid, &args)? };
         } else {
-            let heads = if matches!(tiles, Tiles::Keys) { kv } else { query };
+            let heads = if matches!(tiles, CausalTiles::Keys) { kv } else { query };
             let args = [&args[..], &[dim.into()]].concat();
             // SAFETY: as above.
-            unsafe { launch(self.device, &format!("{name}_any"), Grid::new(items * heads, THREADS), &args)? };
+            unsafe { self.gpu.launch(&kernels.any, LaunchGrid::new(items * heads, THREADS), &args)? };
         }
         Ok(())
     }
 
-    /// The tiles, those first that have most to do, and their number.
-    fn work(&self, tiles: Tiles) -> Result<(Arc<CudaSlice<u32>>, usize)> {
+    /// The tiles and their number; those with most work come first.
+    fn work(&self, tiles: CausalTiles) -> Result<(Arc<CudaSlice<u32>>, usize)> {
         let step = match tiles {
-            Tiles::Queries if self.fast => PREFILL_ROWS / self.group,
+            CausalTiles::Queries if self.fast => PREFILL_ROWS / self.group,
             _ => TILE,
         };
         let mut items: Vec<[u32; 4]> = Vec::new();
@@ -117,10 +175,10 @@ impl<'a> Call<'a> {
         }
         items.sort_by_key(|&[_, length, first, _]| {
             Reverse(match tiles {
-                Tiles::Queries => first,
-                Tiles::Keys => length - first,
+                CausalTiles::Queries => first,
+                CausalTiles::Keys => length - first,
             })
         });
-        Ok((upload(self.device, items.as_flattened())?, items.len()))
+        Ok((self.gpu.upload(items.as_flattened())?, items.len()))
     }
 }
