@@ -4,7 +4,7 @@
 mod smollm2;
 
 use quiver::engine::request::SamplingParams;
-use quiver::eval::{Scores, evaluate};
+use quiver::eval::{EvalScores, evaluate};
 use quiver::text::codec::TextCodec;
 use quiver::train::data::Example;
 use quiver::train::data::{AlpacaEnding, DataOptions, parse};
@@ -26,7 +26,13 @@ fn held_out(task: &str, codec: &TextCodec) -> Vec<Example> {
     parse(&std::fs::read(path).expect("the fixture is there"), codec, &options).expect("it is well-formed").examples
 }
 
-fn score(model: &SmolLm2, codec: &TextCodec, adapter: Option<&str>, examples: &[Example], max_tokens: usize) -> Scores {
+fn score(
+    model: &SmolLm2,
+    codec: &TextCodec,
+    adapter: Option<&str>,
+    examples: &[Example],
+    max_tokens: usize,
+) -> EvalScores {
     let adapters: Vec<_> = adapter.iter().map(|name| (model.registry.lease(name).expect("loaded"), 1.0)).collect();
     let sampling = SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");

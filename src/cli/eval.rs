@@ -8,7 +8,7 @@ use serde_json::{Map, json};
 use super::{block_on, start_logs};
 use crate::config::ServeConfig;
 use crate::engine::request::SamplingParams;
-use crate::eval::{self, Scores};
+use crate::eval::{self, EvalScores};
 use crate::runtime::Runtime;
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
@@ -109,7 +109,7 @@ const HEAD: &str = "| model | loss | perplexity | token accuracy | exact match |
                     |---|---|---|---|---|---|---|---|---|---|";
 
 /// Shares in percent.
-fn row(name: &str, scores: &Scores) -> String {
+fn row(name: &str, scores: &EvalScores) -> String {
     let percent = |share: f64| format!("{:.1}", 100.0 * share);
     let text = scores.text.as_ref().map(|t| [t.exact_match, t.f1, t.bleu, t.rouge1, t.rouge2, t.rouge_l].map(percent));
     format!(

@@ -1,4 +1,4 @@
-//! Scores of texts against references, as the published scripts compute them.
+//! Scores of answers against reference texts, as the published scripts compute them.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -6,27 +6,27 @@ use std::hash::Hash;
 use bleuscore::RefLenMethod;
 use serde::Serialize;
 
-/// Means over all pairs, 0 to 1 (BLEU: of the whole).
+/// Scores from 0 to 1: means over all pairs of an answer and a reference, and BLEU of the whole corpus.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TextScores {
-    /// Pairs.
+    /// Number of pairs.
     pub answers: usize,
-    /// Share of answers that are the reference, letter for letter: `x + 1` is not `x - 1`.
+    /// Fraction of answers that equal the reference character by character, so that `x + 1` differs from `x - 1`.
     pub exact_match: f64,
-    /// Overlap of words in lower case, without punctuation and articles (SQuAD, Rajpurkar et al., 2016).
+    /// F1 of lower-case words without punctuation and articles (SQuAD; Rajpurkar et al., 2016).
     pub f1: f64,
-    /// Of the corpus: up to 4-grams, mteval-v13a's tokens, no smoothing (Papineni et al., 2002; Post, 2018).
+    /// Corpus BLEU: up to 4-grams, mteval-v13a tokens, no smoothing (Papineni et al., 2002; Post, 2018).
     pub bleu: f64,
-    /// F-measure of single words (Lin, 2004), no stemming.
+    /// ROUGE-1, the F-measure of single words (Lin, 2004), without stemming.
     pub rouge1: f64,
-    /// The same of pairs of words.
+    /// ROUGE-2, the F-measure of pairs of words.
     pub rouge2: f64,
-    /// The same of the longest common subsequence.
+    /// ROUGE-L, the F-measure of the longest common subsequence.
     pub rouge_l: f64,
 }
 
 impl TextScores {
-    /// Of `(answer, reference)` pairs; none if there are none.
+    /// The scores of `(answer, reference)` pairs; `None` without pairs.
     pub fn of(pairs: &[(String, String)]) -> Option<Self> {
         if pairs.is_empty() {
             return None;
@@ -61,7 +61,7 @@ fn f1(answer: &str, reference: &str) -> f64 {
     f_measure(common(&answer, &reference), answer.len(), reference.len())
 }
 
-/// Words as rouge-score's default tokenizer cuts them.
+/// Words as rouge-score's default tokenizer splits them.
 fn rouge_words(text: &str) -> Vec<String> {
     let text = text.to_lowercase();
     text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()).map(str::to_owned).collect()
@@ -75,7 +75,7 @@ fn rouge_n(answer: &str, reference: &str, n: usize) -> f64 {
 
 fn rouge_l(answer: &str, reference: &str) -> f64 {
     let (answer, reference) = (rouge_words(answer), rouge_words(reference));
-    // Longest common subsequence of what was read of the answer with each beginning of the reference.
+    // Length of the longest common subsequence of the answer so far and each prefix of the reference.
     let mut longest = vec![0; reference.len() + 1];
     for word in &answer {
         let mut diagonal = 0;
@@ -87,7 +87,7 @@ fn rouge_l(answer: &str, reference: &str) -> f64 {
     f_measure(longest[reference.len()], answer.len(), reference.len())
 }
 
-/// How many of each other's items two lists have, each once.
+/// Size of the intersection of two lists as multisets.
 fn common<T: Hash + Eq>(a: &[T], b: &[T]) -> usize {
     let mut left: HashMap<&T, usize> = HashMap::new();
     b.iter().for_each(|item| *left.entry(item).or_default() += 1);

@@ -1,7 +1,7 @@
-//! How well the base or an adapter does on held-out examples, through the engine that serves: what users get is measured.
+//! Scores the base or an adapter on held-out examples through the serving engine, so that they are scores of what users get.
 //!
-//! The loss is of the examples' trained tokens, from the engine's log-probabilities of prompts. For scores of texts, every
-//! trained span is an answer to what stands before it: the engine generates one and it is compared.
+//! The loss is the mean over the examples' trained tokens, from the engine's prompt log-probabilities. For text scores, each
+//! trained span is a reference answer to the text before it: the engine generates an answer, which is compared with it.
 
 mod metrics;
 
@@ -20,61 +20,60 @@ use crate::text::codec::TextCodec;
 use crate::train::data::Example;
 use crate::{Error, Result};
 
-/// Requests at once: enough to fill the engine's steps, and few beside what it serves.
-const AT_ONCE: usize = 32;
+/// Concurrent requests: enough to fill the engine's steps, and few compared with the load that the engine can serve.
+const CONCURRENCY: usize = 32;
 
-/// What a model scores.
+/// The scores of the base or an adapter on a set of examples.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Scores {
+pub struct EvalScores {
     pub examples: usize,
-    /// Tokens that the loss is of.
+    /// Trained tokens of the examples, over which the loss is a mean.
     pub trained_tokens: usize,
     /// Mean negative log-likelihood of a trained token, nats.
     pub loss: f64,
-    /// Its exponential.
+    /// `exp(loss)`.
     pub perplexity: f64,
-    /// Share of trained tokens that were the likeliest.
+    /// Fraction of trained tokens that were the likeliest.
     pub token_accuracy: f64,
-    /// Of generated answers, where asked for.
+    /// Scores of generated answers, if answers were requested.
     #[serde(flatten)]
     pub text: Option<TextScores>,
 }
 
-/// Scores the base with `adapters` (weighted sum; empty: the base alone) on `examples`. `sampling` says how answers are
-/// generated; with `max_tokens` 0 there are none.
+/// Scores the base with the weighted sum of `adapters` on `examples`; without adapters, the base alone. `sampling` says how
+/// answers are generated; with `max_tokens` 0, none are.
 ///
 /// # Errors
-/// What the engine answers: a prompt that does not fit, an adapter that cannot be loaded, a shutdown. `Invalid` without
-/// examples.
+/// The engine's: a prompt that does not fit, an adapter that cannot be loaded, a shutdown. `Invalid` if no example has a
+/// trained token.
 pub async fn evaluate(
     engine: &Engine,
     codec: &TextCodec,
     adapters: &[(Lease, f32)],
     examples: &[Example],
     sampling: &SamplingParams,
-) -> Result<Scores> {
+) -> Result<EvalScores> {
     let scoring = SamplingParams { max_tokens: 0, prompt_logprobs: Some(0), ..SamplingParams::default() };
     let logprobs: Vec<_> = stream::iter(examples)
-        .map(|example| ask(engine, adapters, &example.tokens, &scoring))
-        .buffered(AT_ONCE)
-        .map_ok(|reply| reply.prompt)
+        .map(|example| complete(engine, adapters, &example.tokens, &scoring))
+        .buffered(CONCURRENCY)
+        .map_ok(|completion| completion.prompt_logprobs)
         .try_collect()
         .await?;
     let (mut trained_tokens, mut nll, mut likeliest) = (0, 0.0, 0);
     for (example, logprobs) in examples.iter().zip(&logprobs) {
-        for token in
-            logprobs.iter().zip(&example.trained).filter_map(|(token, &trained)| token.as_ref().filter(|_| trained))
-        {
+        for (token, _) in logprobs.iter().zip(&example.trained).filter(|(_, trained)| **trained) {
+            let Some(token) = token else { continue };
             trained_tokens += 1;
             nll -= f64::from(token.logprob);
             likeliest += usize::from(token.rank == 1);
         }
     }
     if trained_tokens == 0 {
-        return Err(Error::invalid("there is nothing to evaluate: no example has a trained token"));
+        return Err(Error::invalid("nothing to evaluate: no example has a trained token"));
     }
     let loss = nll / trained_tokens as f64;
-    Ok(Scores {
+    Ok(EvalScores {
         examples: examples.len(),
         trained_tokens,
         loss,
@@ -84,7 +83,7 @@ pub async fn evaluate(
     })
 }
 
-/// Generates an answer to every prompt in the examples and compares it.
+/// Generates an answer to every prompt in the examples and scores it.
 async fn answers(
     engine: &Engine,
     codec: &TextCodec,
@@ -99,16 +98,17 @@ async fn answers(
     let spans = examples.iter().flat_map(|example| spans(example).map(move |span| (example, span)));
     let pairs: Vec<(String, String)> = stream::iter(spans)
         .map(async |(example, (from, to))| {
-            let reply = ask(engine, adapters, &example.tokens[..from], sampling).await?;
-            Ok::<_, Error>((text(&reply.tokens)?, text(&example.tokens[from..to])?))
+            let completion = complete(engine, adapters, &example.tokens[..from], sampling).await?;
+            Ok::<_, Error>((text(&completion.tokens)?, text(&example.tokens[from..to])?))
         })
-        .buffered(AT_ONCE)
+        .buffered(CONCURRENCY)
         .try_collect()
         .await?;
     Ok(TextScores::of(&pairs))
 }
 
-/// Where answers stand. What begins behind the first token answers nothing: it is a text alone.
+/// The trained spans that answer a prompt. A span that begins at the first token or right after it is a
+/// plain text without a prompt.
 fn spans(example: &Example) -> impl Iterator<Item = (usize, usize)> {
     let runs = example.trained.chunk_by(|a, b| a == b).scan(0, |end, run| {
         let start = std::mem::replace(end, *end + run.len());
@@ -117,16 +117,21 @@ fn spans(example: &Example) -> impl Iterator<Item = (usize, usize)> {
     runs.filter(|&(start, _, trained)| trained && start > 1).map(|(start, end, _)| (start, end))
 }
 
-/// What came back.
+/// The engine's answer to a request.
 #[derive(Default)]
-struct Reply {
-    /// Of prompt tokens, where asked for.
-    prompt: Vec<Option<Logprobs>>,
-    /// Generated.
+struct Completion {
+    /// Log-probabilities of the prompt's tokens, if they were requested.
+    prompt_logprobs: Vec<Option<Logprobs>>,
+    /// Generated tokens.
     tokens: Vec<u32>,
 }
 
-async fn ask(engine: &Engine, adapters: &[(Lease, f32)], prompt: &[u32], params: &SamplingParams) -> Result<Reply> {
+async fn complete(
+    engine: &Engine,
+    adapters: &[(Lease, f32)],
+    prompt: &[u32],
+    params: &SamplingParams,
+) -> Result<Completion> {
     let (events, mut receiver) = unbounded_channel();
     engine.submit(Request {
         id: "eval".into(),
@@ -136,15 +141,15 @@ async fn ask(engine: &Engine, adapters: &[(Lease, f32)], prompt: &[u32], params:
         arrived: Instant::now(),
         events,
     })?;
-    let mut reply = Reply::default();
+    let mut completion = Completion::default();
     while let Some(event) = receiver.recv().await {
         match event {
             Event::Scheduled => {}
-            Event::Prompt(logprobs) => reply.prompt = logprobs,
-            Event::Token { id, .. } => reply.tokens.push(id),
-            Event::Finished { .. } => return Ok(reply),
+            Event::Prompt(logprobs) => completion.prompt_logprobs = logprobs,
+            Event::Token { id, .. } => completion.tokens.push(id),
+            Event::Finished { .. } => return Ok(completion),
             Event::Failed(error) => return Err(error),
         }
     }
-    Err(Error::internal("the engine ended while it evaluated"))
+    Err(Error::internal("the engine stopped during the evaluation"))
 }
