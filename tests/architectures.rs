@@ -1,4 +1,4 @@
-//! Decoders other than Llama, and weights that bitsandbytes quantised: against the logits of transformers, PEFT and
+//! Decoders other than Llama and weights quantised by bitsandbytes, compared with the logits of transformers, PEFT and
 //! bitsandbytes (`fixtures/architectures/make.py`).
 
 use std::collections::HashMap;
@@ -33,21 +33,21 @@ fn tensors(path: &Path) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
-/// Logits of all of the fixtures' `input_ids`, with an adapter.
+/// The logits of all of the fixtures' `input_ids`, with an adapter.
 fn logits(weights: Weights, adapter: Option<&str>) -> Vec<f32> {
-    let llama = Decoder::new(weights).unwrap();
-    let mut kv = KvCache::new(llama.config(), 8, &Device::Cpu).unwrap();
+    let decoder = Decoder::new(weights).unwrap();
+    let mut kv = KvCache::new(decoder.config(), 8, &Device::Cpu).unwrap();
     let mut slots = SlotPool::default();
     let terms = adapter.map(|name| {
-        let (adapter, _) = peft::read(&fixture(name), llama.config()).unwrap();
-        (slots.insert(SlotWeights::from_adapter(&adapter, llama.config())), 1.0)
+        let (adapter, _) = peft::read(&fixture(name), decoder.config()).unwrap();
+        (slots.insert(SlotWeights::from_adapter(&adapter, decoder.config())), 1.0)
     });
     let ids = tensors(&fixture("qwen2/expected.safetensors"))["input_ids"].to_vec1::<i64>().unwrap();
     let ids: Vec<u32> = ids.into_iter().map(|id| id as u32).collect();
     let mut batch = Batch::default();
     batch.push(&ids, 0, &[3, 1], KvCache::BLOCK_SIZE, terms.as_slice());
     batch.logit_rows = (0..ids.len() as u32).collect();
-    llama.forward(&batch, &mut kv, &slots).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    decoder.forward(&batch, &mut kv, &slots).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Relative L2 distance to the logits of a fixture.
@@ -70,7 +70,7 @@ fn logits_equal_those_of_transformers_and_peft() {
     assert!(distance(&have, "qwen2") > 0.1, "the adapter must have an effect");
 }
 
-/// Writes a fixture as llama.cpp's converter would.
+/// Writes a fixture as GGUF, as llama.cpp's converter would.
 fn gguf(name: &str, architecture: &str, path: &Path) {
     let names = [
         ("model.embed_tokens", "token_embd"),
@@ -94,8 +94,8 @@ fn gguf(name: &str, architecture: &str, path: &Path) {
         .into_iter()
         .map(|(name, t)| {
             let mut t = t.to_dtype(DType::F32).unwrap();
-            let turned = name.contains("q_proj") || name.contains("k_proj");
-            if turned && architecture == "llama" && t.rank() == 2 {
+            let interleaved = name.contains("q_proj") || name.contains("k_proj");
+            if interleaved && architecture == "llama" && t.rank() == 2 {
                 let (n, k) = t.dims2().unwrap();
                 let heads = t.reshape((n / head_dim, 2, head_dim / 2, k)).unwrap();
                 t = heads.transpose(1, 2).unwrap().reshape((n, k)).unwrap();
@@ -129,11 +129,11 @@ fn gguf_files_give_the_same_logits() {
     for (name, architecture) in [("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")] {
         gguf(name, architecture, &path);
         let weights = load(ModelFormat::Gguf(path.clone()), None).unwrap();
-        assert_eq!(weights.config.max_position_embeddings, 40, "sequences end where the window would begin to slide");
+        assert_eq!(weights.config.max_position_embeddings, 40, "the window limits the length of sequences");
         let distance = distance(&logits(weights, None), name);
         assert!(distance < 1e-5, "{name}: {distance}");
     }
-    // The biases of one are surplus in the other, and missing the other way round.
+    // The biases of one architecture are surplus in the other, and missing the other way round.
     gguf("qwen2", "llama", &path);
     let error = load(ModelFormat::Gguf(path.clone()), None).err().unwrap().message;
     assert!(error.contains("blk.0.attn_k.bias"), "{error}");
@@ -142,7 +142,7 @@ fn gguf_files_give_the_same_logits() {
     assert!(error.contains("no tensor blk.0.attn_q.bias"), "{error}");
 }
 
-/// A copy of a fixture's directory with edited settings and tensors.
+/// Loads a copy of a fixture's directory with edited settings and tensors.
 fn edited(
     name: &str,
     config: serde_json::Value,
@@ -162,12 +162,12 @@ fn edited(
 }
 
 #[test]
-fn windows_end_sequences_where_they_would_begin_to_slide() {
+fn sliding_windows_limit_the_length_of_sequences() {
     let length = |name: &str, config| edited(name, config, |_| {}).unwrap().config.max_position_embeddings;
     assert_eq!(length("mistral", json!({})), 64);
     assert_eq!(length("mistral", json!({"sliding_window": 64})), 64);
     assert_eq!(length("mistral", json!({"sliding_window": 48})), 48);
-    assert_eq!(length("qwen2", json!({"sliding_window": 48})), 64, "not used unless it says so");
+    assert_eq!(length("qwen2", json!({"sliding_window": 48})), 64, "the window is used only with use_sliding_window");
     assert_eq!(length("qwen2", json!({"sliding_window": 48, "use_sliding_window": true})), 48);
     let none = |_: &mut HashMap<String, Tensor>| {};
     for (name, config, word) in [
@@ -180,11 +180,11 @@ fn windows_end_sequences_where_they_would_begin_to_slide() {
         let error = edited(name, config.clone(), none).err().unwrap().message;
         assert!(error.contains(word), "{config}: {error}");
     }
-    assert!(edited("qwen2", json!({"architectures": null}), none).is_ok(), "model_type says it too");
+    assert!(edited("qwen2", json!({"architectures": null}), none).is_ok(), "model_type names the architecture too");
 }
 
 #[test]
-fn bitsandbytes_values_are_its_own() {
+fn bitsandbytes_values_are_exact() {
     for name in ["bnb-nf4", "bnb-fp4"] {
         let weights = directory(&fixture(name)).unwrap();
         let expected = tensors(&fixture(name).join("dequantised.safetensors"));
@@ -265,7 +265,7 @@ fn size(values: &[f32]) -> f64 {
 }
 
 #[test]
-fn made_up_weights_keep_activations_and_are_the_same_every_time() {
+fn dummy_weights_keep_activations_and_are_the_same_every_time() {
     for name in ["mistral", "qwen2", "qwen3"] {
         // Wide enough for statistics.
         let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Models from disk: values, order of rows, and refusals.
+//! Loading models: values, order of rows, and what is refused.
 
 use std::cell::Cell;
 use std::fs;
@@ -32,7 +32,7 @@ fn load_gguf(path: &Path) -> quiver::Result<Weights> {
     load(ModelFormat::Gguf(path.to_path_buf()), None)
 }
 
-/// The message of a load that must fail.
+/// The message of a load, which must fail.
 fn refused(result: quiver::Result<Weights>) -> String {
     result.map(|_| ()).unwrap_err().message
 }
@@ -49,7 +49,7 @@ fn flat(t: &Tensor) -> Vec<f32> {
     t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Every matrix of a two-layer model, by the names of its parts.
+/// Every matrix of a two-layer model, with the names of the tensors that it stacks.
 fn matrices(w: &Weights) -> Vec<(Vec<String>, Arc<QMatrix>)> {
     let mut all = vec![
         (vec!["model.embed_tokens.weight".to_string()], w.embedding.clone()),
@@ -115,7 +115,7 @@ fn nf4_on_load_is_bitsandbytes_on_the_linears_only() {
     assert_ne!(w.fingerprint, load_dir(&base()).unwrap().fingerprint);
 }
 
-/// A copy of the base with an edited configuration and other tensors.
+/// A copy of the base with edited settings and other tensors.
 fn edited(config: serde_json::Value, tensors: &std::collections::HashMap<String, Tensor>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let mut form: serde_json::Value = serde_json::from_slice(&fs::read(base().join("config.json")).unwrap()).unwrap();
@@ -223,15 +223,15 @@ fn damaged_safetensors_are_refused() {
 
 // --- GGUF ---
 
-/// What llama.cpp's converter does to the rows of q and k: (heads, 2, half) to (heads, half, 2).
+/// Reorders the rows of q and k as llama.cpp's converter does: (heads, 2, half) to (heads, half, 2).
 fn interleaved(t: &Tensor, heads: usize) -> Tensor {
     let (n, k) = t.dims2().unwrap();
     t.reshape((heads, 2, n / heads / 2, k)).unwrap().transpose(1, 2).unwrap().reshape((n, k)).unwrap()
 }
 
-/// A small Llama with the base's layout and widths that 256-value blocks divide.
+/// A small Llama whose widths are multiples of 256, the largest block size.
 struct Tiny {
-    /// Under Hugging Face's names.
+    /// Kind, GGUF name without `.weight`, and values of each tensor.
     source: Vec<(&'static str, String, Tensor)>,
     metadata: Vec<(String, Value)>,
 }
@@ -249,7 +249,7 @@ impl Tiny {
             for (part, shape) in [
                 ("attn_norm", vec![HIDDEN]),
                 ("ffn_norm", vec![HIDDEN]),
-                // head_dim 32: not hidden / heads.
+                // head_dim is 32, which is not hidden / heads.
                 ("attn_q", vec![4 * 32, HIDDEN]),
                 ("attn_k", vec![2 * 32, HIDDEN]),
                 ("attn_v", vec![2 * 32, HIDDEN]),
@@ -259,7 +259,7 @@ impl Tiny {
             ] {
                 source.push((part, format!("blk.{i}.{part}"), tensor(&shape)));
             }
-            // 128 columns hold no 256-value block: f32 whatever the rest is.
+            // 128 columns are less than a 256-value block, so this tensor is f32 where the format has such blocks.
             source.push(("", format!("blk.{i}.attn_output"), tensor(&[HIDDEN, 4 * 32])));
         }
         let number = |key: &str, v: usize| (format!("llama.{key}"), Value::U32(v as u32));
@@ -293,8 +293,8 @@ impl Tiny {
         self
     }
 
-    /// Writes the file as the converter would, linears in `dtype`; also the exact values of every tensor in it, in
-    /// Hugging Face's row order.
+    /// Writes the file as the converter would, with linears in `dtype`. Also returns the exact values of each tensor in Hugging
+    /// Face's row order.
     fn write(&self, dtype: GgmlDType) -> (tempfile::TempDir, PathBuf, std::collections::HashMap<String, Vec<f32>>) {
         let mut exact = std::collections::HashMap::new();
         let mut quantised = Vec::new();
@@ -400,7 +400,7 @@ static SMOLLM2: LazyLock<ModelFiles> =
     LazyLock::new(|| hub::resolve(hub::DEFAULT_MODEL, &hub::default_cache(), true).unwrap());
 
 #[test]
-fn smollm2_has_the_files_own_values() {
+fn smollm2_has_the_values_of_its_file() {
     let ModelFormat::Gguf(path) = &SMOLLM2.format else { panic!("the default model is a GGUF file") };
     let w = Weights::load(&SMOLLM2, None, &Device::Cpu, |_| ()).unwrap();
     let mut file = fs::File::open(path).unwrap();

@@ -1,4 +1,4 @@
-//! A merged model, read back by the loader, against the logits that PEFT gives with the adapter beside the base.
+//! Merged models, read back by the loader and compared with PEFT's logits of the base with the adapter.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -46,22 +46,22 @@ fn merge(base: &ModelFiles, adapter: &str, format: MergeFormat, out: &Path) -> q
     merge::write(base, &weights, &adapter, format, out)
 }
 
-/// Relative L2 distance of a model's logits to those that a fixture expects.
+/// Relative L2 distance of a model's logits from the expected ones of a fixture.
 fn distance(files: &ModelFiles, expected: &str) -> f64 {
-    let llama = Decoder::new(load(files)).unwrap();
+    let decoder = Decoder::new(load(files)).unwrap();
     let ids = tensors(&fixture("base/expected.safetensors"))["input_ids"].flatten_all().unwrap();
     let ids: Vec<u32> = ids.to_vec1::<i64>().unwrap().into_iter().map(|id| id as u32).collect();
     let want = tensors(&fixture(expected).join("expected.safetensors"))["logits"].flatten_all().unwrap();
     let mut batch = Batch::default();
     batch.push(&ids, 0, &[0, 1, 2, 3, 4, 5, 6, 7], KvCache::BLOCK_SIZE, &[]);
     batch.logit_rows = (0..ids.len() as u32).collect();
-    let mut kv = KvCache::new(llama.config(), 8, &Device::Cpu).unwrap();
-    let have = llama.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap();
+    let mut kv = KvCache::new(decoder.config(), 8, &Device::Cpu).unwrap();
+    let have = decoder.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap();
     let norm = |t: &Tensor| f64::from(t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
     norm(&(have - &want).unwrap()) / norm(&want)
 }
 
-/// The fixtures' base as llama.cpp's converter would write it: f32, rows of q and k interleaved, and a small tokenizer.
+/// Writes the fixtures' base as llama.cpp's converter would: f32, interleaved rows of q and k, and a small tokenizer.
 fn tiny_gguf(path: &Path) {
     let names = [
         ("input_layernorm", "attn_norm"),
@@ -84,7 +84,7 @@ fn tiny_gguf(path: &Path) {
         let tensor = match heads {
             None => tensor,
             Some((_, heads)) => {
-                // Where each stored row comes from: 16 rows a head, the two halves in turns.
+                // The source of each stored row: a head has 16 rows, and its halves alternate.
                 let row = |i: u32| i / 16 * 16 + i % 2 * 8 + i % 16 / 2;
                 let rows: Vec<u32> = (0..heads * 16).map(row).collect();
                 tensor.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap()
@@ -118,7 +118,7 @@ fn tiny_gguf(path: &Path) {
 }
 
 #[test]
-fn a_merged_directory_answers_as_the_adapter_beside_its_base() {
+fn a_merged_directory_answers_as_the_base_with_the_adapter() {
     let base = directory(fixture("base"));
     for adapter in ["all-linear-r8", "rslora-patterns", "dora", "lm-head", "adalora"] {
         let dir = tempfile::tempdir().unwrap();
@@ -131,7 +131,7 @@ fn a_merged_directory_answers_as_the_adapter_beside_its_base() {
 }
 
 #[test]
-fn a_merged_gguf_file_is_as_good_as_its_format_and_keeps_its_row_order_and_tokenizer() {
+fn a_merged_gguf_file_is_as_exact_as_its_format_and_keeps_row_order_and_tokenizer() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("tiny.gguf");
     tiny_gguf(&source);
@@ -160,7 +160,7 @@ fn a_merged_gguf_file_is_as_good_as_its_format_and_keeps_its_row_order_and_token
     assert_eq!(tokenizer(&directory(out)), tokenizer(&base));
 }
 
-/// A fixture's model as a directory with a tokenizer: its vocabulary is repeated, so that every id has its row.
+/// A fixture's model as a directory with a tokenizer. The rows of its vocabulary are repeated, so that each id has one.
 fn with_tokenizer(source: &str, rope: Option<Json>) -> TempDir {
     let (fixtures, dir) = (PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), TempDir::new().unwrap());
     let config = fs::read(fixtures.join(source).join("config.json")).unwrap();
@@ -184,13 +184,13 @@ fn with_tokenizer(source: &str, rope: Option<Json>) -> TempDir {
 }
 
 fn logits(files: &ModelFiles) -> Vec<f32> {
-    let llama = Decoder::new(load(files)).unwrap();
+    let decoder = Decoder::new(load(files)).unwrap();
     let ids: Vec<u32> = (0..48).map(|i| i * 7 % 61).collect();
     let mut batch = Batch::default();
     batch.push(&ids, 0, &[0, 1, 2, 3, 4, 5, 6, 7], KvCache::BLOCK_SIZE, &[]);
     batch.logit_rows = (0..ids.len() as u32).collect();
-    let mut kv = KvCache::new(llama.config(), 8, &Device::Cpu).unwrap();
-    llama.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    let mut kv = KvCache::new(decoder.config(), 8, &Device::Cpu).unwrap();
+    decoder.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[test]
@@ -219,7 +219,8 @@ fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
         };
         let want = logits(&directory(merged(MergeFormat::Safetensors, "merged")));
         let length = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>().sqrt();
-        // Rounding, of what is compared with to bf16 too, and as sharp as a fixture's attention makes it; a wrong order is off by 1.
+        // The bounds allow for rounding, also that of the reference to bf16, and for the sharp attention of the fixtures. A wrong
+        // row order gives a distance of about 1.
         for (format, allowed) in [(MergeFormat::GgufF16, 0.03), (MergeFormat::GgufQ8_0, 0.1)] {
             let files = gguf(merged(format, &format!("{format:?}.gguf")));
             let have = logits(&files);
@@ -264,7 +265,7 @@ fn a_gguf_file_of_a_hugging_face_base_has_its_tokenizer() {
 }
 
 #[test]
-fn a_tokenizer_that_gguf_cannot_say_is_refused_by_name() {
+fn a_tokenizer_that_gguf_cannot_express_is_refused_by_name() {
     for (path, value, why) in [
         ("/model/byte_fallback", json!(true), "SentencePiece"),
         ("/model/end_of_word_suffix", json!("</w>"), "suffix"),

@@ -1,4 +1,5 @@
-//! The decoder on flat batches, against the logits of transformers and PEFT, and against itself however a batch is cut.
+//! The decoder on flat batches, compared with the logits of transformers and PEFT, and with itself when batches are split
+//! differently.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use quiver::model::kv::KvCache;
 use quiver::model::weights::{Quantize, Weights};
 use quiver::ops::batch::{Batch, Span};
 
-/// Blocks of the tests' caches.
+/// KV blocks of the tests' caches.
 const BLOCKS: usize = 64;
 
 fn fixture(name: &str) -> PathBuf {
@@ -26,36 +27,36 @@ fn weights(quantize: Option<Quantize>) -> Weights {
 
 /// A model with its cache and adapters.
 struct Runner {
-    llama: Decoder,
+    decoder: Decoder,
     kv: KvCache,
     slots: SlotPool,
 }
 
 impl Runner {
     fn new(quantize: Option<Quantize>) -> Self {
-        let llama = Decoder::new(weights(quantize)).unwrap();
-        let kv = KvCache::new(llama.config(), BLOCKS, &Device::Cpu).unwrap();
-        Self { llama, kv, slots: SlotPool::default() }
+        let decoder = Decoder::new(weights(quantize)).unwrap();
+        let kv = KvCache::new(decoder.config(), BLOCKS, &Device::Cpu).unwrap();
+        Self { decoder, kv, slots: SlotPool::default() }
     }
 
-    /// Puts a fixture's adapter into a slot.
+    /// Loads a fixture's adapter into a slot.
     fn load(&mut self, name: &str) -> u32 {
-        let (adapter, _) = peft::read(&fixture(name), self.llama.config()).unwrap();
-        self.slots.insert(SlotWeights::from_adapter(&adapter, self.llama.config()))
+        let (adapter, _) = peft::read(&fixture(name), self.decoder.config()).unwrap();
+        self.slots.insert(SlotWeights::from_adapter(&adapter, self.decoder.config()))
     }
 
-    /// Runs parts of sequences as one batch; logits of the parts' rows that `wanted` asks for, part by part.
+    /// Runs parts of sequences as one batch. Returns the logits of the rows that `wanted` selects, part by part.
     fn step(&mut self, parts: &[(&Sequence, Range<usize>)], wanted: impl Fn(usize) -> bool) -> Vec<Vec<f32>> {
         let batch = batch(parts, &wanted);
-        let logits = self.llama.forward(&batch, &mut self.kv, &self.slots).unwrap();
-        assert_eq!(logits.dims(), [batch.logit_rows.len(), self.llama.config().vocab_size]);
+        let logits = self.decoder.forward(&batch, &mut self.kv, &self.slots).unwrap();
+        assert_eq!(logits.dims(), [batch.logit_rows.len(), self.decoder.config().vocab_size]);
         let mut rows = logits.to_vec2::<f32>().unwrap().into_iter();
         let part =
             |span: &Span| rows.by_ref().take(span.rows.clone().filter(|&row| wanted(row)).count()).flatten().collect();
         batch.spans.iter().map(part).collect()
     }
 
-    /// Logits of every row of a sequence run in chunks of at most `chunk` rows.
+    /// The logits of all rows of a sequence that runs in chunks of at most `chunk` rows.
     fn run(&mut self, sequence: &Sequence, chunk: usize) -> Vec<f32> {
         let len = sequence.tokens.len();
         let parts = (0..len).step_by(chunk).map(|start| start..(start + chunk).min(len));
@@ -63,7 +64,7 @@ impl Runner {
     }
 }
 
-/// Tokens under weighted adapters, and the cache blocks that are theirs.
+/// Tokens under weighted adapters, and their KV blocks.
 struct Sequence {
     tokens: Vec<u32>,
     terms: Vec<(u32, f32)>,
@@ -71,7 +72,7 @@ struct Sequence {
 }
 
 impl Sequence {
-    /// `len` tokens; of eight sequences, the blocks of each are interleaved with the others'.
+    /// A sequence of `len` tokens. The KV blocks of eight sequences are interleaved.
     fn new(id: u32, len: u32, terms: &[(u32, f32)]) -> Self {
         let tokens = (0..len).map(|i| (i * i * 7 + i * 13 + id * 31) % 97).collect();
         Self { tokens, terms: terms.to_vec(), table: (0..8).rev().map(|block| block * 8 + id).collect() }
@@ -88,7 +89,7 @@ fn batch(parts: &[(&Sequence, Range<usize>)], wanted: &impl Fn(usize) -> bool) -
     batch
 }
 
-/// `input_ids` of the fixtures and the logits that `name` gives for them.
+/// The `input_ids` of the fixtures, and the expected logits of `name`.
 fn expected(name: &str) -> (Vec<u32>, Vec<f32>) {
     let read =
         |name: &str| candle_core::safetensors::load(fixture(name).join("expected.safetensors"), &Device::Cpu).unwrap();
@@ -153,7 +154,7 @@ fn chunks_decode_steps_and_neighbours_change_no_bit() {
             }
         }
 
-        // All at once: prompts in chunks of different sizes beside decode rows, until all are done.
+        // All sequences in one batch: prompt chunks of different sizes together with decode rows, until all are done.
         let mut done = [0; 6];
         let mut mixed = vec![Vec::new(); 6];
         while done.iter().any(|&d| d < 120) {
@@ -181,10 +182,10 @@ fn rows_without_logits_only_write_their_keys() {
     let parts = |positions: Range<usize>| sequences.each_ref().map(|s| (s, positions.clone()));
     let whole = runner.step(&parts(0..60), |_| true);
 
-    let mut other = Runner { kv: KvCache::new(runner.llama.config(), BLOCKS, &Device::Cpu).unwrap(), ..runner };
+    let mut other = Runner { kv: KvCache::new(runner.decoder.config(), BLOCKS, &Device::Cpu).unwrap(), ..runner };
     assert!(other.step(&parts(0..40), |_| false).concat().is_empty());
-    // Of 20 rows each, the rows 3, 10, 17, .. of the batch.
-    let vocab = other.llama.config().vocab_size;
+    // The rows 3, 10, 17, ... of a batch with 20 rows of each sequence.
+    let vocab = other.decoder.config().vocab_size;
     for (part, (some, whole)) in other.step(&parts(40..60), |row| row % 7 == 3).iter().zip(&whole).enumerate() {
         let rows = (0..20).filter(|row| (part * 20 + row) % 7 == 3);
         let wanted: Vec<f32> = rows.flat_map(|row| whole[(40 + row) * vocab..][..vocab].to_vec()).collect();
@@ -197,8 +198,8 @@ fn a_weighted_sum_equals_one_adapter_with_both_deltas() {
     let mut runner = Runner::new(None);
     let (a, b) = (runner.load("all-linear-r8"), runner.load("r33"));
     let read = |name: &str, weight: f32| {
-        let (adapter, _) = peft::read(&fixture(name), runner.llama.config()).unwrap();
-        let mut slot = SlotWeights::from_adapter(&adapter, runner.llama.config());
+        let (adapter, _) = peft::read(&fixture(name), runner.decoder.config()).unwrap();
+        let mut slot = SlotWeights::from_adapter(&adapter, runner.decoder.config());
         slot.layers.iter_mut().flatten().flatten().for_each(|pair| pair.scale *= weight);
         slot
     };
@@ -234,12 +235,12 @@ fn a_batch_that_contradicts_itself_is_an_error() {
     for (message, damage) in damages {
         let mut batch = good.clone();
         damage(&mut batch);
-        let error = runner.llama.forward(&batch, &mut runner.kv, &runner.slots).unwrap_err();
+        let error = runner.decoder.forward(&batch, &mut runner.kv, &runner.slots).unwrap_err();
         assert!(error.message.contains(message), "{message}: {error}");
     }
-    let logits = runner.llama.forward(&Batch::default(), &mut runner.kv, &runner.slots).unwrap();
+    let logits = runner.decoder.forward(&Batch::default(), &mut runner.kv, &runner.slots).unwrap();
     assert_eq!(logits.dims(), [0, 97]);
-    assert!(runner.llama.forward(&good, &mut runner.kv, &runner.slots).is_ok());
+    assert!(runner.decoder.forward(&good, &mut runner.kv, &runner.slots).is_ok());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a decoder looks like: its shape, its attention heads, and the linear layers that adapters may change. No tensors.
+//! What a decoder looks like: its shape, its attention heads, and the linear layers that adapters can target. No tensors.
 
 mod module;
 mod rope;
@@ -11,7 +11,7 @@ pub use rope::RopeScaling;
 pub struct ModelConfig {
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the feed-forward layer.
+    /// Width of the MLP.
     pub intermediate_size: usize,
     /// Decoder blocks.
     pub num_layers: usize,
@@ -21,19 +21,19 @@ pub struct ModelConfig {
     pub num_kv_heads: usize,
     /// Width of a head (not always `hidden_size / num_heads`).
     pub head_dim: usize,
-    /// Rows of the embedding.
+    /// Size of the vocabulary: rows of the embedding.
     pub vocab_size: usize,
-    /// Added to the mean square in RMSNorm.
+    /// Epsilon of RMSNorm, added to the mean square.
     pub rms_norm_eps: f32,
     /// Rotary base frequency.
     pub rope_theta: f32,
-    /// Change of the rotary frequencies for long contexts.
+    /// Scaling of the rotary frequencies for long contexts.
     pub rope_scaling: RopeScaling,
     /// Whether q, k and v have biases (Qwen2).
     pub qkv_bias: bool,
-    /// Whether each query and key head is normalised before it is turned (Qwen3).
+    /// Whether each query and key head is normalised before RoPE (Qwen3).
     pub qk_norm: bool,
-    /// Longest sequence the model was made for; of a model with sliding windows, the window, up to which there are none.
+    /// Longest sequence. With sliding-window attention this is the window, within which attention is full.
     pub max_position_embeddings: usize,
 }
 

@@ -1,10 +1,10 @@
-//! The linear layers of a decoder that adapters may change, and the fused products that they belong to.
+//! Modules, the linear layers that adapters can target, and sites, the fused linears that contain them.
 
 use serde::{Deserialize, Serialize};
 
 use super::ModelConfig;
 
-/// A linear layer of the decoder that an adapter may change.
+/// A linear layer of the decoder that an adapter can target, named as in PEFT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Module {
     #[serde(rename = "q_proj")]
@@ -29,7 +29,7 @@ impl Module {
     /// The modules of one decoder block.
     pub const BLOCK: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
-    /// Output and input features: the weight is `[n, k]`.
+    /// Output and input features `(n, k)`: the weight is `[n, k]`.
     pub fn shape(self, model: &ModelConfig) -> (usize, usize) {
         let (heads, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
         match self {
@@ -42,7 +42,7 @@ impl Module {
         }
     }
 
-    /// The fused product it belongs to.
+    /// The site that contains the module.
     pub fn site(self) -> Site {
         match self {
             Self::Q | Self::K | Self::V => Site::Qkv,
@@ -53,7 +53,7 @@ impl Module {
         }
     }
 
-    /// Its first column in the fused output row of its site.
+    /// The first column of the module in the output row of its site.
     pub fn offset(self, model: &ModelConfig) -> usize {
         match self {
             Self::K => Self::Q.shape(model).0,
@@ -63,7 +63,7 @@ impl Module {
         }
     }
 
-    /// Its path in Hugging Face's Llama, as PEFT matches it; the head has no layer.
+    /// The module's path in Hugging Face's Llama, which PEFT matches. The path of the head has no layer.
     pub fn path(self, layer: usize) -> String {
         let name = match self {
             Self::Q => "self_attn.q_proj",
@@ -79,13 +79,13 @@ impl Module {
     }
 }
 
-/// Where modules that share an input are fused into one matrix product, in the order of a decoder block.
+/// A fused linear layer of the base: the modules that share an input. In the order of a decoder block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Site {
-    /// q, k, v stacked.
+    /// q, k and v stacked.
     Qkv = 0,
     O = 1,
-    /// gate, up stacked.
+    /// gate and up stacked.
     GateUp = 2,
     Down = 3,
     /// The output head, once per model.
@@ -93,10 +93,10 @@ pub enum Site {
 }
 
 impl Site {
-    /// All, in the order of their numbers.
+    /// All sites, in the order of their numbers.
     pub const ALL: [Self; 5] = [Self::Qkv, Self::O, Self::GateUp, Self::Down, Self::Head];
 
-    /// Its modules, in the order of the fused output row.
+    /// The modules of the site, in the order of the output row.
     pub fn modules(self) -> &'static [Module] {
         match self {
             Self::Qkv => &[Module::Q, Module::K, Module::V],
@@ -107,7 +107,7 @@ impl Site {
         }
     }
 
-    /// Output and input features of the fused linear: its weight is `[n, k]`.
+    /// Output and input features `(n, k)`: the stacked weight is `[n, k]`.
     pub fn shape(self, model: &ModelConfig) -> (usize, usize) {
         let modules = self.modules();
         (modules.iter().map(|module| module.shape(model).0).sum(), modules[0].shape(model).1)

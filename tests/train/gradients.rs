@@ -1,4 +1,4 @@
-//! Gradients of whole models, tensor by tensor, against differences of the loss.
+//! Gradients of whole models, compared tensor by tensor with differences of the loss.
 
 use candle_core::{Device, Tensor};
 use quiver::arch::Module;
@@ -10,7 +10,7 @@ use quiver::train::spec::{AdaLoraConfig, JobSpec, LoraConfig};
 
 use crate::{adapter, mean, model, run, spec};
 
-/// Three sequences of different lengths; some tokens are not trained on.
+/// Three sequences of different lengths, in which some tokens are not targets.
 fn batch(vocab: usize) -> TrainBatch {
     let mut batch = TrainBatch::default();
     let lengths = [21, 1, 13];
@@ -36,7 +36,7 @@ fn places(params: &TrainableParams) -> Vec<(String, ParamLocation)> {
     places
 }
 
-/// Values that are nowhere zero, so that every gradient has something to come through.
+/// Sets values that are nowhere zero, so that no gradient vanishes.
 fn randomise(params: &TrainableParams) {
     for (i, (name, place)) in places(params).into_iter().enumerate() {
         let (rows, columns) = place.shape;
@@ -49,8 +49,8 @@ fn randomise(params: &TrainableParams) {
     }
 }
 
-/// For every tensor, the derivative of the loss along its own gradient must be the gradient's length. DoRA's gradients are
-/// not those of its loss but for magnitudes, as they hold norms fixed; PEFT's numbers check the rest.
+/// Checks for each tensor that the derivative of the loss along its gradient is the length of the gradient. Under DoRA this holds
+/// only for magnitudes, because the other gradients treat norms as constants; those are compared with PEFT's numbers elsewhere.
 fn check(name: &str, spec: JobSpec, dropout: Option<(f32, u64)>) {
     let model = model(name);
     let vocab = model.config().vocab_size;
@@ -67,7 +67,7 @@ fn check(name: &str, spec: JobSpec, dropout: Option<(f32, u64)>) {
     loss(true);
     let mut checked = 0;
     if let Some(ada) = &spec.lora.adalora {
-        // Without its penalty, what is left is the gradient of the loss.
+        // Without the orthogonality penalty, the gradient is that of the loss.
         let ada = AdaLoraConfig { orth_reg_weight: 0.0, ..ada.clone() };
         RankAllocator::new(&ada, 10, &params).unwrap().finish_gradients(&params).unwrap();
     }
@@ -76,7 +76,7 @@ fn check(name: &str, spec: JobSpec, dropout: Option<(f32, u64)>) {
         let gradient = gradient.copy().unwrap();
         let length = f64::from(gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
         assert!(length > 1e-5, "{name} {tensor}: no gradient");
-        // Long enough a step that rounding of the loss, short enough that its curvature, does not matter.
+        // The step is long enough for the rounding of the loss and short enough for its curvature.
         let step = (0.004 / length).min(0.05);
         let at = |sign: f64| {
             let moved = (&values + (&gradient * (sign * step / length)).unwrap()).unwrap();
@@ -103,9 +103,9 @@ fn through_dropout() {
     check("peft-tiny/base", spec(), Some((0.3, 5)));
 }
 
-/// Gradients are the same to the bit, whether activations are kept or made again.
+/// Gradients are equal bit for bit, whether activations are saved or computed again.
 #[test]
-fn with_room_for_none_some_and_all_activations() {
+fn with_room_for_no_some_and_all_activations() {
     for (name, use_dora) in [("peft-tiny/base", true), ("architectures/qwen3", false)] {
         let spec = JobSpec { lora: LoraConfig { use_dora, ..spec().lora }, ..spec() };
         let model = model(name);
@@ -122,7 +122,7 @@ fn with_room_for_none_some_and_all_activations() {
         };
         let (none, all) = (gradients(0), gradients(usize::MAX));
         assert_eq!(none, all, "{name}");
-        // One block of two.
+        // Room for one block of two.
         assert_eq!(none, gradients(150_000), "{name}");
         assert!(none.iter().flatten().any(|g| *g != 0.0));
     }

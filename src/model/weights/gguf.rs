@@ -53,14 +53,11 @@ const REFUSED: [&str; 7] = [
 
 /// The header of a GGUF file, and the open file, whose position is unspecified.
 pub fn header(path: &Path) -> Result<(Content, File)> {
-    let file = File::open(path).map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
+    let file = File::open(path).map_err(|e| Error::invalid(e.to_string()).in_file(path).caused_by(e))?;
     let content = Content::read(&mut BufReader::new(&file)).map_err(|e| {
         let why = e.to_string();
-        Error::invalid(format!(
-            "{} is not a readable GGUF file: {}",
-            path.display(),
-            why.lines().next().unwrap_or(&why)
-        ))
+        let why = why.lines().next().unwrap_or(&why);
+        Error::invalid(format!("{} is not a readable GGUF file: {why}", path.display())).path(path).caused_by(e)
     })?;
     Ok((content, file))
 }
@@ -68,12 +65,8 @@ pub fn header(path: &Path) -> Result<(Content, File)> {
 /// Reads the description and lists the tensors.
 pub fn open(path: &Path) -> Result<OpenModel> {
     let (content, file) = header(path)?;
-    Description::read(&content).and_then(|description| description.open(path, file)).map_err(|mut e| {
-        if !e.message.contains(&*path.to_string_lossy()) {
-            e.message = format!("{}: {}", path.display(), e.message);
-        }
-        e
-    })
+    let opened = Description::read(&content).and_then(|description| description.open(path, file));
+    opened.map_err(|e| if e.message.contains(&*path.to_string_lossy()) { e } else { e.in_file(path) })
 }
 
 /// The header of a model that can be loaded.

@@ -98,13 +98,12 @@ pub fn shape(path: &Path) -> Result<(ModelConfig, bool)> {
 
 /// The shape, whether the embedding is also the head, and the settings of the quantisation.
 fn read_config(path: &Path) -> Result<(ModelConfig, bool, Option<Value>)> {
-    let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
     let config: Value = read_json(path)?;
     // Read before the other fields, which another architecture may lack.
-    let architecture = Architecture::read(&config).map_err(|e| bad(e.message))?;
-    let mut config: HfConfig = serde_json::from_value(config).map_err(|e| bad(e.to_string()))?;
+    let architecture = Architecture::read(&config).map_err(|e| e.in_file(path))?;
+    let mut config: HfConfig = serde_json::from_value(config).map_err(|e| unreadable(path, e))?;
     let (tied, quantised) = (config.tie_word_embeddings, config.quantization_config.take());
-    let config = describe(architecture, config).map_err(|e| bad(e.message))?;
+    let config = describe(architecture, config).map_err(|e| e.in_file(path))?;
     Ok((config, tied, quantised))
 }
 
@@ -114,11 +113,11 @@ pub fn open(dir: &Path) -> Result<OpenModel> {
     let (config, tied, quantised) = read_config(&path)?;
     if let Some(q) = quantised.as_ref().filter(|q| !bnb::is_config(q)) {
         return Err(Error::invalid(format!(
-            "{}: a model quantised with {:?} is not supported, only 4-bit bitsandbytes (load the original, with --quantize \
-             nf4 if you want 4 bits)",
-            path.display(),
+            "a model quantised with {:?} is not supported, only 4-bit bitsandbytes (load the original, with --quantize nf4 if \
+             you want 4 bits)",
             q["quant_method"].as_str().unwrap_or("unknown")
-        )));
+        ))
+        .in_file(path));
     }
 
     let mut tensors = ModelTensors::new(str::to_string);
@@ -219,27 +218,26 @@ fn shards(dir: &Path) -> Result<BTreeSet<String>> {
     }
     let files: BTreeSet<String> = read_json::<ShardIndex>(&index)?.weight_map.into_values().collect();
     match files.iter().find(|f| Path::new(f).components().count() != 1 || f.starts_with("..")) {
-        Some(outside) => Err(Error::invalid(format!("{}: {outside:?} is not a file name", index.display()))),
+        Some(outside) => Err(Error::invalid(format!("{outside:?} is not a file name")).in_file(index)),
         None => Ok(files),
     }
 }
 
 /// Adds the tensors of one safetensors file: u64 length, JSON header, data.
 pub fn list(tensors: &mut ModelTensors, path: &Path) -> Result<()> {
-    let bad = |why: String| Error::invalid(format!("{}: {why}", path.display()));
-    let mut file = File::open(path).map_err(|e| bad(e.to_string()))?;
+    let mut file = File::open(path).map_err(|e| unreadable(path, e))?;
     let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(|e| bad(e.to_string()))?;
+    file.read_exact(&mut length).map_err(|e| unreadable(path, e))?;
     let length = u64::from_le_bytes(length);
     let size = file.metadata()?.len();
     if length > size.saturating_sub(8) {
-        return Err(bad(format!(
-            "not a safetensors file, or truncated: a header of {length} bytes in a file of {size}"
-        )));
+        let why = format!("not a safetensors file, or truncated: a header of {length} bytes in a file of {size}");
+        return Err(Error::invalid(why).in_file(path));
     }
     let mut header = vec![0; length as usize];
-    file.read_exact(&mut header).map_err(|e| bad(e.to_string()))?;
-    let header: Metadata = serde_json::from_slice(&header).map_err(|e| bad(format!("safetensors header: {e}")))?;
+    file.read_exact(&mut header).map_err(|e| unreadable(path, e))?;
+    let header: Metadata = serde_json::from_slice(&header)
+        .map_err(|e| Error::invalid(format!("safetensors header: {e}")).in_file(path).caused_by(e))?;
     let index = tensors.add_file(path, file);
     for (name, info) in header.tensors() {
         let encoding = match info.dtype {
@@ -247,7 +245,10 @@ pub fn list(tensors: &mut ModelTensors, path: &Path) -> Result<()> {
             Dtype::F16 => TensorEncoding::Values(Codec::F16),
             Dtype::BF16 => TensorEncoding::Values(Codec::BF16),
             Dtype::U8 => TensorEncoding::Bytes,
-            other => return Err(bad(format!("tensor {name} is {other:?}; supported are F32, F16 and BF16"))),
+            other => {
+                let why = format!("tensor {name} is {other:?}; supported are F32, F16 and BF16");
+                return Err(Error::invalid(why).in_file(path));
+            }
         };
         let (start, end) = info.data_offsets;
         let entry = TensorEntry {
@@ -265,6 +266,10 @@ pub fn list(tensors: &mut ModelTensors, path: &Path) -> Result<()> {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = fs::read(path).map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::invalid(format!("{}: {e}", path.display())))
+    let bytes = fs::read(path).map_err(|e| unreadable(path, e))?;
+    serde_json::from_slice(&bytes).map_err(|e| unreadable(path, e))
+}
+
+fn unreadable(path: &Path, e: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::invalid(e.to_string()).in_file(path).caused_by(e)
 }

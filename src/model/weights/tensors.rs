@@ -252,7 +252,7 @@ impl ModelTensors {
         let mut bytes = vec![0; len as usize];
         file.seek(SeekFrom::Start(entry.offset + start))
             .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|e| Error::invalid(format!("{}: tensor {}: {e}", path.display(), entry.label)))?;
+            .map_err(|e| Error::invalid(format!("tensor {}: {e}", entry.label)).in_file(path).caused_by(e))?;
         Ok(bytes)
     }
 
