@@ -15,7 +15,7 @@ use crate::ops::batch::DeviceStep;
 use crate::ops::batch::Segment;
 use crate::ops::cpu;
 use crate::ops::pool::SharedMut;
-use crate::ops::simd::{self, Kernel, LANES, Lanes};
+use crate::ops::simd::{self, LANES, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
@@ -232,7 +232,7 @@ struct Shrink<'a> {
     hidden: SharedMut<f32>,
 }
 
-impl Kernel for Shrink<'_> {
+impl SimdKernel for Shrink<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         for start in self.rows.clone().step_by(L::ROWS) {
@@ -307,7 +307,7 @@ struct Expand<'a> {
     n: usize,
 }
 
-impl Kernel for Expand<'_> {
+impl SimdKernel for Expand<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         for start in self.rows.clone().step_by(L::ROWS) {

@@ -1,5 +1,5 @@
-//! AdamW (Loshchilov and Hutter, 2019) with f32 moments, or with moments of 8 bits (Dettmers et al., 2022), and the sum of
-//! squares that gradients are clipped by.
+//! AdamW (Loshchilov and Hutter, 2019) with f32 moments or 8-bit moments (Dettmers et al., 2022), and the sum of squares that
+//! gradient clipping needs.
 
 use std::sync::LazyLock;
 
@@ -8,110 +8,130 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor
 use super::cpu;
 use super::pool::SharedMut;
 use super::quant::nf4::{dynamic_map, unsigned_dynamic_map};
-use super::simd::{self, Kernel, LANES, Lanes};
+use super::simd::{self, LANES, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// Values that share an absolute maximum where moments have 8 bits.
+/// Values of a block of 8-bit moments, which share a scale.
 pub const BLOCK: usize = 256;
-/// Bytes of a block of 8-bit moments: codes, then the f32 that they are multiples of, little-endian.
+/// Bytes of a block of 8-bit moments: the codes, then their scale as f32, little-endian.
 pub const BLOCK_BYTES: usize = BLOCK + 4;
-/// Values a task takes.
+/// Values of a task.
 const TASK: usize = 16 * BLOCK;
 
-/// What a step takes besides tensors. New parameters are `p · (1 - lr · weight_decay) - lr · m̂ / (√v̂ + eps)`, `m̂` and `v̂`
-/// being the moments over `1 - betaᵗ`.
+/// The numbers of one step. The new parameters are `p · (1 - lr · weight_decay) - lr · m̂ / (√v̂ + eps)`, where `m̂` and `v̂` are the
+/// moments divided by `1 - betaᵗ`.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamwStep {
-    /// Number of this step, from 1.
+    /// Number of the step, from 1: the `t` of the bias correction.
     pub step: usize,
+    /// Learning rate.
     pub lr: f32,
+    /// Decay of the first moment, the mean of the gradients.
     pub beta1: f32,
+    /// Decay of the second moment, the mean of their squares.
     pub beta2: f32,
+    /// Added to the root of the second moment.
     pub eps: f32,
+    /// Decoupled weight decay.
     pub weight_decay: f32,
-    /// Gradients are multiplied by this first: clipping, or a mean.
+    /// Factor of the gradients, applied first: clipping, a mean over tokens.
     pub grad_scale: f32,
 }
 
-/// The same as the loops need it.
+/// The factors of a step, as the loops and the kernels take them.
 #[derive(Debug, Clone, Copy)]
-struct Factors {
-    scale: f32,
-    /// `beta` and `1 - beta` of each moment.
-    m: [f32; 2],
-    v: [f32; 2],
+struct AdamwFactors {
+    grad_scale: f32,
+    first: MomentDecay,
+    second: MomentDecay,
     /// `1 - lr · weight_decay`.
     keep: f32,
     /// `lr / (1 - beta1ᵗ)`.
-    size: f32,
+    step_size: f32,
     /// `1 / √(1 - beta2ᵗ)`.
-    root: f32,
+    root_correction: f32,
     eps: f32,
 }
 
+/// `beta` and `1 - beta` of a moment: the factors of its old value and of the new gradient.
+#[derive(Debug, Clone, Copy)]
+struct MomentDecay {
+    old: f32,
+    new: f32,
+}
+
+/// The first moment averages the gradients, the second their squares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    First,
+    Second,
+}
+
 impl AdamwStep {
-    fn factors(&self) -> Factors {
-        let parts = |beta: f32| [beta, (1.0 - f64::from(beta)) as f32];
+    fn factors(&self) -> AdamwFactors {
+        let decay = |beta: f32| MomentDecay { old: beta, new: (1.0 - f64::from(beta)) as f32 };
         let correction = |beta: f32| 1.0 - f64::from(beta).powi(self.step as i32);
-        Factors {
-            scale: self.grad_scale,
-            m: parts(self.beta1),
-            v: parts(self.beta2),
+        AdamwFactors {
+            grad_scale: self.grad_scale,
+            first: decay(self.beta1),
+            second: decay(self.beta2),
             keep: (1.0 - f64::from(self.lr) * f64::from(self.weight_decay)) as f32,
-            size: (f64::from(self.lr) / correction(self.beta1)) as f32,
-            root: (1.0 / correction(self.beta2).sqrt()) as f32,
+            step_size: (f64::from(self.lr) / correction(self.beta1)) as f32,
+            root_correction: (1.0 / correction(self.beta2).sqrt()) as f32,
             eps: self.eps,
         }
     }
 }
 
-/// One step in place: `params`, `grads`, `m` and `v` are contiguous f32 of one size, four tensors with storage of their own;
-/// moments are zero before the first step. `grads` are finite, as [`sum_of_squares`] shows, and stay as they are.
+/// One step in place. `params`, `grads`, `m` and `v` are contiguous f32 tensors of one size, each with a storage of its own. The
+/// moments `m` and `v` are zero before the first step. `grads` must be finite, which [`sum_of_squares`] shows, and do not change.
+/// Errors: different sizes, step 0.
 pub fn adamw_step(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, step: &AdamwStep) -> Result<()> {
     let count = params.elem_count();
     if [grads, m, v].iter().any(|t| t.elem_count() != count) || step.step == 0 {
-        return Err(refused(params, grads, m, v, step));
+        return Err(misfit(params, grads, m, v, step));
     }
     let factors = step.factors();
     #[cfg(feature = "cuda")]
     if params.device().is_cuda() {
         return cuda::step(params, grads, m, v, &factors);
     }
-    m.inplace_op1(&Moment { grads, second: false, factors })?;
-    v.inplace_op1(&Moment { grads, second: true, factors })?;
-    Ok(params.inplace_op1(&Update { m, v, factors })?)
+    m.inplace_op1(&UpdateMoment { grads, moment: Moment::First, factors })?;
+    v.inplace_op1(&UpdateMoment { grads, moment: Moment::Second, factors })?;
+    Ok(params.inplace_op1(&UpdateParams { m, v, factors })?)
 }
 
-/// As [`adamw_step`], with moments of 8 bits as bitsandbytes stores them: `m` and `v` are u8 `[n / 256 up, 260]`, a row being
-/// 256 codes (of the signed and the unsigned dynamic map) and the f32 that they are multiples of; see [`zero_moments`]. A
-/// flat buffer may hold several tensors; those that start at a multiple of 256 share no maximum.
+/// [`adamw_step`] with 8-bit moments, as in bitsandbytes. `m` and `v` are u8 `[⌈n / 256⌉, 260]`, made by [`zero_moments`]. A row is a
+/// block: 256 codes of the signed (`m`) or unsigned (`v`) dynamic map, and the f32 scale of their values. Tensors that start at
+/// multiples of 256 in a flat buffer share no block. Errors: those of [`adamw_step`].
 pub fn adamw8bit_step(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, step: &AdamwStep) -> Result<()> {
     let count = params.elem_count();
     let moments = [count.div_ceil(BLOCK), BLOCK_BYTES];
     if grads.elem_count() != count || [m, v].iter().any(|t| t.dims() != moments) || step.step == 0 {
-        return Err(refused(params, grads, m, v, step));
+        return Err(misfit(params, grads, m, v, step));
     }
     let factors = step.factors();
     #[cfg(feature = "cuda")]
     if params.device().is_cuda() {
         return cuda::step8(params, grads, m, v, &factors);
     }
-    // Parameters see the new moments before these are rounded.
-    params.inplace_op1(&Update8 { grads, m, v, factors })?;
-    m.inplace_op1(&Moment8 { grads, second: false, factors })?;
-    Ok(v.inplace_op1(&Moment8 { grads, second: true, factors })?)
+    // The parameters take the new moments before these are rounded to 8 bits.
+    params.inplace_op1(&UpdateParams8bit { grads, m, v, factors })?;
+    m.inplace_op1(&UpdateMoment8bit { grads, moment: Moment::First, factors })?;
+    Ok(v.inplace_op1(&UpdateMoment8bit { grads, moment: Moment::Second, factors })?)
 }
 
-/// 8-bit moments of `n` values before the first step.
+/// 8-bit moments of `n` values before the first step: u8 `[⌈n / 256⌉, 260]`. Errors: the device has no memory for them.
 pub fn zero_moments(n: usize, device: &Device) -> Result<Tensor> {
-    // Any code times zero.
+    // The scale is zero, so the codes do not matter.
     Ok(Tensor::zeros((n.div_ceil(BLOCK), BLOCK_BYTES), DType::U8, device)?)
 }
 
-/// Sum of the squares of a contiguous f32 tensor, in an order fixed by its size. On a GPU, waits for it.
+/// The sum of the squares of a contiguous f32 tensor, added in an order that depends on its size alone. On a GPU, waits for the
+/// result. Errors: a tensor that is not contiguous f32.
 pub fn sum_of_squares(x: &Tensor) -> Result<f32> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -122,21 +142,21 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f32> {
     let mut sums = vec![0.0; x.len().div_ceil(TASK)];
     let shared = SharedMut::new(&mut sums);
     cpu::for_each(x.len().div_ceil(TASK), x.len(), |task| {
-        // SAFETY: a sum a task.
+        // SAFETY: each task has one sum of its own.
         let sum = unsafe { shared.slice(task, 1) };
-        simd::run(Squares { x: &x[cpu::chunk(task, TASK, x.len())], sum: &mut sum[0] });
+        simd::run(SquaresSum { x: &x[cpu::chunk(task, TASK, x.len())], sum: &mut sum[0] });
     });
     Ok(total(&sums))
 }
 
-/// Sum of partial sums: in f64, since there may be many.
+/// The sum of partial sums, in f64 because there may be many.
 fn total(sums: &[f32]) -> f32 {
     sums.iter().map(|s| f64::from(*s)).sum::<f64>() as f32
 }
 
-fn refused(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, step: &AdamwStep) -> Error {
+fn misfit(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, step: &AdamwStep) -> Error {
     Error::internal(format!(
-        "step {} of {:?} with gradients {:?} and moments {:?} and {:?}",
+        "AdamW step {}: parameters {:?}, gradients {:?}, moments {:?} and {:?}",
         step.step,
         params.shape(),
         grads.shape(),
@@ -157,18 +177,18 @@ fn values<'a>(op: &'static str, storage: &'a Storage, layout: &Layout) -> candle
 fn bytes<'a>(storage: &'a Storage, layout: &Layout) -> candle_core::Result<&'a [u8]> {
     match (storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::U8(bytes)), Some((start, end))) => Ok(&bytes[start..end]),
-        _ => candle_core::bail!("8-bit moments are contiguous u8 on the parameters' device"),
+        _ => candle_core::bail!("8-bit moments must be contiguous u8 tensors on the parameters' device"),
     }
 }
 
-/// A moment's decayed average: of gradients, or of their squares.
-struct Moment<'a> {
+/// Updates an f32 moment.
+struct UpdateMoment<'a> {
     grads: &'a Tensor,
-    second: bool,
-    factors: Factors,
+    moment: Moment,
+    factors: AdamwFactors,
 }
 
-impl InplaceOp1 for Moment<'_> {
+impl InplaceOp1 for UpdateMoment<'_> {
     fn name(&self) -> &'static str {
         "adamw-moment"
     }
@@ -176,25 +196,26 @@ impl InplaceOp1 for Moment<'_> {
     fn cpu_fwd(&self, s: &mut CpuStorage, l: &Layout) -> candle_core::Result<()> {
         let (storage, layout) = self.grads.storage_and_layout();
         let grads = values(self.name(), &storage, layout)?;
-        let moment = cpu::slice_mut(self.name(), s, l)?;
-        let (count, moment) = (moment.len(), SharedMut::new(moment));
+        let values = cpu::slice_mut(self.name(), s, l)?;
+        let (count, values) = (values.len(), SharedMut::new(values));
         cpu::for_each(count.div_ceil(TASK), count, |task| {
             let range = cpu::chunk(task, TASK, count);
-            // SAFETY: inside the tensor, and each value belongs to one task.
-            let moment = unsafe { moment.slice(range.start, range.len()) };
-            simd::run(Average { moment, grads: &grads[range], second: self.second, factors: &self.factors });
+            // SAFETY: inside the tensor; each value belongs to one task.
+            let values = unsafe { values.slice(range.start, range.len()) };
+            simd::run(MomentUpdate { values, grads: &grads[range], moment: self.moment, factors: &self.factors });
         });
         Ok(())
     }
 }
 
-struct Update<'a> {
+/// Updates parameters from new f32 moments.
+struct UpdateParams<'a> {
     m: &'a Tensor,
     v: &'a Tensor,
-    factors: Factors,
+    factors: AdamwFactors,
 }
 
-impl InplaceOp1 for Update<'_> {
+impl InplaceOp1 for UpdateParams<'_> {
     fn name(&self) -> &'static str {
         "adamw-update"
     }
@@ -206,22 +227,23 @@ impl InplaceOp1 for Update<'_> {
         let (count, params) = (params.len(), SharedMut::new(params));
         cpu::for_each(count.div_ceil(TASK), 8 * count, |task| {
             let range = cpu::chunk(task, TASK, count);
-            // SAFETY: inside the tensor, and each value belongs to one task.
+            // SAFETY: inside the tensor; each value belongs to one task.
             let params = unsafe { params.slice(range.start, range.len()) };
-            simd::run(Move { params, m: &m[range.clone()], v: &v[range], factors: &self.factors });
+            simd::run(ParamsUpdate { params, m: &m[range.clone()], v: &v[range], factors: &self.factors });
         });
         Ok(())
     }
 }
 
-struct Update8<'a> {
+/// Updates parameters from old 8-bit moments and gradients.
+struct UpdateParams8bit<'a> {
     grads: &'a Tensor,
     m: &'a Tensor,
     v: &'a Tensor,
-    factors: Factors,
+    factors: AdamwFactors,
 }
 
-impl InplaceOp1 for Update8<'_> {
+impl InplaceOp1 for UpdateParams8bit<'_> {
     fn name(&self) -> &'static str {
         "adamw8bit-update"
     }
@@ -236,25 +258,25 @@ impl InplaceOp1 for Update8<'_> {
         let factors = &self.factors;
         cpu::for_each(count.div_ceil(BLOCK), 16 * count, |block| {
             let range = cpu::chunk(block, BLOCK, count);
-            // SAFETY: inside the tensor, and each value belongs to one task.
+            // SAFETY: inside the tensor; each value belongs to one task.
             let params = unsafe { params.slice(range.start, range.len()) };
             let (grads, at) = (&grads[range], block * BLOCK_BYTES);
-            let m = next(&m[at..at + BLOCK_BYTES], grads, false, factors);
-            let v = next(&v[at..at + BLOCK_BYTES], grads, true, factors);
-            simd::run(Move { params, m: &m, v: &v, factors });
+            let m = next_moment(&m[at..at + BLOCK_BYTES], grads, Moment::First, factors);
+            let v = next_moment(&v[at..at + BLOCK_BYTES], grads, Moment::Second, factors);
+            simd::run(ParamsUpdate { params, m: &m, v: &v, factors });
         });
         Ok(())
     }
 }
 
-/// A moment of 8 bits: read, averaged, rounded.
-struct Moment8<'a> {
+/// Updates an 8-bit moment: reads it, averages in f32 and rounds it to codes of a new scale.
+struct UpdateMoment8bit<'a> {
     grads: &'a Tensor,
-    second: bool,
-    factors: Factors,
+    moment: Moment,
+    factors: AdamwFactors,
 }
 
-impl InplaceOp1 for Moment8<'_> {
+impl InplaceOp1 for UpdateMoment8bit<'_> {
     fn name(&self) -> &'static str {
         "adamw8bit-moment"
     }
@@ -262,19 +284,19 @@ impl InplaceOp1 for Moment8<'_> {
     fn cpu_fwd(&self, s: &mut CpuStorage, l: &Layout) -> candle_core::Result<()> {
         let (storage, layout) = self.grads.storage_and_layout();
         let grads = values(self.name(), &storage, layout)?;
-        let (CpuStorage::U8(moment), Some((start, end))) = (s, l.contiguous_offsets()) else {
-            candle_core::bail!("8-bit moments are contiguous u8")
+        let (CpuStorage::U8(blocks), Some((start, end))) = (s, l.contiguous_offsets()) else {
+            candle_core::bail!("8-bit moments must be contiguous u8 tensors")
         };
-        let moment = SharedMut::new(&mut moment[start..end]);
-        cpu::for_each(grads.len().div_ceil(BLOCK), 64 * grads.len(), |block| {
-            // SAFETY: inside the tensor, and each block belongs to one task.
-            let moment = unsafe { moment.slice(block * BLOCK_BYTES, BLOCK_BYTES) };
-            let grads = &grads[cpu::chunk(block, BLOCK, grads.len())];
-            let values = next(moment, grads, self.second, &self.factors);
+        let blocks = SharedMut::new(&mut blocks[start..end]);
+        let midpoints = self.moment.midpoints();
+        cpu::for_each(grads.len().div_ceil(BLOCK), 64 * grads.len(), |i| {
+            // SAFETY: inside the tensor; each block belongs to one task.
+            let block = unsafe { blocks.slice(i * BLOCK_BYTES, BLOCK_BYTES) };
+            let grads = &grads[cpu::chunk(i, BLOCK, grads.len())];
+            let values = next_moment(block, grads, self.moment, &self.factors);
             let max = values.iter().fold(0f32, |max, x| max.max(x.abs()));
             let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
-            let (codes, scale) = moment.split_at_mut(BLOCK);
-            let midpoints = midpoints(self.second);
+            let (codes, scale) = block.split_at_mut(BLOCK);
             codes.iter_mut().zip(values).for_each(|(code, x)| *code = nearest(midpoints, x * inverse));
             scale.copy_from_slice(&max.to_le_bytes());
         });
@@ -282,32 +304,43 @@ impl InplaceOp1 for Moment8<'_> {
     }
 }
 
-/// A block's moment after these gradients, in f32; zero past them.
-fn next(block: &[u8], grads: &[f32], second: bool, factors: &Factors) -> [f32; BLOCK] {
+/// A block of an 8-bit moment after `grads`, in f32; zero past the last gradient.
+fn next_moment(block: &[u8], grads: &[f32], moment: Moment, factors: &AdamwFactors) -> [f32; BLOCK] {
     let (codes, scale) = block.split_at(BLOCK);
     let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
-    let map = map(second);
-    let mut moment = [0.0; BLOCK];
-    let moments = &mut moment[..grads.len()];
-    moments.iter_mut().zip(codes).for_each(|(x, code)| *x = map[usize::from(*code)] * scale);
-    simd::run(Average { moment: moments, grads, second, factors });
-    moment
+    let map = moment.map();
+    let mut next = [0.0; BLOCK];
+    let values = &mut next[..grads.len()];
+    values.iter_mut().zip(codes).for_each(|(x, code)| *x = map[usize::from(*code)] * scale);
+    simd::run(MomentUpdate { values, grads, moment, factors });
+    next
 }
 
-/// What codes of the first or second moment stand for, ascending.
-fn map(second: bool) -> &'static [f32; 256] {
-    if second { unsigned_dynamic_map() } else { dynamic_map() }
+impl Moment {
+    /// The values of its codes, ascending.
+    fn map(self) -> &'static [f32; 256] {
+        match self {
+            Self::First => dynamic_map(),
+            Self::Second => unsigned_dynamic_map(),
+        }
+    }
+
+    /// The midpoints between neighbouring values of its map.
+    fn midpoints(self) -> &'static [f32; 255] {
+        static FIRST: LazyLock<[f32; 255]> = LazyLock::new(|| midpoints(Moment::First.map()));
+        static SECOND: LazyLock<[f32; 255]> = LazyLock::new(|| midpoints(Moment::Second.map()));
+        match self {
+            Self::First => &FIRST,
+            Self::Second => &SECOND,
+        }
+    }
 }
 
-/// Halfway between neighbours of a map.
-fn midpoints(second: bool) -> &'static [f32; 255] {
-    static MIDPOINTS: LazyLock<[[f32; 255]; 2]> = LazyLock::new(|| {
-        [false, true].map(|second| std::array::from_fn(|i| (map(second)[i] + map(second)[i + 1]) / 2.0))
-    });
-    &MIDPOINTS[usize::from(second)]
+fn midpoints(map: &[f32; 256]) -> [f32; 255] {
+    std::array::from_fn(|i| (map[i] + map[i + 1]) / 2.0)
 }
 
-/// The code nearest to `x`, of two as near the lower: how many midpoints are below it, by bisection.
+/// The code of the value nearest to `x`, the lower one at a midpoint: the number of midpoints below `x`, by bisection.
 fn nearest(midpoints: &[f32; 255], x: f32) -> u8 {
     let mut code = 0;
     for half in [128, 64, 32, 16, 8, 4, 2, 1] {
@@ -318,56 +351,60 @@ fn nearest(midpoints: &[f32; 255], x: f32) -> u8 {
     code as u8
 }
 
-/// `moment = beta · moment + (1 - beta) · g`, or `g²`.
-struct Average<'a> {
-    moment: &'a mut [f32],
+/// `values = beta · values + (1 - beta) · g`, or `g²` for the second moment.
+struct MomentUpdate<'a> {
+    values: &'a mut [f32],
     grads: &'a [f32],
-    second: bool,
-    factors: &'a Factors,
+    moment: Moment,
+    factors: &'a AdamwFactors,
 }
 
-impl Kernel for Average<'_> {
-    /// Plain loops: the compiler vectorises them for the instruction set it is inlined into.
+impl SimdKernel for MomentUpdate<'_> {
+    /// Plain loops, which the compiler vectorises for the instruction set they are inlined into.
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Factors { scale, m, v, .. } = *self.factors;
-        if self.second {
-            for (x, g) in self.moment.iter_mut().zip(self.grads) {
-                let g = g * scale;
-                *x = v[0] * *x + v[1] * (g * g);
+        let AdamwFactors { grad_scale, first, second, .. } = *self.factors;
+        match self.moment {
+            Moment::First => {
+                for (x, g) in self.values.iter_mut().zip(self.grads) {
+                    *x = first.old * *x + first.new * (g * grad_scale);
+                }
             }
-        } else {
-            for (x, g) in self.moment.iter_mut().zip(self.grads) {
-                *x = m[0] * *x + m[1] * (g * scale);
+            Moment::Second => {
+                for (x, g) in self.values.iter_mut().zip(self.grads) {
+                    let g = g * grad_scale;
+                    *x = second.old * *x + second.new * (g * g);
+                }
             }
         }
     }
 }
 
-/// The step of the parameters.
-struct Move<'a> {
+/// `params = params · keep - step_size · m / (√v · root_correction + eps)`.
+struct ParamsUpdate<'a> {
     params: &'a mut [f32],
     m: &'a [f32],
     v: &'a [f32],
-    factors: &'a Factors,
+    factors: &'a AdamwFactors,
 }
 
-impl Kernel for Move<'_> {
+impl SimdKernel for ParamsUpdate<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Factors { keep, size, root, eps, .. } = *self.factors;
+        let AdamwFactors { keep, step_size, root_correction, eps, .. } = *self.factors;
         for ((p, m), v) in self.params.iter_mut().zip(self.m).zip(self.v) {
-            *p = *p * keep - size * (m / (v.sqrt() * root + eps));
+            *p = *p * keep - step_size * (m / (v.sqrt() * root_correction + eps));
         }
     }
 }
 
-struct Squares<'a> {
+/// Sum of the squares of a task's values.
+struct SquaresSum<'a> {
     x: &'a [f32],
     sum: &'a mut f32,
 }
 
-impl Kernel for Squares<'_> {
+impl SimdKernel for SquaresSum<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (chunks, tail) = self.x.as_chunks::<LANES>();
@@ -418,12 +455,12 @@ mod tests {
     }
 
     #[test]
-    fn maps_are_those_of_bitsandbytes() {
-        assert_eq!(map(false).to_vec(), golden("m_map"));
-        assert_eq!(map(true).to_vec(), golden("v_map"));
+    fn maps_equal_those_of_bitsandbytes() {
+        assert_eq!(Moment::First.map().to_vec(), golden("m_map"));
+        assert_eq!(Moment::Second.map().to_vec(), golden("v_map"));
     }
 
-    /// Runs the golden file's steps, its gradients doubled and halved again, and compares parameters after each.
+    /// Runs the steps of the golden file and compares the parameters after each. Gradients are doubled, and halved by `grad_scale`.
     fn check(name: &str, tolerance: f64, run: impl Fn(&Tensor, &Tensor, &AdamwStep)) {
         let start = golden("start");
         let params = tensor(&start);
@@ -437,14 +474,14 @@ mod tests {
     }
 
     #[test]
-    fn steps_are_those_of_torch() {
+    fn steps_match_torch() {
         let zeros = || tensor(&vec![0.0; golden("start").len()]);
         let (m, v) = (zeros(), zeros());
         check("adamw", 1e-6, |params, grads, step| adamw_step(params, grads, &m, &v, step).unwrap());
     }
 
     #[test]
-    fn steps_with_8_bits_are_those_of_bitsandbytes() {
+    fn steps_with_8_bit_moments_match_bitsandbytes() {
         let count = golden("start").len();
         let moments = || zero_moments(count, &Device::Cpu).unwrap();
         let (m, v) = (moments(), moments());
@@ -460,18 +497,18 @@ mod tests {
     }
 
     #[test]
-    fn codes_are_nearest() {
-        for second in [false, true] {
-            let map = map(second);
-            for x in random(1, 5000).into_iter().chain([-2.0, 0.0, 1.0, 2.0]).chain(*midpoints(second)) {
-                let code = usize::from(nearest(midpoints(second), x));
+    fn codes_are_the_nearest() {
+        for moment in [Moment::First, Moment::Second] {
+            let (map, midpoints) = (moment.map(), moment.midpoints());
+            for x in random(1, 5000).into_iter().chain([-2.0, 0.0, 1.0, 2.0]).chain(*midpoints) {
+                let code = usize::from(nearest(midpoints, x));
                 let best = map.iter().fold(f32::INFINITY, |best, y| best.min((y - x).abs()));
                 assert!((map[code] - x).abs() <= best + 1e-7, "{x}: {code}");
             }
         }
     }
 
-    /// Long enough for several tasks, and for the last to be short.
+    /// The tensors are long enough for several tasks, the last of which is short.
     #[test]
     fn long_tensors_and_sums_match_f64() {
         let n = 5 * TASK + 77;
@@ -481,7 +518,7 @@ mod tests {
         let (m8, v8) = (zero_moments(n, &Device::Cpu).unwrap(), zero_moments(n, &Device::Cpu).unwrap());
         adamw_step(&params, &tensor(&g), &m, &v, &STEP).unwrap();
         adamw8bit_step(&params8, &tensor(&g), &m8, &v8, &STEP).unwrap();
-        // In the first step moments are gradients and their squares, so every value moves by the rate.
+        // After the first step the corrected moments are the gradients and their squares, so every value moves by the learning rate.
         let moved = |(p, g): (&f32, &f32)| f64::from(*p) * (1.0 - 0.001) - 0.01 * f64::from(g.signum());
         let want: Vec<f64> = p.iter().zip(&g).map(moved).collect();
         assert_close(&to_vec(&params), &want, 1e-5);

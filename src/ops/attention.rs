@@ -1,14 +1,14 @@
-//! Causal attention with grouped queries over a paged key and value cache.
+//! Causal attention with grouped queries over a paged KV cache: [`append`] writes a step's keys and values, [`attention`] attends.
 //!
-//! Online softmax (Milakov and Gimelshein, 2018; tiled as in FlashAttention, Dao et al., 2022) over tiles of
-//! 64 keys at fixed absolute positions. A query row sees the same tiles in the same order, and within them adds in
-//! the same order, whether it came in a prompt chunk or as a decode step, so its bits do not depend on either.
+//! Online softmax (Milakov and Gimelshein, 2018), tiled as in FlashAttention (Dao et al., 2022), over tiles of 64 keys at fixed
+//! absolute positions. A row sees the same tiles, and adds in the same order, in a prompt chunk and in a decode step. Its bits
+//! therefore do not depend on how its prompt was cut.
 //!
-//! A task is one key-value head and a tile of query rows: consecutive positions times the query heads of the group. Its
-//! rows share each load of keys and values.
+//! A task is one key-value head and a tile of query rows: consecutive positions times the query heads of the group. Its rows share
+//! each load of keys and values.
 //!
-//! This is the CPU half. On a GPU activations and cache are bf16, and rows that are their sequence's only one in a batch take
-//! another path than the others: see `kernels/attention.cu`.
+//! This file is the CPU half. On a GPU, activations and cache are bf16, and decode rows take another path than prefill rows: see
+//! `kernels/attention.cu`. Training attends without a cache: see [`causal()`].
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -19,7 +19,7 @@ use super::batch::{Batch, Span};
 use super::cpu;
 use super::pool::SharedMut;
 use super::rope::{self, RopeTable};
-use super::simd::{self, Kernel, LANES, Lanes};
+use super::simd::{self, LANES, Lanes, SimdKernel};
 use crate::arch::Heads;
 use crate::{Error, Result};
 
@@ -30,53 +30,54 @@ pub use causal::{causal, causal_backward};
 #[cfg(feature = "cuda")]
 pub use cuda::{decode_words, decode_work, prefill_words, prefill_work};
 
-/// Tokens per cache block.
+/// Tokens of a KV block.
 pub const BLOCK: usize = LANES;
-/// Blocks that one step of the softmax covers.
+/// KV blocks of a key tile, which one step of the online softmax covers.
 const TILE_BLOCKS: usize = 4;
-/// Keys that one step of the softmax covers.
+/// Keys of a key tile.
 const TILE: usize = TILE_BLOCKS * BLOCK;
-/// Query rows of a task, about: enough to reuse a tile of keys and values out of the first-level cache.
+/// Approximate query rows of a task: enough to reuse a tile of keys and values from the first-level cache.
 const QUERY_ROWS: usize = 48;
 
-/// Values of a cache block on a device.
+/// The number of values in a KV block of one layer on a device.
 ///
-/// A block holds, for each key-value head, keys `[head_dim][16 tokens]` (so that a vector holds one dimension of 16 keys),
-/// then for each head values `[16 tokens][head_dim rounded up to 16]`. On a GPU both are `[16 tokens][head_dim]`.
+/// On the CPU, a block holds the keys of each key-value head, `[head_dim][16 tokens]`, so that a vector holds one dimension of 16
+/// keys; then the values of each head, `[16 tokens][head_dim rounded up to 16]`. On a GPU both are `[16 tokens][head_dim]`.
 pub fn block_len(heads: Heads, device: &Device) -> usize {
     let value_dim = if device.is_cuda() { heads.dim } else { value_dim(heads) };
     heads.kv * BLOCK * (heads.dim + value_dim)
 }
 
-/// Width of a head's values in a cache on the CPU.
+/// Width of a head's values in the CPU's cache.
 fn value_dim(heads: Heads) -> usize {
     heads.dim.next_multiple_of(LANES)
 }
 
-/// Keys of a head in a cache on the CPU.
+/// Where the keys of a head lie in the CPU's cache.
 fn key_range(heads: Heads, block: usize, head: usize) -> Range<usize> {
     let start = block * block_len(heads, &Device::Cpu) + head * BLOCK * heads.dim;
     start..start + BLOCK * heads.dim
 }
 
-/// Values of a head in a cache on the CPU.
+/// Where the values of a head lie in the CPU's cache.
 fn value_range(heads: Heads, block: usize, head: usize) -> Range<usize> {
     let value_dim = value_dim(heads);
     let start = block * block_len(heads, &Device::Cpu) + BLOCK * (heads.kv * heads.dim + head * value_dim);
     start..start + BLOCK * value_dim
 }
 
-/// Turns the queries and keys of `qkv [T, (query + 2·kv)·dim]` in place and writes keys and values into
-/// `cache [blocks, block_len]`, where the batch says; rows that only fill up a recorded step write nothing.
+/// Applies RoPE to the queries and keys of `qkv [T, (query + 2·kv)·dim]` in place, and writes keys and values to
+/// `cache [blocks, block_len]` at the batch's slot mapping. f32; on a GPU bf16, where padding rows of a captured step write nothing.
+/// Errors: shapes that do not fit, a slot outside the cache, a position outside the table.
 pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, heads: Heads) -> Result<()> {
     check(cache, qkv, batch, heads)?;
     let slots = &batch.slot_mapping;
     let room = cache.dim(0)? * BLOCK;
     if let Some(slot) = slots.iter().find(|&&slot| slot as usize >= room) {
-        return Err(Error::internal(format!("cache slot {slot}, but the cache has {room}")));
+        return Err(Error::internal(format!("slot {slot} is outside the KV cache of {room} slots")));
     }
     if slots.len() != batch.positions.len() {
-        return Err(Error::internal(format!("{} cache slots for {} positions", slots.len(), batch.positions.len())));
+        return Err(Error::internal(format!("{} KV cache slots for {} positions", slots.len(), batch.positions.len())));
     }
     #[cfg(feature = "cuda")]
     if qkv.device().is_cuda() {
@@ -86,10 +87,10 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
     Ok(cache.inplace_op2(qkv, &Append { slots, heads })?)
 }
 
-/// Attends each query row of `qkv` to its sequence's keys up to its own position, with scores over `sqrt(dim)`:
-/// `[T, query·dim]`. `cache` holds the keys and values of this step's rows already, and if a sequence has only one row, those
-/// of its blocks before the last since before this step. Rows outside the spans are zero. Errors when a span does not fit the
-/// batch or the cache, or on a GPU when rows are left out between spans.
+/// Attends each row of `qkv [T, (query + 2·kv)·dim]` to its sequence's keys up to its own position. Scores are divided by
+/// `sqrt(dim)`. Returns `[T, query·dim]`; rows outside the spans are zero. f32; on a GPU bf16. [`append`] must have written this
+/// step's keys and values. For a sequence with one row, all KV blocks but the last must be older than this step. Errors: a span
+/// that does not fit the batch or the cache; on a GPU also rows between spans that belong to none.
 pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> Result<Tensor> {
     check(cache, qkv, batch, heads)?;
     let (rows, blocks) = (qkv.dim(0)?, cache.dim(0)?);
@@ -97,10 +98,14 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
     for span in &batch.spans {
         let table = batch.block_tables.get(span.table.clone());
         if span.rows.start < end || span.rows.end > rows || span.context_len < span.rows.len() {
-            return Err(Error::internal(format!("{span:?} in a batch of {rows} rows, {end} of them in spans before")));
+            return Err(Error::internal(format!(
+                "{span:?} in a batch of {rows} rows, after a span that ends at row {end}"
+            )));
         }
         if table.is_none_or(|t| t.len() * BLOCK < span.context_len || t.iter().any(|&b| b as usize >= blocks)) {
-            return Err(Error::internal(format!("{span:?} has no {table:?} among {blocks} cache blocks")));
+            return Err(Error::internal(format!(
+                "{span:?} with the block table {table:?} in a cache of {blocks} blocks"
+            )));
         }
         end = span.rows.end;
     }
@@ -116,7 +121,7 @@ fn check(cache: &Tensor, qkv: &Tensor, batch: &Batch, heads: Heads) -> Result<()
     if qkv.dims() != [batch.rows(), heads.qkv_width()] || cache.dims().get(1) != Some(&block_len(heads, cache.device()))
     {
         return Err(Error::internal(format!(
-            "qkv {:?} of {} rows and cache {:?} for {heads:?}",
+            "qkv {:?} for {} rows, cache {:?}, {heads:?}",
             qkv.shape(),
             batch.rows(),
             cache.shape()
@@ -125,6 +130,7 @@ fn check(cache: &Tensor, qkv: &Tensor, batch: &Batch, heads: Heads) -> Result<()
     Ok(())
 }
 
+/// Writes keys and values to the cache.
 struct Append<'a> {
     slots: &'a [u32],
     heads: Heads,
@@ -139,7 +145,7 @@ impl InplaceOp2 for Append<'_> {
         let heads = self.heads;
         let cache = cpu::slice_mut("kv-append", s1, l1)?;
         let qkv = cpu::slice("kv-append", s2, l2)?;
-        // Scattered writes, bound by memory: one thread is as fast as many.
+        // Scattered writes are limited by memory, so one thread is as fast as many.
         for (row, &slot) in qkv.chunks_exact(heads.qkv_width()).zip(self.slots) {
             let (block, offset) = (slot as usize / BLOCK, slot as usize % BLOCK);
             let (k, v) = row[heads.query * heads.dim..].split_at(heads.kv * heads.dim);
@@ -190,7 +196,7 @@ impl CustomOp2 for Attention<'_> {
                 tasks.extend((0..heads.kv).map(|kv_head| QueryTile { rows: rows.clone(), position, kv_head, table }));
             }
         }
-        // Rows with the longest context first, so that no thread ends up alone with them.
+        // Longest first, so that no thread is left alone with a long task at the end.
         tasks.sort_by_key(|task| std::cmp::Reverse(task.rows.len() * (task.position + task.rows.len())));
 
         let mut out = vec![0.0; rows * heads.query * heads.dim];
@@ -213,7 +219,7 @@ struct QueryTile<'a> {
     table: &'a [u32],
 }
 
-/// Attends one [`QueryTile`]; its query rows, position by position and within one head by head, are numbered from 0.
+/// Attends one [`QueryTile`]. Its query rows are numbered from 0: position by position, and head by head within a position.
 struct AttendTile<'a> {
     heads: Heads,
     qkv: &'a [f32],
@@ -222,7 +228,7 @@ struct AttendTile<'a> {
     out: SharedMut<f32>,
 }
 
-impl Kernel for AttendTile<'_> {
+impl SimdKernel for AttendTile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { heads, qkv, cache, tile, out } = self;
@@ -235,25 +241,27 @@ impl Kernel for AttendTile<'_> {
         let mut scores = vec![[0.0; TILE]; rows];
         let mut sums = vec![[0.0; LANES]; rows];
         let mut acc = vec![[0.0; LANES]; rows * value_dim / LANES];
-        // Maxima so far and, for the tile at hand, what to multiply earlier sums by; whole vectors of rows.
+        // The maximum of each row so far, and the factor of its earlier sums at the current key tile. Padded to whole vectors.
         let mut maxima = vec![f32::NEG_INFINITY; rows.next_multiple_of(LANES)];
         let mut decay = vec![0.0; rows.next_multiple_of(LANES)];
 
         let keys = position(rows - 1) + 1;
         for first_key in (0..keys).step_by(TILE) {
-            // The last tile may have fewer blocks: the last one again in their place, masked like all later keys.
+            // The last tile may have fewer blocks. The last block takes the place of the missing ones, and is masked.
             let block: [usize; TILE_BLOCKS] =
                 std::array::from_fn(|b| tile.table[(first_key / BLOCK + b).min((keys - 1) / BLOCK)] as usize);
-            // Keys of this tile that a row sees; rows that see none are left alone.
+            // Keys of this tile that a row sees. Rows before `first_row` see none and are skipped.
             let visible = |row: usize| (position(row) + 1).saturating_sub(first_key).min(TILE);
             let first_row = first_key.saturating_sub(tile.position) * group;
 
+            // Scores of queries and keys, as logarithms to base 2.
             let k = block.map(|b| cache[key_range(heads, b, tile.kv_head)].as_chunks::<LANES>().0);
             for start in (first_row / L::ROWS * L::ROWS..rows).step_by(L::ROWS) {
                 let end = (start + L::ROWS).min(rows);
                 score::<L>(&q[start * dim..end * dim], k, &mut scores[start..end]);
             }
 
+            // New maxima, and how much earlier sums shrink.
             for row in first_row..rows {
                 scores[row][visible(row)..].fill(f32::NEG_INFINITY);
                 let s = vectors::<L>(&scores[row]);
@@ -265,6 +273,7 @@ impl Kernel for AttendTile<'_> {
             for decay in decay.as_chunks_mut::<LANES>().0 {
                 L::load(decay).exp2().store(decay);
             }
+            // Probabilities up to the row's sum, and their sums.
             for row in first_row..rows {
                 let max = L::splat(maxima[row]);
                 let mut p = vectors::<L>(&scores[row]);
@@ -276,6 +285,7 @@ impl Kernel for AttendTile<'_> {
                 L::load(&sums[row]).mul_add(L::splat(decay[row]), sum).store(&mut sums[row]);
             }
 
+            // Weighted sums of values.
             let v = block.map(|b| cache[value_range(heads, b, tile.kv_head)].as_chunks::<LANES>().0);
             for start in (first_row..rows).step_by(L::ROWS) {
                 let end = (start + L::ROWS).min(rows);
@@ -284,10 +294,11 @@ impl Kernel for AttendTile<'_> {
             }
         }
 
+        // Divide by the sums and write the output.
         for row in 0..rows {
             let head = tile.kv_head * group + row % group;
             let start = (tile.rows.start + row / group) * heads.query * dim + head * dim;
-            // SAFETY: one head of one row of the batch, and each belongs to one task.
+            // SAFETY: one head of one row of the output; each belongs to one task.
             let out = unsafe { out.slice(start, dim) };
             let sum = L::load(&sums[row]).sum();
             let acc = acc[row * value_dim / LANES..].as_flattened();
@@ -296,8 +307,8 @@ impl Kernel for AttendTile<'_> {
     }
 }
 
-/// Query rows in sets of `L::ROWS` (the last may be smaller), each `[dim][rows of the set]`, scaled so that scores are
-/// logarithms to base 2.
+/// The query rows in sets of `L::ROWS`, the last of which may be smaller. A set is `[dim][rows of the set]`. Queries are scaled so
+/// that scores become logarithms to base 2.
 #[inline(always)]
 fn pack_queries<L: Lanes>(heads: Heads, qkv: &[f32], tile: &QueryTile) -> Vec<f32> {
     let group = heads.query / heads.kv;
@@ -324,7 +335,7 @@ fn vectors<L: Lanes>(x: &[f32; TILE]) -> [L; TILE_BLOCKS] {
     v
 }
 
-/// Scores of up to four query rows, as [`pack_queries`] lays them out, with the keys of a tile.
+/// Scores of up to four query rows, packed by [`pack_queries`], with the keys of a tile.
 #[inline(always)]
 fn score<L: Lanes>(q: &[f32], k: [&[[f32; LANES]]; TILE_BLOCKS], to: &mut [[f32; TILE]]) {
     match to.len() {
@@ -393,7 +404,7 @@ fn accumulate_rows<L: Lanes, const R: usize>(
     }
 }
 
-/// The same for `C` vectors of the head's width.
+/// [`accumulate`] for `C` vectors of the head's width from `column` on.
 #[inline(always)]
 fn accumulate_columns<L: Lanes, const R: usize, const C: usize>(
     p: &[[f32; TILE]],
@@ -440,7 +451,7 @@ mod tests {
     use super::*;
     use crate::ops::reference::{assert_close, random};
 
-    /// A sequence with random queries, keys and values for each position, and the cache blocks that are its own.
+    /// A sequence with random queries, keys and values at each position, and its KV blocks.
     struct TestSequence {
         heads: Heads,
         qkv: Vec<f32>,
@@ -485,18 +496,18 @@ mod tests {
         }
     }
 
-    /// A cache full of what other sequences left there.
+    /// A cache whose blocks hold stale values of other sequences.
     fn stale_cache(blocks: usize, heads: Heads) -> Tensor {
         let stale = Tensor::full(f32::NAN, (blocks, block_len(heads, &Device::Cpu)), &Device::Cpu).unwrap();
         stale.contiguous().unwrap()
     }
 
-    /// A table that turns nothing.
-    fn still(heads: Heads) -> RopeTable {
+    /// A table without rotation.
+    fn no_rotation(heads: Heads) -> RopeTable {
         RopeTable::new(&vec![0.0; heads.dim / 2], 1000, &Device::Cpu).unwrap()
     }
 
-    /// Runs the sequences' `parts` as one batch.
+    /// Runs ranges of positions of several sequences as one batch.
     fn step(cache: &Tensor, parts: &[(&TestSequence, Range<usize>)]) -> Vec<Vec<f32>> {
         let heads = parts[0].0.heads;
         let (mut qkv, mut batch) = (vec![], Batch::default());
@@ -505,7 +516,7 @@ mod tests {
             batch.push(&vec![0; positions.len()], positions.start, &sequence.table, BLOCK, &[]);
         }
         let qkv = Tensor::from_vec(qkv, (batch.rows(), heads.qkv_width()), &Device::Cpu).unwrap();
-        append(cache, &qkv, &batch, &still(heads), heads).unwrap();
+        append(cache, &qkv, &batch, &no_rotation(heads), heads).unwrap();
         let out = attention(&qkv, cache, &batch, heads).unwrap().to_vec2::<f32>().unwrap();
         batch.spans.iter().map(|span| out[span.rows.clone()].concat()).collect()
     }
@@ -526,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_decode_steps_and_neighbours_change_no_bit() {
+    fn bits_do_not_depend_on_chunks_or_neighbours() {
         let heads = Heads { query: 6, kv: 2, dim: 20 };
         let len = 150;
         let a = TestSequence::new(1, len, heads, (0..10).map(|b| b * 2).collect());
@@ -547,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_left_in_a_block_is_not_seen() {
+    fn stale_values_in_a_block_are_masked() {
         let heads = Heads { query: 3, kv: 1, dim: 16 };
         let sequence = TestSequence::new(1, 70, heads, vec![3, 0, 4, 1, 2]);
         let clean = Tensor::zeros((5, block_len(heads, &Device::Cpu)), DType::F32, &Device::Cpu).unwrap();
@@ -570,6 +581,6 @@ mod tests {
         assert!(attend(1, 0..1, &[2]).is_err());
         assert!(attend(0, 0..0, &[]).is_err());
         let past = Batch { tokens: vec![0], positions: vec![0], slot_mapping: vec![32], ..Batch::default() };
-        assert!(append(&cache, &qkv, &past, &still(heads), heads).is_err());
+        assert!(append(&cache, &qkv, &past, &no_rotation(heads), heads).is_err());
     }
 }

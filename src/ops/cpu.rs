@@ -1,4 +1,4 @@
-//! What the CPU halves of the ops share: slices out of candle's storage, and rows as tasks.
+//! Helpers of the CPU halves: slices of candle's storage, and ranges of rows as tasks.
 
 use std::ops::{Deref, Range};
 
@@ -6,33 +6,33 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 
 use super::pool;
 
-/// The values of a contiguous f32 tensor.
+/// The values of an operand, a contiguous f32 tensor.
 pub fn slice<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let (start, end) = layout.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op })?;
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// The values of a contiguous f32 tensor that an op changes in place.
+/// The values of an operand that an op changes in place, a contiguous f32 tensor.
 pub fn slice_mut<'a>(op: &'static str, storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     let (start, end) = layout.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op })?;
     match storage {
         CpuStorage::F32(values) => Ok(&mut values[start..end]),
-        _ => candle_core::bail!("{op} takes f32 tensors"),
+        _ => candle_core::bail!("{op}: tensors must be f32"),
     }
 }
 
-/// The values of a contiguous f32 tensor that is no operand of a candle op, held against changes while they are read. Errors:
-/// it is not on the CPU, not contiguous, or not f32.
+/// The values of a contiguous f32 tensor that is no operand of a candle op. The storage stays locked while they are read. Errors: a
+/// tensor that is not on the CPU, not contiguous, or not f32.
 pub fn values<'a>(op: &'static str, tensor: &'a Tensor) -> Result<impl Deref<Target = [f32]> + 'a> {
     let (storage, layout) = tensor.storage_and_layout();
     let (start, end) = layout.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op })?;
     if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
-        candle_core::bail!("{op} takes f32 tensors on the CPU");
+        candle_core::bail!("{op}: tensors must be f32 and on the CPU");
     }
     Ok(TensorValues { storage, range: start..end })
 }
 
-/// `S` is candle's lock guard, whose type is not public.
+/// The values under candle's lock. `S` is the lock's guard, whose type is not public.
 struct TensorValues<S> {
     storage: S,
     range: Range<usize>,
@@ -49,8 +49,8 @@ impl<S: Deref<Target = Storage>> Deref for TensorValues<S> {
     }
 }
 
-/// Runs tasks on the pool, or right here when all of them together take fewer than `ops` multiply-adds' worth of time:
-/// handing work to the pool costs about two microseconds.
+/// Runs `f(0) .. f(tasks - 1)` on the pool. If all tasks together take less time than about 2^15 multiply-adds, they run on the
+/// caller's thread: handing work to the pool costs about two microseconds.
 pub fn for_each(tasks: usize, multiply_adds: usize, f: impl Fn(usize) + Sync) {
     if tasks < 2 || multiply_adds < 1 << 15 {
         (0..tasks).for_each(f);
@@ -59,7 +59,7 @@ pub fn for_each(tasks: usize, multiply_adds: usize, f: impl Fn(usize) + Sync) {
     }
 }
 
-/// Cuts `rows` rows into tasks of `step`: the rows of task `i`.
+/// The rows of task `i`, when `rows` rows are cut into tasks of `step`.
 pub fn chunk(i: usize, step: usize, rows: usize) -> Range<usize> {
     i * step..((i + 1) * step).min(rows)
 }

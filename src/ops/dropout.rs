@@ -1,4 +1,4 @@
-//! Dropout (Srivastava et al., 2014) whose mask is a function of a seed, so that it is made again instead of kept.
+//! Dropout (Srivastava et al., 2014). The mask is a function of a seed, so the backward computes it again instead of storing it.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -9,14 +9,15 @@ use super::cpu;
 use super::pool::SharedMut;
 use crate::{Error, Result};
 
-/// Values a task takes.
+/// Values of a task.
 const TASK: usize = 1 << 14;
 
-/// `x` with each value zero with probability `p` in [0, 1), the others over `1 - p`. Which ones are zero depends on `seed` and
-/// a value's position alone: the same call on a gradient is the backward. Contiguous; f32, on a GPU bf16.
+/// Sets each value of `x` to zero with probability `p` in [0, 1) and divides the others by `1 - p`. Which values become zero depends on
+/// `seed` and their positions alone, so the same call on the gradient is the backward. `x` is contiguous and f32; on a GPU bf16.
+/// Errors: a `p` outside [0, 1).
 pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
     if !(0.0..1.0).contains(&p) {
-        return Err(Error::invalid(format!("dropout {p}: at least 0 and below 1")));
+        return Err(Error::invalid(format!("dropout {p} must be at least 0 and below 1")));
     }
     let op = Dropout { seed, threshold: (f64::from(p) * 2f64.powi(32)) as u32, scale: 1.0 / (1.0 - p) };
     #[cfg(feature = "cuda")]
@@ -28,9 +29,9 @@ pub fn dropout(x: &Tensor, p: f32, seed: u64) -> Result<Tensor> {
 
 struct Dropout {
     seed: u64,
-    /// A value goes when its 32 random bits are below.
+    /// A value becomes zero if its 32 random bits are below this.
     threshold: u32,
-    /// What the others are multiplied by.
+    /// Factor of the other values.
     scale: f32,
 }
 
@@ -57,7 +58,7 @@ impl CustomOp1 for Dropout {
         let shared = SharedMut::new(&mut y);
         cpu::for_each(x.len().div_ceil(TASK), 4 * x.len(), |task| {
             let range = cpu::chunk(task, TASK, x.len());
-            // SAFETY: inside the output, and each task has its own part.
+            // SAFETY: inside the output; each value belongs to one task.
             let y = unsafe { shared.slice(range.start, range.len()) };
             let first = range.start / 2;
             for ((i, x), y) in x[range].chunks(2).enumerate().zip(y.chunks_mut(2)) {
@@ -83,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn drops_the_share_asked_for_and_keeps_the_mean() {
+    fn drops_the_given_share_and_keeps_the_mean() {
         for (p, n) in [(0.05f32, 100_001), (0.5, 77_777)] {
             let y = ones(n, p, 7);
             let dropped = y.iter().filter(|y| **y == 0.0).count() as f64 / n as f64;
@@ -94,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seed_decides() {
+    fn the_mask_depends_on_the_seed() {
         assert_eq!(ones(40_000, 0.3, 1), ones(40_000, 0.3, 1));
         assert_ne!(ones(40_000, 0.3, 1), ones(40_000, 0.3, 2));
         let zeros = Tensor::zeros(4, candle_core::DType::F32, &Device::Cpu).unwrap();

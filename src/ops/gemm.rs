@@ -1,7 +1,7 @@
-//! Products of strided views, added to a view in place: what training does with the low-rank matrices, which is made of
-//! columns of activations and pieces of flat buffers.
+//! Matrix products of strided views, added to a view in place. Training needs them for the low-rank pairs: its operands are columns
+//! of activations and ranges of flat parameter buffers.
 //!
-//! On the CPU the `gemm` crate multiplies, which candle uses too; on a GPU cuBLAS.
+//! The CPU half calls the `gemm` crate, as candle does; the CUDA half calls cuBLAS.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -14,16 +14,16 @@ use gemm::Parallelism;
 use super::pool::threads;
 use crate::{Error, Result};
 
-/// Multiply-adds that are worth a second thread.
+/// Products with fewer multiply-adds run on one thread.
 const PARALLEL: usize = 1 << 18;
 
-/// `c = beta · c + alpha · a · b` in place, `c [m, n]`, `a [m, k]`, `b [k, n]`: views with any strides, of which one is 1,
-/// and `c` with storage of its own. f32; on a GPU `a` and `b` are bf16, `c` bf16 or f32, rows of `c` contiguous. `beta` 0
-/// writes over whatever is there. The bits depend on shapes and values alone.
+/// `c = beta · c + alpha · a · b` in place, for `c [m, n]`, `a [m, k]`, `b [k, n]`. The views may have any strides, one of which is 1,
+/// and `c` has a storage of its own. f32; on a GPU `a` and `b` are bf16, `c` is bf16 or f32 with contiguous rows. With `beta` 0,
+/// `c` is overwritten whatever it held. The result's bits depend on shapes and values alone. Errors: shapes that do not fit.
 pub fn gemm(c: &Tensor, beta: f32, a: &Tensor, b: &Tensor, alpha: f32) -> Result<()> {
     let ((m, n), (rows, k), (inner, columns)) = (c.dims2()?, a.dims2()?, b.dims2()?);
     if (m, n, k) != (rows, columns, inner) {
-        return Err(Error::internal(format!("[{m}, {n}] from [{rows}, {k}] times [{inner}, {columns}]")));
+        return Err(Error::internal(format!("gemm of [{rows}, {k}] and [{inner}, {columns}] into [{m}, {n}]")));
     }
     if m == 0 || n == 0 {
         return Ok(());
@@ -36,7 +36,7 @@ struct Gemm {
     alpha: f32,
 }
 
-/// The values of a view `[rows, columns]` from its first on, and its strides. Errors unless all of it is inside.
+/// The values of a view `[rows, columns]`, from its first one on, and its strides. Errors: the view leaves its storage.
 fn view<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<(&'a [f32], [isize; 2])> {
     let values = storage.as_slice::<f32>()?;
     check(values.len(), layout)?;
@@ -52,7 +52,7 @@ fn check(len: usize, layout: &Layout) -> candle_core::Result<()> {
     let last: usize =
         layout.dims().iter().zip(layout.stride()).map(|(dim, stride)| dim.saturating_sub(1) * stride).sum();
     if layout.start_offset() + last >= len {
-        candle_core::bail!("gemm: {layout:?} in {len} values");
+        candle_core::bail!("gemm: {layout:?} leaves its storage of {len} values");
     }
     Ok(())
 }
@@ -82,8 +82,8 @@ impl InplaceOp3 for Gemm {
             _ if m * n * k < PARALLEL => Parallelism::None,
             threads => Parallelism::Rayon(threads),
         };
-        // SAFETY: `view` and `check` have seen that every element of the three views is inside its slice, and the first is
-        // borrowed for writing, so it is none of the others.
+        // SAFETY: `view` and `check` made sure that every element of the three views lies in its slice. `c` is borrowed for
+        // writing, so it overlaps neither of the others.
         unsafe {
             gemm::gemm(
                 m,
@@ -132,8 +132,8 @@ mod tests {
     use crate::ops::reference::{assert_close, random};
 
     #[test]
-    fn matches_f64_on_views_and_leaves_the_rest_alone() {
-        // c is columns 3.. of rows 2.. of a wider tensor, a is transposed, b a piece of a flat buffer.
+    fn matches_f64_on_views_and_changes_nothing_else() {
+        // `c` is a window of a wider tensor, `a` is transposed, `b` a range of a flat buffer.
         for (m, n, k) in [(1, 1, 1), (5, 7, 3), (70, 8, 130), (33, 100, 16)] {
             let (wide, at, flat) = (random(1, (m + 2) * (n + 5)), random(2, k * m), random(3, 11 + k * n));
             let tensor = |v: &[f32], shape: (usize, usize)| Tensor::from_slice(v, shape, &Device::Cpu).unwrap();
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_over_what_is_there_without_beta_and_refuses_other_shapes() {
+    fn overwrites_with_beta_zero_and_refuses_other_shapes() {
         let c = Tensor::full(f32::NAN, (2, 3), &Device::Cpu).unwrap();
         let ones = |m: usize, n: usize| Tensor::ones((m, n), candle_core::DType::F32, &Device::Cpu).unwrap();
         gemm(&c, 0.0, &ones(2, 4), &ones(4, 3), 1.0).unwrap();

@@ -5,14 +5,14 @@ use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 use super::cpu;
 use super::norm::{self, RmsNormRowBackward};
 use super::pool::SharedMut;
-use super::simd::{self, Kernel, Lanes};
+use super::simd::{self, Lanes, SimdKernel};
 use crate::arch::Heads;
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// Rows a task takes.
+/// Rows of a task.
 const ROWS: usize = 16;
 
 /// The op's name in errors.
@@ -116,7 +116,7 @@ impl InplaceOp1 for BiasAndQkNorm<'_> {
         let x = SharedMut::new(cpu::slice_mut(OP, s, l)?);
         cpu::for_each(t.div_ceil(ROWS), t * width, |task| {
             for row in cpu::chunk(task, ROWS, t) {
-                // SAFETY: inside the tensor, and each row belongs to one task.
+                // SAFETY: inside the tensor; each row belongs to one task.
                 let x = unsafe { x.slice(row * width, width) };
                 simd::run(BiasAndQkNormRow { x, op: self });
             }
@@ -125,12 +125,13 @@ impl InplaceOp1 for BiasAndQkNorm<'_> {
     }
 }
 
+/// All heads of one row.
 struct BiasAndQkNormRow<'a> {
     x: &'a mut [f32],
     op: &'a BiasAndQkNorm<'a>,
 }
 
-impl Kernel for BiasAndQkNormRow<'_> {
+impl SimdKernel for BiasAndQkNormRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let BiasAndQkNorm { bias, norm, heads } = self.op;
@@ -139,7 +140,7 @@ impl Kernel for BiasAndQkNormRow<'_> {
         }
         let Some(norm) = norm else { return };
         for (i, head) in self.x.chunks_exact_mut(heads.dim).take(heads.query + heads.kv).enumerate() {
-            let scale = norm::scale::<L>(head, norm.eps);
+            let scale = norm::inverse_rms::<L>(head, norm.eps);
             let weight = norm.of_head(i, *heads);
             head.iter_mut().zip(weight).for_each(|(x, w)| *x = *x * scale * w);
         }
@@ -164,7 +165,7 @@ impl InplaceOp2 for QkNormBackward<'_> {
             for row in cpu::chunk(task, ROWS, t) {
                 for head in 0..heads.query + heads.kv {
                     let start = row * width + head * heads.dim;
-                    // SAFETY: a head of one row of the tensor, and each row belongs to one task.
+                    // SAFETY: a head of one row of the tensor; each row belongs to one task.
                     let d = unsafe { d.slice(start, heads.dim) };
                     let (weight, eps) = (norm.of_head(head, heads), norm.eps);
                     simd::run(RmsNormRowBackward { x: &x[start..start + heads.dim], weight, eps, d });
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gradient_is_that_of_differences() {
+    fn the_gradient_matches_finite_differences() {
         for (query, kv, dim, t) in [(1, 1, 2, 1), (4, 2, 12, 5), (3, 1, 64, 2), (2, 1, 10, 17)] {
             let heads = Heads { query, kv, dim };
             let width = heads.qkv_width();

@@ -1,4 +1,4 @@
-//! Cross-entropy of the next token through the output matrix, without ever holding the logits of all rows.
+//! Cross-entropy of next tokens, fused with the output head: the logits of all rows never exist at once.
 
 use std::f32::consts::LOG2_E;
 
@@ -7,51 +7,52 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use super::cpu;
 use super::pool::SharedMut;
 use super::quant::{self, QMatrix};
-use super::simd::{self, Kernel, LANES, Lanes};
+use super::simd::{self, LANES, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// Rows whose logits are held at a time.
+/// Rows whose logits exist at a time.
 const ROWS: usize = 256;
 
-/// What a row should predict.
+/// The token that a row should predict.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossTarget {
-    /// The row.
+    /// Row of `x`.
     pub row: u32,
-    /// The token.
+    /// The token's id.
     pub id: u32,
-    /// What its gradient is multiplied by.
+    /// Factor of the target's gradient.
     pub scale: f32,
 }
 
-/// What [`cross_entropy`] gives.
+/// The result of [`cross_entropy`].
 pub struct Loss {
-    /// Negative log-likelihood of each target, nats.
+    /// Negative log-likelihood of each target, in nats.
     pub nll: Vec<f32>,
-    /// Whether each target's token was the likeliest; of equal ones, the first is.
+    /// Whether each target is its row's most likely token. Among equally likely tokens, the first counts.
     pub correct: Vec<bool>,
-    /// The gradient with respect to `x`, where asked for: of the sum of `scale · nll`.
+    /// The gradient of the sum of `scale · nll` with respect to `x`, if it was asked for.
     pub dx: Option<Tensor>,
 }
 
-/// Loss of `targets`, whose rows ascend, under the logits `x [T, hidden] · headᵀ`; with `gradient`, `dx [T, hidden]` too, zero in
-/// rows without a target. f32; on a GPU `x` and `dx` are bf16. Errors: a target that is outside `x` or `head`, or not ascending.
+/// The loss of `targets`, in ascending order of rows, under the logits `x [T, hidden] · headᵀ`. With `gradient`, computes
+/// `dx [T, hidden]` too, which is zero in rows without a target. f32; on a GPU `x` and `dx` are bf16. Errors: a target outside `x` or
+/// `head`, targets out of order.
 pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradient: bool) -> Result<Loss> {
     let (t, hidden) = x.dims2()?;
     let ascending = targets.is_sorted_by(|a, b| a.row < b.row) && targets.last().is_none_or(|l| (l.row as usize) < t);
     if !ascending || hidden != head.k() {
         return Err(Error::internal(format!(
-            "loss of {:?} with a [{}, {}] head: targets' rows must ascend",
+            "loss of x {:?} with a [{}, {}] head: the targets' rows must ascend and lie in x",
             x.shape(),
             head.n(),
             head.k()
         )));
     }
     if let Some(target) = targets.iter().find(|target| target.id as usize >= head.n()) {
-        return Err(Error::invalid(format!("token id {}: the model has {}", target.id, head.n())));
+        return Err(Error::invalid(format!("token id {} is outside the vocabulary of {} ids", target.id, head.n())));
     }
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -77,11 +78,11 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradien
     Ok(Loss { nll, correct, dx })
 }
 
-/// Loss of each row of logits, which become, if asked for, the gradient.
+/// The loss of each row of logits. With `gradient`, turns the logits into their gradient.
 struct Softmax<'a> {
     targets: &'a [LossTarget],
     gradient: bool,
-    /// Negative log-likelihood and whether it was the likeliest, a target.
+    /// Of each target: its negative log-likelihood, and whether it is the most likely token.
     rows: SharedMut<(f32, bool)>,
 }
 
@@ -93,9 +94,9 @@ impl InplaceOp1 for Softmax<'_> {
     fn cpu_fwd(&self, s: &mut CpuStorage, l: &Layout) -> candle_core::Result<()> {
         let (rows, n) = l.shape().dims2()?;
         let logits = SharedMut::new(cpu::slice_mut(self.name(), s, l)?);
-        // An exponential is worth about sixteen multiply-adds.
+        // An exponential takes about as long as sixteen multiply-adds.
         cpu::for_each(rows, 16 * rows * n, |row| {
-            // SAFETY: inside the logits; a row of them and its result are one task's.
+            // SAFETY: inside the logits and the results; each row belongs to one task.
             let (logits, result) = unsafe { (logits.slice(row * n, n), self.rows.slice(row, 1)) };
             simd::run(SoftmaxRow {
                 logits,
@@ -108,6 +109,7 @@ impl InplaceOp1 for Softmax<'_> {
     }
 }
 
+/// The softmax of one row.
 struct SoftmaxRow<'a> {
     logits: &'a mut [f32],
     target: LossTarget,
@@ -115,11 +117,13 @@ struct SoftmaxRow<'a> {
     result: &'a mut (f32, bool),
 }
 
-impl Kernel for SoftmaxRow<'_> {
+impl SimdKernel for SoftmaxRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { logits, target: LossTarget { id, scale, .. }, gradient, result } = self;
         let id = id as usize;
+
+        // The largest logit.
         let target = logits[id];
         let (body, tail) = logits.as_chunks::<LANES>();
         let mut max = L::splat(f32::NEG_INFINITY);
@@ -129,10 +133,11 @@ impl Kernel for SoftmaxRow<'_> {
         let max = tail.iter().fold(max.max_lane(), |max, x| max.max(*x));
         let likeliest = target == max && logits[..id].iter().all(|x| *x < max);
 
+        // Exponentials in place of the logits, and their sum.
         let (body, tail) = logits.as_chunks_mut::<LANES>();
         let mut last = [f32::NEG_INFINITY; LANES];
         last[..tail.len()].copy_from_slice(tail);
-        // In pieces, whose sums are added in f64: the rounding of one long sum would reach the loss's fifth digit.
+        // Sums of pieces are added in f64: the rounding of one long f32 sum would reach the fifth digit of the loss.
         let mut sum = 0.0;
         for piece in body.chunks_mut(64).chain([std::slice::from_mut(&mut last)]) {
             let mut part = L::splat(0.0);
@@ -144,6 +149,8 @@ impl Kernel for SoftmaxRow<'_> {
             sum += f64::from(part.sum());
         }
         tail.copy_from_slice(&last[..tail.len()]);
+
+        // The loss, and the gradient `scale · (p - onehot(id))`.
         *result = ((sum.ln() - f64::from(target - max)) as f32, likeliest);
         if gradient {
             let share = (f64::from(scale) / sum) as f32;
@@ -180,8 +187,8 @@ mod tests {
     }
 
     #[test]
-    fn matches_log_softmax_and_its_gradient_that_of_differences() {
-        // More targets than a chunk holds, and vocabularies beside whole vectors and pieces.
+    fn matches_log_softmax_and_the_gradient_finite_differences() {
+        // Includes more targets than a chunk holds, and vocabularies that are not whole vectors or pieces.
         for (vocab, t, every) in [(1, 1, 1), (7, 3, 2), (33, 5, 1), (1100, 2, 1), (50, 2 * ROWS + 44, 1), (50, 400, 3)]
         {
             let (head, rows) = head(vocab);
@@ -221,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn of_equal_logits_the_first_is_the_likeliest() {
+    fn the_first_of_equal_logits_is_the_most_likely() {
         let head = QMatrix::dense(3, HIDDEN, vec![0.5; 3 * HIDDEN]).unwrap();
         let targets: Vec<LossTarget> = (0..3).map(|row| LossTarget { row, id: row, scale: 1.0 }).collect();
         let found = loss(&head, &[1.0; 3 * HIDDEN], &targets, false).unwrap();
@@ -230,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn no_target_is_no_loss() {
+    fn no_targets_give_no_loss() {
         let (head, _) = head(5);
         let found = loss(&head, &random(1, 2 * HIDDEN), &[], true).unwrap();
         assert!(found.nll.is_empty() && found.correct.is_empty());
@@ -238,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_targets_that_are_not_there() {
+    fn refuses_targets_outside_the_rows_or_out_of_order() {
         let (head, _) = head(5);
         let x = random(1, 2 * HIDDEN);
         let run = |targets: &[(u32, u32)]| {

@@ -1,7 +1,10 @@
-//! One op a file: its CPU half, its CUDA half and, where training needs one, its backward. Nothing here knows a model.
+//! The ops: one file each, with the CPU half, the backward where training needs one, and the CUDA half in `cuda.rs` of the op's
+//! folder. The kernels of an op are in `kernels/`, its GPU tests in `tests/gpu`, its benchmark in `benches/ops`, under the
+//! same name. No op knows a model, an adapter or the engine: see [`batch`] for what they take of a step.
 //!
-//! Activations are contiguous f32 tensors of shape `[tokens, features]` on the CPU. Every op computes a row from that
-//! row alone, in an order fixed by the shapes of the weights, so that a row's bits never depend on the rest of the batch.
+//! Activations are contiguous tensors of shape `[T, features]`, one row per row of the batch: f32 on the CPU, mostly bf16 on a
+//! GPU. Every op computes a row from that row alone, in an order that depends on the weights' shapes only. A row's bits
+//! therefore never depend on the rest of the batch.
 
 pub mod adamw;
 pub mod attention;

@@ -1,19 +1,20 @@
-//! RMSNorm (Zhang and Sennrich, 2019): `y = x / sqrt(mean(x²) + eps) · weight`, alone or after a residual sum.
+//! RMSNorm (Zhang and Sennrich, 2019): `y = x / sqrt(mean(x²) + eps) · weight`, alone or fused with the residual sum before it.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
-use super::simd::{self, Kernel, Lanes};
+use super::simd::{self, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// Rows a task takes.
+/// Rows of a task.
 const ROWS: usize = 16;
 
-/// `x [T, n] -> [T, n]`, `weight [n]`, all f32; on a GPU the result is bf16.
+/// The norm of each row of `x [T, n]` with `weight [n]`: `[T, n]`. All f32; on a GPU the result is bf16. Errors: shapes that do not
+/// fit.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -22,8 +23,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     Ok(x.apply_op1_no_bwd(&RmsNorm { weight, eps })?)
 }
 
-/// `(x + delta, rms_norm(x + delta))`, each `[T, n]`: the residual stream after a sublayer, and the next one's input. All
-/// f32; on a GPU `delta` and the norm are bf16.
+/// `(x + delta, rms_norm(x + delta))`, each `[T, n]`: the residual stream after a sublayer, and the input of the next sublayer. All
+/// f32; on a GPU `delta` and the norm are bf16. Errors: shapes that do not fit.
 pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -33,8 +34,9 @@ pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f32) -> Re
     Ok((both.get(0)?, both.get(1)?))
 }
 
-/// The gradient of [`rms_norm`] with respect to `x [T, n]`, given that of its result, `dy [T, n]`, plus `residual [T, n]`:
-/// what comes down the residual stream beside it. The weight is frozen and gets none. All f32; on a GPU `dy` is bf16.
+/// The gradient of [`rms_norm`] with respect to `x [T, n]`, from the gradient `dy [T, n]` of its result. If given, `residual [T, n]` is
+/// added: the gradient of the residual stream, which by-passes the norm. The weight is frozen and has no gradient. All f32; on
+/// a GPU `dy` is bf16. Errors: shapes that do not fit.
 pub fn rms_norm_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -45,7 +47,7 @@ pub fn rms_norm_backward(
     let n = x.dims2()?.1;
     if weight.dims() != [n] || dy.dims() != x.dims() || residual.is_some_and(|r| r.dims() != x.dims()) {
         return Err(Error::internal(format!(
-            "backward of the norm of {:?} with weights {:?} from {:?} and {:?}",
+            "backward of RMSNorm: x {:?}, weights {:?}, dy {:?}, residual {:?}",
             x.shape(),
             weight.shape(),
             dy.shape(),
@@ -67,7 +69,7 @@ pub fn rms_norm_backward(
     cpu::for_each(t.div_ceil(ROWS), 2 * t * n, |task| {
         for row in cpu::chunk(task, ROWS, t) {
             let range = row * n..(row + 1) * n;
-            // SAFETY: inside the gradient, and each row belongs to one task.
+            // SAFETY: inside the gradient; each row belongs to one task.
             let d = unsafe { out.slice(row * n, n) };
             d.copy_from_slice(&dy[range.clone()]);
             simd::run(RmsNormRowBackward { x: &x[range.clone()], weight, eps, d });
@@ -80,7 +82,7 @@ pub fn rms_norm_backward(
 }
 
 struct RmsNorm<'a> {
-    /// Frozen, hence not an operand.
+    /// Frozen, so no operand of the op.
     weight: &'a Tensor,
     eps: f32,
 }
@@ -113,7 +115,7 @@ impl CustomOp2 for RmsNorm<'_> {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (t, n) = l1.shape().dims2()?;
         if l1.shape() != l2.shape() {
-            candle_core::bail!("add-rms-norm of {:?} and {:?}", l1.shape(), l2.shape());
+            candle_core::bail!("add-rms-norm: x {:?}, delta {:?}", l1.shape(), l2.shape());
         }
         let (x, delta) = (cpu::slice("add-rms-norm", s1, l1)?, cpu::slice("add-rms-norm", s2, l2)?);
         let mut both = vec![0.0; 2 * t * n];
@@ -124,7 +126,7 @@ impl CustomOp2 for RmsNorm<'_> {
 }
 
 impl RmsNorm<'_> {
-    /// `sum = x + delta` and `y` its norm, or `y` the norm of `x` alone (`sum` is empty then).
+    /// Writes `sum = x + delta` and its norm `y`. Without a delta, `sum` is empty and `y` is the norm of `x`.
     fn rows(
         &self,
         x: &[f32],
@@ -135,7 +137,7 @@ impl RmsNorm<'_> {
     ) -> candle_core::Result<()> {
         let (t, n) = shape.dims2()?;
         if self.weight.dims() != [n] {
-            candle_core::bail!("rms-norm of {shape:?} with weights {:?}", self.weight.shape());
+            candle_core::bail!("rms-norm: x {shape:?}, weights {:?}", self.weight.shape());
         }
         let weight = cpu::values("rms-norm", self.weight)?;
         let weight = &weight[..];
@@ -143,12 +145,12 @@ impl RmsNorm<'_> {
         cpu::for_each(t.div_ceil(ROWS), t * n, |task| {
             for row in cpu::chunk(task, ROWS, t) {
                 let range = row * n..(row + 1) * n;
-                // SAFETY: inside the tensor, and each row belongs to one task.
+                // SAFETY: inside the tensor; each row belongs to one task.
                 let y = unsafe { y.slice(row * n, n) };
                 let x = match delta {
                     None => &x[range],
                     Some(delta) => {
-                        // SAFETY: as above; with a delta, the sum has the shape of `x`.
+                        // SAFETY: as above. With a delta, the sum has the shape of `x`.
                         let sum = unsafe { sum.slice(row * n, n) };
                         for ((s, x), d) in sum.iter_mut().zip(&x[range.clone()]).zip(&delta[range]) {
                             *s = x + d;
@@ -163,7 +165,7 @@ impl RmsNorm<'_> {
     }
 }
 
-/// One row's norm.
+/// The norm of one row.
 struct RmsNormRow<'a> {
     x: &'a [f32],
     weight: &'a [f32],
@@ -171,24 +173,24 @@ struct RmsNormRow<'a> {
     y: &'a mut [f32],
 }
 
-impl Kernel for RmsNormRow<'_> {
+impl SimdKernel for RmsNormRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let scale = scale::<L>(self.x, self.eps);
+        let scale = inverse_rms::<L>(self.x, self.eps);
         for ((y, x), w) in self.y.iter_mut().zip(self.x).zip(self.weight) {
             *y = x * scale * w;
         }
     }
 }
 
-/// What a row is multiplied by before its weights.
+/// `1 / sqrt(mean(x²) + eps)`.
 #[inline(always)]
-pub(super) fn scale<L: Lanes>(x: &[f32], eps: f32) -> f32 {
+pub(super) fn inverse_rms<L: Lanes>(x: &[f32], eps: f32) -> f32 {
     let mean = simd::dot::<L>(x, x) / x.len() as f32;
     1.0 / (mean + eps).sqrt()
 }
 
-/// One row's gradient: `d` is that of its norm before, and that of `x` after.
+/// The gradient of one row, in place: `d` is the gradient of the norm before, and of `x` after.
 pub(super) struct RmsNormRowBackward<'a> {
     pub x: &'a [f32],
     pub weight: &'a [f32],
@@ -196,12 +198,12 @@ pub(super) struct RmsNormRowBackward<'a> {
     pub d: &'a mut [f32],
 }
 
-impl Kernel for RmsNormRowBackward<'_> {
-    /// With `s` the scale and `g = d · weight`, `dx = s · g - s³ · x · mean(g · x)`.
+impl SimdKernel for RmsNormRowBackward<'_> {
+    /// `dx = s · g - s³ · x · mean(g · x)`, where `s` is the inverse RMS and `g = d · weight`.
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { x, weight, eps, d } = self;
-        let scale = scale::<L>(x, eps);
+        let scale = inverse_rms::<L>(x, eps);
         d.iter_mut().zip(weight).for_each(|(d, w)| *d *= w);
         let along = scale * scale * scale * simd::dot::<L>(d, x) / x.len() as f32;
         d.iter_mut().zip(x).for_each(|(d, x)| *d = *d * scale - x * along);
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gradient_is_that_of_differences() {
+    fn the_gradient_matches_finite_differences() {
         for (t, n) in [(1, 2), (1, 16), (3, 17), (2, 64), (33, 20)] {
             let (x, weight, dy, residual) = (random(1, t * n), random(2, n), random(3, t * n), random(4, t * n));
             let loss = |x: &[f64]| {

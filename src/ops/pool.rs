@@ -1,8 +1,8 @@
-//! The thread pool that the CPU halves share.
+//! The thread pool of the CPU halves.
 //!
-//! A decode step runs a few hundred short parallel regions, a few microseconds apart. General pools wake a sleeping worker
-//! for each, which costs more than the region; so a worker here spins for some tens of microseconds after a region, then
-//! sleeps. An idle process uses no CPU.
+//! A decode step runs a few hundred short parallel regions, a few microseconds apart. General-purpose pools wake sleeping workers
+//! for each region, which costs more than the region itself. A worker of this pool therefore spins for some tens of
+//! microseconds after a region before it sleeps. An idle process uses no CPU.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
@@ -10,22 +10,22 @@ use std::sync::{Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::{any::Any, hint, ptr};
 
-/// Spins between regions before a worker sleeps: about 50 microseconds of pause instructions.
+/// Spins of a worker between regions before it sleeps: about 50 microseconds of pause instructions.
 const SPINS: usize = 2_000;
 
-/// Threads that a region may use, the caller's included; 0 until set or first used.
+/// Threads of a region, the caller's included. 0 until set or first used.
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// Sets the number of threads. Takes effect if no region ran before.
+/// Sets the number of threads. Has no effect once a region has run.
 pub fn set_threads(threads: usize) {
     THREADS.store(threads.max(1), Ordering::Relaxed);
 }
 
-/// Threads that a region uses, the caller's included.
+/// The number of threads of a region, the caller's included.
 pub fn threads() -> usize {
     match THREADS.load(Ordering::Relaxed) {
         0 => {
-            // Kept, because asking reads files of the system, which takes longer than many a region.
+            // Stored, because `available_parallelism` reads system files, which takes longer than a short region.
             let threads = thread::available_parallelism().map_or(1, usize::from);
             let set = THREADS.compare_exchange(0, threads, Ordering::Relaxed, Ordering::Relaxed);
             set.map_or_else(|other| other, |_| threads)
@@ -40,7 +40,7 @@ struct Region<'a> {
     tasks: usize,
     /// Next task to claim.
     next: AtomicUsize,
-    /// First panic of a task, to be raised in the caller.
+    /// The first panic of a task, which the caller raises again.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -58,22 +58,22 @@ impl Region<'_> {
     }
 }
 
-/// What workers watch.
+/// The state that workers watch.
 struct PoolState {
-    /// The region to work on, or null. Its lifetime is erased: see `parallel_for`.
+    /// The current region, or null. Its lifetime is erased: see [`parallel_for`].
     region: AtomicPtr<Region<'static>>,
-    /// Counts regions, so that a worker enters each once.
+    /// Counts regions, so that a worker enters each one once.
     epoch: AtomicUsize,
     /// Workers inside the current region.
     inside: AtomicUsize,
-    /// One flag a worker: it sleeps and must be woken.
+    /// Of each worker: whether it sleeps and must be woken.
     asleep: Vec<AtomicBool>,
 }
 
 struct Pool {
     shared: &'static PoolState,
     workers: Vec<Thread>,
-    /// Held while a region runs: a second caller works alone instead of waiting.
+    /// Held while a region runs. A second caller runs its region alone instead of waiting.
     busy: Mutex<()>,
 }
 
@@ -90,7 +90,7 @@ fn pool() -> &'static Pool {
         let workers = (0..workers)
             .map(|i| {
                 let spawned = thread::Builder::new().name(format!("ops-{i}")).spawn(move || worker(shared, i));
-                // Without its threads nothing can be served, and this runs once, at start.
+                // The process cannot work without its threads, and they are spawned once, at the start.
                 spawned.expect("the system gives a thread").thread().clone()
             })
             .collect();
@@ -115,20 +115,20 @@ fn worker(shared: &'static PoolState, index: usize) {
             shared.asleep[index].store(false, Ordering::SeqCst);
         }
         seen = shared.epoch.load(Ordering::Acquire);
-        // Enter before reading the pointer: the caller clears it first and then waits until nobody is inside.
+        // Enter before reading the pointer: the caller clears the pointer first and then waits until no worker is inside.
         shared.inside.fetch_add(1, Ordering::SeqCst);
         let region = shared.region.load(Ordering::SeqCst);
         if !region.is_null() {
-            // SAFETY: the caller keeps the region alive until `inside` is zero after clearing the pointer, and this
-            // worker raised `inside` before it saw the pointer set.
+            // SAFETY: the caller keeps the region alive until `inside` is zero after it has cleared the pointer. This worker
+            // incremented `inside` before it read the pointer.
             unsafe { &*region }.work();
         }
         shared.inside.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// Runs `task(0) .. task(tasks - 1)`, in any order, on the pool's threads and the caller's, and returns when all are done.
-/// A panic of a task is raised here. Calls from inside a task or from a second thread run on their own thread alone.
+/// Runs `task(0) .. task(tasks - 1)`, in any order, on the pool's threads and the caller's, and returns when all are done. Panics if
+/// a task panics. Calls from within a task, and calls while another thread's region runs, use the calling thread alone.
 pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
     let alone = || (0..tasks).for_each(&task);
     if tasks <= 1 || threads() == 1 {
@@ -146,7 +146,7 @@ pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
         }
     }
     region.work();
-    // No new worker can see the region after this; those inside finish before it goes.
+    // From here on no worker can enter the region. Wait for those inside.
     shared.region.store(ptr::null_mut(), Ordering::SeqCst);
     let mut spins = 0;
     while shared.inside.load(Ordering::SeqCst) != 0 {
@@ -154,28 +154,28 @@ pub fn parallel_for(tasks: usize, task: impl Fn(usize) + Sync) {
         if spins < SPINS {
             hint::spin_loop();
         } else {
-            // The worker may have lost its processor: leave it this one.
+            // The worker may be descheduled: give it this processor.
             thread::yield_now();
         }
     }
-    // Not held while unwinding, which would poison it and leave every later region to its caller alone.
+    // Released before unwinding, which would poison the lock and leave every later region to its caller alone.
     drop(busy);
     if let Some(panic) = region.panic.into_inner().unwrap_or_else(|e| e.into_inner()) {
         resume_unwind(panic);
     }
 }
 
-/// A pointer that tasks of one region share to write disjoint parts of one buffer.
+/// A pointer to a buffer, through which the tasks of a region write disjoint parts of it.
 #[derive(Clone, Copy)]
 pub struct SharedMut<T>(*mut T);
 
-// SAFETY: only a pointer; every use is an unsafe call that promises disjoint ranges.
+// SAFETY: it is only a pointer; each use is an unsafe call whose caller promises disjoint ranges.
 unsafe impl<T: Send> Send for SharedMut<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for SharedMut<T> {}
 
 impl<T> SharedMut<T> {
-    /// Shares a buffer for the length of a region.
+    /// Shares a buffer among the tasks of a region.
     pub fn new(buffer: &mut [T]) -> Self {
         Self(buffer.as_mut_ptr())
     }
@@ -183,8 +183,8 @@ impl<T> SharedMut<T> {
     /// `buffer[start..start + len]`.
     ///
     /// # Safety
-    /// The range lies in the buffer, the buffer outlives the region, and no other live slice overlaps the range.
-    #[allow(clippy::mut_from_ref)] // The caller promises what the borrow checker cannot see.
+    /// The range lies in the buffer, the buffer outlives the slice, and no other live slice overlaps the range.
+    #[allow(clippy::mut_from_ref)] // The caller promises exclusive access, which the borrow checker cannot see.
     pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         // SAFETY: promised by the caller.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
@@ -197,7 +197,7 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     #[test]
-    fn every_task_runs_once_whatever_the_nesting() {
+    fn every_task_runs_once_even_when_nested() {
         for tasks in [0, 1, 2, 3, 7, 64, 1000] {
             let counts: Vec<AtomicU64> = (0..tasks).map(|_| AtomicU64::new(0)).collect();
             parallel_for(tasks, |i| {
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn many_callers_and_many_regions() {
+    fn regions_of_several_callers_complete() {
         let total = AtomicU64::new(0);
         thread::scope(|s| {
             for _ in 0..4 {

@@ -1,27 +1,28 @@
-//! Rotary position embedding (Su et al., 2021) in Hugging Face's order: dimension `i` turns with `i + head_dim / 2`.
+//! Rotary position embedding (RoPE, Su et al., 2021) in Hugging Face's order: dimensions `i` and `i + head_dim / 2` of a head are
+//! rotated as a pair.
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
-use super::simd::{self, Kernel, Lanes};
+use super::simd::{self, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// Rows a task takes.
+/// Rows of a task.
 const ROWS: usize = 16;
 
-/// Cosines and sines of every position, so that a step only multiplies.
+/// The cosines and sines of every position, computed once, so that a step only multiplies.
 pub struct RopeTable {
-    /// `[positions, head_dim]` f32: per position `head_dim / 2` cosines, then as many sines.
+    /// `[positions, head_dim]` f32: `head_dim / 2` cosines, then as many sines.
     values: Tensor,
 }
 
 impl RopeTable {
-    /// For positions `0..positions` and the `head_dim / 2` inverse frequencies of the model, on a device. The angle is the
-    /// product in f32, as transformers computes it, its cosine and sine correctly rounded. Errors: no memory for it.
+    /// The table of positions `0..positions` on a device, from the model's `head_dim / 2` inverse frequencies. The angle is a product
+    /// in f32, as in transformers; its cosine and sine are correctly rounded. Errors: the device has no memory for it.
     pub fn new(inv_freq: &[f32], positions: usize, device: &Device) -> Result<Self> {
         let mut values = Vec::with_capacity(positions * inv_freq.len() * 2);
         for position in 0..positions {
@@ -32,26 +33,26 @@ impl RopeTable {
         Ok(Self { values: Tensor::from_vec(values, (positions, inv_freq.len() * 2), device)? })
     }
 
-    /// Positions it holds.
+    /// Number of positions.
     pub fn positions(&self) -> usize {
         self.values.dims()[0]
     }
 
-    /// Width of a head.
+    /// Dimensions of a head.
     pub fn head_dim(&self) -> usize {
         self.values.dims()[1]
     }
 
-    /// Its `[positions, head_dim]`.
+    /// The table `[positions, head_dim]`: cosines, then sines.
     #[cfg(feature = "cuda")]
     pub(super) fn values(&self) -> &Tensor {
         &self.values
     }
 
-    /// Errors when it does not hold all of `positions`.
+    /// Errors: a position outside the table.
     pub(super) fn check(&self, positions: &[u32]) -> Result<()> {
         match positions.iter().find(|&&p| p as usize >= self.positions()) {
-            Some(p) => Err(Error::invalid(format!("position {p}, but the model has {}", self.positions()))),
+            Some(p) => Err(Error::invalid(format!("position {p} is past the model's {} positions", self.positions()))),
             None => Ok(()),
         }
     }
@@ -91,9 +92,9 @@ fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, direct
     let (t, width) = x.dims2()?;
     if positions.len() != t || width < heads * table.head_dim() {
         return Err(Error::internal(format!(
-            "rope of {:?} with {heads} heads of {} and {} positions",
-            x.shape(),
+            "RoPE on {heads} heads of {} dimensions in {:?} with {} positions",
             table.head_dim(),
+            x.shape(),
             positions.len()
         )));
     }
@@ -128,7 +129,7 @@ impl InplaceOp1 for Rotate<'_> {
         cpu::for_each(t.div_ceil(ROWS), t * rotated, |task| {
             for row in cpu::chunk(task, ROWS, t) {
                 let angles = &table[self.positions[row] as usize * head_dim..][..head_dim];
-                // SAFETY: inside the tensor, since `rotated <= width`, and each row belongs to one task.
+                // SAFETY: inside the tensor, since `rotated <= width`; each row belongs to one task.
                 let x = unsafe { x.slice(row * width, rotated) };
                 simd::run(RopeRow { x, angles, sign: self.sign });
             }
@@ -137,6 +138,7 @@ impl InplaceOp1 for Rotate<'_> {
     }
 }
 
+/// The rotated heads of one row.
 struct RopeRow<'a> {
     x: &'a mut [f32],
     /// Cosines, then sines.
@@ -145,8 +147,8 @@ struct RopeRow<'a> {
     sign: f32,
 }
 
-impl Kernel for RopeRow<'_> {
-    /// Plain loops: the compiler vectorises them for the instruction set it is inlined into.
+impl SimdKernel for RopeRow<'_> {
+    /// Plain loops, which the compiler vectorises for the instruction set they are inlined into.
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let half = self.angles.len() / 2;
@@ -169,7 +171,7 @@ mod tests {
     use crate::ops::reference::{assert_close, dot, random};
 
     #[test]
-    fn matches_f64_and_leaves_values_alone() {
+    fn matches_f64_and_leaves_value_heads_alone() {
         for (heads, head_dim, t) in [(1, 2, 1), (3, 4, 5), (4, 12, 40), (12, 64, 33), (2, 80, 7)] {
             let inv_freq: Vec<f32> =
                 (0..head_dim / 2).map(|i| 100f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
@@ -201,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_position_past_the_table_is_refused() {
+    fn refuses_a_position_past_the_table() {
         let table = RopeTable::new(&[1.0, 0.1], 8, &Device::Cpu).unwrap();
         let x = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
         assert!(apply_rope(&x, 1, &[7], &table).is_ok());

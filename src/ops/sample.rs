@@ -1,9 +1,9 @@
-//! Choosing tokens from logits on a GPU, so that only ids and the log-probabilities asked for cross the bus.
+//! Sampling tokens from logits on a GPU, so that only ids and the requested log-probabilities are copied to the host.
 //!
-//! The order of things is that of [`crate::engine::sampler`], which is the CPU's way and the reference: weights are the same
-//! bit by bit, and so is the choice, but for draws that fall within rounding of a boundary. One difference: a draw
-//! goes over the kept tokens best first only where `top_k` or the nucleus is within about the [`SMALL`] best, and by id
-//! otherwise.
+//! The reference is the engine's sampler on the CPU, `engine::sampler`. The kernels apply the same steps in the same order. Their
+//! weights are equal bit for bit, and so is the choice, except for draws within rounding of a boundary between two tokens. One
+//! thing differs: a draw runs over the kept tokens in order of their logits only if `top_k` or the nucleus lies within about the
+//! [`SMALL`] best, and in order of their ids otherwise.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -14,104 +14,103 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use crate::{Error, Result};
 
-/// The most alternatives that can be reported; up to here `top_k` is drawn from best first.
+/// The most alternatives that can be reported, and the largest `top_k` that is drawn in order of the logits.
 pub const SMALL: usize = 1024;
 
-/// Largest vocabulary: masses are summed in 64-bit fixed point.
+/// The largest vocabulary. Weights are summed in 64-bit fixed point.
 const MAX_VOCAB: usize = 1 << 19;
 
-/// Words of a task's record, `Task` in `kernels/sample.cu`.
+/// Words of a task's parameters: `Task` in `kernels/sample.cu`.
 const TASK: usize = 18;
 
-/// What is asked of a row of logits. The default is the best token.
+/// The sampling parameters of one row of logits. The default takes the token with the largest logit.
 #[derive(Default)]
 pub struct RowSampling<'a> {
-    /// Added to logits, by id.
+    /// Ids and what is added to their logits.
     pub bias: &'a [(u32, f32)],
-    /// Applied after that.
+    /// Penalties, applied after the bias.
     pub penalties: Option<Penalties<'a>>,
-    /// Ids that may not come.
+    /// Ids that must not be chosen.
     pub masked: &'a [u32],
-    /// Which token.
+    /// How the token is chosen.
     pub choice: TokenChoice,
-    /// Report the token, and this many of the most likely ones.
+    /// Report the token's log-probability, and those of this many most likely tokens.
     pub top: Option<usize>,
 }
 
-/// Penalties of tokens seen before.
+/// Penalties of tokens that the sequence contains.
 pub struct Penalties<'a> {
-    /// How often each was generated (0: only in the prompt).
+    /// How often each token was generated. 0: it is in the prompt only.
     pub counts: &'a HashMap<u32, u32>,
-    /// Divides positive and multiplies negative logits.
+    /// Divides positive logits and multiplies negative ones.
     pub repetition: f32,
-    /// Subtracted for each time.
+    /// Subtracted once for each time that the token was generated.
     pub frequency: f32,
-    /// Subtracted once from generated ones.
+    /// Subtracted once if the token was generated.
     pub presence: f32,
 }
 
-/// Which token of a row.
+/// How a row's token is chosen.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub enum TokenChoice {
-    /// The one with the largest logit.
+    /// The token with the largest logit.
     #[default]
     Best,
-    /// This one, to report it.
+    /// A given token, for its log-probability.
     Given(u32),
-    /// One drawn at random.
+    /// A random draw.
     Draw {
-        /// Not 0.
+        /// Divides the logits. Not 0.
         temperature: f32,
-        /// Keep tokens with at least this share of the best one's weight; at most 1.
+        /// Keeps tokens with at least this share of the best token's weight. At most 1.
         min_p: f32,
-        /// Keep this many; 0 keeps all.
+        /// Keeps this many tokens. 0 keeps all.
         top_k: usize,
-        /// Of those keep the best that together have this share; 1 keeps all.
+        /// Of these, keeps the best tokens that together have this share of the weight. 1 keeps all.
         top_p: f32,
-        /// Decides the draw, in [0, 1).
+        /// The random number of the draw, in [0, 1).
         uniform: f64,
     },
 }
 
-/// What came of a row.
+/// The result of one row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PickedToken {
-    /// The token; without meaning if `max` is not finite.
+    /// The token. Meaningless if `max` is not finite.
     pub id: u32,
-    /// The largest logit; NaN where one is NaN or infinite, minus infinity where all are masked.
+    /// The largest logit. NaN if a logit is NaN or infinite, minus infinity if all tokens are masked.
     pub max: f32,
-    /// Where asked for, and `max` is finite.
+    /// Present if it was requested and `max` is finite.
     pub report: Option<LogitReport>,
 }
 
-/// What log-probabilities are made of.
+/// The logits from which log-probabilities are computed: `logit - max - ln(total)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogitReport {
     /// The token's logit.
     pub logit: f32,
-    /// One more than there are larger logits.
+    /// Its rank, from 1: one more than the number of larger logits.
     pub rank: u32,
-    /// Sum of `exp(logit - max)`.
+    /// The sum of `exp(logit - max)` over the vocabulary.
     pub total: f64,
     /// Ids and logits of the most likely tokens, best first.
     pub top: Vec<(u32, f32)>,
 }
 
-/// Kernels on their way.
+/// Launched sampling kernels, whose results can be read.
 pub struct SampleLaunch {
-    /// `u32`: id and largest logit of each row, then a record for each task. A captured graph writes it at each replay.
+    /// `u32`: id and largest logit of each row, then a record for each task. A captured CUDA graph writes it at each replay.
     words: Tensor,
     plan: SamplePlan,
 }
 
-/// Launches what is asked of the rows of `logits [rows, vocab]` f32, on a GPU; nothing waits for it. Biases, penalties and
-/// masks are applied to `logits` in place. Rows that only want the best token need no parameters: then nothing is uploaded
-/// and every launch depends on the shape alone, so that it can be part of a graph. Errors: shapes, or more is asked than
-/// the kernels can do.
+/// Launches the sampling of `logits [rows, vocab]` f32, on a GPU, without waiting. Biases, penalties and masks change `logits` in
+/// place. If all rows take the best token, nothing is uploaded and the launches depend on the shape alone, so that a CUDA graph can
+/// capture them. Errors: shapes that do not fit, a vocabulary or a report that is too large.
 pub fn launch(logits: &Tensor, rows: &[RowSampling]) -> Result<SampleLaunch> {
     let (count, vocab) = logits.dims2()?;
     if count != rows.len() {
-        return Err(Error::internal(format!("{} tasks for {count} rows of logits", rows.len())));
+        return Err(Error::internal(format!("sampling parameters of {} rows for {count} rows of logits", rows.len())));
     }
     let plan = SamplePlan::new(rows, vocab)?;
     let words = logits.apply_op1_no_bwd(&plan)?;
@@ -119,7 +118,7 @@ pub fn launch(logits: &Tensor, rows: &[RowSampling]) -> Result<SampleLaunch> {
 }
 
 impl SampleLaunch {
-    /// Waits, and brings what came of each row.
+    /// Waits for the kernels and returns each row's result. Errors: the GPU failed.
     pub fn read(&self) -> Result<Vec<PickedToken>> {
         let words = self.words.to_vec1::<u32>()?;
         let (best, records) = words.split_at(2 * self.plan.rows.len());
@@ -128,7 +127,7 @@ impl SampleLaunch {
             let ResultLocation { record: Some(record), top } = *place else {
                 return PickedToken { id: best[0], max, report: None };
             };
-            // Without a finite maximum nothing was picked.
+            // Without a finite maximum the kernels choose no token.
             if !max.is_finite() {
                 return PickedToken { id: 0, max, report: None };
             }
@@ -145,34 +144,34 @@ impl SampleLaunch {
     }
 }
 
-/// Where a row's results are.
+/// Where a row's result lies.
 #[derive(Debug, Clone, Copy)]
 struct ResultLocation {
-    /// Which of the records; none for the best token alone.
+    /// Index of its record. `None`: only the best token was requested.
     record: Option<usize>,
-    /// Alternatives in it, where it reports.
+    /// Alternatives in the record, if it reports.
     top: Option<usize>,
 }
 
-/// Parameters as the kernels read them.
+/// The parameters of all rows, as the kernels read them.
 struct SamplePlan {
     rows: Vec<ResultLocation>,
-    /// A record of each row with edits or picks, then their lists.
+    /// The parameters of each task, a row with edits or picks, then their lists.
     words: Vec<u32>,
-    /// How many such rows there are.
+    /// The number of tasks.
     tasks: usize,
-    /// Some row has edits.
+    /// Whether some task edits its logits.
     edits: bool,
-    /// Some row draws or reports.
+    /// Whether some task draws or reports.
     picks: bool,
-    /// Words of a record of results.
+    /// Words of a result record.
     stride: usize,
 }
 
 impl SamplePlan {
     fn new(rows: &[RowSampling], vocab: usize) -> Result<Self> {
         if vocab == 0 || vocab > MAX_VOCAB {
-            return Err(Error::internal(format!("sampling from {vocab} tokens; there may be 1 to {MAX_VOCAB}")));
+            return Err(Error::internal(format!("sampling from a vocabulary of {vocab}: it must be 1 to {MAX_VOCAB}")));
         }
         let mut plan = Self { rows: Vec::new(), words: Vec::new(), tasks: 0, edits: false, picks: false, stride: 0 };
         let asks = |row: &RowSampling| row.edits() || row.picks();
@@ -187,7 +186,7 @@ impl SamplePlan {
                 continue;
             }
             if top.is_some_and(|top| top > SMALL) {
-                return Err(Error::internal(format!("{top:?} alternatives; there may be {SMALL}")));
+                return Err(Error::internal(format!("{top:?} alternatives requested: at most {SMALL}")));
             }
             if matches!(row.choice, TokenChoice::Given(id) if id as usize >= vocab) {
                 return Err(Error::internal(format!("{:?} is outside the vocabulary of {vocab}", row.choice)));
@@ -205,20 +204,21 @@ impl SamplePlan {
 }
 
 impl RowSampling<'_> {
-    /// Whether logits change.
+    /// Whether the logits change.
     fn edits(&self) -> bool {
         !self.bias.is_empty() || self.penalties.is_some() || !self.masked.is_empty()
     }
 
-    /// Whether more than the best token is wanted.
+    /// Whether more than the best token is requested.
     fn picks(&self) -> bool {
         self.choice != TokenChoice::Best || self.top.is_some()
     }
 
-    /// Adds the record of row `index` to `words`, and its lists to `lists`, which start at word `start`.
+    /// Appends the parameters of row `index` to `words` and their lists to `lists`, the first of which is at word `start`.
     fn pack(&self, index: usize, vocab: usize, start: usize, words: &mut Vec<u32>, lists: &mut Vec<u32>) {
         const DRAW: u32 = 1;
         const REPORT: u32 = 2;
+        // How the token is chosen.
         let mut flags = if self.top.is_some() { REPORT } else { 0 };
         let (mut uniform, mut temperature, mut min_p, mut top_p, mut top_k) = (0.0_f64, 1.0_f32, 0.0_f32, 1.0_f32, 0);
         let mut target = u32::MAX;
@@ -231,11 +231,12 @@ impl RowSampling<'_> {
             (uniform, temperature, min_p, top_p) = (u, t, m, p);
             top_k = if k < vocab { k as u32 } else { 0 };
         }
+        // The lists of biases, penalised tokens and masked tokens.
         let at = |lists: &Vec<u32>| (start + lists.len()) as u32;
 
         let bias = at(lists);
         let mut sorted = self.bias.to_vec();
-        // Stable: several biases of an id are added in their order.
+        // A stable sort: several biases of an id are added in their order.
         sorted.sort_by_key(|(id, _)| *id);
         lists.extend(sorted.iter().flat_map(|(id, bias)| [*id, bias.to_bits()]));
         let seen = at(lists);
@@ -245,6 +246,7 @@ impl RowSampling<'_> {
         lists.extend(self.masked);
         let end = at(lists);
 
+        // The 18 words of `Task`.
         let uniform = uniform.to_bits();
         words.extend([uniform as u32, (uniform >> 32) as u32, index as u32, flags]);
         words.extend([temperature.to_bits(), min_p.to_bits(), top_p.to_bits(), top_k]);
@@ -261,7 +263,7 @@ impl CustomOp1 for SamplePlan {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        candle_core::bail!("on the CPU, the engine's sampler chooses tokens")
+        candle_core::bail!("the sampling kernels run on a GPU only")
     }
 
     #[cfg(feature = "cuda")]

@@ -1,23 +1,23 @@
-//! Sixteen f32 lanes, the vector that the CPU halves are written in.
+//! Vectors of sixteen f32 lanes, in which the CPU halves are written.
 //!
-//! A kernel is written once over [`Lanes`] and compiled for AVX-512, for AVX2 with FMA and for the plain target. Every
-//! operation rounds once, the same way in each, and sums add halves pairwise, so that all three give the same bits.
+//! A kernel is written once over [`Lanes`] and compiled for AVX-512, for AVX2 with FMA, and for the target's baseline. Every operation
+//! rounds once, in the same way on each, and sums add halves pairwise. All three therefore give the same bits.
 
 use std::f32::consts::LN_2;
 
 /// Lanes of a vector.
 pub const LANES: usize = 16;
 
-/// A kernel that [`run`] compiles for each instruction set. Mark `run`, and whatever generic it calls,
-/// `#[inline(always)]`: only inlined code gets the instruction set of its caller. For the same reason, keep vectors out of
-/// closures that the standard library calls (`map`, `array::from_fn`): those become calls of their own.
-pub trait Kernel {
-    /// The work, once.
+/// A kernel that [`run`] compiles for each instruction set. Mark its `run` and every generic function that it calls
+/// `#[inline(always)]`: only inlined code is compiled for its caller's instruction set. For the same reason, keep vectors out of
+/// closures that the standard library calls (`map`, `array::from_fn`), which become functions of their own.
+pub trait SimdKernel {
+    /// Runs the kernel with vectors `L`.
     fn run<L: Lanes>(self);
 }
 
 /// Runs a kernel with the widest vectors of this machine.
-pub fn run(kernel: impl Kernel) {
+pub fn run(kernel: impl SimdKernel) {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
@@ -34,10 +34,10 @@ pub fn run(kernel: impl Kernel) {
 
 /// A vector of [`LANES`] f32.
 pub trait Lanes: Copy {
-    /// Rows of a register tile that, four vectors each, fit in the registers.
+    /// Rows of a register tile of four vectors a row: as many as fit in the registers.
     const ROWS: usize;
 
-    /// All lanes `x`.
+    /// A vector with `x` in every lane.
     fn splat(x: f32) -> Self;
     fn load(from: &[f32; LANES]) -> Self;
     fn store(self, to: &mut [f32; LANES]);
@@ -45,37 +45,37 @@ pub trait Lanes: Copy {
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
     fn div(self, other: Self) -> Self;
-    /// `self > other ? self : other`: `other` where either is NaN, as x86 does.
+    /// `self > other ? self : other`, so `other` if either is NaN, as on x86.
     fn max(self, other: Self) -> Self;
     /// `self < other ? self : other`.
     fn min(self, other: Self) -> Self;
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
-    /// To the nearest integer, ties to even.
+    /// Rounds to the nearest integer, ties to even.
     fn round(self) -> Self;
-    /// `self · 2ⁿ` for integers `n` in -127..=127, where `n = -127` gives zero.
+    /// `self · 2ⁿ` for integers `n` in -127..=127. `n = -127` gives zero.
     fn scale(self, n: Self) -> Self;
 
-    /// Sum of the lanes: halves added pairwise, down to one.
+    /// The sum of the lanes: halves are added pairwise until one lane is left.
     #[inline(always)]
     fn sum(self) -> f32 {
         fold(self, |a, b| a + b)
     }
 
-    /// Largest lane.
+    /// The largest lane.
     #[inline(always)]
     fn max_lane(self) -> f32 {
         fold(self, |a, b| if a > b { a } else { b })
     }
 
-    /// 2 to the power of each lane, within 1.3e-7 relative from 2^-126.5 to 2^127; zero below, and NaN stays NaN.
+    /// 2 to the power of each lane: relative error below 1.3e-7 from 2^-126.5 to 2^127, zero for smaller results, NaN for NaN.
     ///
-    /// `2^x = 2^n · 2^f` with `n` the nearest integer and `2^f` a polynomial through the Chebyshev nodes of [-½, ½]
-    /// (its own error is 1e-8) that is exactly 1 at 0.
+    /// `2^x = 2^n · 2^f`, where `n` is the nearest integer to `x`. `2^f` is a polynomial through the Chebyshev nodes of [-½, ½],
+    /// exactly 1 at 0, with an error of 1e-8.
     #[inline(always)]
     fn exp2(self) -> Self {
         const C: [f32; 6] = [1.545_316_3e-4, 1.339_086_3e-3, 9.618_083e-3, 5.550_357e-2, 2.402_265e-1, LN_2];
-        // The bound comes first in `max` and `min` so that NaN passes through.
+        // The constants come first in `max` and `min`, so that NaN passes through.
         let x = Self::splat(127.0).min(Self::splat(-127.0).max(self));
         let n = x.round();
         let f = x.sub(n);
@@ -99,7 +99,7 @@ fn fold<L: Lanes>(v: L, f: impl Fn(f32, f32) -> f32) -> f32 {
     x[0]
 }
 
-/// Fewer than [`LANES`] values, zeros after them.
+/// Loads fewer than [`LANES`] values, with zeros after them.
 #[inline(always)]
 pub fn load_part<L: Lanes>(from: &[f32]) -> L {
     let mut x = [0.0; LANES];
@@ -107,7 +107,7 @@ pub fn load_part<L: Lanes>(from: &[f32]) -> L {
     L::load(&x)
 }
 
-/// Dot product: over lanes, then across them.
+/// The dot product of two slices: summed within lanes, then across them.
 #[inline(always)]
 pub fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
@@ -118,14 +118,14 @@ pub fn dot<L: Lanes>(a: &[f32], b: &[f32]) -> f32 {
     load_part::<L>(a_tail).mul_add(load_part(b_tail), sum).sum()
 }
 
-/// `base · 2ⁿ` is exact for the `n` of [`Lanes::scale`].
+/// `2ⁿ` for the `n` of [`Lanes::scale`]; zero for -127.
 #[inline(always)]
 fn power_of_two(n: f32) -> f32 {
-    // Wrapping and truncating: for NaN any bits will do, the product is NaN.
+    // Wraps and truncates. For NaN the bits do not matter, since the product is NaN anyway.
     f32::from_bits((n as i32).wrapping_add(127).wrapping_shl(23) as u32)
 }
 
-/// Arrays that the compiler turns into whatever vectors the target has.
+/// An array, which the compiler turns into the vectors of the target's baseline.
 #[derive(Clone, Copy)]
 struct PortableLanes([f32; LANES]);
 
@@ -193,28 +193,28 @@ impl Lanes for PortableLanes {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Kernel, LANES, Lanes};
+    use super::{LANES, Lanes, SimdKernel};
 
     #[target_feature(enable = "avx512f,avx2,fma")]
-    pub fn run_avx512(kernel: impl Kernel) {
+    pub fn run_avx512(kernel: impl SimdKernel) {
         kernel.run::<Avx512>();
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub fn run_avx2(kernel: impl Kernel) {
+    pub fn run_avx2(kernel: impl SimdKernel) {
         kernel.run::<Avx2>();
     }
 
-    /// One zmm register. Only [`run_avx512`] names it, so its methods run where AVX-512 is.
+    /// One zmm register. Only [`run_avx512`] uses it, so its methods run on processors with AVX-512 only.
     #[derive(Clone, Copy)]
     struct Avx512(__m512);
 
-    /// Two ymm registers. Only [`run_avx2`] names it, so its methods run where AVX2 and FMA are.
+    /// Two ymm registers. Only [`run_avx2`] uses it, so its methods run on processors with AVX2 and FMA only.
     #[derive(Clone, Copy)]
     struct Avx2(__m256, __m256);
 
-    // SAFETY, of every block in this implementation: AVX-512 is there (see `Avx512`), and loads and stores go through
-    // references to whole arrays.
+    // SAFETY of every block in this implementation: the processor has AVX-512 (see `Avx512`), and loads and stores go
+    // through references to whole arrays.
     impl Lanes for Avx512 {
         const ROWS: usize = 4;
 
@@ -283,7 +283,7 @@ mod x86 {
         }
     }
 
-    // SAFETY, of every block in this implementation: AVX2 and FMA are there (see `Avx2`), and loads and stores go
+    // SAFETY of every block in this implementation: the processor has AVX2 and FMA (see `Avx2`), and loads and stores go
     // through references to arrays that hold both halves.
     impl Lanes for Avx2 {
         const ROWS: usize = 1;
@@ -347,10 +347,13 @@ mod x86 {
         }
     }
 
-    /// Sum of eight lanes: halves added pairwise. SAFETY: needs AVX2.
+    /// The sum of eight lanes, halves added pairwise.
+    ///
+    /// # Safety
+    /// The processor has AVX2.
     #[inline(always)]
     unsafe fn sum8(v: __m256) -> f32 {
-        // SAFETY: registers only; AVX2 by the contract.
+        // SAFETY: uses registers only; the caller promises AVX2.
         unsafe {
             let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
@@ -358,10 +361,13 @@ mod x86 {
         }
     }
 
-    /// [`Lanes::scale`] of eight lanes. SAFETY: needs AVX2.
+    /// [`Lanes::scale`] of eight lanes.
+    ///
+    /// # Safety
+    /// The processor has AVX2.
     #[inline(always)]
     unsafe fn scale8(v: __m256, n: __m256) -> __m256 {
-        // SAFETY: registers only; AVX2 by the contract.
+        // SAFETY: uses registers only; the caller promises AVX2.
         unsafe {
             let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
             _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
@@ -374,13 +380,13 @@ mod tests {
     use super::*;
     use crate::ops::reference::random;
 
-    /// Every operation on every vector of `x`, one result a lane.
+    /// Every operation on every pair of neighbouring vectors of `x`.
     struct All<'a> {
         x: &'a [f32],
         out: &'a mut Vec<f32>,
     }
 
-    impl Kernel for All<'_> {
+    impl SimdKernel for All<'_> {
         #[inline(always)]
         fn run<L: Lanes>(self) {
             let mut to = [0.0; LANES];

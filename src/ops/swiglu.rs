@@ -6,16 +6,16 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 
 use super::cpu;
 use super::pool::SharedMut;
-use super::simd::{self, Kernel, LANES, Lanes};
+use super::simd::{self, LANES, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
-/// Rows a task takes.
+/// Rows of a task.
 const ROWS: usize = 8;
 
-/// `[gate | up] [T, 2·n] -> [T, n]`, f32; on a GPU bf16.
+/// SwiGLU of each row of `gate_up [T, 2·n]`, whose first half is the gate: `[T, n]`. f32; on a GPU bf16. Errors: an odd width.
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if gate_up.device().is_cuda() {
@@ -24,12 +24,13 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     Ok(gate_up.apply_op1_no_bwd(&SwiGlu)?)
 }
 
-/// The gradient of [`swiglu`] with respect to `gate_up [T, 2·n]`, given that of its result, `dh [T, n]`.
+/// The gradient of [`swiglu`] with respect to `gate_up [T, 2·n]`, from the gradient `dh [T, n]` of its result. f32; on a GPU bf16.
+/// Errors: shapes that do not fit.
 pub fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<Tensor> {
     let (t, width) = gate_up.dims2()?;
     let (rows, n) = dh.dims2()?;
     if rows != t || width != 2 * n {
-        return Err(Error::internal(format!("backward of swiglu of {:?} from {:?}", gate_up.shape(), dh.shape())));
+        return Err(Error::internal(format!("backward of SwiGLU: gate_up {:?}, dh {:?}", gate_up.shape(), dh.shape())));
     }
     #[cfg(feature = "cuda")]
     if gate_up.device().is_cuda() {
@@ -44,7 +45,7 @@ pub fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<Tensor> {
     cpu::for_each(t.div_ceil(ROWS), 16 * t * n, |task| {
         for row in cpu::chunk(task, ROWS, t) {
             let (gate, up) = gate_up[row * width..(row + 1) * width].split_at(n);
-            // SAFETY: inside the gradient, and each row belongs to one task.
+            // SAFETY: inside the gradient; each row belongs to one task.
             let (dgate, dup) = unsafe { out.slice(row * width, width) }.split_at_mut(n);
             simd::run(SwiGluRowBackward { gate, up, dh: &dh[row * n..(row + 1) * n], dgate, dup });
         }
@@ -62,17 +63,17 @@ impl CustomOp1 for SwiGlu {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (t, width) = l.shape().dims2()?;
         if width % 2 != 0 {
-            candle_core::bail!("swiglu of {:?}: gate and up have the same width", l.shape());
+            candle_core::bail!("swiglu of {:?}: the width must be even", l.shape());
         }
         let n = width / 2;
         let x = cpu::slice("swiglu", s, l)?;
         let mut y = vec![0.0; t * n];
         let out = SharedMut::new(&mut y);
-        // An exponential and a division are worth about sixteen multiply-adds.
+        // An exponential and a division take about as long as sixteen multiply-adds.
         cpu::for_each(t.div_ceil(ROWS), 16 * t * n, |task| {
             for row in cpu::chunk(task, ROWS, t) {
                 let (gate, up) = x[row * width..(row + 1) * width].split_at(n);
-                // SAFETY: inside the output, and each row belongs to one task.
+                // SAFETY: inside the output; each row belongs to one task.
                 let y = unsafe { out.slice(row * n, n) };
                 simd::run(SwiGluRow { gate, up, y });
             }
@@ -81,13 +82,14 @@ impl CustomOp1 for SwiGlu {
     }
 }
 
+/// One row.
 struct SwiGluRow<'a> {
     gate: &'a [f32],
     up: &'a [f32],
     y: &'a mut [f32],
 }
 
-impl Kernel for SwiGluRow<'_> {
+impl SimdKernel for SwiGluRow<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (gate, gate_tail) = self.gate.as_chunks::<LANES>();
@@ -107,6 +109,7 @@ fn silu<L: Lanes>(x: L) -> L {
     x.div(x.mul(L::splat(-LOG2_E)).exp2().add(L::splat(1.0)))
 }
 
+/// The gradient of one row.
 struct SwiGluRowBackward<'a> {
     gate: &'a [f32],
     up: &'a [f32],
@@ -115,7 +118,7 @@ struct SwiGluRowBackward<'a> {
     dup: &'a mut [f32],
 }
 
-impl Kernel for SwiGluRowBackward<'_> {
+impl SimdKernel for SwiGluRowBackward<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (gate, gate_tail) = self.gate.as_chunks::<LANES>();
@@ -137,8 +140,8 @@ impl Kernel for SwiGluRowBackward<'_> {
     }
 }
 
-/// Gradients of gate and up. With `e = exp(-x)` and `s = 1 / (1 + e)`, `silu'(x) = s · (1 + x · (1 - s))`, and `1 - s = e · s`
-/// has no cancellation.
+/// Gradients of gate and up. `silu'(x) = s · (1 + x · (1 - s))`, where `e = exp(-x)` and `s = 1 / (1 + e)`. Computing `1 - s` as
+/// `e · s` avoids cancellation.
 #[inline(always)]
 fn silu_backward<L: Lanes>(gate: L, up: L, dh: L) -> (L, L) {
     let one = L::splat(1.0);
@@ -193,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gradient_is_that_of_differences() {
+    fn the_gradient_matches_finite_differences() {
         for (t, n) in [(1, 1), (1, 16), (3, 17), (9, 33)] {
             let x: Vec<f32> = random(1, t * 2 * n).iter().map(|x| x * 8.0).collect();
             let dh = random(2, t * n);

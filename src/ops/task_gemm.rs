@@ -1,17 +1,16 @@
-//! Products of f32 matrices inside a task: what attention's and the linears' gradients are made of.
+//! A product of small f32 matrices within one task, on one thread. Attention's products and the gradients of linears use it.
 
-use super::simd::{Kernel, LANES, Lanes};
+use super::simd::{LANES, Lanes, SimdKernel};
 
-/// `c [rows, columns] += a [rows, inner] · b [inner, columns]`, columns in vectors. An element's sum over `inner` runs in order
-/// and is then added to `c`, whatever the other sizes.
+/// `c [rows, columns] += a [rows, inner] · b [inner, columns]`, where `b` and `c` are in vectors. Each element is summed over `inner` in
+/// order and then added to `c`, so its bits do not depend on the other sizes.
 pub struct TaskGemm<'a> {
     pub rows: usize,
     pub inner: usize,
-    /// In vectors.
+    /// Columns of `b` and `c`, in vectors.
     pub columns: usize,
     pub a: &'a [f32],
-    /// From one row of `a` to the next, and from one column to the next.
-    pub a_strides: (usize, usize),
+    pub a_strides: Strides,
     pub b: &'a [[f32; LANES]],
     /// Vectors from one row of `b` to the next.
     pub b_stride: usize,
@@ -20,7 +19,16 @@ pub struct TaskGemm<'a> {
     pub c_stride: usize,
 }
 
-impl Kernel for TaskGemm<'_> {
+/// Distances in a matrix, in values.
+#[derive(Clone, Copy)]
+pub struct Strides {
+    /// From one row to the next.
+    pub row: usize,
+    /// From one column to the next.
+    pub column: usize,
+}
+
+impl SimdKernel for TaskGemm<'_> {
     #[inline(always)]
     fn run<L: Lanes>(mut self) {
         for start in (0..self.rows).step_by(L::ROWS) {
@@ -51,7 +59,7 @@ impl TaskGemm<'_> {
     /// `R` rows by `C` vectors of columns.
     #[inline(always)]
     fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, start: usize, column: usize) {
-        let (row, step) = self.a_strides;
+        let Strides { row, column: step } = self.a_strides;
         let a = &self.a[start * row..];
         let mut sum = [[L::splat(0.0); C]; R];
         for i in 0..self.inner {
@@ -83,11 +91,11 @@ mod tests {
     use crate::ops::simd;
 
     #[test]
-    fn matches_f64_whatever_the_strides() {
+    fn matches_f64_with_any_strides() {
         for (rows, inner, columns) in [(1, 1, 1), (4, 3, 4), (5, 64, 7), (7, 17, 3), (66, 130, 9)] {
             let (a, b) = (random(1, rows * inner), random(2, inner * (columns + 1) * LANES));
             let c = random(3, rows * (columns + 2) * LANES);
-            for a_strides in [(inner, 1), (1, rows)] {
+            for a_strides in [Strides { row: inner, column: 1 }, Strides { row: 1, column: rows }] {
                 let mut out = c.clone();
                 simd::run(TaskGemm {
                     rows,
@@ -104,7 +112,7 @@ mod tests {
                 for (row, expected) in expected.chunks_mut((columns + 2) * LANES).enumerate() {
                     for (column, expected) in expected[..columns * LANES].iter_mut().enumerate() {
                         for i in 0..inner {
-                            let a = a[row * a_strides.0 + i * a_strides.1];
+                            let a = a[row * a_strides.row + i * a_strides.column];
                             *expected += f64::from(a) * f64::from(b[i * (columns + 1) * LANES + column]);
                         }
                     }

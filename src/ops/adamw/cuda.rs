@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{BLOCK, Factors, map, midpoints, total};
+use super::{AdamwFactors, BLOCK, Moment, total};
 use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, input};
 use crate::{Error, Result};
@@ -16,16 +16,16 @@ const SUMS: usize = 1024;
 
 kernel_set!(AdamwKernels { adamw, adamw8bit, squares });
 
-impl Factors {
+impl AdamwFactors {
     /// The kernels' `FACTORS`.
     fn args(&self) -> [Arg; 9] {
-        let Self { scale, m, v, keep, size, root, eps } = *self;
-        [scale, m[0], m[1], v[0], v[1], keep, size, root, eps].map(Arg::from)
+        let Self { grad_scale, first, second, keep, step_size, root_correction, eps } = *self;
+        [grad_scale, first.old, first.new, second.old, second.new, keep, step_size, root_correction, eps].map(Arg::from)
     }
 }
 
 /// As [`super::adamw_step`], which has checked the sizes.
-pub fn step(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &Factors) -> Result<()> {
+pub fn step(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &AdamwFactors) -> Result<()> {
     let (count, gpu) = (params.elem_count(), Context::of_tensor(params)?);
     let args = [values(params)?, values(grads)?, values(m)?, values(v)?, count.into()];
     let grid = LaunchGrid::new(count.div_ceil(VALUES), 256);
@@ -35,11 +35,11 @@ pub fn step(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &F
 }
 
 /// As [`super::adamw8bit_step`], which has checked the sizes.
-pub fn step8(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &Factors) -> Result<()> {
+pub fn step8(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &AdamwFactors) -> Result<()> {
     let (count, gpu) = (params.elem_count(), Context::of_tensor(params)?);
     let mut maps: Vec<u32> = Vec::with_capacity(4 * BLOCK);
-    for second in [false, true] {
-        maps.extend(map(second).iter().chain(midpoints(second)).map(|x| x.to_bits()));
+    for moment in [Moment::First, Moment::Second] {
+        maps.extend(moment.map().iter().chain(moment.midpoints()).map(|x| x.to_bits()));
         maps.push(0);
     }
     let maps = gpu.upload(&maps)?;

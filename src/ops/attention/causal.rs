@@ -1,7 +1,7 @@
-//! Causal attention within whole sequences, without a cache, and its gradient (as in FlashAttention-2, Dao, 2023, but with
-//! tiles of queries only): what training needs.
+//! Training's attention: causal attention within whole sequences, without a cache, and its gradient. The computation is that of
+//! FlashAttention-2 (Dao, 2023), tiled by queries only.
 //!
-//! This is the CPU half. A task is a sequence and a key-value head, with the query heads of its group one after another.
+//! This file is the CPU half. A task is one key-value head of one sequence. It takes the query heads of its group one after another.
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -13,16 +13,17 @@ use super::Heads;
 use super::cuda;
 use crate::ops::cpu;
 use crate::ops::pool::SharedMut;
-use crate::ops::simd::{self, Kernel, LANES, Lanes};
-use crate::ops::task_gemm::TaskGemm;
+use crate::ops::simd::{self, LANES, Lanes, SimdKernel};
+use crate::ops::task_gemm::{Strides, TaskGemm};
 use crate::{Error, Result};
 
-/// Queries of a tile: with fewer, sums go to memory and back too often; with more, too much above the diagonal is computed.
+/// Queries of a tile. With fewer, sums move to memory and back too often; with more, too much above the diagonal is computed.
 const TILE: usize = 32;
 
-/// Attends each row of `qkv [T, (query + 2·kv)·dim]`, turned already, to the keys of its sequence up to itself, with scores
-/// over `sqrt(dim)`: `out [T, query·dim]`, and the natural logarithm of the sum of the scores' exponentials,
-/// `lse [T, query] f32`. `sequences` are the rows of each, ascending, without gaps. f32; on a GPU `qkv` and `out` are bf16.
+/// Attends each row of `qkv [T, (query + 2·kv)·dim]`, to which RoPE was applied, to the keys of its sequence up to itself. Scores are
+/// divided by `sqrt(dim)`. Returns `out [T, query·dim]` and `lse [T, query]` f32, the natural logarithm of the sum of the scores'
+/// exponentials. `sequences` are the rows of each sequence, ascending and without gaps. f32; on a GPU `qkv` and `out` are bf16.
+/// Errors: shapes or sequences that do not fit.
 pub fn causal(qkv: &Tensor, sequences: &[Range<usize>], heads: Heads) -> Result<(Tensor, Tensor)> {
     check(qkv, sequences, heads)?;
     #[cfg(feature = "cuda")]
@@ -34,14 +35,14 @@ pub fn causal(qkv: &Tensor, sequences: &[Range<usize>], heads: Heads) -> Result<
     let (mut out, mut lse) = (vec![0.0; t * heads.query * heads.dim], vec![0.0; t * heads.query]);
     let (to_out, to_lse) = (SharedMut::new(&mut out), SharedMut::new(&mut lse));
     for_each(sequences, heads, |rows, kv_head| {
-        simd::run(CausalForward { keys: KvHead { heads, qkv: &qkv, rows, kv_head }, out: to_out, lse: to_lse });
+        simd::run(CausalForward { head: KvHead { heads, qkv: &qkv, rows, kv_head }, out: to_out, lse: to_lse });
     });
     let out = Tensor::from_vec(out, (t, heads.query * heads.dim), &Device::Cpu)?;
     Ok((out, Tensor::from_vec(lse, (t, heads.query), &Device::Cpu)?))
 }
 
-/// The gradient of [`causal`] with respect to `qkv`, of its shape, given what it took and gave, and `dout [T, query·dim]`, the
-/// gradient of `out`. f32; on a GPU all but `lse` is bf16.
+/// The gradient of [`causal`] with respect to `qkv`, in the shape of `qkv`: from the arguments and results of the forward, and the
+/// gradient `dout [T, query·dim]` of `out`. f32; on a GPU all but `lse` is bf16. Errors: shapes or sequences that do not fit.
 pub fn causal_backward(
     qkv: &Tensor,
     out: &Tensor,
@@ -55,7 +56,7 @@ pub fn causal_backward(
     let width = [t, heads.query * heads.dim];
     if out.dims() != width || dout.dims() != width || lse.dims() != [t, heads.query] {
         return Err(Error::internal(format!(
-            "backward of attention {heads:?} of {:?} to {:?} from {:?} and {:?}",
+            "backward of attention with {heads:?}: qkv {:?}, out {:?}, dout {:?}, lse {:?}",
             qkv.shape(),
             out.shape(),
             dout.shape(),
@@ -73,8 +74,8 @@ pub fn causal_backward(
     let mut dqkv = vec![0.0; qkv.len()];
     let to = SharedMut::new(&mut dqkv);
     for_each(sequences, heads, |rows, kv_head| {
-        let keys = KvHead { heads, qkv: &qkv, rows, kv_head };
-        simd::run(CausalBackward { keys, out: &out, lse: &lse, dout: &dout, dqkv: to });
+        let head = KvHead { heads, qkv: &qkv, rows, kv_head };
+        simd::run(CausalBackward { head, out: &out, lse: &lse, dout: &dout, dqkv: to });
     });
     Ok(Tensor::from_vec(dqkv, shape, &Device::Cpu)?)
 }
@@ -88,12 +89,15 @@ fn check(qkv: &Tensor, sequences: &[Range<usize>], heads: Heads) -> Result<()> {
         follows
     });
     if !follow || end != t || width != heads.qkv_width() || heads.kv == 0 || !heads.query.is_multiple_of(heads.kv) {
-        return Err(Error::internal(format!("attention {heads:?} of {:?} in sequences {sequences:?}", qkv.shape())));
+        return Err(Error::internal(format!(
+            "attention with {heads:?} of qkv {:?} in sequences {sequences:?}",
+            qkv.shape()
+        )));
     }
     Ok(())
 }
 
-/// Runs `task` for every sequence and key-value head, the longest first, so that no thread ends up alone with one.
+/// Runs `task` for every sequence and key-value head. The longest run first, so that no thread is left alone with one at the end.
 fn for_each(sequences: &[Range<usize>], heads: Heads, task: impl Fn(Range<usize>, usize) + Sync) {
     let mut order: Vec<&Range<usize>> = sequences.iter().collect();
     order.sort_by_key(|rows| std::cmp::Reverse(rows.len()));
@@ -105,25 +109,29 @@ fn for_each(sequences: &[Range<usize>], heads: Heads, task: impl Fn(Range<usize>
 struct KvHead<'a> {
     heads: Heads,
     qkv: &'a [f32],
-    /// The sequence's.
+    /// The sequence's rows.
     rows: Range<usize>,
     kv_head: usize,
 }
 
 impl KvHead<'_> {
     /// The query heads that attend to it.
-    fn group(&self) -> Range<usize> {
+    fn query_heads(&self) -> Range<usize> {
         let group = self.heads.query / self.heads.kv;
         self.kv_head * group..(self.kv_head + 1) * group
     }
 
-    /// Where key and value are in a row of qkv.
-    fn at(&self) -> (usize, usize) {
-        let Heads { query, kv, dim } = self.heads;
-        ((query + self.kv_head) * dim, (query + kv + self.kv_head) * dim)
+    /// Column of its key in a row of qkv.
+    fn key_column(&self) -> usize {
+        (self.heads.query + self.kv_head) * self.heads.dim
     }
 
-    /// Columns `at..at + dim` of the sequence's rows of `x`, whose rows are `width` wide: in vectors, padded with zeros.
+    /// Column of its value in a row of qkv.
+    fn value_column(&self) -> usize {
+        (self.heads.query + self.heads.kv + self.kv_head) * self.heads.dim
+    }
+
+    /// Columns `at..at + dim` of the sequence's rows of `x`, whose rows are `width` wide. In vectors, padded with zeros.
     fn rows(&self, x: &[f32], width: usize, at: usize) -> Vec<[f32; LANES]> {
         let vectors = self.heads.dim.div_ceil(LANES);
         let mut packed = vec![[0.0; LANES]; self.rows.len() * vectors];
@@ -134,7 +142,7 @@ impl KvHead<'_> {
         packed
     }
 
-    /// The same of qkv, transposed: `[dim]` of all rows.
+    /// Columns `at..at + dim` of the sequence's rows of qkv, transposed: `[dim][rows]`. In vectors, padded with zeros.
     fn columns(&self, at: usize) -> Vec<[f32; LANES]> {
         let vectors = self.rows.len().div_ceil(LANES);
         let mut packed = vec![[0.0; LANES]; self.heads.dim * vectors];
@@ -146,14 +154,14 @@ impl KvHead<'_> {
         packed
     }
 
-    /// `to [rows, keys] = x · yᵀ` for a tile of rows `x`, the first of them the sequence's `first`; `y` are [`KvHead::columns`].
+    /// `to [rows, keys] = x · yᵀ` for the rows `x` of a tile, which are `width` apart. `y` are [`KvHead::columns`].
     fn scores(&self, tile: &Range<usize>, x: &[f32], width: usize, y: &[[f32; LANES]], to: &mut [[f32; LANES]]) {
         let stride = self.rows.len().div_ceil(LANES);
         let columns = tile.end.div_ceil(LANES);
         for to in to.chunks_exact_mut(stride).take(tile.len()) {
             to[..columns].fill([0.0; LANES]);
         }
-        let (inner, a_strides) = (self.heads.dim, (width, 1));
+        let (inner, a_strides) = (self.heads.dim, Strides { row: width, column: 1 });
         simd::run(TaskGemm {
             rows: tile.len(),
             inner,
@@ -166,30 +174,43 @@ impl KvHead<'_> {
             c_stride: stride,
         });
     }
+
+    /// Writes rows of vectors to the columns `column..column + dim` of the gradient's rows from `first` on. Only this head's
+    /// task writes these columns: those of its own key and value, and those of its query heads.
+    fn write(&self, dqkv: SharedMut<f32>, first: usize, column: usize, from: &[[f32; LANES]]) {
+        let (width, dim) = (self.heads.qkv_width(), self.heads.dim);
+        for (i, from) in from.chunks_exact(dim.div_ceil(LANES)).enumerate() {
+            // SAFETY: inside the gradient, at rows and columns of this task.
+            let to = unsafe { dqkv.slice((first + i) * width + column, dim) };
+            to.copy_from_slice(&from.as_flattened()[..dim]);
+        }
+    }
 }
 
+/// The forward of one [`KvHead`].
 struct CausalForward<'a> {
-    keys: KvHead<'a>,
+    head: KvHead<'a>,
     out: SharedMut<f32>,
     lse: SharedMut<f32>,
 }
 
-impl Kernel for CausalForward<'_> {
+impl SimdKernel for CausalForward<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { keys, out, lse } = self;
-        let (Heads { query, dim, .. }, width) = (keys.heads, keys.heads.qkv_width());
-        let (key_at, value_at) = keys.at();
-        let (len, vectors, stride) = (keys.rows.len(), dim.div_ceil(LANES), keys.rows.len().div_ceil(LANES));
-        let (k, v) = (keys.columns(key_at), keys.rows(keys.qkv, width, value_at));
+        let Self { head: kv, out, lse } = self;
+        let (Heads { query, dim, .. }, width) = (kv.heads, kv.heads.qkv_width());
+        let (len, vectors, stride) = (kv.rows.len(), dim.div_ceil(LANES), kv.rows.len().div_ceil(LANES));
+        let (k, v) = (kv.columns(kv.key_column()), kv.rows(kv.qkv, width, kv.value_column()));
         let scale = 1.0 / (dim as f32).sqrt();
         let mut scores = vec![[0.0; LANES]; TILE * stride];
         let mut sums = [0.0; TILE];
-        for head in keys.group() {
+        for head in kv.query_heads() {
             for start in (0..len).step_by(TILE) {
                 let tile = start..len.min(start + TILE);
-                let first = keys.rows.start + start;
-                keys.scores(&tile, &keys.qkv[first * width + head * dim..], width, &k, &mut scores);
+                let first = kv.rows.start + start;
+                kv.scores(&tile, &kv.qkv[first * width + head * dim..], width, &k, &mut scores);
+
+                // The softmax of each row, not divided by its sum yet.
                 for (i, scores) in scores.chunks_exact_mut(stride).take(tile.len()).enumerate() {
                     let scores = &mut scores[..tile.end.div_ceil(LANES)];
                     scores.as_flattened_mut()[start + i + 1..].fill(f32::NEG_INFINITY);
@@ -205,17 +226,19 @@ impl Kernel for CausalForward<'_> {
                         sum = sum.add(p);
                     }
                     sums[i] = sum.sum();
-                    // SAFETY: one head of one row, and each belongs to one task.
+                    // SAFETY: one head of one row; each belongs to one task.
                     let lse = unsafe { lse.slice((first + i) * query + head, 1) };
                     lse[0] = max * scale + sums[i].ln();
                 }
+
+                // The weighted sums of the values, divided by the sums of the weights.
                 let mut acc = vec![[0.0; LANES]; tile.len() * vectors];
                 simd::run(TaskGemm {
                     rows: tile.len(),
                     inner: tile.end,
                     columns: vectors,
                     a: scores.as_flattened(),
-                    a_strides: (stride * LANES, 1),
+                    a_strides: Strides { row: stride * LANES, column: 1 },
                     b: &v,
                     b_stride: vectors,
                     c: &mut acc,
@@ -231,35 +254,37 @@ impl Kernel for CausalForward<'_> {
     }
 }
 
+/// The gradient of one [`KvHead`] and of the query heads that attend to it.
 struct CausalBackward<'a> {
-    keys: KvHead<'a>,
+    head: KvHead<'a>,
     out: &'a [f32],
     lse: &'a [f32],
     dout: &'a [f32],
     dqkv: SharedMut<f32>,
 }
 
-impl Kernel for CausalBackward<'_> {
-    /// With `p = exp(s - lse)` the probabilities and `dp = dout · vᵀ`: `ds = p · (dp - rowsum(dout · out)) · scale`,
+impl SimdKernel for CausalBackward<'_> {
+    /// `p = exp(s - lse)` are the probabilities and `dp = dout · vᵀ` their gradients. Then `ds = p · (dp - rowsum(dout · out)) · scale`,
     /// `dq = ds · k`, `dk = dsᵀ · q`, `dv = pᵀ · dout`.
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { keys, out, lse, dout, dqkv } = self;
-        let (Heads { query, dim, .. }, width) = (keys.heads, keys.heads.qkv_width());
-        let (key_at, value_at) = keys.at();
-        let (len, vectors, stride) = (keys.rows.len(), dim.div_ceil(LANES), keys.rows.len().div_ceil(LANES));
-        let (k, v) = (keys.columns(key_at), keys.columns(value_at));
-        let k_rows = keys.rows(keys.qkv, width, key_at);
+        let Self { head: kv, out, lse, dout, dqkv } = self;
+        let (Heads { query, dim, .. }, width) = (kv.heads, kv.heads.qkv_width());
+        let (len, vectors, stride) = (kv.rows.len(), dim.div_ceil(LANES), kv.rows.len().div_ceil(LANES));
+        let (k, v) = (kv.columns(kv.key_column()), kv.columns(kv.value_column()));
+        let k_rows = kv.rows(kv.qkv, width, kv.key_column());
         let scale = 1.0 / (dim as f32).sqrt();
         let (mut p, mut ds) = (vec![[0.0; LANES]; TILE * stride], vec![[0.0; LANES]; TILE * stride]);
         let (mut dk, mut dv) = (vec![[0.0; LANES]; len * vectors], vec![[0.0; LANES]; len * vectors]);
-        for head in keys.group() {
-            let (q, d) = (keys.rows(keys.qkv, width, head * dim), keys.rows(dout, query * dim, head * dim));
+        for head in kv.query_heads() {
+            let (q, d) = (kv.rows(kv.qkv, width, head * dim), kv.rows(dout, query * dim, head * dim));
             for start in (0..len).step_by(TILE) {
                 let tile = start..len.min(start + TILE);
-                let first = keys.rows.start + start;
-                keys.scores(&tile, &keys.qkv[first * width + head * dim..], width, &k, &mut p);
-                keys.scores(&tile, &dout[(first * query + head) * dim..], query * dim, &v, &mut ds);
+                let first = kv.rows.start + start;
+
+                // Scores and `dp`, from which `p` and `ds` are computed in place.
+                kv.scores(&tile, &kv.qkv[first * width + head * dim..], width, &k, &mut p);
+                kv.scores(&tile, &dout[(first * query + head) * dim..], query * dim, &v, &mut ds);
                 let rows = p.chunks_exact_mut(stride).zip(ds.chunks_exact_mut(stride)).take(tile.len());
                 for (i, (p, ds)) in rows.enumerate() {
                     let (p, ds) = (&mut p[..tile.end.div_ceil(LANES)], &mut ds[..tile.end.div_ceil(LANES)]);
@@ -273,31 +298,24 @@ impl Kernel for CausalBackward<'_> {
                         x.mul(L::load(ds).sub(L::splat(dot))).mul(L::splat(scale)).store(ds);
                     }
                 }
+
+                // The tile's share of the gradients.
                 let mut dq = vec![[0.0; LANES]; tile.len() * vectors];
-                let (by_rows, by_columns) = ((stride * LANES, 1), (1, stride * LANES));
-                let product = |(rows, inner), a, a_strides, b, c| {
+                let (by_rows, by_columns) =
+                    (Strides { row: stride * LANES, column: 1 }, Strides { row: 1, column: stride * LANES });
+                let product = |rows, inner, a, a_strides, b, c| {
                     let (b_stride, c_stride) = (vectors, vectors);
                     TaskGemm { rows, inner, columns: vectors, a, a_strides, b, b_stride, c, c_stride }
                 };
                 let (d, q) = (&d[start * vectors..], &q[start * vectors..]);
-                simd::run(product((tile.len(), tile.end), ds.as_flattened(), by_rows, &k_rows, &mut dq));
-                simd::run(product((tile.end, tile.len()), ds.as_flattened(), by_columns, q, &mut dk));
-                simd::run(product((tile.end, tile.len()), p.as_flattened(), by_columns, d, &mut dv));
-                put(dqkv, first, (width, head * dim, dim), &dq);
+                simd::run(product(tile.len(), tile.end, ds.as_flattened(), by_rows, &k_rows, &mut dq));
+                simd::run(product(tile.end, tile.len(), ds.as_flattened(), by_columns, q, &mut dk));
+                simd::run(product(tile.end, tile.len(), p.as_flattened(), by_columns, d, &mut dv));
+                kv.write(dqkv, first, head * dim, &dq);
             }
         }
-        put(dqkv, keys.rows.start, (width, key_at, dim), &dk);
-        put(dqkv, keys.rows.start, (width, value_at, dim), &dv);
-    }
-}
-
-/// Writes rows of vectors to columns `at..at + dim` of rows from `first` on, each `width` wide. One head of a row, or what one
-/// key-value head gets, is one task's.
-fn put(to: SharedMut<f32>, first: usize, (width, at, dim): (usize, usize, usize), from: &[[f32; LANES]]) {
-    for (i, from) in from.chunks_exact(dim.div_ceil(LANES)).enumerate() {
-        // SAFETY: inside the gradient, and nobody else's, as said above.
-        let to = unsafe { to.slice((first + i) * width + at, dim) };
-        to.copy_from_slice(&from.as_flattened()[..dim]);
+        kv.write(dqkv, kv.rows.start, kv.key_column(), &dk);
+        kv.write(dqkv, kv.rows.start, kv.value_column(), &dv);
     }
 }
 
@@ -345,14 +363,14 @@ mod tests {
         (out, lse)
     }
 
-    /// Head `head` of the rows of `x`, whose rows have `heads` of them.
+    /// Head `head` of some rows of `x`, each of `heads` heads.
     fn head<T: Copy + Into<f64>>(x: &[T], rows: &Range<usize>, heads: usize, head: usize, dim: usize) -> Vec<f64> {
         let x = x.chunks_exact(heads * dim).skip(rows.start).take(rows.len());
         x.flat_map(|row| row[head * dim..(head + 1) * dim].iter().map(|&x| x.into())).collect()
     }
 
     #[test]
-    fn matches_f64_and_its_gradient_that_of_differences() {
+    fn matches_f64_and_the_gradient_finite_differences() {
         for (query, kv, dim) in [(1, 1, 8), (4, 2, 12), (3, 1, 64)] {
             let heads = Heads { query, kv, dim };
             let (all, t) = (query + 2 * kv, LENGTHS.iter().sum::<usize>());
@@ -364,7 +382,7 @@ mod tests {
             let d = causal_backward(&qkv, &out, &lse, &tensor(&dy, t), &sequences, heads).unwrap();
             let (out, lse, d) = (values(&out), values(&lse), values(&d));
             for rows in &sequences {
-                // Of each key-value head all there is, in its heads of queries, keys and values.
+                // One key-value head at a time: its query heads, its keys and its values.
                 for kv_head in 0..kv {
                     let group = kv_head * query / kv..(kv_head + 1) * query / kv;
                     let mut own: Vec<usize> = group.clone().collect();
@@ -406,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_change_no_bit() {
+    fn bits_do_not_depend_on_neighbours() {
         let heads = Heads { query: 4, kv: 2, dim: 20 };
         let t = LENGTHS.iter().sum::<usize>();
         let (x, dy) = (random(3, t * heads.qkv_width()), random(4, t * heads.query * heads.dim));

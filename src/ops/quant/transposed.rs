@@ -11,8 +11,8 @@ use super::affine::PANEL;
 use super::{MatrixStorage, PanelMatrix, QMatrix};
 use crate::ops::cpu;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
-use crate::ops::simd::{self, Kernel, LANES, Lanes};
-use crate::ops::task_gemm::TaskGemm;
+use crate::ops::simd::{self, LANES, Lanes, SimdKernel};
+use crate::ops::task_gemm::{Strides, TaskGemm};
 use crate::{Error, Result};
 
 /// Columns of a task.
@@ -80,7 +80,7 @@ struct TransposedTile<'a> {
     dx: SharedMut<f32>,
 }
 
-impl Kernel for TransposedTile<'_> {
+impl SimdKernel for TransposedTile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { panels: PanelMatrix { n, k, parts }, dy, rows, columns, dx } = self;
@@ -99,7 +99,7 @@ impl Kernel for TransposedTile<'_> {
                     inner: depth,
                     columns: COLUMNS / LANES,
                     a: &dy[rows.start * n + first + start..],
-                    a_strides: (*n, 1),
+                    a_strides: Strides { row: *n, column: 1 },
                     b: weights.as_flattened().as_chunks().0,
                     b_stride: COLUMNS / LANES,
                     c: sums.as_flattened_mut().as_chunks_mut().0,
