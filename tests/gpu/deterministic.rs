@@ -5,9 +5,7 @@ use std::path::Path;
 use quiver::engine::request::SamplingParams;
 use quiver::gpu::{self, DeviceChoice, OpenOptions};
 
-#[path = "../common/smollm2.rs"]
-mod smollm2;
-use smollm2::SmolLm2;
+use crate::smollm2::SmolLm2;
 
 /// Tokens decoded in a crowd have the bits that they have alone, and that they have as a prompt.
 #[test]

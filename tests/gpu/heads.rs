@@ -1,11 +1,11 @@
-//! Biases and norms of heads against the CPU half.
+//! Biases and norms of heads, and the norms' gradient, on a GPU against the CPU half.
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use quiver::arch::Heads;
-use quiver::ops::heads::{QkNorm, bias_and_qk_norm};
+use quiver::ops::heads::{QkNorm, bias_and_qk_norm, qk_norm_backward};
 
-use crate::common::{device, random, relative_error};
+use crate::common::{ROUNDED, assert_close, both, both_f32, device, random, relative_error};
 
 fn run(x: &[bf16], heads: Heads, bias: Option<&[bf16]>, norms: Option<[&[bf16]; 2]>, device: &Device) -> Vec<f32> {
     let width = heads.qkv_width();
@@ -42,5 +42,20 @@ fn equals_the_cpu_and_rows_stand_alone() {
             let last = (rows - 1) * width;
             assert_eq!(on(&x[last..], &device()), got[last..]);
         }
+    }
+}
+
+#[test]
+fn backward_equals_the_cpu() {
+    for (query, kv, dim, t) in [(1, 1, 2, 1), (4, 2, 12, 5), (9, 3, 64, 33), (32, 8, 128, 70), (2, 1, 256, 2)] {
+        let heads = Heads { query, kv, dim };
+        let shape = (t, heads.qkv_width());
+        let (raw, dqkv) = (both(&random(1, shape.0 * shape.1), shape), both(&random(2, shape.0 * shape.1), shape));
+        let norms = [random(3, dim), random(4, dim)].map(|norm| both_f32(&norm, &[dim]));
+        for i in 0..2 {
+            let norm = QkNorm { query: &norms[0][i], key: &norms[1][i], eps: 1e-6 };
+            qk_norm_backward(&dqkv[i], &raw[i], norm, heads).unwrap();
+        }
+        assert_close(&dqkv[1], &dqkv[0], ROUNDED, &format!("{heads:?}"));
     }
 }

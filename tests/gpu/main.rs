@@ -1,14 +1,20 @@
 //! The CUDA halves of the ops, and the model on a GPU: one binary, since each has the size of all kernels. Needs a GPU.
 
+mod adamw;
 mod attention;
+mod attention_causal;
 mod common;
+mod deterministic;
 mod dora;
 mod heads;
 mod jobs;
 mod lora;
+mod loss;
 mod model;
+mod norm;
 mod quant;
+mod rope;
 mod sample;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
-mod training;
+mod swiglu;

@@ -2,12 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use quiver::ops::norm::{add_rms_norm, rms_norm};
-use quiver::ops::quant::{Codec, QMatrix, Source, gather_rows, matmul, nf4};
-use quiver::ops::swiglu::swiglu;
+use quiver::ops::quant::{Codec, QMatrix, Source, gather_rows, matmul, matmul_transposed, nf4};
 use safetensors::SafeTensors;
 
-use crate::common::{device, random, relative_error};
+use crate::common::{self, assert_close, both, device, random, relative_error};
 
 /// Error of a product whose activations and result are bf16, and of codebook values on top, with room for chance.
 const BOUND: f64 = 6e-3;
@@ -223,40 +221,26 @@ fn nf4_decodes_as_bitsandbytes_does() {
 }
 
 #[test]
-fn norms_and_swiglu_match_float64() {
-    for (t, n) in [(1, 4), (3, 64), (5, 576), (64, 4096), (2, 14336)] {
-        let (x, delta, weight) = (random(1, t * n), random(2, t * n), random(3, n));
-        let f32s = |v: &[bf16]| v.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
-        let on = |v: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(v, shape, &device()).expect("a tensor");
-        let w = Tensor::from_vec(f32s(&weight), n, &device()).expect("a tensor");
-        let delta_gpu = Tensor::from_slice(&delta, (t, n), &device()).expect("a tensor");
-        let (sum, y) = add_rms_norm(&on(f32s(&x), (t, n)), &delta_gpu, &w, 1e-5).expect("a norm");
-        let plain: Vec<f32> = x.iter().zip(&delta).map(|(x, d)| x.to_f32() + d.to_f32()).collect();
-        assert_eq!(sum.flatten_all().unwrap().to_vec1::<f32>().unwrap(), plain);
-        let alone = rms_norm(&on(plain.clone(), (t, n)), &w, 1e-5).expect("a norm");
-        let values = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(values(&alone), values(&y));
-        let want: Vec<f64> = plain
-            .chunks_exact(n)
-            .flat_map(|row| {
-                let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
-                let scale = 1.0 / (mean + 1e-5).sqrt();
-                row.iter().zip(&weight).map(|(v, w)| f64::from(*v) * scale * f64::from(w.to_f32())).collect::<Vec<_>>()
-            })
-            .collect();
-        assert!(relative_error(&values(&y), &want) < 3e-3, "[{t}, {n}]");
-
-        let y = swiglu(&Tensor::from_slice(&random(4, 2 * t * n), (t, 2 * n), &device()).expect("a tensor"))
-            .expect("values");
-        let gate_up = random(4, 2 * t * n);
-        let want: Vec<f64> = gate_up
-            .chunks_exact(2 * n)
-            .flat_map(|row| {
-                let (gate, up) = row.split_at(n);
-                let silu = |g: f64| g / (1.0 + (-g).exp());
-                gate.iter().zip(up).map(|(g, u)| silu(g.to_f32().into()) * f64::from(u.to_f32())).collect::<Vec<_>>()
-            })
-            .collect();
-        assert!(relative_error(&values(&y), &want) < 3e-3, "swiglu [{t}, {n}]");
+fn transposed_products_equal_the_cpu() {
+    let sources = [
+        source(Codec::Q4_0, 100, 512, 1),
+        source(Codec::Q4K, 960, 768, 2),
+        source(Codec::Q6K, 17, 256, 3),
+        source(Codec::BF16, 64, 96, 4),
+        codebook(130, 320, 64, 5),
+        codebook(5, 64, 64, 6),
+    ];
+    for source in sources {
+        let [cpu, gpu] = [Device::Cpu, device()].map(|d| QMatrix::pack(std::slice::from_ref(&source), &d).unwrap());
+        for m in [1, 7, 65, 300] {
+            let dy = both(&random(7, m * gpu.n()), (m, gpu.n()));
+            let want = matmul_transposed(&cpu, &dy[0], DType::F32).unwrap();
+            for dtype in [DType::BF16, DType::F32] {
+                let got = matmul_transposed(&gpu, &dy[1], dtype).unwrap();
+                assert_eq!(got.dtype(), dtype);
+                assert_close(&got, &want, 6e-3, &format!("{m} rows of [{}, {}], {dtype:?}", gpu.n(), gpu.k()));
+                assert!(common::bits(&got) == common::bits(&matmul_transposed(&gpu, &dy[1], dtype).unwrap()));
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::cell::OnceCell;
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use quiver::gpu::{self, DeviceChoice, OpenOptions};
 
@@ -33,4 +33,37 @@ pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let error = norm(&mut got.iter().zip(want).map(|(g, w)| f64::from(*g) - w));
     error / norm(&mut want.iter().copied()).max(f64::MIN_POSITIVE)
+}
+
+/// One rounding of a result to bf16: 2^-9 / sqrt(3) of the values, with room for chance.
+pub const ROUNDED: f64 = 3e-3;
+
+/// The same values on the CPU as f32 and on the GPU as bf16.
+pub fn both(values: &[bf16], shape: (usize, usize)) -> [Tensor; 2] {
+    let gpu = Tensor::from_slice(values, shape, &device()).unwrap();
+    [gpu.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap(), gpu]
+}
+
+/// The same values on both as f32.
+pub fn both_f32(values: &[bf16], shape: &[usize]) -> [Tensor; 2] {
+    let values: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+    [Device::Cpu, device()].map(|device| Tensor::from_slice(&values, shape, &device).unwrap())
+}
+
+/// A tensor's values as f32.
+pub fn values(x: &Tensor) -> Vec<f32> {
+    x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The bits of a tensor's values as f32.
+pub fn bits(x: &Tensor) -> Vec<u32> {
+    values(x).iter().map(|v| v.to_bits()).collect()
+}
+
+/// Asserts that the relative error of `got` is below `bound`.
+#[track_caller]
+pub fn assert_close(got: &Tensor, want: &Tensor, bound: f64, what: &str) {
+    assert_eq!(got.dims(), want.dims());
+    let error = relative_error(&values(got), &values(want).into_iter().map(f64::from).collect::<Vec<_>>());
+    assert!(error < bound, "{what}: {error}");
 }
