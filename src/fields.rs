@@ -1,4 +1,7 @@
-//! Typed access to the fields of a JSON object. Every error names the field, what is allowed and what came instead.
+//! Checked reading of JSON objects, such as request bodies and training records.
+//!
+//! [`Fields`] gives typed access to the fields of one object. Every error names the field, the allowed values and the value
+//! found. [`check_unknown`] and [`check_only`] find misspelt and unknown fields.
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -7,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// Parses a request body. Malformed JSON is 400 with its line and column.
+/// Parses a request body. Errors: `Invalid`, with the line and column of malformed JSON.
 pub fn parse(body: &[u8]) -> Result<Value> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Err(Error::invalid("the request body is empty: send a JSON object").code("invalid_json"));
@@ -16,16 +19,16 @@ pub fn parse(body: &[u8]) -> Result<Value> {
         .map_err(|e| Error::invalid(format!("the request body is not valid JSON: {e}")).code("invalid_json"))
 }
 
-/// The fields of one object. A field that is `null` counts as absent, as OpenAI's clients mean it.
+/// The fields of one object. A field that is `null` counts as absent, because OpenAI's clients send `null` for that.
 pub struct Fields<'a> {
-    /// The object itself.
+    /// The object.
     object: &'a Map<String, Value>,
-    /// Where it lies in the body (empty for the body), for messages such as `stream_options.include_usage`.
+    /// The object's path in the body, such as `stream_options`; empty for the body itself.
     path: String,
 }
 
 impl<'a> Fields<'a> {
-    /// The body's fields; 400 when it is not an object.
+    /// The fields of a request body. Errors: it is not an object.
     pub fn of_body(value: &'a Value) -> Result<Self> {
         match value {
             Value::Object(object) => Ok(Self { object, path: String::new() }),
@@ -33,7 +36,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The fields of a value at `path`; 400 when it is not an object.
+    /// The fields of the value at `path`. Errors: it is not an object.
     pub fn of_value(value: &'a Value, path: impl Into<String>) -> Result<Self> {
         let path = path.into();
         match value {
@@ -42,22 +45,22 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Where a field of this object lies in the body.
+    /// The path of a field in the body, such as `stream_options.include_usage`.
     pub fn path_of(&self, name: &str) -> String {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 
-    /// The raw value.
+    /// The value of a field, whatever its type.
     pub fn get(&self, name: &str) -> Option<&'a Value> {
         self.object.get(name).filter(|v| !v.is_null())
     }
 
-    /// Names of all fields that are not `null`.
+    /// The names of all fields that are not `null`.
     pub fn names(&self) -> impl Iterator<Item = &'a str> {
         self.object.iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k.as_str())
     }
 
-    /// A field that must be there.
+    /// The value of a field that must not be absent. `what` describes it in the error.
     pub fn required<T>(&self, name: &str, value: Option<T>, what: &str) -> Result<T> {
         value.ok_or_else(|| {
             let path = self.path_of(name);
@@ -65,32 +68,32 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// A string.
+    /// A field that is a string.
     pub fn string(&self, name: &str) -> Result<Option<&'a str>> {
         self.typed(name, "a string", Value::as_str)
     }
 
-    /// `true` or `false`.
+    /// A field that is `true` or `false`.
     pub fn boolean(&self, name: &str) -> Result<Option<bool>> {
         self.typed(name, "true or false", Value::as_bool)
     }
 
-    /// An array.
+    /// A field that is an array.
     pub fn array(&self, name: &str) -> Result<Option<&'a [Value]>> {
         self.typed(name, "an array", |v| v.as_array().map(Vec::as_slice))
     }
 
-    /// A nested object.
+    /// A field that is an object.
     pub fn object(&self, name: &str) -> Result<Option<Fields<'a>>> {
         self.get(name).map(|v| Fields::of_value(v, self.path_of(name))).transpose()
     }
 
-    /// A number in a range.
+    /// A field that is a number in a range.
     pub fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
         self.get(name).map(|v| number(v, &self.path_of(name), range)).transpose()
     }
 
-    /// An integer in a range; `16.0` counts as one.
+    /// A field that is an integer in a range. `16.0` counts as an integer.
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>> {
         self.get(name).map(|v| integer(v, &self.path_of(name), range)).transpose()
     }
@@ -105,45 +108,47 @@ pub fn number(value: &Value, path: &str, range: RangeInclusive<f64>) -> Result<f
     value
         .as_f64()
         .filter(|n| range.contains(n))
-        .ok_or_else(|| wrong(path, &format!("a number {}", span(&range)), value))
+        .ok_or_else(|| wrong(path, &format!("a number {}", describe_range(&range)), value))
 }
 
 /// The value at `path` as an integer in a range.
 pub fn integer(value: &Value, path: &str, range: RangeInclusive<i64>) -> Result<i64> {
-    // Beyond 2^53 a float is not exact, and as a token count or id it is wrong anyway.
+    // Beyond 2^53 a float is not exact. No token count or id is that large.
     let whole = |n: f64| (n.fract() == 0.0 && n.abs() < 9e15).then_some(n as i64);
     let parsed = value.as_i64().or_else(|| value.as_f64().and_then(whole));
-    parsed.filter(|n| range.contains(n)).ok_or_else(|| wrong(path, &format!("an integer {}", span(&range)), value))
+    parsed
+        .filter(|n| range.contains(n))
+        .ok_or_else(|| wrong(path, &format!("an integer {}", describe_range(&range)), value))
 }
 
-fn span<T: Display + Bounds>(range: &RangeInclusive<T>) -> String {
+fn describe_range<T: Display + RangeEnd>(range: &RangeInclusive<T>) -> String {
     let (from, to) = (range.start(), range.end());
     if to.is_open() { format!("of at least {from}") } else { format!("from {from} to {to}") }
 }
 
-/// Whether the upper end of a range stands for "no limit".
-trait Bounds {
+/// Numbers of which one value, as the upper end of a range, means no limit.
+trait RangeEnd {
     fn is_open(&self) -> bool;
 }
 
-impl Bounds for i64 {
+impl RangeEnd for i64 {
     fn is_open(&self) -> bool {
         *self == i64::MAX
     }
 }
 
-impl Bounds for f64 {
+impl RangeEnd for f64 {
     fn is_open(&self) -> bool {
         self.is_infinite()
     }
 }
 
-/// 400: the value at `path` is not what it must be.
+/// `Invalid`: the value at `path` is not among the allowed ones.
 pub fn wrong(path: &str, allowed: &str, got: &Value) -> Error {
     Error::invalid(format!("`{path}` must be {allowed}, not {}", describe(got))).param(path).code("invalid_value")
 }
 
-/// A value in words, short enough for a message.
+/// A short description of a value, for messages.
 pub fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),
@@ -159,7 +164,7 @@ pub fn describe(value: &Value) -> String {
     }
 }
 
-/// Fields by which other servers select an adapter. Accepting one silently would let the base answer.
+/// Fields by which other servers select an adapter. If one were ignored, the base would answer.
 const FOREIGN_SELECTORS: &[&str] = &[
     "lora",
     "lora_path",
@@ -172,11 +177,11 @@ const FOREIGN_SELECTORS: &[&str] = &[
     "adapter_source",
 ];
 
-/// Fields of other servers that are near one of ours in spelling, yet mean something else.
+/// Fields of other servers that are spelt almost like one of ours but mean something else.
 const NEIGHBOURS: &[&str] = &["top_a"];
 
-/// Accepts fields that we do not know, for clients send extras, except one that is almost surely meant for a field of
-/// ours: misspelt, written in another case, or another server's adapter selector.
+/// Accepts unknown fields, because clients send extra ones. Refuses a field that is almost certainly meant as one of `known`:
+/// misspelt, written in another case, or another server's way to select an adapter.
 pub fn check_unknown(fields: &Fields, known: &[&str]) -> Result<()> {
     for name in fields.names().filter(|name| !known.contains(name)) {
         let meant = if FOREIGN_SELECTORS.contains(&name) && known.contains(&"adapter") {
@@ -196,12 +201,12 @@ pub fn check_unknown(fields: &Fields, known: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Accepts no other fields than `known`: for objects that are ours alone, where every field is meant.
+/// Refuses fields other than `known`: for objects of our own API, where every field has a meaning.
 pub fn check_only(fields: &Fields, known: &[&str]) -> Result<()> {
     let Some(name) = fields.names().find(|name| !known.contains(name)) else { return Ok(()) };
     check_unknown(fields, known)?;
     let path = fields.path_of(name);
-    let message = format!("unknown field `{path}`: what is known here is {}", known.join(", "));
+    let message = format!("unknown field `{path}`: the known fields are {}", known.join(", "));
     Err(Error::invalid(message).param(path).code("unknown_field"))
 }
 
@@ -259,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_clients_of_other_servers_send_is_no_misspelling() {
+    fn fields_of_other_servers_are_not_misspellings() {
         for name in "allowed_token_ids audio bad_words cache_prompt cache_salt chat_template chat_template_kwargs \
                      continue_final_message detokenize do_sample documents dynatemp_range function_call grammar guided_json \
                      id_slot json_schema kv_transfer_params length_penalty logits_processors max_new_tokens metadata min_keep \

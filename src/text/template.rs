@@ -1,4 +1,4 @@
-//! Chat templates: the model's own Jinja source, rendered as transformers renders it.
+//! Chat templates: the model's Jinja source, rendered as in transformers.
 
 use std::collections::BTreeMap;
 
@@ -11,11 +11,11 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use crate::{Error, Result};
 
-/// `bos_token`, `eos_token` and so on, by the names that templates use.
-pub type SpecialTokens = BTreeMap<String, String>;
+/// Special tokens by the names that templates use, such as `bos_token`.
+pub(super) type SpecialTokens = BTreeMap<String, String>;
 
 /// A compiled template.
-pub struct ChatTemplate {
+pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     special: SpecialTokens,
 }
@@ -27,10 +27,10 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// `Invalid` with the line for a syntax error.
-    pub fn new(source: &str, special: SpecialTokens) -> Result<Self> {
+    pub(super) fn new(source: &str, special: SpecialTokens) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| Error::internal(e.to_string()))?);
+        environment.set_syntax(syntax.map_err(|e| Error::internal(e.to_string()).caused_by(e))?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, state, value| match value.kind() {
             ValueKind::None => Ok(out.write_str("None")?),
@@ -48,17 +48,20 @@ impl ChatTemplate {
         Ok(Self { environment, special })
     }
 
-    /// What was compiled.
-    pub fn source(&self) -> Result<String> {
-        self.environment.get_template(NAME).map(|t| t.source().to_owned()).map_err(|e| Error::internal(e.to_string()))
+    /// The source of the template.
+    pub(super) fn source(&self) -> Result<String> {
+        self.environment
+            .get_template(NAME)
+            .map(|t| t.source().to_owned())
+            .map_err(|e| Error::internal(e.to_string()).caused_by(e))
     }
 
-    /// The prompt for `messages`. Text parts of a message are joined by newlines.
+    /// Renders `messages` to a prompt. Text parts of a message are joined by newlines.
     ///
     /// # Errors
-    /// `Invalid` on `messages` if the template raises an exception (it may refuse a role or an order), or if a message
-    /// has a part that is not text.
-    pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
+    /// `Invalid` on `messages` if the template raises an exception, for example for a role or an order that the model does not
+    /// know, or if a message has a part that is not text.
+    pub(super) fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
         let messages = messages.iter().map(with_plain_content).collect::<Result<Vec<_>>>()?;
         let none = Jinja::from(());
         let values = context! {
@@ -73,14 +76,14 @@ impl ChatTemplate {
     }
 }
 
-/// A message whose content is a string: its text parts, joined.
+/// The message with its content as one string: its text parts, joined.
 fn with_plain_content(message: &Value) -> Result<Value> {
     let Some(parts) = message["content"].as_array() else { return Ok(message.clone()) };
     let texts = parts.iter().map(|part| match part {
         Value::String(text) => Ok(text.as_str()),
         _ if part["type"] == "text" && part["text"].is_string() => Ok(part["text"].as_str().unwrap_or_default()),
         _ => Err(Error::invalid(format!(
-            "a content part of type {} is not supported: only {{\"type\": \"text\", \"text\": \"...\"}}",
+            "unsupported content part of type {}: only {{\"type\": \"text\", \"text\": \"...\"}} is supported",
             part["type"]
         ))
         .param("messages")),
@@ -90,7 +93,7 @@ fn with_plain_content(message: &Value) -> Result<Value> {
     Ok(message)
 }
 
-/// `{% generation %}` marks what a trainer may learn from; for a prompt it means nothing.
+/// Neutralises `{% generation %}`, which marks text for training and has no meaning in a prompt.
 fn without_generation_marks(source: &str) -> String {
     let mut out = source.to_string();
     for (mark, neutral) in [("endgeneration", "endif"), ("generation", "if true")] {
@@ -103,7 +106,7 @@ fn without_generation_marks(source: &str) -> String {
     out
 }
 
-/// Python's `json.dumps(value, ensure_ascii=False, indent=...)`.
+/// The filter `tojson`: Python's `json.dumps(value, ensure_ascii=False, indent=...)`.
 fn tojson(value: Jinja, kwargs: Kwargs) -> Result<Jinja, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     for other in ["ensure_ascii", "separators", "sort_keys"] {
@@ -122,7 +125,7 @@ fn tojson(value: Jinja, kwargs: Kwargs) -> Result<Jinja, minijinja::Error> {
     Ok(Jinja::from_safe_string(String::from_utf8_lossy(&out).into_owned()))
 }
 
-/// A space after commas and colons.
+/// Writes a space after commas and colons, as Python does.
 struct PythonFormatter;
 
 impl Formatter for PythonFormatter {
@@ -139,12 +142,12 @@ impl Formatter for PythonFormatter {
     }
 }
 
-/// The local time through `strftime`.
+/// The function `strftime_now`: the local time in a `strftime` format.
 fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut out = String::new();
     write!(out, "{}", chrono::Local::now().format(&format)).map_err(|_| {
-        minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: bad format {format:?}"))
+        minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: invalid format {format:?}"))
     })?;
     Ok(out)
 }

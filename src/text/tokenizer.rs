@@ -1,8 +1,8 @@
-//! Tokenizers as Hugging Face has them, from tokenizer.json or rebuilt from GGUF metadata.
+//! Loads Hugging Face tokenizers from tokenizer.json, or rebuilds them from GGUF metadata.
 //!
-//! A GGUF file has the vocabulary and the merges, but only a name for the rest (`tokenizer.ggml.pre`): normaliser,
-//! pre-tokenizer and post-processor are those of the tokenizer.json of the models that carry the name. A name that is
-//! not known here is refused: a tokenizer that is almost right gives answers that are almost right.
+//! A GGUF file has the vocabulary and the merges, but only a name for the rest (`tokenizer.ggml.pre`). The normaliser, the
+//! pre-tokenizer and the post-processor are those of the tokenizer.json of the models that carry the name. Unknown names are
+//! refused: an almost right tokenizer would silently make the model worse.
 
 mod to_gguf;
 
@@ -18,20 +18,20 @@ use crate::text::codec::byte_of;
 use crate::text::template::SpecialTokens;
 use crate::{Error, Result};
 
-pub use to_gguf::to_gguf;
+pub(crate) use to_gguf::to_gguf;
 
-/// A tokenizer and what else a model says about its text.
-pub struct Loaded {
+/// A tokenizer, and what else a model's files say about its text.
+pub(super) struct LoadedTokenizer {
     /// Text to ids.
-    pub tokenizer: Tokenizer,
-    /// Begins a sequence, where the model has such a token.
-    pub bos: Option<u32>,
-    /// End a sequence.
-    pub eos: Vec<u32>,
-    /// For chat templates: `bos_token`, `eos_token` and the like.
-    pub special: SpecialTokens,
+    pub(super) tokenizer: Tokenizer,
+    /// The token that begins a sequence, if the model has one.
+    pub(super) bos: Option<u32>,
+    /// The tokens that end a sequence.
+    pub(super) eos: Vec<u32>,
+    /// Special tokens for chat templates, such as `bos_token` and `eos_token`.
+    pub(super) special: SpecialTokens,
     /// Jinja source of the chat template.
-    pub template: Option<String>,
+    pub(super) template: Option<String>,
 }
 
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -43,27 +43,27 @@ const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[
 
 /// llama.cpp's `token_type` values.
 mod token_type {
-    pub const NORMAL: usize = 1;
-    pub const UNKNOWN: usize = 2;
-    pub const CONTROL: usize = 3;
-    pub const USER_DEFINED: usize = 4;
-    pub const UNUSED: usize = 5;
+    pub(super) const NORMAL: usize = 1;
+    pub(super) const UNKNOWN: usize = 2;
+    pub(super) const CONTROL: usize = 3;
+    pub(super) const USER_DEFINED: usize = 4;
+    pub(super) const UNUSED: usize = 5;
 }
 
-/// From a GGUF file's metadata.
-pub fn from_gguf(path: &Path) -> Result<Loaded> {
+/// Loads a tokenizer from the metadata of a GGUF file.
+pub(super) fn from_gguf(path: &Path) -> Result<LoadedTokenizer> {
     let (content, _) = gguf::header(path)?;
     build(&GgufMetadata(&content.metadata)).map_err(|e| e.in_file(path))
 }
 
-fn build(meta: &GgufMetadata) -> Result<Loaded> {
+fn build(meta: &GgufMetadata) -> Result<LoadedTokenizer> {
     use candle_core::quantized::gguf_file::Value as Gguf;
     fn text(value: &Gguf) -> Option<&str> {
         if let Gguf::String(text) = value { Some(text) } else { None }
     }
     let tokens = meta
         .list("tokenizer.ggml.tokens", text)?
-        .ok_or_else(|| Error::invalid("metadata tokenizer.ggml.tokens is missing: the file has no tokenizer"))?;
+        .ok_or_else(|| Error::invalid("the metadata tokenizer.ggml.tokens is missing: the file has no tokenizer"))?;
     let types = meta.list("tokenizer.ggml.token_type", gguf::integer)?.unwrap_or_default();
     let id = |name: &str| -> Result<Option<u32>> {
         match meta.integer(&format!("tokenizer.ggml.{name}_token_id"))? {
@@ -83,7 +83,7 @@ fn build(meta: &GgufMetadata) -> Result<Loaded> {
             let scores = meta.list("tokenizer.ggml.scores", |v| v.to_f32().ok())?.unwrap_or_default();
             if scores.len() != tokens.len() {
                 return Err(Error::invalid(format!(
-                    "{} tokens with {} scores and no merges",
+                    "the tokenizer has {} tokens, {} scores and no merges: each token needs a score",
                     tokens.len(),
                     scores.len()
                 )));
@@ -94,13 +94,17 @@ fn build(meta: &GgufMetadata) -> Result<Loaded> {
     let kind = meta.text("tokenizer.ggml.model")?.unwrap_or("(none)");
     let pre = meta.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let space_prefix = meta.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-    let parts = match kind {
+    let components = match kind {
         "llama" => sentencepiece(space_prefix),
         "gpt2" => byte_level(pre)?,
-        other => return Err(Error::invalid(format!("tokenizer.ggml.model {other:?} is not supported: gpt2 or llama"))),
+        other => {
+            return Err(Error::invalid(format!(
+                "unsupported tokenizer.ggml.model {other:?}: gpt2 and llama are supported"
+            )));
+        }
     };
 
-    let mut model = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(parts.whole_words_first);
+    let mut model = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(components.whole_words_first);
     if kind == "llama" {
         model = model.byte_fallback(true).fuse_unk(true);
         if let Some(unknown) = unknown {
@@ -108,14 +112,14 @@ fn build(meta: &GgufMetadata) -> Result<Loaded> {
         }
     }
     let model = model.build().map_err(|e| Error::invalid(format!("tokenizer.ggml: {e}")))?;
-    let mut tokenizer = assemble(model, &parts)?;
+    let mut tokenizer = assemble(model, &components)?;
 
-    let add_bos = meta.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(parts.adds_bos);
+    let add_bos = meta.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(components.adds_bos);
     let add_eos = meta.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
     let around = (bos.filter(|_| add_bos), eos.filter(|_| add_eos));
-    tokenizer.with_post_processor(part::<PostProcessorWrapper>("post-processor", &around_text(around, &tokens))?);
+    tokenizer.with_post_processor(component::<PostProcessorWrapper>("post-processor", &around_text(around, &tokens))?);
 
-    // Only these are matched whole in text; without them `<|im_end|>` would be cut into pieces.
+    // Only added tokens are matched whole in a text. Otherwise `<|im_end|>` would be split.
     let of_type = |wanted: &[usize]| -> Vec<String> {
         let pairs = types.iter().zip(&tokens);
         pairs.filter(|(t, s)| wanted.contains(t) && !s.is_empty()).map(|(_, s)| s.to_string()).collect()
@@ -130,7 +134,7 @@ fn build(meta: &GgufMetadata) -> Result<Loaded> {
     let special = [("bos_token", bos), ("eos_token", eos), ("unk_token", unknown), ("pad_token", id("padding")?)];
     let mut ends: Vec<u32> = [eos, id("eot")?, id("eom")?].into_iter().flatten().collect();
     ends.dedup();
-    Ok(Loaded {
+    Ok(LoadedTokenizer {
         tokenizer,
         bos,
         eos: ends,
@@ -139,31 +143,31 @@ fn build(meta: &GgufMetadata) -> Result<Loaded> {
     })
 }
 
-/// A tokenizer without special tokens.
-fn assemble(model: BPE, parts: &Parts) -> Result<Tokenizer> {
+/// Builds a tokenizer without special tokens.
+fn assemble(model: BPE, components: &TokenizerComponents) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::new(model);
     tokenizer
-        .with_normalizer(part::<NormalizerWrapper>("normalizer", &parts.normalizer)?)
-        .map_err(|e| Error::internal(e.to_string()))?
-        .with_pre_tokenizer(part::<PreTokenizerWrapper>("pre-tokenizer", &parts.pre_tokenizer)?)
-        .with_decoder(part::<DecoderWrapper>("decoder", &parts.decoder)?);
+        .with_normalizer(component::<NormalizerWrapper>("normalizer", &components.normalizer)?)
+        .map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+        .with_pre_tokenizer(component::<PreTokenizerWrapper>("pre-tokenizer", &components.pre_tokenizer)?)
+        .with_decoder(component::<DecoderWrapper>("decoder", &components.decoder)?);
     Ok(tokenizer)
 }
 
-/// What a GGUF file only has a name for.
-struct Parts {
+/// The components that a GGUF file names but does not contain.
+struct TokenizerComponents {
     normalizer: Value,
     pre_tokenizer: Value,
     decoder: Value,
-    /// A pre-token that is in the vocabulary is that token, whatever the merges (as tiktoken).
+    /// A pre-token in the vocabulary becomes that token without merging, as in tiktoken.
     whole_words_first: bool,
-    /// What holds when the file does not say.
+    /// Default of `tokenizer.ggml.add_bos_token`.
     adds_bos: bool,
 }
 
-/// SentencePiece BPE as in Llama 2's tokenizer.json: a space goes before the text (and after a special token), and spaces
+/// SentencePiece BPE, as in Llama 2's tokenizer.json: a space is put before the text and after special tokens, and spaces
 /// are spelt `▁`.
-fn sentencepiece(space_prefix: bool) -> Parts {
+fn sentencepiece(space_prefix: bool) -> TokenizerComponents {
     let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
     let mut decoders = vec![
         json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
@@ -174,7 +178,7 @@ fn sentencepiece(space_prefix: bool) -> Parts {
         normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    Parts {
+    TokenizerComponents {
         normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
         pre_tokenizer: Value::Null,
         decoder: json!({"type": "Sequence", "decoders": decoders}),
@@ -183,15 +187,15 @@ fn sentencepiece(space_prefix: bool) -> Parts {
     }
 }
 
-/// Byte-level BPE, cut into words first as `pre` says.
-fn byte_level(pre: &str) -> Result<Parts> {
+/// Byte-level BPE, with the pre-tokenizer that `pre` names.
+fn byte_level(pre: &str) -> Result<TokenizerComponents> {
     let bytes =
         |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
     let split = |regex: &str| {
         json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false}, bytes(false)]})
     };
-    let parts = |pre_tokenizer, tiktoken: bool| Parts {
+    let components = |pre_tokenizer, tiktoken: bool| TokenizerComponents {
         normalizer: Value::Null,
         pre_tokenizer,
         decoder: bytes(true),
@@ -201,22 +205,22 @@ fn byte_level(pre: &str) -> Result<Parts> {
     Ok(match pre {
         "smollm" => {
             let digits = json!({"type": "Digits", "individual_digits": true});
-            parts(json!({"type": "Sequence", "pretokenizers": [digits, bytes(true)]}), false)
+            components(json!({"type": "Sequence", "pretokenizers": [digits, bytes(true)]}), false)
         }
-        "llama-bpe" | "llama3" | "llama-v3" => parts(split(LLAMA3_SPLIT), true),
-        "tekken" => parts(split(TEKKEN_SPLIT), true),
-        "qwen2" => Parts { normalizer: json!({"type": "NFC"}), ..parts(split(QWEN2_SPLIT), false) },
-        "gpt-2" | "default" => parts(bytes(true), false),
+        "llama-bpe" | "llama3" | "llama-v3" => components(split(LLAMA3_SPLIT), true),
+        "tekken" => components(split(TEKKEN_SPLIT), true),
+        "qwen2" => TokenizerComponents { normalizer: json!({"type": "NFC"}), ..components(split(QWEN2_SPLIT), false) },
+        "gpt-2" | "default" => components(bytes(true), false),
         other => {
             return Err(Error::invalid(format!(
-                "tokenizer.ggml.pre {other:?} is not supported: smollm, llama-bpe, tekken, qwen2, gpt-2 or default. The \
-                 model's Hugging Face directory, with its tokenizer.json, works"
+                "unsupported tokenizer.ggml.pre {other:?}: smollm, llama-bpe, tekken, qwen2, gpt-2 and default are \
+                 supported. Use the model's Hugging Face directory, with its tokenizer.json, instead"
             )));
         }
     })
 }
 
-/// A post-processor that puts the model's own tokens around a text.
+/// A post-processor that puts `bos` and `eos` around a text.
 fn around_text((bos, eos): (Option<u32>, Option<u32>), tokens: &[&str]) -> Value {
     if bos.is_none() && eos.is_none() {
         return Value::Null;
@@ -234,13 +238,13 @@ fn around_text((bos, eos): (Option<u32>, Option<u32>), tokens: &[&str]) -> Value
     json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": names})
 }
 
-/// A component of the `tokenizers` crate from its form in tokenizer.json.
-fn part<T: serde::de::DeserializeOwned>(what: &str, form: &Value) -> Result<Option<T>> {
-    Option::deserialize(form).map_err(|e| Error::internal(format!("{what}: {e}")))
+/// A component of the `tokenizers` crate from its JSON in tokenizer.json.
+fn component<T: serde::de::DeserializeOwned>(what: &str, json: &Value) -> Result<Option<T>> {
+    Option::deserialize(json).map_err(|e| Error::internal(format!("{what}: {e}")).caused_by(e))
 }
 
-/// SentencePiece keeps a score a piece instead of merges: every way to cut a piece in two known ones is a merge, better
-/// pieces first (as transformers' `generate_merges`).
+/// SentencePiece keeps a score for each piece instead of merges. Every way to split a piece into two known ones is a merge;
+/// pieces with better scores come first (transformers' `generate_merges`).
 fn merges_from_scores(tokens: &[&str], scores: &[f32], vocab: &Vocab) -> Merges {
     let mut merges = Vec::new();
     for (token, &score) in tokens.iter().zip(scores) {
@@ -255,18 +259,19 @@ fn merges_from_scores(tokens: &[&str], scores: &[f32], vocab: &Vocab) -> Merges 
         cuts.sort_by_key(|(ids, _)| *ids);
         merges.extend(cuts.into_iter().map(|(_, (left, right))| (score, left, right)));
     }
-    // Longer halves first among equals, then the order of the vocabulary.
+    // Of equal scores, longer halves come first, then the order of the vocabulary.
     let length = |s: &str| s.chars().count();
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(length(b.1).cmp(&length(a.1))).then(length(b.2).cmp(&length(a.2))));
     merges.into_iter().map(|(_, left, right)| (left.to_string(), right.to_string())).collect()
 }
 
-/// From a Hugging Face directory.
-pub fn from_directory(dir: &Path) -> Result<Loaded> {
+/// Loads a tokenizer from a Hugging Face directory.
+pub(super) fn from_directory(dir: &Path) -> Result<LoadedTokenizer> {
     let path = dir.join("tokenizer.json");
-    let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
-    // Saved by training scripts; a server never cuts or fills a prompt.
-    tokenizer.with_truncation(None).map_err(|e| Error::internal(e.to_string()))?.with_padding(None);
+    let mut tokenizer =
+        Tokenizer::from_file(&path).map_err(|e| Error::invalid(e.to_string()).caused_by(e).in_file(&path))?;
+    // Training scripts save these settings. A server never truncates or pads a prompt.
+    tokenizer.with_truncation(None).map_err(|e| Error::internal(e.to_string()).caused_by(e))?.with_padding(None);
 
     let settings = optional_json(&dir.join("tokenizer_config.json"))?;
     let config = optional_json(&dir.join("config.json"))?;
@@ -300,41 +305,52 @@ pub fn from_directory(dir: &Path) -> Result<Loaded> {
             one => one.as_str().map(str::to_string),
         },
     };
-    Ok(Loaded { tokenizer, bos, eos, special, template })
+    Ok(LoadedTokenizer { tokenizer, bos, eos, special, template })
 }
 
-/// For a config.json: the tokenizer beside it, or else a made-up one with which text of all ids can be asked for and read:
-/// ids below 256 are bytes, the others spell themselves, and text becomes bytes.
-pub fn for_shape(config: &Path) -> Result<Loaded> {
+/// For a config.json alone: the tokenizer.json in its directory, or else a synthetic tokenizer. Its ids below 256 are bytes,
+/// and text is encoded as bytes. Every other id decodes to its own number.
+pub(super) fn for_shape(config: &Path) -> Result<LoadedTokenizer> {
     if let Some(dir) = config.parent().filter(|dir| dir.join("tokenizer.json").is_file()) {
         return from_directory(dir);
     }
-    let bad = |why: &str| Error::invalid(format!("{}: {why}", config.display()));
-    let form = optional_json(config)?;
-    let size = form["vocab_size"].as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| bad("no vocab_size"))?;
+    let bad = |why: &str| Error::invalid(why).in_file(config);
+    let json = optional_json(config)?;
+    let size = json["vocab_size"]
+        .as_u64()
+        .and_then(|n| u32::try_from(n).ok())
+        .ok_or_else(|| bad("`vocab_size` is missing or invalid"))?;
     if size < 256 {
-        return Err(bad("a vocabulary without all bytes: put a tokenizer.json beside it"));
+        return Err(bad("`vocab_size` is below 256, too small for all bytes: put a tokenizer.json into its directory"));
     }
     let bytes = ('\0'..'\u{200}').filter_map(|c| Some((c.to_string(), u32::from(byte_of(c)?))));
-    // In byte-level spelling, Ġ is a space.
+    // In byte-level spelling, `Ġ` is a space.
     let vocab: Vocab = bytes.chain((256..size).map(|id| (format!("Ġ{id}"), id))).collect();
     let model = BPE::builder().vocab_and_merges(vocab, Merges::new()).build();
     let tokenizer = assemble(model.map_err(|e| bad(&e.to_string()))?, &byte_level("default")?)?;
-    let bos = ids_of(&form["bos_token_id"]).first().copied();
-    Ok(Loaded { tokenizer, bos, eos: ids_of(&form["eos_token_id"]), special: SpecialTokens::new(), template: None })
+    let bos = ids_of(&json["bos_token_id"]).first().copied();
+    Ok(LoadedTokenizer {
+        tokenizer,
+        bos,
+        eos: ids_of(&json["eos_token_id"]),
+        special: SpecialTokens::new(),
+        template: None,
+    })
 }
 
-/// One id or a list of them.
+/// Reads one id or a list of ids.
 fn ids_of(value: &Value) -> Vec<u32> {
     let ids = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
     ids.iter().filter_map(|v| u32::try_from(v.as_u64()?).ok()).collect()
 }
 
-/// Null if the file is not there.
+/// Reads a JSON file; `Null` if it does not exist.
 fn optional_json(path: &Path) -> Result<Value> {
     match std::fs::read(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(e) => Err(Error::invalid(format!("{}: {e}", path.display()))),
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::invalid(format!("{}: {e}", path.display()))),
+        Err(e) => Err(Error::invalid(e.to_string()).caused_by(e).in_file(path)),
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).map_err(|e| Error::invalid(e.to_string()).caused_by(e).in_file(path))
+        }
     }
 }
