@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use quiver::arch::Heads;
 use quiver::arch::Site;
 use quiver::engine::request::SamplingParams;
-use quiver::engine::sampler::{LogitsTask, SamplingMetadata, TokenCounts, answer};
+use quiver::engine::sampler::{LogitsTask, SamplingMetadata, TokenCounts, run_tasks};
 use quiver::lora::delta::{Adapters, LoraPair, add_delta};
 use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::ops::adamw::{AdamwStep, adamw_step, adamw8bit_step, sum_of_squares, zero_moments};
@@ -166,11 +166,17 @@ fn sample(c: &mut Criterion) {
         for rows in [1, 32] {
             let logits = values((rows, 49152));
             let task = |_| {
-                LogitsTask::Next(SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 1, index: 0 })
+                LogitsTask::Sample(SamplingMetadata {
+                    params: &params,
+                    counts: &counts,
+                    masked: &[],
+                    seed: 1,
+                    index: 0,
+                })
             };
             let tasks: Vec<LogitsTask> = (0..rows).map(task).collect();
             group.throughput(Throughput::Elements(rows as u64));
-            group.bench_function(BenchmarkId::new(name, rows), |b| b.iter(|| must(answer(&logits, &tasks))));
+            group.bench_function(BenchmarkId::new(name, rows), |b| b.iter(|| must(run_tasks(&logits, &tasks))));
         }
     }
 }

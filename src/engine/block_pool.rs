@@ -1,18 +1,19 @@
 //! KV blocks: allocation, reference counts, and the prefix cache.
 //!
-//! A full block is named by a hash of everything that decides its keys and values: the adapter generations and weights of the
-//! sequence, and all tokens up to its end (a SHA-256 chain, so equal names mean equal content for any purpose). A named
-//! block that nobody uses stays findable until its memory is needed; the longest unused goes first.
+//! A full block is cached under a hash of everything that determines its keys and values: the adapter generations and weights
+//! of the sequence, and all tokens up to the end of the block. The hashes are a SHA-256 chain, so equal hashes mean equal
+//! content for all practical purposes. A cached block that no sequence uses can be found until its memory is needed; the least
+//! recently used one is evicted first.
 
 use std::collections::{BTreeMap, HashMap};
 
 use sha2::{Digest, Sha256};
 
-/// Name of a full block's content.
-pub type BlockHash = [u8; 32];
+/// Hash of a full block's content and of everything before it.
+pub(super) type BlockHash = [u8; 32];
 
-/// First link of a chain: what besides tokens decides keys and values.
-pub fn root_hash(adapters: &[(String, u32)]) -> BlockHash {
+/// The parent hash of a sequence's first block. `adapters`: generation ids and the bits of their weights.
+pub(super) fn root_hash(adapters: &[(String, u32)]) -> BlockHash {
     let mut hash = Sha256::new();
     for (generation, weight) in adapters {
         hash.update((generation.len() as u64).to_le_bytes());
@@ -22,8 +23,8 @@ pub fn root_hash(adapters: &[(String, u32)]) -> BlockHash {
     hash.finalize().into()
 }
 
-/// Next link: a block of `tokens` after `parent`.
-pub fn chain_hash(parent: &BlockHash, tokens: &[u32]) -> BlockHash {
+/// The hash of a block of `tokens` after the block with the hash `parent`.
+pub(super) fn chain_hash(parent: &BlockHash, tokens: &[u32]) -> BlockHash {
     let mut hash = Sha256::new();
     hash.update(parent);
     for token in tokens {
@@ -32,87 +33,87 @@ pub fn chain_hash(parent: &BlockHash, tokens: &[u32]) -> BlockHash {
     hash.finalize().into()
 }
 
-/// One block's state.
+/// The state of one block.
 #[derive(Debug, Clone, Default)]
 struct KvBlock {
-    /// Sequences that use it.
+    /// Number of sequences that use it.
     ref_count: u32,
-    /// Its name, once it is full, written and findable.
+    /// Its hash, if it is cached.
     hash: Option<BlockHash>,
-    /// Its place in `BlockPool::evictable` while unused and named.
-    idle_since: u64,
+    /// Its key in [`BlockPool::evictable`] while it is cached and unused.
+    unused_since: u64,
 }
 
 /// All KV blocks.
-pub struct BlockPool {
+pub(super) struct BlockPool {
     blocks: Vec<KvBlock>,
-    /// Unused blocks without a name.
+    /// Blocks that are neither used nor cached.
     free: Vec<u32>,
-    /// Unused blocks with a name, longest unused first.
+    /// Cached blocks that no sequence uses, least recently used first.
     evictable: BTreeMap<u64, u32>,
-    /// Name to block, for blocks in use and evictable ones.
-    named: HashMap<BlockHash, u32>,
+    /// All cached blocks, used or not.
+    cached: HashMap<BlockHash, u32>,
     /// Counts releases, to order `evictable`.
     clock: u64,
 }
 
 impl BlockPool {
     /// A pool of `blocks` free blocks.
-    pub fn new(blocks: usize) -> Self {
+    pub(super) fn new(blocks: usize) -> Self {
         Self {
             blocks: vec![KvBlock::default(); blocks],
             free: (0..blocks as u32).rev().collect(),
             evictable: BTreeMap::new(),
-            named: HashMap::new(),
+            cached: HashMap::new(),
             clock: 0,
         }
     }
 
-    /// Blocks in all.
-    pub fn total(&self) -> usize {
+    /// Number of blocks.
+    pub(super) fn total(&self) -> usize {
         self.blocks.len()
     }
 
-    /// Blocks that can be allocated, evictable named ones included.
-    pub fn free(&self) -> usize {
+    /// Number of blocks that can be allocated, including the evictable ones.
+    pub(super) fn available(&self) -> usize {
         self.free.len() + self.evictable.len()
     }
 
-    /// A block for new content, or `None` when all are in use.
-    pub fn allocate(&mut self) -> Option<u32> {
+    /// A block for new content, or `None` if all are in use.
+    pub(super) fn allocate(&mut self) -> Option<u32> {
         let id = self.free.pop().or_else(|| {
             let (_, id) = self.evictable.pop_first()?;
             let hash = self.blocks[id as usize].hash.take();
-            self.named.remove(&hash.expect("evictable blocks are named"));
+            self.cached.remove(&hash.expect("evictable blocks are cached"));
             Some(id)
         })?;
         self.blocks[id as usize].ref_count = 1;
         Some(id)
     }
 
-    /// The blocks of the longest run of `hashes`, from the first, that are all there.
-    pub fn find(&self, hashes: &[BlockHash]) -> Vec<u32> {
-        hashes.iter().map_while(|hash| self.named.get(hash).copied()).collect()
+    /// The blocks of the longest prefix of `hashes` that is cached.
+    pub(super) fn find_cached(&self, hashes: &[BlockHash]) -> Vec<u32> {
+        hashes.iter().map_while(|hash| self.cached.get(hash).copied()).collect()
     }
 
-    /// How many of `ids` nobody uses: to share them takes that many from [`BlockPool::free`].
-    pub fn unreferenced(&self, ids: &[u32]) -> usize {
+    /// How many of `ids` no sequence uses: sharing `ids` reduces [`BlockPool::available`] by this number.
+    pub(super) fn unreferenced(&self, ids: &[u32]) -> usize {
         ids.iter().filter(|id| self.blocks[**id as usize].ref_count == 0).count()
     }
 
-    /// One more user of a block that [`BlockPool::find`] gave.
-    pub fn share(&mut self, id: u32) {
+    /// Adds a use of a block that [`BlockPool::find_cached`] returned.
+    pub(super) fn share(&mut self, id: u32) {
         let block = &mut self.blocks[id as usize];
         if block.ref_count == 0 {
-            self.evictable.remove(&block.idle_since);
+            self.evictable.remove(&block.unused_since);
         }
         block.ref_count += 1;
     }
 
-    /// Names a block whose keys and values are all written. Where the name is taken already, nothing changes.
-    pub fn publish(&mut self, id: u32, hash: BlockHash) {
+    /// Caches a block whose keys and values are all written. Does nothing if a block with the hash is cached already.
+    pub(super) fn cache(&mut self, id: u32, hash: BlockHash) {
         if self.blocks[id as usize].hash.is_none() {
-            self.named.entry(hash).or_insert_with(|| {
+            self.cached.entry(hash).or_insert_with(|| {
                 self.blocks[id as usize].hash = Some(hash);
                 id
             });
@@ -120,7 +121,7 @@ impl BlockPool {
     }
 
     /// Ends one use of each block. Later blocks of a chain become evictable first, so that its beginning stays longest.
-    pub fn release(&mut self, ids: &[u32]) {
+    pub(super) fn release(&mut self, ids: &[u32]) {
         for &id in ids.iter().rev() {
             let block = &mut self.blocks[id as usize];
             assert!(block.ref_count > 0, "block {id} released more often than used");
@@ -130,7 +131,7 @@ impl BlockPool {
             }
             if block.hash.is_some() {
                 self.clock += 1;
-                block.idle_since = self.clock;
+                block.unused_since = self.clock;
                 self.evictable.insert(self.clock, id);
             } else {
                 self.free.push(id);
@@ -146,10 +147,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_depend_on_adapters_weights_and_all_tokens() {
+    fn hashes_depend_on_adapters_weights_and_all_tokens() {
         let base = root_hash(&[]);
         let a = root_hash(&[("a".into(), 1)]);
-        let names = [
+        let hashes = [
             base,
             a,
             root_hash(&[("a".into(), 2)]),
@@ -160,26 +161,26 @@ mod tests {
             chain_hash(&a, &[2, 1]),
             chain_hash(&chain_hash(&a, &[1, 2]), &[1, 2]),
         ];
-        for (i, x) in names.iter().enumerate() {
-            assert!(names[..i].iter().all(|y| x != y));
+        for (i, x) in hashes.iter().enumerate() {
+            assert!(hashes[..i].iter().all(|y| x != y));
         }
     }
 
     #[test]
-    fn idle_blocks_are_found_until_evicted_longest_unused_first() {
+    fn unused_blocks_are_found_until_evicted_least_recently_used_first() {
         let mut pool = BlockPool::new(2);
         let (x, y) = (pool.allocate().expect("free"), pool.allocate().expect("free"));
         assert_eq!(pool.allocate(), None);
         let (hx, hy) = (root_hash(&[("x".into(), 0)]), root_hash(&[("y".into(), 0)]));
-        pool.publish(x, hx);
-        pool.publish(y, hy);
+        pool.cache(x, hx);
+        pool.cache(y, hy);
         pool.release(&[x]);
         pool.release(&[y]);
-        assert_eq!((pool.free(), pool.find(&[hx, hy]), pool.unreferenced(&[x, y])), (2, vec![x, y], 2));
+        assert_eq!((pool.available(), pool.find_cached(&[hx, hy]), pool.unreferenced(&[x, y])), (2, vec![x, y], 2));
         pool.share(x);
         pool.release(&[x]);
-        assert_eq!(pool.allocate(), Some(y), "y was unused longest");
-        assert_eq!((pool.find(&[hy]), pool.find(&[hx, hy])), (vec![], vec![x]));
+        assert_eq!(pool.allocate(), Some(y), "y is the least recently used");
+        assert_eq!((pool.find_cached(&[hy]), pool.find_cached(&[hx, hy])), (vec![], vec![x]));
     }
 
     proptest! {
@@ -194,15 +195,15 @@ mod tests {
                         prop_assert!(!held.contains(&id), "block {id} is in use");
                         held.push(id);
                     } else {
-                        prop_assert_eq!(pool.free(), 0);
+                        prop_assert_eq!(pool.available(), 0);
                     },
-                    1 => for id in pool.find(&[root_hash(&[(String::new(), u32::from(n % 8))])]) {
+                    1 => for id in pool.find_cached(&[root_hash(&[(String::new(), u32::from(n % 8))])]) {
                         pool.share(id);
                         held.push(id);
                     },
                     2 => if !held.is_empty() {
                         let id = held[usize::from(n) % held.len()];
-                        pool.publish(id, root_hash(&[(String::new(), u32::from(n % 8))]));
+                        pool.cache(id, root_hash(&[(String::new(), u32::from(n % 8))]));
                     },
                     _ => if !held.is_empty() {
                         let id = held.swap_remove(usize::from(n) % held.len());
@@ -212,7 +213,7 @@ mod tests {
                 let mut used = held.clone();
                 used.sort_unstable();
                 used.dedup();
-                prop_assert_eq!(pool.free() + used.len(), pool.total());
+                prop_assert_eq!(pool.available() + used.len(), pool.total());
             }
         }
     }

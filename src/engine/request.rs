@@ -1,4 +1,4 @@
-//! What the server sends to the engine, and what comes back.
+//! Requests to the engine, and the events that it sends back.
 
 use std::time::Instant;
 
@@ -7,38 +7,38 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::Error;
 use crate::adapter::Lease;
 
-/// How to choose tokens. Ranges are checked by the server before a request is built.
+/// How to sample tokens. The server checks the ranges before it builds a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy.
     pub temperature: f32,
-    /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    /// Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
     pub top_p: f32,
     /// Keep this many tokens; 0 keeps all.
     pub top_k: usize,
-    /// Drop tokens below this share of the best token's probability; 0 keeps all.
+    /// Drop tokens below this fraction of the most likely token's probability; 0 keeps all.
     pub min_p: f32,
-    /// Divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL); 1 is off.
+    /// Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL); 1 is off.
     pub repetition_penalty: f32,
-    /// Subtracted once from logits of generated tokens (OpenAI).
+    /// Subtracted once from the logits of generated tokens (OpenAI).
     pub presence_penalty: f32,
-    /// Subtracted once for each time a token was generated (OpenAI).
+    /// Subtracted from a token's logit once for each time it was generated (OpenAI).
     pub frequency_penalty: f32,
     /// Added to logits, by token id.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Same seed, prompt and parameters give the same tokens whatever the load; without one, the engine draws it.
+    /// The same seed, prompt and parameters give the same tokens under any load. Without a seed, the engine draws one.
     pub seed: Option<u64>,
     /// Most tokens to generate.
     pub max_tokens: usize,
-    /// Stop ids are masked until this many tokens are out.
+    /// Number of generated tokens before which stop ids are masked.
     pub min_tokens: usize,
-    /// Ids that end the sequence, besides the model's own end-of-sequence ids.
+    /// Ids that end the sequence, in addition to the model's end-of-sequence ids.
     pub stop_token_ids: Vec<u32>,
-    /// Go on past the model's end-of-sequence ids.
+    /// Whether to continue after the model's end-of-sequence ids.
     pub ignore_eos: bool,
-    /// Report each token's log-probability and this many alternatives (0: the token's alone).
+    /// Report each token's log-probability and this many alternatives (0: only the token's own).
     pub logprobs: Option<usize>,
-    /// The same for prompt tokens, each given those before it; the first has none.
+    /// The same for prompt tokens, each given the tokens before it. The first token has none.
     pub prompt_logprobs: Option<usize>,
 }
 
@@ -64,31 +64,31 @@ impl Default for SamplingParams {
     }
 }
 
-/// A sequence to generate.
+/// A request to generate one sequence.
 pub struct Request {
     /// For logs.
     pub id: String,
-    /// Prompt token ids, not empty.
+    /// Token ids of the prompt; not empty.
     pub prompt: Vec<u32>,
     /// How to sample.
     pub params: SamplingParams,
-    /// Adapters and weights whose sum answers; empty is the base.
+    /// Adapters and their weights, whose deltas are summed; empty for the base.
     pub adapters: Vec<(Lease, f32)>,
-    /// When it entered the server, for queue time.
+    /// When it arrived at the server, for queue time.
     pub arrived: Instant,
-    /// Where events go. The engine drops the sequence once the receiver is gone.
+    /// Receives the events. The engine drops the sequence once the receiver has been dropped.
     pub events: UnboundedSender<Event>,
 }
 
-/// A token's log-probability under the distribution before temperature and truncation (after penalties and bias), with
-/// the most likely alternatives, best first.
+/// A token's log-probability, with the most likely tokens, best first. The distribution is the one after penalties and bias,
+/// and before temperature and truncation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logprobs {
-    /// Of the token itself.
+    /// Log-probability of the token itself.
     pub logprob: f32,
-    /// 1 is the most likely token.
+    /// Rank of the token; 1 is the most likely one.
     pub rank: u32,
-    /// Token id and log-probability.
+    /// Ids and log-probabilities of the most likely tokens.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -111,30 +111,30 @@ impl FinishReason {
     }
 }
 
-/// What the engine tells about a sequence, in order: at most one `Scheduled`, at most one `Prompt`, `Token`s, then
-/// `Finished` or `Failed`.
+/// An event of a sequence. The order is: at most one `Scheduled`, at most one `Prompt`, any number of `Token`s, then `Finished`
+/// or `Failed`.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// It has left the queue for the first time: queue time ends here.
+    /// The sequence was admitted for the first time: its queue time has ended.
     Scheduled,
-    /// Prompt log-probabilities, one a prompt token (the first is `None`), when asked for.
+    /// The requested prompt log-probabilities, one for each prompt token; the first is `None`.
     Prompt(Vec<Option<Logprobs>>),
     /// The next token. A stop id is not sent.
     Token {
         /// Its id.
         id: u32,
-        /// When asked for.
+        /// Its log-probabilities, if they were requested.
         logprobs: Option<Logprobs>,
     },
-    /// The end.
+    /// The sequence has ended.
     Finished {
         /// Why.
         reason: FinishReason,
-        /// Prompt tokens found in the prefix cache.
+        /// Number of prompt tokens that were found in the prefix cache.
         cached_tokens: usize,
-        /// The stop id of the request that ended it, where one did (not the model's own end ids).
+        /// The request's stop id that ended it, if one did. The model's end-of-sequence ids do not count.
         stop_token: Option<u32>,
     },
-    /// It could not be served; nothing else was disturbed.
+    /// The sequence has failed. Other sequences are not affected.
     Failed(Error),
 }

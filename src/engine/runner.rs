@@ -1,28 +1,74 @@
-//! The real runner: model, KV cache and adapter tiers, owned by the engine thread.
+//! The runner: it runs the steps that the engine thread schedules.
 
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
 use super::cuda::Steps;
-use super::{InFlightStep, Runner};
 use crate::Result;
 use crate::adapter::Lease;
-use crate::adapter::tiers::Residency;
-use crate::adapter::tiers::Tiers;
+use crate::adapter::tiers::{Residency, Tiers};
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
 use crate::ops::batch::Batch;
 
-/// Joins the parts that one forward pass needs.
+/// Runs steps for the engine thread: the model with its KV cache and adapter slots, or a fake in tests of the scheduler.
+///
+/// A step runs in two halves, [`Runner::launch`] and [`Runner::collect`], so that the engine can prepare the next step while a
+/// GPU runs this one. Between the two, the engine may acquire, prefetch and sweep adapters and build the next batch. It must
+/// not release a slot or free a KV block that the step in flight uses. At most one step is in flight: the next launch must come
+/// after the logits of this step have been collected and sampled, because it overwrites the step's buffers.
+pub trait Runner: Send + 'static {
+    /// Asks for an adapter in a slot. Each [`Residency::Ready`] counts one use, which [`Runner::release`] ends.
+    fn acquire(&mut self, lease: &Lease) -> Residency;
+
+    /// Starts to bring an adapter into a slot: a request that needs it has been queued.
+    fn prefetch(&mut self, _: &Lease) {}
+
+    /// Ends one use of a slot.
+    fn release(&mut self, slot: u32);
+
+    /// Moves arrived adapters into their slots and frees those of retired ones. Called after every step and at intervals
+    /// while idle.
+    fn sweep(&mut self) {}
+
+    /// Enqueues a step, which writes the batch's keys and values to the KV cache. On a GPU it may return before the step has
+    /// run, and nothing is synchronised.
+    fn launch(&mut self, batch: &Batch) -> Result<InFlightStep>;
+
+    /// The logits of a launched step, `[batch.logit_rows.len(), vocab]` f32 in the order of `logit_rows`. On a GPU they stay
+    /// on the device: work that reads them is enqueued behind the step.
+    fn collect(&mut self, step: InFlightStep) -> Result<Tensor>;
+}
+
+/// A launched step whose logits have not been collected.
+#[must_use = "the logits of a launched step must be collected"]
+pub struct InFlightStep {
+    /// Where the step writes its logits, in the order of its device's stream.
+    logits: Tensor,
+}
+
+impl InFlightStep {
+    /// A step that writes, or has written, these logits.
+    pub fn new(logits: Tensor) -> Self {
+        Self { logits }
+    }
+
+    /// The logits, to be read behind the step.
+    pub fn into_logits(self) -> Tensor {
+        self.logits
+    }
+}
+
+/// The runner of the server: model, KV cache and adapter tiers.
 pub struct ModelRunner {
-    /// The decoder over its resident weights, which the trainer reads too.
+    /// The decoder, whose weights the trainer shares.
     pub model: Arc<Decoder>,
-    /// Paged keys and values.
+    /// The KV cache.
     pub kv: KvCache,
-    /// Adapter slots and what lies below them.
+    /// The adapter slots and the tiers below them.
     pub tiers: Tiers,
-    /// How steps run on a GPU; `None` on the CPU.
+    /// Runs steps on a GPU; `None` on the CPU.
     pub steps: Option<Steps>,
 }
 

@@ -1,14 +1,14 @@
-//! From a row of logits to the next token.
+//! The sampler: from a row of logits to the next token.
 //!
-//! In vLLM's order: ids masked by `min_tokens`, `logit_bias`, repetition penalty, frequency and presence penalties; here
-//! log-probabilities are taken; then greedy choice, or temperature, `min_p`, `top_k`, `top_p` (of what `top_k` left) and
-//! a draw. Equal logits rank by id, the lowest first.
+//! The order of the steps is vLLM's: masks (`min_tokens`), `logit_bias`, repetition penalty, frequency and presence penalties;
+//! then the log-probabilities are computed; then greedy choice, or temperature, `min_p`, `top_k`, `top_p` (of the tokens that
+//! `top_k` keeps) and a draw. Equal logits rank by id, the lowest first.
 //!
-//! A row depends on nothing else in the batch, and the draw for the i-th token on the seed and i alone, so a sequence
-//! goes on the same after a preemption. Sums run in a fixed order over fixed chunks, and the exponential is our own, so
-//! results do not depend on the machine's libm either. Nothing sorts a whole row unless `top_p` really reaches that far.
+//! The result for a row depends on nothing else in the batch, and the draw of the i-th token only on the seed and i, so a
+//! preempted sequence continues as before. Sums run in a fixed order over fixed chunks, and the exponential is computed here,
+//! so results do not depend on the machine's libm. A whole row is sorted only if `top_p` reaches that far.
 //!
-//! Logits on a GPU stay there: [`crate::ops::sample`] does the same, and this file tells it what and reads what came.
+//! Logits on a GPU are sampled there by [`crate::ops::sample`], in the same steps.
 
 use std::cell::RefCell;
 use std::cmp::Ordering;
@@ -24,68 +24,74 @@ use crate::ops::pool::parallel_for;
 use crate::ops::sample::{self as on_device, LogitReport, Penalties, PickedToken};
 use crate::{Error, Result};
 
-/// Logits are scanned in chunks of this size: sixteen lanes that a compiler keeps in registers, times four.
+/// Logits are scanned in chunks of this size: four times sixteen lanes, which the compiler keeps in registers.
 const CHUNK: usize = 64;
 
-/// A chosen token.
+/// A sampled or scored token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampledToken {
     /// Its id.
     pub id: u32,
-    /// When asked for.
+    /// Its log-probabilities, if they were requested.
     pub logprobs: Option<Logprobs>,
 }
 
-/// Which tokens penalties apply to, and how often each was generated (0: only in the prompt).
+/// The tokens to which penalties apply, and how often each was generated (0: it occurs only in the prompt).
 #[derive(Debug, Default)]
 pub struct TokenCounts {
-    /// Empty while no penalty is set.
+    /// Empty if no penalty is set.
     by_id: HashMap<u32, u32>,
-    /// Whether any penalty is set, so that the others need not count.
-    on: bool,
+    /// Whether any penalty is set. If not, nothing is counted.
+    enabled: bool,
 }
 
 impl TokenCounts {
-    /// Of a sequence that has generated nothing.
+    /// The counts of a sequence that has generated nothing.
     pub fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
-        let on = params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-        let counts = if on { prompt.iter().map(|id| (*id, 0)).collect() } else { HashMap::new() };
-        Self { by_id: counts, on }
+        let enabled =
+            params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
+        let by_id = if enabled { prompt.iter().map(|id| (*id, 0)).collect() } else { HashMap::new() };
+        Self { by_id, enabled }
     }
 
     /// Counts a generated token.
     pub fn push(&mut self, id: u32) {
-        if self.on {
+        if self.enabled {
             *self.by_id.entry(id).or_insert(0) += 1;
         }
     }
 }
 
-/// Everything besides the logits that decides a token.
+/// Everything that determines the sampled token, besides the logits.
 pub struct SamplingMetadata<'a> {
-    /// How to sample.
+    /// The request's parameters.
     pub params: &'a SamplingParams,
-    /// What penalties apply to.
+    /// The tokens to which penalties apply.
     pub counts: &'a TokenCounts,
-    /// Ids that may not come yet.
+    /// Ids that must not be sampled.
     pub masked: &'a [u32],
-    /// Decides the draw, with `index`.
+    /// Determines the draw, together with `index`.
     pub seed: u64,
-    /// Which token of the output this is, from 0.
+    /// Index of the token in the output.
     pub index: usize,
 }
 
-/// What is asked of a row of logits.
+/// A task for one row of logits.
 pub enum LogitsTask<'a> {
-    /// The next token: [`sample`].
-    Next(SamplingMetadata<'a>),
-    /// How likely this id is, and as many alternatives: [`score`]. The sample is the id.
-    Score(u32, usize),
+    /// Samples the next token, see [`sample`].
+    Sample(SamplingMetadata<'a>),
+    /// Computes the log-probability of `id` and `top` alternatives, see [`score`].
+    Score {
+        /// The token id.
+        id: u32,
+        /// Number of alternatives.
+        top: usize,
+    },
 }
 
-/// Answers each task from its row of `logits [tasks, vocab]` f32, on the device where they are. What a task changes of its
-/// row, a GPU changes in place. Errors: other shapes; and each task's own.
-pub fn answer(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<SampledToken>>> {
+/// Runs each task on its row of `logits [tasks, vocab]` f32, on their device. On a GPU, masks, biases and penalties change the
+/// logits in place. Errors: logits of another shape or type. Each task also has an error of its own.
+pub fn run_tasks(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<SampledToken>>> {
     let (rows, vocab) = logits.dims2()?;
     if rows != tasks.len() {
         return Err(Error::internal(format!("{rows} rows of logits for {} tasks", tasks.len())));
@@ -99,6 +105,11 @@ pub fn answer(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<Sample
         let picked = on_device::launch(&logits, &rows)?.read()?;
         return Ok(tasks.iter().zip(picked).map(|(task, picked)| task.outcome(picked, vocab)).collect());
     }
+    run_on_cpu(&logits, tasks)
+}
+
+fn run_on_cpu(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<SampledToken>>> {
+    let (rows, vocab) = logits.dims2()?;
     let (storage, layout) = logits.storage_and_layout();
     let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
         return Err(Error::internal("logits must be f32"));
@@ -108,8 +119,8 @@ pub fn answer(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<Sample
     parallel_for(rows, |row| {
         let logits = &values[row * vocab..(row + 1) * vocab];
         let sample = match &tasks[row] {
-            LogitsTask::Next(choice) => sample(logits, choice),
-            LogitsTask::Score(id, top) => score(logits, *id, *top).map(|l| SampledToken { id: *id, logprobs: Some(l) }),
+            LogitsTask::Sample(metadata) => sample(logits, metadata),
+            &LogitsTask::Score { id, top } => score(logits, id, top).map(|l| SampledToken { id, logprobs: Some(l) }),
         };
         *samples[row].lock().unwrap_or_else(PoisonError::into_inner) = Some(sample);
     });
@@ -118,35 +129,35 @@ pub fn answer(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<Sample
 }
 
 impl LogitsTask<'_> {
-    /// The same for a GPU.
+    /// The task for a GPU.
     fn row(&self, vocab: usize) -> on_device::RowSampling<'_> {
-        let choice = match self {
-            Self::Score(id, top) if (*id as usize) < vocab => {
-                let choice = on_device::TokenChoice::Given(*id);
-                return on_device::RowSampling { choice, top: Some(*top), ..Default::default() };
+        let metadata = match *self {
+            Self::Score { id, top } if (id as usize) < vocab => {
+                let choice = on_device::TokenChoice::Given(id);
+                return on_device::RowSampling { choice, top: Some(top), ..Default::default() };
             }
-            Self::Score(..) => return on_device::RowSampling::default(),
-            Self::Next(choice) => choice,
+            Self::Score { .. } => return on_device::RowSampling::default(),
+            Self::Sample(ref metadata) => metadata,
         };
-        let SamplingParams { temperature, top_p, top_k, min_p, .. } = *choice.params;
+        let SamplingParams { temperature, top_p, top_k, min_p, .. } = *metadata.params;
         on_device::RowSampling {
-            bias: &choice.params.logit_bias,
-            penalties: choice.counts.on.then_some(Penalties {
-                counts: &choice.counts.by_id,
-                repetition: choice.params.repetition_penalty,
-                frequency: choice.params.frequency_penalty,
-                presence: choice.params.presence_penalty,
+            bias: &metadata.params.logit_bias,
+            penalties: metadata.counts.enabled.then_some(Penalties {
+                counts: &metadata.counts.by_id,
+                repetition: metadata.params.repetition_penalty,
+                frequency: metadata.params.frequency_penalty,
+                presence: metadata.params.presence_penalty,
             }),
-            masked: choice.masked,
+            masked: metadata.masked,
             choice: match temperature {
                 0.0 => on_device::TokenChoice::Best,
-                _ => on_device::TokenChoice::Draw { temperature, min_p, top_k, top_p, uniform: choice.uniform() },
+                _ => on_device::TokenChoice::Draw { temperature, min_p, top_k, top_p, uniform: metadata.uniform() },
             },
-            top: choice.params.logprobs,
+            top: metadata.params.logprobs,
         }
     }
 
-    /// What a GPU's answer means.
+    /// The result of the task, from what the GPU returned.
     fn outcome(&self, picked: PickedToken, vocab: usize) -> Result<SampledToken> {
         if picked.max.is_nan() {
             return Err(not_finite());
@@ -164,14 +175,14 @@ impl LogitsTask<'_> {
             }
         });
         match self {
-            Self::Score(id, _) if logprobs.is_none() => Err(outside(*id, vocab)),
+            Self::Score { id, .. } if logprobs.is_none() => Err(outside(*id, vocab)),
             _ => Ok(SampledToken { id: picked.id, logprobs }),
         }
     }
 }
 
 impl SamplingMetadata<'_> {
-    /// Decides a draw: in [0, 1).
+    /// The random number of the draw, in [0, 1).
     fn uniform(&self) -> f64 {
         let mut rng = Pcg64::seed_from_u64(self.seed);
         rng.advance(self.index as u128);
@@ -192,24 +203,24 @@ fn outside(id: u32, vocab: usize) -> Error {
 }
 
 thread_local! {
-    /// A changed copy of a row, and the weights of a draw.
+    /// A copy of the row with changed logits, and the weights of a draw.
     static SCRATCH: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
 }
 
-/// Chooses a token from `logits [vocab]`. Errors: `Internal` if a logit is NaN or infinite, or every token is masked.
-pub fn sample(logits: &[f32], choice: &SamplingMetadata) -> Result<SampledToken> {
+/// Samples a token from `logits [vocab]`. Errors: `Internal` if a logit is NaN or infinite, or if every token is masked.
+pub fn sample(logits: &[f32], metadata: &SamplingMetadata) -> Result<SampledToken> {
     SCRATCH.with_borrow_mut(|[copy, weights]| {
-        let logits = adjust(logits, choice, copy);
+        let logits = adjust(logits, metadata, copy);
         let (best, max) = checked_argmax(logits)?;
-        let params = choice.params;
-        let id = if params.temperature == 0.0 { best } else { draw(logits, max, choice, weights) };
+        let params = metadata.params;
+        let id = if params.temperature == 0.0 { best } else { draw(logits, max, metadata, weights) };
         let logprobs = params.logprobs.map(|top| report(logits, max, id, top));
         Ok(SampledToken { id, logprobs })
     })
 }
 
-/// The log-probability of `id` under `logits [vocab]` as they are, with the `top` most likely alternatives. Errors:
-/// `Internal` if a logit is NaN or infinite, or `id` is outside the vocabulary.
+/// The log-probability of `id` under the unchanged `logits [vocab]`, with the `top` most likely tokens. Errors: `Internal` if
+/// a logit is NaN or infinite, or if `id` is outside the vocabulary.
 pub fn score(logits: &[f32], id: u32, top: usize) -> Result<Logprobs> {
     let (_, max) = checked_argmax(logits)?;
     if id as usize >= logits.len() {
@@ -218,10 +229,10 @@ pub fn score(logits: &[f32], id: u32, top: usize) -> Result<Logprobs> {
     Ok(report(logits, max, id, top))
 }
 
-/// The logits after masks, bias and penalties; the row itself where there are none.
-fn adjust<'a>(logits: &'a [f32], choice: &SamplingMetadata, copy: &'a mut Vec<f32>) -> &'a [f32] {
-    let SamplingMetadata { params, counts, masked, .. } = choice;
-    if masked.is_empty() && params.logit_bias.is_empty() && !counts.on {
+/// The logits after masks, bias and penalties: a changed copy, or the row itself if none applies.
+fn adjust<'a>(logits: &'a [f32], metadata: &SamplingMetadata, copy: &'a mut Vec<f32>) -> &'a [f32] {
+    let SamplingMetadata { params, counts, masked, .. } = metadata;
+    if masked.is_empty() && params.logit_bias.is_empty() && !counts.enabled {
         return logits;
     }
     copy.clear();
@@ -246,7 +257,8 @@ fn adjust<'a>(logits: &'a [f32], choice: &SamplingMetadata, copy: &'a mut Vec<f3
     copy
 }
 
-/// The largest logit and the lowest id that has it, in one pass that the compiler vectorises.
+/// The lowest id with the largest logit, and that logit, in one pass that the compiler vectorises. Errors: a logit is NaN or
+/// positive infinity, or all are negative infinity.
 fn checked_argmax(logits: &[f32]) -> Result<(u32, f32)> {
     const LANES: usize = 16;
     let mut max = [f32::NEG_INFINITY; LANES];
@@ -280,7 +292,7 @@ fn checked_argmax(logits: &[f32]) -> Result<(u32, f32)> {
     }
 }
 
-/// Larger logits first, then lower ids. Logits are not NaN.
+/// Orders larger logits first, and equal ones by id. The logits are not NaN.
 fn order(a: (f32, u32), b: (f32, u32)) -> Ordering {
     b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then(a.1.cmp(&b.1))
 }
@@ -291,7 +303,8 @@ fn largest(logits: &[f32], k: usize) -> Vec<(f32, u32)> {
     if k == 0 {
         return Vec::new();
     }
-    // k chunks have a logit at or above the k-th largest of the chunks' maxima, so the k largest are all there.
+    // k chunks have a logit at or above the k-th largest of the chunks' maxima, so the k largest logits are in chunks whose
+    // maximum is at or above it.
     let maxima: Vec<f32> =
         logits.chunks(CHUNK).map(|chunk| chunk.iter().copied().fold(f32::NEG_INFINITY, f32::max)).collect();
     let floor = match maxima.len() {
@@ -315,13 +328,13 @@ fn largest(logits: &[f32], k: usize) -> Vec<(f32, u32)> {
 }
 
 /// Draws a token after temperature, `min_p`, `top_k` and `top_p`.
-fn draw(logits: &[f32], max: f32, choice: &SamplingMetadata, weights: &mut Vec<f32>) -> u32 {
-    let SamplingParams { temperature, top_p, top_k, min_p, .. } = *choice.params;
+fn draw(logits: &[f32], max: f32, metadata: &SamplingMetadata, weights: &mut Vec<f32>) -> u32 {
+    let SamplingParams { temperature, top_p, top_k, min_p, .. } = *metadata.params;
     let weight = |logit: f32| {
         let weight = exp((logit - max) / temperature);
         if weight < min_p { 0.0 } else { weight }
     };
-    let uniform = choice.uniform();
+    let uniform = metadata.uniform();
 
     if top_k > 0 && top_k < logits.len() {
         let best: Vec<_> = largest(logits, top_k).into_iter().map(|(logit, id)| (weight(logit), id)).collect();
@@ -339,7 +352,7 @@ fn draw(logits: &[f32], max: f32, choice: &SamplingMetadata, weights: &mut Vec<f
             let best: Vec<_> = largest(logits, k).into_iter().map(|(_, id)| (weights[id as usize], id)).collect();
             match nucleus(&best, top_p, total) {
                 Some(nucleus) => return pick(nucleus, uniform),
-                // Rounding may keep the whole sum below the total.
+                // Because of rounding, even the sum of all weights may be below the total.
                 None if best.len() == logits.len() => return pick(&best, uniform),
                 None => k *= 8,
             }
@@ -352,7 +365,7 @@ fn draw(logits: &[f32], max: f32, choice: &SamplingMetadata, weights: &mut Vec<f
         left -= sums[chunk];
         chunk += 1;
     }
-    // Rounding may lead past the last token with a weight: go back to one that has it.
+    // Because of rounding, this chunk may come after the last one with a weight: go back to it.
     while chunk > 0 && sums[chunk] == 0.0 {
         chunk -= 1;
         left = sums[chunk];
@@ -362,7 +375,7 @@ fn draw(logits: &[f32], max: f32, choice: &SamplingMetadata, weights: &mut Vec<f
     pick_at(&candidates, left)
 }
 
-/// The shortest start of `best` whose weight reaches `top_p` of `total`, if it does.
+/// The shortest prefix of `best` whose weight reaches `top_p` of `total`, if any does.
 fn nucleus(best: &[(f32, u32)], top_p: f32, total: f64) -> Option<&[(f32, u32)]> {
     let goal = f64::from(top_p) * total;
     let mut reached = 0.0;
@@ -375,13 +388,13 @@ fn nucleus(best: &[(f32, u32)], top_p: f32, total: f64) -> Option<&[(f32, u32)]>
     None
 }
 
-/// The candidate at `uniform` of their total weight.
+/// The candidate at the fraction `uniform` of the total weight.
 fn pick(candidates: &[(f32, u32)], uniform: f64) -> u32 {
     let total: f64 = candidates.iter().map(|(weight, _)| f64::from(*weight)).sum();
     pick_at(candidates, uniform * total)
 }
 
-/// The candidate whose share of the running sum holds `left`; the last one with a weight where rounding leads past it.
+/// The candidate whose part of the running sum contains `left`, or the last one with a weight if rounding leads past it.
 fn pick_at(candidates: &[(f32, u32)], mut left: f64) -> u32 {
     let mut last = candidates.first().map_or(0, |(_, id)| *id);
     for &(weight, id) in candidates.iter().filter(|(weight, _)| *weight > 0.0) {
@@ -394,7 +407,7 @@ fn pick_at(candidates: &[(f32, u32)], mut left: f64) -> u32 {
     last
 }
 
-/// Log-probability and rank of `id`, and the `top` best tokens.
+/// Log-probability and rank of `id`, and the `top` most likely tokens.
 fn report(logits: &[f32], max: f32, id: u32, top: usize) -> Logprobs {
     let mut total = 0.0;
     let mut weights = [0.0; CHUNK];
@@ -412,12 +425,12 @@ fn report(logits: &[f32], max: f32, id: u32, top: usize) -> Logprobs {
     }
 }
 
-/// Of a logit, where `total` is the sum of `exp(logit - max)`.
+/// The log-probability of a logit. `total` is the sum of `exp(logit - max)` over the row.
 fn logprob(logit: f32, max: f32, total: f64) -> f32 {
     (f64::from(logit) - (f64::from(max) + total.ln())) as f32
 }
 
-/// Sum of at most a chunk, in a fixed order over lanes.
+/// The sum of at most [`CHUNK`] values, in a fixed order over lanes.
 fn sum(values: &[f32]) -> f64 {
     const LANES: usize = 8;
     let mut lanes = [0_f64; LANES];
@@ -427,11 +440,11 @@ fn sum(values: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// e to the `x` for `x <= 0`, within 2 units in the last place; 0 below -87, where floats end. Plain arithmetic, so that
-/// loops over it vectorise (Cephes' expf: range reduction by ln 2 in two parts, then a polynomial).
+/// `e^x` for `x <= 0`, within 2 units in the last place; 0 below -87, where `f32` underflows. Plain arithmetic, so that loops
+/// over it vectorise (Cephes' `expf`: range reduction by ln 2 in two parts, then a polynomial).
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    // Adding and taking away 1.5 * 2^23 rounds to an integer.
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
     let clamped = if x < -87.0 { -87.0 } else { x };
     let n = clamped * std::f32::consts::LOG2_E + ROUND;

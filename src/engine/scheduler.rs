@@ -1,100 +1,140 @@
-//! What the next step computes: decode rows of all that run, then prompt chunks, least served adapters first; and who
-//! runs at all.
+//! The scheduler: which sequences run, and which of their rows the next step computes.
 //!
-//! * A step has at most `max_batch_tokens` rows. Every running sequence whose prompt is computed gets one. The rest goes
-//!   in chunks to the queue that was served the fewest tokens (see [`super::fair_queue`]): to a prompt of it that runs, else
-//!   its first waiting request is admitted.
-//! * Admission takes the blocks of the whole prompt at once, so that only decoding can run out of them, and a use of
-//!   each adapter's slot. If blocks or seats lack, nobody is admitted until the queue whose turn it is fits. If an
-//!   adapter is not in a slot yet, the queue is passed over, but for lack of slot room only [`MAX_BYPASS`] times.
-//! * When decoding runs out of blocks, the newest sequence of the most served queue is preempted: it gives up its blocks
-//!   and goes to the front of its queue with all its tokens, to be computed again. Since a row's logits do not depend
-//!   on the batch, it goes on as if nothing had happened.
+//! * **Steps.** A step has at most `max_batch_tokens` rows. Each decoding sequence gets one row. The rest goes in chunks to
+//!   prompts (chunked prefill). The least served queue is next (see [`super::fair_queue`]): a running prompt of the queue gets
+//!   a chunk, or else its first waiting request is admitted.
+//! * **Admission.** A request is admitted with the KV blocks of its whole prompt, so that only decoding can run out of blocks,
+//!   and with a use of each adapter's slot. If blocks or sequences are at their limit, no request is admitted until the least
+//!   served queue's fits. If an adapter is not in a slot, other queues may go first; if the slots are full, at most
+//!   [`MAX_BYPASS`] times.
+//! * **Preemption.** When decoding runs out of blocks, the newest sequence of the most served queue gives up its blocks and
+//!   returns to the front of its queue with all its tokens, which are computed again later. A row's logits do not depend on
+//!   the batch, so preemption does not change the output.
 
 use super::block_pool::BlockPool;
 use super::fair_queue::{AdapterQueue, FairQueues, QueueId, SlotWait};
 use super::request::Event;
 use super::sequence::Sequence;
-use super::{EngineConfig, Residency, Runner};
+use super::{EngineConfig, Runner};
 use crate::Error;
+use crate::adapter::tiers::Residency;
 use crate::error::ErrorKind;
 
-/// Rows a step whose logits serve prompt log-probabilities, besides one for each sequence: bounds the memory of logits
-/// (64 rows of a vocabulary of 128k are 32 MiB).
-pub const MAX_SCORED_ROWS: usize = 64;
+/// Most rows of a step whose logits give prompt log-probabilities, in addition to one row per sequence. It bounds the memory of
+/// the logits: 64 rows of a vocabulary of 128k take 32 MiB.
+const MAX_SCORED_ROWS: usize = 64;
 
-/// Requests that may be admitted past one that waits for room in the slots; then requests with other adapters wait
-/// until it has it. Refusals while no slot is in use count too: requests for several adapters could otherwise take the
-/// slots from each other for ever, without one of them ever having all it needs.
-pub const MAX_BYPASS: usize = 64;
+/// Most requests that are admitted before one that waits for room in the slots. After that, requests with other adapters wait
+/// until it is admitted. Refusals while no slot is in use count too: otherwise, requests with several adapters could take the
+/// slots from each other forever, without any of them getting all the slots that it needs.
+const MAX_BYPASS: usize = 64;
 
-/// Queues without a slot that are asked for in one step. Asking for more at once would only make their adapters evict
-/// each other.
+/// Most queues without a running sequence that are refused in one step. More attempts would only make their adapters evict each
+/// other.
 const MAX_REFUSALS: usize = 16;
 
-/// Refusals in a row, with every slot unused, after which a request's adapters cannot fit together.
+/// Refusals in a row, with all slots unused, after which a request's adapters are considered not to fit together.
 const MAX_HOPELESS: usize = 1024;
 
-/// Steps' worth of tokens that a queue's account may be ahead of another's.
+/// Largest lead of one queue over another, in full steps.
 const MAX_LEAD_STEPS: usize = 16;
 
-/// Rows of one running sequence in a step.
+/// The rows of one running sequence in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ScheduledRows {
+pub(super) struct ScheduledRows {
     /// Index in [`Scheduler::running`].
-    pub sequence: usize,
-    /// Rows: its next `rows` tokens.
-    pub rows: usize,
+    pub(super) sequence: usize,
+    /// Number of rows: the sequence's next `rows` tokens.
+    pub(super) rows: usize,
 }
 
-/// Waiting and running sequences and the blocks they share.
-pub struct Scheduler {
+/// The waiting and the running sequences, and the KV blocks that they share.
+pub(super) struct Scheduler {
     config: EngineConfig,
-    /// In order of admission.
-    pub running: Vec<Sequence>,
-    /// Everyone else, by adapter.
+    /// Running sequences in order of admission.
+    pub(super) running: Vec<Sequence>,
+    /// Waiting requests by adapter.
     queues: FairQueues,
-    /// KV blocks.
-    pub blocks: BlockPool,
+    pub(super) blocks: BlockPool,
     /// Counts calls of `schedule`.
     step: u64,
-    /// Prompt tokens looked up in the prefix cache, and found.
-    pub prefix: (u64, u64),
-    /// Sequences put back for lack of blocks.
-    pub preemptions: u64,
+    /// Prompt tokens looked up in the prefix cache.
+    pub(super) prefix_queries: u64,
+    /// Prompt tokens found in the prefix cache.
+    pub(super) prefix_hits: u64,
+    /// Number of preemptions.
+    pub(super) preemptions: u64,
 }
 
-/// What came of an attempt to admit a queue's first request.
+/// The result of an attempt to admit a queue's first request.
 enum Admission {
-    /// It runs, or it failed and is gone: go on.
+    /// The request runs, or it has failed and left the queue.
     Moved,
-    /// Its adapters are not in slots: pass over the queue in this step.
+    /// Its adapters are not in slots: skip the queue in this step.
     NoSlot,
-    /// No seat or not enough blocks: nobody is admitted in this step.
+    /// Too many sequences or too few blocks: admit no request in this step.
     NoRoom,
 }
 
+/// Why a sequence's adapters cannot be used by the next step.
+enum SlotRefusal {
+    /// At least one is being loaded.
+    Loading,
+    /// The slots are full.
+    Full,
+    /// At least one cannot be loaded.
+    Failed(Error),
+}
+
+/// The leading tokens of a sequence that the prefix cache holds.
+struct CachedPrefix {
+    /// The cached blocks.
+    blocks: Vec<u32>,
+    /// Number of further blocks for the rest of the tokens.
+    missing: usize,
+    /// Whether the prefix cache was looked up.
+    looked_up: bool,
+}
+
+impl CachedPrefix {
+    fn find(sequence: &mut Sequence, blocks: &BlockPool, config: &EngineConfig) -> Self {
+        // The last token is always computed, for its logits. Prompt log-probabilities need all prompt rows.
+        let looked_up = config.prefix_cache && !sequence.wants_prompt_logprobs();
+        let most = if looked_up { (sequence.tokens.len() - 1) / config.block_size } else { 0 };
+        let cached = blocks.find_cached(sequence.block_hashes(most, config.block_size));
+        let missing = sequence.tokens.len().div_ceil(config.block_size) - cached.len();
+        Self { blocks: cached, missing, looked_up }
+    }
+}
+
 impl Scheduler {
-    /// No requests, all blocks free.
-    pub fn new(config: EngineConfig) -> Self {
-        let blocks = BlockPool::new(config.num_blocks);
-        let (running, queues) = (Vec::new(), FairQueues::default());
-        Self { config, running, queues, blocks, step: 0, prefix: (0, 0), preemptions: 0 }
+    /// A scheduler without requests, with all blocks free.
+    pub(super) fn new(config: EngineConfig) -> Self {
+        Self {
+            blocks: BlockPool::new(config.num_blocks),
+            config,
+            running: Vec::new(),
+            queues: FairQueues::default(),
+            step: 0,
+            prefix_queries: 0,
+            prefix_hits: 0,
+            preemptions: 0,
+        }
     }
 
     /// Queues a request.
-    pub fn push(&mut self, sequence: Sequence) {
+    pub(super) fn push(&mut self, sequence: Sequence) {
         self.queues.push(sequence);
     }
 
-    /// Requests that wait.
-    pub fn waiting(&self) -> usize {
+    /// Number of requests that wait.
+    pub(super) fn waiting(&self) -> usize {
         self.queues.waiting()
     }
 
-    /// Plans a step. Empty when there is nothing to run now (though requests may wait for an adapter). Sequences under the
-    /// same adapters are side by side, so that they share a pass over the adapter's weights.
-    pub fn schedule(&mut self, runner: &mut impl Runner) -> Vec<ScheduledRows> {
+    /// Schedules a step. Empty if nothing can run now, though requests may wait for an adapter. Sequences with the same adapters
+    /// are adjacent, so that they share one pass over the adapters' weights.
+    pub(super) fn schedule(&mut self, runner: &mut impl Runner) -> Vec<ScheduledRows> {
         self.step += 1;
         self.running.iter_mut().for_each(|sequence| sequence.planned = 0);
         self.drop_cancelled(runner);
@@ -106,27 +146,27 @@ impl Scheduler {
         planned.into_iter().map(|(sequence, s)| ScheduledRows { sequence, rows: s.planned }).collect()
     }
 
-    /// Accounts `rows` computed tokens and publishes the blocks that they completed.
-    pub fn advance(&mut self, index: usize, rows: usize) {
+    /// Counts `rows` of a sequence as computed, and puts the blocks that they complete into the prefix cache.
+    pub(super) fn advance(&mut self, index: usize, rows: usize) {
         let sequence = &mut self.running[index];
         sequence.computed += rows;
         if self.config.prefix_cache {
             let full = sequence.computed / self.config.block_size;
             sequence.block_hashes(full, self.config.block_size);
-            for i in sequence.published..full {
-                self.blocks.publish(sequence.blocks[i], sequence.hashes[i]);
+            for i in sequence.cached_blocks..full {
+                self.blocks.cache(sequence.blocks[i], sequence.hashes[i]);
             }
-            sequence.published = full;
+            sequence.cached_blocks = full;
         }
     }
 
-    /// Takes running sequence `index` out, with what it holds.
-    pub fn remove(&mut self, index: usize, runner: &mut impl Runner) -> Sequence {
+    /// Removes a running sequence, and releases its blocks and slots.
+    pub(super) fn remove(&mut self, index: usize, runner: &mut impl Runner) -> Sequence {
         let mut sequence = self.running.remove(index);
         self.blocks.release(&std::mem::take(&mut sequence.blocks));
         sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
         self.queues.get(sequence.queue).running -= 1;
-        (sequence.computed, sequence.planned, sequence.published) = (0, 0, 0);
+        (sequence.computed, sequence.planned, sequence.cached_blocks) = (0, 0, 0);
         sequence
     }
 
@@ -142,9 +182,10 @@ impl Scheduler {
                 queue.slots = SlotWait::default();
             }
         }
-        self.queues.drop_idle();
+        self.queues.remove_empty();
     }
 
+    /// Plans one row for each decoding sequence, and preempts sequences while there are too few blocks.
     fn plan_decodes(&mut self, runner: &mut impl Runner) {
         let block_size = self.config.block_size;
         let mut index = 0;
@@ -165,7 +206,7 @@ impl Scheduler {
         }
     }
 
-    /// Puts the newest running sequence of the most served queue back in its queue; returns the index it had.
+    /// Returns the newest running sequence of the most served queue to the front of its queue. Returns the index that it had.
     fn preempt(&mut self, runner: &mut impl Runner) -> usize {
         let queue = self.queues.most_served_running().expect("blocks run out only while sequences hold them");
         let newest = self.running.iter().rposition(|s| s.queue == queue).expect("the queue has running sequences");
@@ -176,9 +217,10 @@ impl Scheduler {
         newest
     }
 
+    /// Fills the step with chunks of prompts, and admits requests whose turn it is.
     fn plan_prompts(&mut self, runner: &mut impl Runner) {
         let max_rows = self.config.max_batch_tokens;
-        // Small enough that a few queues share a step.
+        // Small enough that several queues share a step.
         let quantum = max_rows.div_ceil(4);
         let mut rows = max_rows - self.running.iter().map(|s| s.planned).sum::<usize>();
         let mut scored_rows = MAX_SCORED_ROWS;
@@ -187,7 +229,7 @@ impl Scheduler {
             let open = |s: &&mut Sequence| chunk(s, scored_rows) > 0;
             let prompts: Vec<_> = self.running.iter_mut().filter(open).map(|s| s.queue).collect();
             let next = if admitting {
-                self.next_with(&prompts)
+                self.next_queue(&prompts)
             } else {
                 self.queues.least_served(|id, _| prompts.contains(&id))
             };
@@ -210,98 +252,96 @@ impl Scheduler {
         }
     }
 
-    /// The least served of the queues that have an open prompt or whose first request may be tried now.
-    fn next_with(&self, prompts: &[QueueId]) -> Option<QueueId> {
+    /// The least served of the queues that have a running prompt with rows to compute (`prompts`), or whose first request may be
+    /// admitted now.
+    fn next_queue(&self, prompts: &[QueueId]) -> Option<QueueId> {
         let refused = |queue: &AdapterQueue| queue.slots.refused_in == Some(self.step);
-        let asked = self.queues.iter().filter(|(_, queue)| refused(queue) && queue.running == 0).count();
-        // Who has been passed over too often goes before all others that need slots.
+        let refusals = self.queues.iter().filter(|(_, queue)| refused(queue) && queue.running == 0).count();
+        // The queue that was bypassed too often goes before all others that need slots.
         let starved = self.queues.iter().filter(|(_, queue)| queue.slots.bypassed >= MAX_BYPASS);
         let starved = starved.max_by_key(|(_, queue)| queue.slots.bypassed).map(|(id, _)| id);
-        let may_try = |id: QueueId, queue: &AdapterQueue| {
-            let slots_likely = queue.running > 0 || asked < MAX_REFUSALS;
+        let may_admit = |id: QueueId, queue: &AdapterQueue| {
+            let slots_likely = queue.running > 0 || refusals < MAX_REFUSALS;
             !queue.waiting.is_empty()
                 && !refused(queue)
                 && (queue.is_base() || slots_likely && starved.is_none_or(|starved| starved == id))
         };
-        self.queues.least_served(|id, queue| prompts.contains(&id) || may_try(id, queue))
+        self.queues.least_served(|id, queue| prompts.contains(&id) || may_admit(id, queue))
     }
 
-    /// Tries to run the first waiting request of a queue.
+    /// Tries to admit the first waiting request of a queue.
     fn admit(&mut self, id: QueueId, runner: &mut impl Runner) -> Admission {
         if self.running.len() == self.config.max_running {
             return Admission::NoRoom;
         }
-        let block_size = self.config.block_size;
         let queue = self.queues.get(id);
         let Some(sequence) = queue.waiting.front_mut() else { return Admission::Moved };
-
-        // The last token is always computed, for its logits; prompt log-probabilities need every prompt row.
-        let looked_up = self.config.prefix_cache && !sequence.wants_prompt_logprobs();
-        let most = if looked_up { (sequence.tokens.len() - 1) / block_size } else { 0 };
-        let cached = self.blocks.find(sequence.block_hashes(most, block_size));
-        // One block more for each that runs, or its next tokens would preempt somebody at once.
-        let fresh = sequence.tokens.len().div_ceil(block_size) - cached.len();
-        if self.blocks.free() < self.blocks.unreferenced(&cached) + fresh + self.running.len() {
+        let prefix = CachedPrefix::find(sequence, &self.blocks, &self.config);
+        // One more block for each running sequence, or their next tokens would preempt a sequence at once.
+        let needed = self.blocks.unreferenced(&prefix.blocks) + prefix.missing + self.running.len();
+        if self.blocks.available() < needed {
             return Admission::NoRoom;
         }
 
-        let unused = self.running.iter().all(|s| s.slots.is_empty());
-        let wait = &mut queue.slots;
-        let refusal = match acquire_all(sequence, runner) {
-            Residency::Ready(_) => None,
-            Residency::Loading => {
-                wait.hopeless = 0;
-                wait.bypassed += usize::from(wait.contended && unused);
+        let slots_unused = self.running.iter().all(|s| s.slots.is_empty());
+        let error = match acquire_all(sequence, runner) {
+            Ok(()) => {
+                self.start(id, prefix);
+                return Admission::Moved;
+            }
+            Err(SlotRefusal::Loading) => {
+                queue.slots.refused_loading(slots_unused);
                 return Admission::NoSlot;
             }
-            Residency::Full => {
-                wait.contended = true;
-                wait.hopeless = if unused { wait.hopeless + 1 } else { 0 };
-                wait.bypassed += usize::from(unused);
-                if wait.hopeless < MAX_HOPELESS {
+            Err(SlotRefusal::Full) => {
+                queue.slots.refused_full(slots_unused);
+                if queue.slots.hopeless < MAX_HOPELESS {
                     return Admission::NoSlot;
                 }
                 let names: Vec<_> = sequence.request.adapters.iter().map(|(lease, _)| lease.name.as_str()).collect();
                 let message = format!("there is no room in the adapter slots for {} at once", names.join(", "));
-                Some(Error::new(ErrorKind::Unavailable, message).code("adapter_no_room"))
+                Error::new(ErrorKind::Unavailable, message).code("adapter_no_room")
             }
-            Residency::Failed(error) => Some(error),
+            Err(SlotRefusal::Failed(error)) => error,
         };
+        sequence.fail(error);
         queue.slots = SlotWait::default();
-        if let Some(error) = refusal {
-            sequence.fail(error);
-            queue.waiting.pop_front();
-            return Admission::Moved;
-        }
+        queue.waiting.pop_front();
+        Admission::Moved
+    }
 
-        let Some(mut sequence) = queue.waiting.pop_front() else { return Admission::Moved };
+    /// Runs the first waiting request of a queue, which has its slots and for which there are enough blocks.
+    fn start(&mut self, id: QueueId, prefix: CachedPrefix) {
+        let queue = self.queues.get(id);
+        queue.slots = SlotWait::default();
+        let Some(mut sequence) = queue.waiting.pop_front() else { return };
         queue.running += 1;
-        cached.iter().for_each(|block| self.blocks.share(*block));
-        sequence.computed = cached.len() * block_size;
-        sequence.published = cached.len();
-        sequence.blocks = cached;
-        for _ in 0..fresh {
-            sequence.blocks.push(self.blocks.allocate().expect("the blocks were counted above"));
+        let is_base = queue.is_base();
+        prefix.blocks.iter().for_each(|block| self.blocks.share(*block));
+        sequence.computed = prefix.blocks.len() * self.config.block_size;
+        sequence.cached_blocks = prefix.blocks.len();
+        sequence.blocks = prefix.blocks;
+        for _ in 0..prefix.missing {
+            sequence.blocks.push(self.blocks.allocate().expect("admission has counted the blocks"));
         }
         if !sequence.admitted {
             sequence.admitted = true;
             sequence.cached_tokens = sequence.computed;
-            if looked_up {
-                self.prefix.0 += sequence.tokens.len() as u64;
-                self.prefix.1 += sequence.computed as u64;
+            if prefix.looked_up {
+                self.prefix_queries += sequence.tokens.len() as u64;
+                self.prefix_hits += sequence.computed as u64;
             }
-            // A client that has gone is noticed before the next step.
+            // If the client has gone, the next step drops the sequence.
             let _ = sequence.request.events.send(Event::Scheduled);
         }
         self.running.push(sequence);
-        if !self.queues.get(id).is_base() {
+        if !is_base {
             self.queues.iter_mut().filter(|queue| queue.slots.contended).for_each(|queue| queue.slots.bypassed += 1);
         }
-        Admission::Moved
     }
 }
 
-/// How many more tokens of a sequence this step can take, with `scored_rows` left for prompt log-probabilities.
+/// Number of further tokens of a sequence that this step can compute, with `scored_rows` left for prompt log-probabilities.
 fn chunk(sequence: &Sequence, scored_rows: usize) -> usize {
     let start = sequence.computed + sequence.planned;
     let open = sequence.remaining() - sequence.planned;
@@ -309,23 +349,19 @@ fn chunk(sequence: &Sequence, scored_rows: usize) -> usize {
     if scoring.len() > scored_rows { scoring.start + scored_rows - start } else { open }
 }
 
-/// Acquires a slot for each adapter of a sequence, or none. All are asked for, so that they load at the same time.
-fn acquire_all(sequence: &mut Sequence, runner: &mut impl Runner) -> Residency {
+/// Acquires a slot for each adapter of a sequence, or for none. It asks for all of them, so that they load at the same time.
+fn acquire_all(sequence: &mut Sequence, runner: &mut impl Runner) -> Result<(), SlotRefusal> {
     let mut refusal = None;
     for (lease, weight) in &sequence.request.adapters {
         match (runner.acquire(lease), &refusal) {
             (Residency::Ready(slot), _) => sequence.slots.push((slot, *weight)),
-            (failed @ Residency::Failed(_), _) => refusal = Some(failed),
-            (Residency::Loading, None | Some(Residency::Full)) => refusal = Some(Residency::Loading),
-            (Residency::Full, None) => refusal = Some(Residency::Full),
+            (Residency::Failed(error), _) => refusal = Some(SlotRefusal::Failed(error)),
+            (Residency::Loading, None | Some(SlotRefusal::Full)) => refusal = Some(SlotRefusal::Loading),
+            (Residency::Full, None) => refusal = Some(SlotRefusal::Full),
             _ => {}
         }
     }
-    match refusal {
-        None => Residency::Ready(0),
-        Some(refusal) => {
-            sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
-            refusal
-        }
-    }
+    let Some(refusal) = refusal else { return Ok(()) };
+    sequence.slots.drain(..).for_each(|(slot, _)| runner.release(slot));
+    Err(refusal)
 }

@@ -1,4 +1,4 @@
-//! A request as the engine works on it.
+//! A sequence: a request and its progress in the engine.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,48 +10,47 @@ use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::TokenCounts;
 use crate::Error;
 
-/// Which adapters answer: generation ids and the bits of their weights, in order. The prefix cache goes by it.
-pub type AdapterKey = Arc<[(String, u32)]>;
+/// Generation ids of a sequence's adapters and the bits of their weights, in order. The prefix cache is keyed by it.
+type AdapterKey = Arc<[(String, u32)]>;
 
-/// A request with its progress.
-pub struct Sequence {
-    /// What was asked.
-    pub request: Request,
+/// A request and its progress.
+pub(super) struct Sequence {
+    pub(super) request: Request,
     /// Its adapters, for the prefix cache.
-    pub key: AdapterKey,
-    /// The flow it is accounted to, set when it is queued.
-    pub queue: QueueId,
-    /// Decides the draws; the request's, or drawn when it came.
-    pub seed: u64,
-    /// Prompt, then output.
-    pub tokens: Vec<u32>,
-    /// Leading tokens whose keys and values are written.
-    pub computed: usize,
-    /// Tokens after those that this step computes.
-    pub planned: usize,
-    /// Blocks of those and the next tokens, while running.
-    pub blocks: Vec<u32>,
-    /// Names of the leading full blocks.
-    pub hashes: Vec<BlockHash>,
-    /// Leading blocks that are published under their name.
-    pub published: usize,
-    /// Adapter slots and weights, while running.
-    pub slots: Vec<(u32, f32)>,
-    /// What penalties apply to.
-    pub counts: TokenCounts,
+    key: AdapterKey,
+    /// Its queue, which is set when it is queued.
+    pub(super) queue: QueueId,
+    /// Seed of the draws: the request's, or a random one.
+    pub(super) seed: u64,
+    /// The prompt, then the output.
+    pub(super) tokens: Vec<u32>,
+    /// Number of leading tokens whose keys and values are written.
+    pub(super) computed: usize,
+    /// Number of tokens after those that the step being scheduled computes.
+    pub(super) planned: usize,
+    /// KV blocks of the computed and the next tokens, while it runs.
+    pub(super) blocks: Vec<u32>,
+    /// Hashes of the leading full blocks.
+    pub(super) hashes: Vec<BlockHash>,
+    /// Number of leading blocks that are in the prefix cache.
+    pub(super) cached_blocks: usize,
+    /// Adapter slots and weights, while it runs.
+    pub(super) slots: Vec<(u32, f32)>,
+    /// Counts of its tokens, for the penalties.
+    pub(super) counts: TokenCounts,
     /// Log-probabilities of leading prompt tokens, while they are collected.
-    pub prompt_logprobs: Vec<Option<Logprobs>>,
-    /// Prompt tokens that the prefix cache gave.
-    pub cached_tokens: usize,
-    /// It has been admitted before: queue time has ended.
-    pub admitted: bool,
-    /// Gives its place in the engine back with it.
+    pub(super) prompt_logprobs: Vec<Option<Logprobs>>,
+    /// Number of prompt tokens that the prefix cache held when it was first admitted.
+    pub(super) cached_tokens: usize,
+    /// Whether it has been admitted before: its queue time has ended.
+    pub(super) admitted: bool,
+    /// Its place in the engine, which is freed with it.
     _permit: RequestPermit,
 }
 
 impl Sequence {
     /// A sequence that has not run.
-    pub fn new(request: Request, permit: RequestPermit, seed: u64) -> Self {
+    pub(super) fn new(request: Request, permit: RequestPermit, seed: u64) -> Self {
         let key = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits())).collect();
         Self {
             key,
@@ -62,7 +61,7 @@ impl Sequence {
             planned: 0,
             blocks: Vec::new(),
             hashes: Vec::new(),
-            published: 0,
+            cached_blocks: 0,
             slots: Vec::new(),
             counts: TokenCounts::new(&request.params, &request.prompt),
             prompt_logprobs: Vec::new(),
@@ -73,23 +72,23 @@ impl Sequence {
         }
     }
 
-    /// Tokens generated.
-    pub fn output_len(&self) -> usize {
+    /// Number of generated tokens.
+    pub(super) fn output_len(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
     }
 
-    /// Tokens whose keys and values are not written yet: one while decoding.
-    pub fn remaining(&self) -> usize {
+    /// Number of tokens whose keys and values are not written yet: one while decoding.
+    pub(super) fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
     }
 
-    /// Nobody listens any more.
-    pub fn cancelled(&self) -> bool {
+    /// Whether the client has gone.
+    pub(super) fn cancelled(&self) -> bool {
         self.request.events.is_closed()
     }
 
-    /// Ids that may not come yet.
-    pub fn masked(&self, eos_token_ids: &[u32]) -> Vec<u32> {
+    /// Ids that must not be generated yet (`min_tokens`).
+    pub(super) fn masked(&self, eos_token_ids: &[u32]) -> Vec<u32> {
         let params = &self.request.params;
         if self.output_len() >= params.min_tokens {
             return Vec::new();
@@ -98,23 +97,39 @@ impl Sequence {
         eos.iter().chain(&params.stop_token_ids).copied().collect()
     }
 
-    /// Whether prompt log-probabilities are still to be computed.
-    pub fn wants_prompt_logprobs(&self) -> bool {
+    /// Whether prompt log-probabilities were requested and are not complete.
+    pub(super) fn wants_prompt_logprobs(&self) -> bool {
         self.request.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() < self.request.prompt.len()
     }
 
-    /// Which of `positions` give the log-probability of a prompt token, the one after them, that is still wanted.
-    pub fn scoring(&self, positions: Range<usize>) -> Range<usize> {
+    /// Adds the prompt log-probabilities of a step, and tells the client once they are complete.
+    pub(super) fn add_prompt_logprobs(&mut self, logprobs: Vec<Option<Logprobs>>) {
+        if !self.wants_prompt_logprobs() {
+            return;
+        }
+        if self.prompt_logprobs.is_empty() {
+            // Nothing comes before the first token.
+            self.prompt_logprobs.push(None);
+        }
+        self.prompt_logprobs.extend(logprobs);
+        if !self.wants_prompt_logprobs() {
+            let _ = self.request.events.send(Event::Prompt(self.prompt_logprobs.clone()));
+        }
+    }
+
+    /// The subrange of `positions` whose logits give a prompt log-probability that is still missing. The logits at a position
+    /// are for the token after it.
+    pub(super) fn scoring(&self, positions: Range<usize>) -> Range<usize> {
         if !self.wants_prompt_logprobs() {
             return positions.end..positions.end;
         }
-        // After a preemption, the leading ones are there already; the first token has none.
+        // After a preemption, the leading ones are known already. The first token has none.
         let start = positions.start.max(self.prompt_logprobs.len().max(1) - 1);
         start..positions.end.min(self.request.prompt.len() - 1).max(start)
     }
 
-    /// Names of the first `count` blocks of its tokens.
-    pub fn block_hashes(&mut self, count: usize, block_size: usize) -> &[BlockHash] {
+    /// Hashes of the first `count` blocks of its tokens, which must be full.
+    pub(super) fn block_hashes(&mut self, count: usize, block_size: usize) -> &[BlockHash] {
         while self.hashes.len() < count {
             let at = self.hashes.len() * block_size;
             let parent = self.hashes.last().copied().unwrap_or_else(|| root_hash(&self.key));
@@ -123,14 +138,14 @@ impl Sequence {
         &self.hashes[..count]
     }
 
-    /// Tells the client the end. A client that has gone does not mind.
-    pub fn finish(&self, reason: FinishReason, stop_token: Option<u32>) {
+    /// Tells the client that the sequence has ended. Does nothing if the client has gone.
+    pub(super) fn finish(&self, reason: FinishReason, stop_token: Option<u32>) {
         let cached_tokens = self.cached_tokens;
         let _ = self.request.events.send(Event::Finished { reason, cached_tokens, stop_token });
     }
 
-    /// Tells the client that it failed.
-    pub fn fail(&self, error: Error) {
+    /// Tells the client that the sequence has failed.
+    pub(super) fn fail(&self, error: Error) {
         let _ = self.request.events.send(Event::Failed(error));
     }
 }

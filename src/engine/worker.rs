@@ -1,4 +1,4 @@
-//! The engine thread's loop: `schedule -> run -> sample -> deliver`, and background work in between.
+//! The loop of the engine thread: schedule a step, run it, sample, deliver; background work in between.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -11,36 +11,35 @@ use candle_core::Tensor;
 
 use super::background::{BackgroundTask, TimeSlicer};
 use super::request::{Event, FinishReason, Logprobs, Request};
-use super::sampler::{LogitsTask, SampledToken, SamplingMetadata, answer};
+use super::sampler::{LogitsTask, SampledToken, SamplingMetadata, run_tasks};
 use super::scheduler::{ScheduledRows, Scheduler};
 use super::sequence::Sequence;
 use super::{EngineConfig, EngineStats, RequestPermit, Runner};
 use crate::ops::batch::Batch;
 use crate::{Error, Result};
 
-/// How often an idle engine looks after retired adapters.
+/// How often an idle engine frees the slots of retired adapters.
 const IDLE_POLL: Duration = Duration::from_millis(200);
 
-/// How often waiting for an adapter on its way asks again.
+/// How often the engine asks again for an adapter that is being loaded, while nothing else can run.
 const LOADING_POLL: Duration = Duration::from_millis(1);
 
-/// Everything the engine thread owns.
+/// Everything that the engine thread owns.
 pub struct Worker<R> {
     runner: R,
     config: EngineConfig,
     scheduler: Scheduler,
     inbox: Receiver<(Request, RequestPermit)>,
     stats: Arc<EngineStats>,
-    /// What happens beside.
     time_slicer: TimeSlicer,
 }
 
-/// What a tick of the loop found to do.
+/// The outcome of one pass of the loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tick {
     /// A step ran.
     Stepped,
-    /// No request can run, and a slice of background work did.
+    /// No request could run, and a slice of background work ran.
     Sliced,
     /// Requests wait, but none can run now.
     Waiting,
@@ -48,16 +47,15 @@ pub enum Tick {
     Idle,
 }
 
-/// What sampling one row gave.
+/// The results of a step for one sequence.
 struct SequenceOutput {
-    /// Prompt log-probabilities that this step's rows completed, in order.
+    /// The prompt log-probabilities of this step's rows, in order.
     prompt: Vec<Option<Logprobs>>,
-    /// The next token, where the step reached the sequence's end.
+    /// The next token, if the step reached the end of the sequence.
     next: Option<(u32, Option<Logprobs>)>,
 }
 
 impl<R: Runner> Worker<R> {
-    /// A worker with nothing to do yet.
     pub(super) fn new(
         runner: R,
         config: EngineConfig,
@@ -69,8 +67,8 @@ impl<R: Runner> Worker<R> {
         Self { runner, scheduler, config, inbox, stats, time_slicer }
     }
 
-    /// Runs until every handle is gone and every sequence has ended.
-    pub fn run(mut self) {
+    /// Runs until all handles have been dropped and all sequences have ended.
+    pub(super) fn run(mut self) {
         loop {
             let wait = match self.tick() {
                 Tick::Stepped => continue,
@@ -79,7 +77,7 @@ impl<R: Runner> Worker<R> {
                 Tick::Idle => IDLE_POLL,
             };
             match self.inbox.recv_timeout(wait) {
-                Ok(arrival) => self.take(arrival),
+                Ok(arrival) => self.accept(arrival),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) if self.scheduler.waiting() == 0 => return,
                 Err(RecvTimeoutError::Disconnected) => thread::sleep(wait),
@@ -87,49 +85,40 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// Takes what came, and runs one step if anything can run, then background work as far as it may.
+    /// One pass of the loop: accepts new requests, runs a step if any request can run, and then background work within its
+    /// limits.
     pub fn tick(&mut self) -> Tick {
         while let Ok(arrival) = self.inbox.try_recv() {
-            self.take(arrival);
+            self.accept(arrival);
         }
         let began = Instant::now();
-        let scheduled = self.scheduler.schedule(&mut self.runner);
-        let mut tick = match self.scheduler.waiting() {
-            _ if !scheduled.is_empty() => Tick::Stepped,
-            0 => Tick::Idle,
-            _ => Tick::Waiting,
-        };
-        if tick == Tick::Stepped {
-            let batch = self.batch(&scheduled);
-            // A fault of the model ends the sequences of this step; the engine goes on.
-            let run = catch_unwind(AssertUnwindSafe(|| {
-                let step = self.runner.launch(&batch)?;
-                let logits = self.runner.collect(step)?;
-                self.sample(&scheduled, &logits)
-            }));
-            let panicked = || Err(Error::internal("the forward pass failed; see the server's log"));
-            let sampled = run.unwrap_or_else(|_| panicked());
-            self.stats.steps.fetch_add(1, Relaxed);
-            self.deliver(&scheduled, sampled);
-            let decoding = self.scheduler.running.iter().any(|s| s.output_len() > 0);
+        let schedule = self.scheduler.schedule(&mut self.runner);
+        let tick = if schedule.is_empty() {
             self.publish_stats();
-            self.time_slicer.after_step(began.elapsed(), decoding, &self.stats);
-        } else {
-            self.publish_stats();
-            if self.time_slicer.idle(&self.stats) {
-                tick = Tick::Sliced;
+            if self.time_slicer.run_idle(&self.stats) {
+                Tick::Sliced
+            } else if self.scheduler.waiting() > 0 {
+                Tick::Waiting
+            } else {
+                Tick::Idle
             }
-        }
+        } else {
+            self.step(&schedule);
+            self.publish_stats();
+            let decoding = self.scheduler.running.iter().any(|s| s.output_len() > 0);
+            self.time_slicer.run_after_step(began.elapsed(), decoding, &self.stats);
+            Tick::Stepped
+        };
         self.runner.sweep();
         tick
     }
 
-    /// The model, for tests that count what it was asked.
+    /// The runner, for tests that inspect a fake one.
     pub fn runner(&self) -> &R {
         &self.runner
     }
 
-    fn take(&mut self, (request, permit): (Request, RequestPermit)) {
+    fn accept(&mut self, (request, permit): (Request, RequestPermit)) {
         for (lease, _) in &request.adapters {
             self.runner.prefetch(lease);
         }
@@ -137,46 +126,59 @@ impl<R: Runner> Worker<R> {
         self.scheduler.push(Sequence::new(request, permit, seed));
     }
 
-    fn batch(&self, scheduled: &[ScheduledRows]) -> Batch {
+    /// Runs a step and delivers its results. An error or a panic ends the sequences of this step, and the engine goes on.
+    fn step(&mut self, schedule: &[ScheduledRows]) {
+        let batch = self.build_batch(schedule);
+        let run = catch_unwind(AssertUnwindSafe(|| {
+            let step = self.runner.launch(&batch)?;
+            let logits = self.runner.collect(step)?;
+            self.sample(schedule, &logits)
+        }));
+        let panicked = || Err(Error::internal("the forward pass failed; see the server's log"));
+        let outputs = run.unwrap_or_else(|_| panicked());
+        self.stats.steps.fetch_add(1, Relaxed);
+        self.deliver(schedule, outputs);
+    }
+
+    fn build_batch(&self, schedule: &[ScheduledRows]) -> Batch {
         let mut batch = Batch::default();
-        for rows in scheduled {
-            let s = &self.scheduler.running[rows.sequence];
+        for &ScheduledRows { sequence, rows } in schedule {
+            let s = &self.scheduler.running[sequence];
             let first = batch.tokens.len();
-            let tokens = &s.tokens[s.computed..s.computed + rows.rows];
+            let tokens = &s.tokens[s.computed..s.computed + rows];
             batch.push(tokens, s.computed, &s.blocks, self.config.block_size, &s.slots);
-            batch.logit_rows.extend(logit_positions(s, rows.rows).map(|p| (first + p - s.computed) as u32));
+            batch.logit_rows.extend(logit_positions(s, rows).map(|p| (first + p - s.computed) as u32));
         }
         batch
     }
 
-    /// Tokens and log-probabilities of every rows.
-    fn sample(&self, scheduled: &[ScheduledRows], logits: &Tensor) -> Result<Vec<Result<SequenceOutput>>> {
-        let sequence = |rows: &ScheduledRows| &self.scheduler.running[rows.sequence];
-        let masked: Vec<_> = scheduled.iter().map(|rows| sequence(rows).masked(&self.config.eos_token_ids)).collect();
-        let tasks: Vec<Vec<LogitsTask>> =
-            scheduled.iter().zip(&masked).map(|(rows, masked)| tasks(sequence(rows), rows.rows, masked)).collect();
-        let counts: Vec<_> = tasks.iter().map(Vec::len).collect();
-        let tasks: Vec<LogitsTask> = tasks.into_iter().flatten().collect();
-        let mut answers = tasks.iter().zip(answer(logits, &tasks)?);
-        Ok(counts.into_iter().map(|count| sampled(answers.by_ref().take(count).collect())).collect())
+    /// Samples from the logits of a step, and returns the results of each scheduled sequence.
+    fn sample(&self, schedule: &[ScheduledRows], logits: &Tensor) -> Result<Vec<Result<SequenceOutput>>> {
+        let scheduled = || schedule.iter().map(|s| (&self.scheduler.running[s.sequence], s.rows));
+        let masked: Vec<_> = scheduled().map(|(s, _)| s.masked(&self.config.eos_token_ids)).collect();
+        let by_sequence: Vec<Vec<LogitsTask>> =
+            scheduled().zip(&masked).map(|((s, rows), masked)| logits_tasks(s, rows, masked)).collect();
+        let counts: Vec<_> = by_sequence.iter().map(Vec::len).collect();
+        let tasks: Vec<LogitsTask> = by_sequence.into_iter().flatten().collect();
+        let mut results = tasks.iter().zip(run_tasks(logits, &tasks)?);
+        Ok(counts.into_iter().map(|count| sequence_output(results.by_ref().take(count).collect())).collect())
     }
 
-    /// Hands out what the step gave, and ends what has ended.
-    fn deliver(&mut self, scheduled: &[ScheduledRows], sampled: Result<Vec<Result<SequenceOutput>>>) {
-        let results: Vec<Result<SequenceOutput>> = match sampled {
-            Ok(results) => results,
+    /// Delivers the results of a step, and removes the sequences that have ended.
+    fn deliver(&mut self, schedule: &[ScheduledRows], outputs: Result<Vec<Result<SequenceOutput>>>) {
+        let outputs: Vec<Result<SequenceOutput>> = match outputs {
+            Ok(outputs) => outputs,
             Err(error) => {
-                tracing::error!(error = %format_args!("{error:#}"), sequences = scheduled.len(), "step failed");
-                scheduled.iter().map(|_| Err(error.clone())).collect()
+                tracing::error!(error = %format_args!("{error:#}"), sequences = schedule.len(), "step failed");
+                schedule.iter().map(|_| Err(error.clone())).collect()
             }
         };
         let mut ended = Vec::new();
-        for (rows, result) in scheduled.iter().zip(results) {
-            let index = rows.sequence;
-            match result {
-                Ok(sampled) => {
-                    self.scheduler.advance(index, rows.rows);
-                    if self.deliver_one(index, sampled) {
+        for (&ScheduledRows { sequence: index, rows }, output) in schedule.iter().zip(outputs) {
+            match output {
+                Ok(output) => {
+                    self.scheduler.advance(index, rows);
+                    if self.deliver_one(index, output) {
                         ended.push(index);
                     }
                 }
@@ -192,25 +194,15 @@ impl<R: Runner> Worker<R> {
         }
     }
 
-    /// True when the sequence has ended.
-    fn deliver_one(&mut self, index: usize, sampled: SequenceOutput) -> bool {
+    /// Delivers the results of one sequence. Returns whether it has ended.
+    fn deliver_one(&mut self, index: usize, output: SequenceOutput) -> bool {
         let s = &mut self.scheduler.running[index];
-        let prompt_len = s.request.prompt.len();
-        if s.wants_prompt_logprobs() {
-            if s.prompt_logprobs.is_empty() {
-                // Nothing comes before the first token.
-                s.prompt_logprobs.push(None);
-            }
-            s.prompt_logprobs.extend(sampled.prompt);
-            if !s.wants_prompt_logprobs() {
-                let _ = s.request.events.send(Event::Prompt(s.prompt_logprobs.clone()));
-            }
-        }
-        if s.request.params.max_tokens == 0 && s.computed >= prompt_len {
+        s.add_prompt_logprobs(output.prompt);
+        if s.request.params.max_tokens == 0 && s.computed >= s.request.prompt.len() {
             s.finish(FinishReason::Length, None);
             return true;
         }
-        let Some((id, logprobs)) = sampled.next else { return false };
+        let Some((id, logprobs)) = output.next else { return false };
         let params = &s.request.params;
         if params.stop_token_ids.contains(&id) {
             s.finish(FinishReason::Stop, Some(id));
@@ -222,7 +214,7 @@ impl<R: Runner> Worker<R> {
         }
         s.tokens.push(id);
         s.counts.push(id);
-        // A client that has gone is noticed before the next step.
+        // If the client has gone, the next step drops the sequence.
         let _ = s.request.events.send(Event::Token { id, logprobs });
         let full = s.output_len() >= params.max_tokens || s.tokens.len() >= self.config.max_model_len;
         if full {
@@ -235,20 +227,20 @@ impl<R: Runner> Worker<R> {
         let (stats, scheduler) = (&self.stats, &self.scheduler);
         stats.running.store(scheduler.running.len() as u64, Relaxed);
         stats.waiting.store(scheduler.waiting() as u64, Relaxed);
-        stats.used_blocks.store((scheduler.blocks.total() - scheduler.blocks.free()) as u64, Relaxed);
-        stats.prefix_queries.store(scheduler.prefix.0, Relaxed);
-        stats.prefix_hits.store(scheduler.prefix.1, Relaxed);
+        stats.used_blocks.store((scheduler.blocks.total() - scheduler.blocks.available()) as u64, Relaxed);
+        stats.prefix_queries.store(scheduler.prefix_queries, Relaxed);
+        stats.prefix_hits.store(scheduler.prefix_hits, Relaxed);
         stats.preemptions.store(scheduler.preemptions, Relaxed);
     }
 }
 
-/// What is asked of the rows of logits of one rows.
-fn tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<LogitsTask<'a>> {
+/// The tasks for the logits of one sequence's rows in a step, in the order of [`logit_positions`].
+fn logits_tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<LogitsTask<'a>> {
     let params = &s.request.params;
     let task = |position| match (params.prompt_logprobs, s.request.prompt.get(position + 1)) {
-        // The row at a position predicts the token after it.
-        (Some(top), Some(&next)) => LogitsTask::Score(next, top),
-        _ => LogitsTask::Next(SamplingMetadata {
+        // The logits at a position are for the token after it.
+        (Some(top), Some(&id)) => LogitsTask::Score { id, top },
+        _ => LogitsTask::Sample(SamplingMetadata {
             params,
             counts: &s.counts,
             masked,
@@ -259,21 +251,21 @@ fn tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<LogitsTask<
     logit_positions(s, rows).map(task).collect()
 }
 
-/// Prompt log-probabilities and the next token of one rows, from what came of its tasks.
-fn sampled(answers: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<SequenceOutput> {
-    let mut sampled = SequenceOutput { prompt: Vec::new(), next: None };
-    for (task, answer) in answers {
-        let SampledToken { id, logprobs } = answer?;
+/// The results of one sequence, from those of its tasks.
+fn sequence_output(results: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<SequenceOutput> {
+    let mut output = SequenceOutput { prompt: Vec::new(), next: None };
+    for (task, result) in results {
+        let SampledToken { id, logprobs } = result?;
         match task {
-            LogitsTask::Score(..) => sampled.prompt.push(logprobs),
-            LogitsTask::Next(_) => sampled.next = Some((id, logprobs)),
+            LogitsTask::Score { .. } => output.prompt.push(logprobs),
+            LogitsTask::Sample(_) => output.next = Some((id, logprobs)),
         }
     }
-    Ok(sampled)
+    Ok(output)
 }
 
-/// Positions of a sequence's next `rows` tokens whose logits are wanted: those that give prompt log-probabilities, where
-/// they are asked for, and the last of all tokens, unless no output is.
+/// The positions of a sequence's next `rows` tokens whose logits the step computes: those that give requested prompt
+/// log-probabilities, and the last token's, if output is requested.
 fn logit_positions(s: &Sequence, rows: usize) -> impl Iterator<Item = usize> {
     let end = s.computed + rows;
     let last = end == s.tokens.len() && s.request.params.max_tokens > 0;

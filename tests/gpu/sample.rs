@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use quiver::Result;
 use quiver::engine::request::{Logprobs, SamplingParams};
-use quiver::engine::sampler::{LogitsTask, SampledToken, SamplingMetadata, TokenCounts, answer, sample, score};
+use quiver::engine::sampler::{LogitsTask, SampledToken, SamplingMetadata, TokenCounts, run_tasks, sample, score};
 use quiver::ops::sample::{RowSampling, SMALL, launch};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_pcg::Pcg64;
@@ -155,10 +155,10 @@ fn on_device(cases: &[Case]) -> Vec<Result<SampledToken>> {
     let logits = logits.narrow(0, 1, cases.len()).unwrap();
     let counts: Vec<_> = cases.iter().map(Case::counts).collect();
     let tasks = cases.iter().zip(&counts).map(|(case, counts)| match case.target {
-        Some((id, top)) => LogitsTask::Score(id, top),
-        None => LogitsTask::Next(case.choice(counts)),
+        Some((id, top)) => LogitsTask::Score { id, top },
+        None => LogitsTask::Sample(case.choice(counts)),
     });
-    answer(&logits, &tasks.collect::<Vec<_>>()).unwrap()
+    run_tasks(&logits, &tasks.collect::<Vec<_>>()).unwrap()
 }
 
 fn check(cases: &[Case]) {
