@@ -1,68 +1,83 @@
-// LoRA on a step's rows, for whatever mix of adapters and ranks it has: h = weight · scale · x·Aᵀ (shrink), then
-// y += Σ h·Bᵀ + weight · scale · bias (expand). One launch of each does all modules of a site (q, k, v; o; gate, up; down;
-// head). Steps with DoRA's adapters have a third, y *= gains (gain). No launch depends on adapters: blocks take items from the step's worklist and ranks from the slot table.
+// LoRA over the rows of a step, for any mix of adapters and ranks (launched from src/lora/delta/cuda.rs).
+//   shrink: h = weight · scale · x·Aᵀ
+//   expand: y += Σ h·Bᵀ + weight · scale · bias, over the adapters of a row
+//   gain:   y *= gains, in steps with DoRA adapters
+// One launch of each does all modules of a site (q, k, v; o; gate, up; down; head). No launch depends on the adapters: thread blocks take
+// items from the step's worklist, and ranks from the slot table. A grid of any size does all items; thread blocks have 128 threads.
 //
-// work: 32-bit words at a 16-byte address, written by src/ops/lora/cuda.rs: two List headers, one of the segments taken 8
-//   rows at a time and one of those taken 64 (shrink) and 32 (expand) at a time; the address of the h workspace (words 32
-//   and 33); then what the headers point to.
-// table: Entry [slot][entries]; this launch reads entry `entry` of each slot. Blocks of weights at Entry::base: A bf16
-//   [Σ rank, k], the modules stacked; per module B bf16 [n, rank]; per module with a bias, f32 [n], up to 16 bytes each;
-//   if Entry::gains, 16 times that many bytes from the base, f32 [n0 + n1 + n2], 1 for columns of other modules.
-//   Ranks are multiples of 8, padded by zero rows of A and columns of B; 0 for a module that is not there.
-// x: bf16 [rows, k], k a multiple of 8. y: bf16 or f32 [rows, n0 + n1 + n2], the modules' outputs side by side.
-// h: f32, at Term::hidden [row of the segment][Term::stride], the modules' ranks stacked; if List::apart, one such plane,
-//   List::plane values apart, for each split of k, else their sum.
+//   lora_shrink_small / _large (work, table, x, entries, entry, k, splits, width, kind)
+//   lora_expand_small / _large [_f32] (work, table, y, entries, entry, k, splits, n0, n1, n2)
+//   lora_gain [_f32] (work, table, y, entries, entry, n)
+//     _small takes the first list of the worklist, _large the second one, lora_gain both. _f32: y is f32, else bf16.
 //
-// A row's bits depend on its own x, y and terms alone: k is cut into `splits` of `width`, and those into the warps' parts,
-// by k alone; parts and splits are summed in order, whether by the shrinking block or by the expanding one. Both sizes of
-// chunks, and any grid, give the same bits. Blocks are 128 threads; a grid of any size does all items.
+// Arguments.
+//   work: the worklist, 32-bit words at a 16-byte address, written by src/lora/delta/cuda.rs. It starts with two List headers: one of the
+//     segments taken 8 rows at a time, and one of those taken 64 (shrink) or 32 (expand) rows at a time. Then the address of the h
+//     workspace (words 32 and 33), then the arrays that the headers point to.
+//   table: SlotEntry [slots][entries]. A launch reads entry `entry` of each slot, which is of one layer and site.
+//   x: bf16 [rows, k], k a multiple of 8. y: bf16 or f32 [rows, n0 + n1 + n2], the modules' outputs side by side.
+//   splits, width: k is cut into `splits` of `width` inputs. kind: the site, as in List::units. n: n0 + n1 + n2.
+//
+// Weights of a slot at SlotEntry::base, for this layer and site: A bf16 [Σ rank, k], the modules stacked; per module B bf16 [n, rank]; per
+// module with a bias, f32 [n], padded to 16 bytes. If SlotEntry::gains is not 0, f32 [n0 + n1 + n2] lie 16 · gains bytes after base, 1 for
+// columns of modules without gains. Ranks are multiples of 8 (padded by zero rows of A and columns of B), and 0 for a module that the
+// adapter does not target.
+//
+// h: f32 at Term::h_offset, [row of the segment][Term::h_stride], the modules' ranks stacked. If List::split_planes, each split of k has
+// such a plane, List::plane values apart, and expand adds them up; else shrink does.
+//
+// Determinism. A row's bits depend on its own x, y and terms alone. k is cut into splits, and these into one part for each warp, by k
+// alone. Parts and splits are summed in order, whether by shrink or by expand. So small and large kernels, and any grid, give the same
+// bits.
 
 #pragma once
 
 #include "common.cuh"
 
 constexpr int WARPS = 4;
-constexpr int STAGES = 4;  // of weights that a warp works on or has asked for
+constexpr int STAGES = 4;  // of a warp's pipeline of weights
 
+// A list of the worklist: its terms and chunks.
 struct alignas(16) List {
-    uint32_t terms;      // How many there are.
-    uint32_t chunks;     // What the expanding kernel takes.
-    uint32_t apart;      // Whether each split of k has its own item and plane of h.
-    uint32_t plane;      // Values between planes of h.
-    uint32_t term_at;    // Word of the first Term.
-    uint32_t chunk_at;   // Word of the first Chunk.
-    uint32_t starts_at;  // Word of [kind of site][terms + 1]: units before each term. A unit is a chunk and 16 ranks.
+    uint32_t terms;         // The number of terms.
+    uint32_t chunks;        // The number of chunks, which expand takes.
+    uint32_t split_planes;  // Whether each split of k has its own item of shrink and plane of h.
+    uint32_t plane;         // Values between planes of h.
+    uint32_t term_at;       // Word of the first Term.
+    uint32_t chunk_at;      // Word of the first Chunk.
+    uint32_t starts_at;     // Word of [site][terms + 1]: the units of shrink before each term. A unit is 8 or 64 rows and 16 ranks.
     uint32_t unused;
-    uint32_t units[8];   // By kind of site: 0 to 4 for qkv, o, gate and up, down, head.
+    uint32_t units[8];      // Units by site: 0 to 4 for qkv, o, gate_up, down, head.
 };
 
-// An adapter under a segment.
+// One adapter of a segment.
 struct alignas(16) Term {
-    uint32_t row, rows;  // The segment's.
+    uint32_t row, rows;  // The segment's rows.
     uint32_t slot;
     float weight;
-    uint32_t hidden;     // Where its h starts, in values.
-    uint32_t stride;     // Values between rows of h.
+    uint32_t h_offset;   // Offset of its h, in values.
+    uint32_t h_stride;   // Values between rows of h.
     uint32_t unused[2];
 };
 
-// Some rows of a segment.
+// Some rows of a segment, as many as expand takes at a time.
 struct alignas(16) Chunk {
     uint32_t row, rows;
-    uint32_t term, terms;  // Its segment's terms follow one another.
+    uint32_t term, terms;  // The segment's terms, one after another.
 };
 
-struct alignas(16) Entry {
+// The weights of one layer and site of a slot.
+struct alignas(16) SlotEntry {
     uint64_t base;
     uint16_t ranks[3];
-    uint16_t biases;  // Bit i: module i has one.
+    uint16_t biases;  // Bit i: module i has a bias.
     float scales[3];
-    uint32_t gains;  // Where they are, in 16 bytes; 0: none.
+    uint32_t gains;  // Offset of the gains from base, in units of 16 bytes; 0: none.
 };
 
-static_assert(sizeof(List) == 64 && sizeof(Term) == 32 && sizeof(Chunk) == 16 && sizeof(Entry) == 32, "as in Rust");
+static_assert(sizeof(List) == 64 && sizeof(Term) == 32 && sizeof(Chunk) == 16 && sizeof(SlotEntry) == 32, "as in Rust");
 
-// By 16-byte loads.
+// Loads a record by 16-byte loads.
 template <typename T>
 __device__ __forceinline__ T load_record(const void* p) {
     T value;
@@ -75,11 +90,12 @@ __device__ __forceinline__ List load_list(const uint32_t* work, int list) {
     return load_record<List>(work + list * (sizeof(List) / 4));
 }
 
-__device__ __forceinline__ float* hidden_values(const uint32_t* work) {
+// The h workspace.
+__device__ __forceinline__ float* h_values(const uint32_t* work) {
     return reinterpret_cast<float*>(work[32] | static_cast<uint64_t>(work[33]) << 32);
 }
 
-// This block's run of the items: neighbours share a term or a chunk.
+// This thread block's items, a contiguous range, since neighbouring items share a term or a chunk.
 __device__ __forceinline__ void own_items(uint32_t items, uint32_t& from, uint32_t& to) {
     const uint32_t each = items / gridDim.x, more = items % gridDim.x;
     from = blockIdx.x * each + min(blockIdx.x, more);
