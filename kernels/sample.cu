@@ -1,24 +1,29 @@
-// Choosing tokens from rows of logits (src/ops/sample.rs says what, src/engine/sampler.rs in which order).
+// Sampling tokens from rows of logits (launched from src/ops/sample/cuda.rs; src/ops/sample.rs defines the results, and
+// src/engine/sampler.rs the order of the steps).
 //
-// logits: f32 [rows][vocab], vocab <= 2^19. A *segment* is 1024 ids in a row, walked by one warp: lane l takes ids
-// 128 i + 4 l + {0..3} of it, i = 0..7. A *chunk* is what one lane has of a segment, 32 ids. S = segments of a row.
-// A *place* is a u64 that orders a row: the logit above, the inverted id below, so larger is better and no two are equal.
+// logits: f32 [rows][vocab], vocab <= 2^19.
+// A *segment* is 1024 ids of a row, walked by one warp: lane l takes ids 128 i + 4 l + {0..3} of it, i = 0..7. S is the number of segments
+//   of a row.
+// A *chunk* is one lane's part of a segment, 32 ids.
+// A *candidate* is a u64 that packs a logit and its id, with the logit's order-preserving bits above and the inverted id below. Larger is
+//   better (at equal logits the lower id), and no two of a row are equal.
 //
-//   sample_edit  (logits, vocab, tasks)                                grid [tasks], 512: bias, penalties, masks, in place
-//   sample_max   (logits, vocab, partials, maxima)                     grid [S / 8 up, rows], 256
-//       partials u64 [rows][S]: the best place, ~0 where a logit is NaN or infinite
-//       maxima f32 [rows][32 S]: of every chunk; null: not wanted
-//   sample_best  (partials, vocab, rows, best)                         grid [rows / 8 up], 256
-//       best u32 [rows][2]: id and f32 bits of the largest logit; NaN where one is NaN or infinite
-//   sample_sum   (logits, vocab, tasks, best, sums)                    grid [S / 8 up, tasks], 256
-//       sums f64 [tasks][2][S]: of exp(logit - max), and of the weights of a draw
+//   sample_edit  (logits, vocab, tasks)                                grid [tasks], 512: bias, penalties and masks, in place
+//   sample_max   (logits, vocab, partials, maxima)                     grid [S / 8 rounded up, rows], 256
+//       partials u64 [rows][S]: each segment's best candidate, or ~0 if a logit is NaN or infinite
+//       maxima f32 [rows][32 S]: each chunk's maximum; may be null
+//   sample_best  (partials, vocab, rows, best)                         grid [rows / 8 rounded up], 256
+//       best u32 [rows][2]: id and f32 bits of the largest logit; NaN if any logit is NaN or infinite
+//   sample_sum   (logits, vocab, tasks, best, sums)                    grid [S / 8 rounded up, tasks], 256
+//       sums f64 [tasks][2][S]: for each segment, the sum of exp(logit - max), and that of the draw's weights
 //   sample_pick  (logits, vocab, tasks, best, maxima, sums, out, stride)  grid [tasks], 512
-//       out u32 [tasks][stride]: id, rank, f32 bits of its logit, 0, f64 sum of exp(logit - max), then (id, f32 bits of
-//       the logit) of the most likely ones
+//       out u32 [tasks][stride]: id, rank, f32 bits of its logit, 0, f64 sum of exp(logit - max), then (id, f32 bits of the logit) of the
+//       most likely tokens
 //
-// tasks: records of `Task`, then the lists they point to, in u32 words from the start of the buffer.
-// No two tasks have the same row. Weights are computed as the CPU does, bit by bit; they are summed in f64, in an
-// order fixed by the vocabulary; all atomics are on integers. So a row's result depends on nothing but the row.
+// tasks: `Task` records, then the lists that they point to, in u32 words from the start of the buffer. No two tasks have the same row.
+//
+// Determinism. Weights are computed bit for bit like on the CPU. They are summed in f64, in an order fixed by the vocabulary, and all
+// atomics are on integers. So a row's result depends on nothing but the row.
 #include "common.cuh"
 
 typedef unsigned long long u64;
@@ -27,51 +32,54 @@ constexpr int SEGMENT = 1024;
 constexpr int MAX_SEGMENTS = 512;
 constexpr int THREADS = 512;       // of sample_edit and sample_pick
 constexpr int WARPS = THREADS / 32;
-constexpr int SMALL = 1024;        // the most that is asked best first
-constexpr int CANDIDATES = 4096;   // the most that is sorted
-constexpr int EACH = CANDIDATES / THREADS;
-constexpr int BINS = 256, COPIES = 8;
+constexpr int MAX_TOP = 1024;      // tokens that can be asked for in sorted order
+constexpr int POOL = 4096;         // candidates that can be sorted
+constexpr int PER_THREAD = POOL / THREADS;  // candidates of a thread
+constexpr int BINS = 256, COPIES = 8;  // of a histogram; lanes add to different copies
 constexpr unsigned ALL = ~0u;
-constexpr float FIXED = 17592186044416.0f;  // 2^44: 2^19 weights of 1 fit into 64 bits
+constexpr float FIXED = 17592186044416.0f;  // fixed-point unit, 2^44: 2^19 weights of 1 fit into 64 bits
 
-constexpr int DRAW = 1, REPORT = 2;
+constexpr int DRAW = 1, REPORT = 2;  // flags of a task
 
 struct Task {
-    double uniform;       // decides the draw
+    double uniform;       // the random number of the draw, in [0, 1)
     int row;
-    int flags;            // DRAW: not the best or `target`; REPORT: rank, sum and `top`
+    int flags;            // DRAW: draw, instead of taking the best token or `target`. REPORT: write rank, sum and `top`
     float temperature;
     float min_p;
     float top_p;
-    int top_k;            // 0: all
-    unsigned target;      // the id to report; ~0: the one chosen
-    int top;              // <= SMALL
-    int bias, seen, masked, end;  // starts of (id, f32 bits) sorted by id, (id, count) each id once, id
+    int top_k;            // 0: no limit
+    unsigned target;      // the id to report; ~0: the chosen one
+    int top;              // the number of most likely tokens to report, at most MAX_TOP
+    // Where the task's lists start: (id, f32 bits of the bias) sorted by id; (id, count), each id once; masked ids. `end`: of the last.
+    int bias, seen, masked, end;
     float repetition, frequency, presence;
     int unused;
 };
 
+// Bits of a logit that compare like the logit.
 __device__ __forceinline__ unsigned order_key(float x) {
-    // Adding 0 makes -0 the 0 that it equals.
+    // Adding 0 turns -0 into 0, which it equals.
     unsigned bits = __float_as_uint(__fadd_rn(x, 0.0f));
     return bits ^ ((int)bits < 0 ? ~0u : 0x80000000u);
 }
 
-__device__ __forceinline__ float key_value(unsigned key) {
+// The inverse of order_key.
+__device__ __forceinline__ float key_logit(unsigned key) {
     return __uint_as_float(key ^ ((int)key < 0 ? 0x80000000u : ~0u));
 }
 
-__device__ __forceinline__ u64 place_of(unsigned key, unsigned id) { return (u64)key << 32 | (unsigned)~id; }
+__device__ __forceinline__ u64 candidate_of(unsigned key, unsigned id) { return (u64)key << 32 | (unsigned)~id; }
 
-__device__ __forceinline__ unsigned place_id(u64 place) { return ~(unsigned)place; }
+__device__ __forceinline__ unsigned candidate_id(u64 candidate) { return ~(unsigned)candidate; }
 
-__device__ __forceinline__ float place_value(u64 place) { return key_value((unsigned)(place >> 32)); }
+__device__ __forceinline__ float candidate_logit(u64 candidate) { return key_logit((unsigned)(candidate >> 32)); }
 
 __device__ __forceinline__ int segments_of(int vocab) { return (vocab + SEGMENT - 1) / SEGMENT; }
 
-// f(logit, id) for what this lane has of a segment, ids ascending, with LOADS loads in flight.
+// Calls f(logit, id) for this lane's chunk of a segment, ids ascending. LOADS: loads in flight.
 template <int LOADS = 2, class F>
-__device__ __forceinline__ void each(const float* x, int vocab, int segment, int lane, F f) {
+__device__ __forceinline__ void for_chunk(const float* x, int vocab, int segment, int lane, F f) {
     int first = segment * SEGMENT + 4 * lane;
     bool vectors = vocab % 4 == 0 && ((size_t)x & 15) == 0;
 #pragma unroll 1
@@ -98,8 +106,8 @@ __device__ __forceinline__ void each(const float* x, int vocab, int segment, int
     }
 }
 
-// e to the x for x <= 0: `exp` of src/engine/sampler.rs, without contractions.
-__device__ __forceinline__ float exp_below(float x) {
+// exp(x) for x <= 0, the same bits as `exp` of src/engine/sampler.rs: no fused multiply-adds.
+__device__ __forceinline__ float exp_negative(float x) {
     float clamped = x < -87.0f ? -87.0f : x;
     float shifted = __fadd_rn(__fmul_rn(clamped, 1.44269504088896340736f), 12582912.0f);
     unsigned exponent = (__float_as_uint(shifted) << 23) + 0x3f800000u;
@@ -116,15 +124,15 @@ __device__ __forceinline__ float exp_below(float x) {
 }
 
 // The weight of a logit in a draw.
-struct Weigh {
+struct DrawWeight {
     float max, temperature, min_p;
     __device__ __forceinline__ float operator()(float logit) const {
-        float w = exp_below(__fdiv_rn(__fsub_rn(logit, max), temperature));
+        float w = exp_negative(__fdiv_rn(__fsub_rn(logit, max), temperature));
         return w < min_p ? 0.0f : w;
     }
 };
 
-// Sums up to and with this lane.
+// Inclusive prefix sum over lanes.
 template <class T>
 __device__ __forceinline__ T warp_scan(T v, int lane) {
 #pragma unroll
@@ -141,13 +149,14 @@ __device__ __forceinline__ double warp_sum_f64(double v) {
     return v;
 }
 
+// Bias, then penalties, then masks.
 extern "C" __global__ void __launch_bounds__(THREADS) sample_edit(float* logits, int vocab, const unsigned* words) {
     pdl_wait();
     pdl_release();
     const Task& task = ((const Task*)words)[blockIdx.x];
     if (task.bias == task.end) return;
     float* x = logits + (size_t)task.row * vocab;
-    // An id may have several biases: its first entry adds them all, in order.
+    // Biases. An id may have several: the thread of its first entry adds them all, in order.
     for (int i = task.bias + 2 * threadIdx.x; i < task.seen; i += 2 * THREADS) {
         unsigned id = words[i];
         if (id >= (unsigned)vocab || (i > task.bias && words[i - 2] == id)) continue;
@@ -156,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_edit(float* logits,
         x[id] = v;
     }
     __syncthreads();
+    // Penalties.
     for (int i = task.seen + 2 * threadIdx.x; i < task.masked; i += 2 * THREADS) {
         unsigned id = words[i], count = words[i + 1];
         if (id >= (unsigned)vocab) continue;
@@ -165,6 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_edit(float* logits,
         x[id] = v;
     }
     __syncthreads();
+    // Masks.
     for (int i = task.masked + threadIdx.x; i < task.end; i += THREADS) {
         unsigned id = words[i];
         if (id < (unsigned)vocab) x[id] = -INFINITY;
@@ -179,16 +190,17 @@ extern "C" __global__ void __launch_bounds__(256) sample_max(const float* logits
     float best = -INFINITY;
     unsigned at = 0;
     bool valid = true;
-    each<8>(logits + (size_t)blockIdx.y * vocab, vocab, segment, lane, [&](float v, int id) {
+    for_chunk<8>(logits + (size_t)blockIdx.y * vocab, vocab, segment, lane, [&](float v, int id) {
         valid &= v < INFINITY;
         if (v > best) best = v, at = id;
     });
+    // Reduce over the warp, and store.
     size_t out = (size_t)blockIdx.y * segments + segment;
     if (maxima) maxima[out * 32 + lane] = best;
     unsigned key = order_key(best), highest = __reduce_max_sync(ALL, key);
     unsigned id = __reduce_min_sync(ALL, key == highest ? at : ALL);
     valid = __all_sync(ALL, valid);
-    if (lane == 0) partials[out] = valid ? place_of(highest, id) : ~0ull;
+    if (lane == 0) partials[out] = valid ? candidate_of(highest, id) : ~0ull;
 }
 
 extern "C" __global__ void __launch_bounds__(256) sample_best(const u64* partials, int vocab, int rows, uint2* best) {
@@ -196,12 +208,12 @@ extern "C" __global__ void __launch_bounds__(256) sample_best(const u64* partial
     pdl_release();
     int lane = threadIdx.x % 32, row = blockIdx.x * 8 + threadIdx.x / 32, segments = segments_of(vocab);
     if (row >= rows) return;
-    u64 place = 0;
-    for (int i = lane; i < segments; i += 32) place = max(place, partials[(size_t)row * segments + i]);
+    u64 top = 0;
+    for (int i = lane; i < segments; i += 32) top = max(top, partials[(size_t)row * segments + i]);
 #pragma unroll
-    for (int o = 16; o; o >>= 1) place = max(place, (u64)__shfl_xor_sync(ALL, place, o));
-    float value = place == ~0ull ? NAN : place_value(place);
-    if (lane == 0) best[row] = make_uint2(place_id(place), __float_as_uint(value));
+    for (int o = 16; o; o >>= 1) top = max(top, (u64)__shfl_xor_sync(ALL, top, o));
+    float value = top == ~0ull ? NAN : candidate_logit(top);
+    if (lane == 0) best[row] = make_uint2(candidate_id(top), __float_as_uint(value));
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -214,10 +226,10 @@ extern "C" __global__ void __launch_bounds__(256)
     bool draw = (task.flags & DRAW) && task.top_k == 0;
     float max = __uint_as_float(best[task.row].y);
     if (segment >= segments || !(report || draw) || !(max > -INFINITY)) return;
-    Weigh weigh = {max, task.temperature, task.min_p};
+    DrawWeight weigh = {max, task.temperature, task.min_p};
     double total = 0, weights = 0;
-    each(logits + (size_t)task.row * vocab, vocab, segment, lane, [&](float v, int) {
-        if (report) total += exp_below(__fsub_rn(v, max));
+    for_chunk(logits + (size_t)task.row * vocab, vocab, segment, lane, [&](float v, int) {
+        if (report) total += exp_negative(__fsub_rn(v, max));
         if (draw) weights += weigh(v);
     });
     total = warp_sum_f64(total);
@@ -229,31 +241,31 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// One block's work on one row.
+// The row of a thread block of sample_pick.
 struct Pick {
-    const float* x;
-    const float* maxima;
+    const float* x;       // logits
+    const float* maxima;  // of chunks
     int vocab, segments, lane, warp, thread;
 };
 
 struct Shared {
-    u64 pool[CANDIDATES];        // candidates, or the two halves of a histogram [BINS][COPIES], or a segment's logits
-    double sums[MAX_SEGMENTS];   // of segments
+    u64 pool[POOL];              // candidates; or low and high words of a histogram [BINS][COPIES]; or a segment's logits
+    double sums[MAX_SEGMENTS];   // one for each segment
     double scan_f64[WARPS];
     u64 scan_u64[WARPS];
-    u64 goal, amount;
-    double kept;
+    u64 goal, amount;            // results of radix_select
+    double kept;                 // a total that one thread shares with all
     unsigned prefix;
     int count, first, last, id;
 };
 
-// f(logit, id) for the whole row, by all warps.
+// Calls f(logit, id) for the whole row, by all warps.
 template <class F>
-__device__ __forceinline__ void walk(const Pick& p, F f) {
-    for (int segment = p.warp; segment < p.segments; segment += WARPS) each(p.x, p.vocab, segment, p.lane, f);
+__device__ __forceinline__ void for_row(const Pick& p, F f) {
+    for (int segment = p.warp; segment < p.segments; segment += WARPS) for_chunk(p.x, p.vocab, segment, p.lane, f);
 }
 
-// Sums up to and with this thread; the last one has the total. Ends with a barrier.
+// Inclusive prefix sum over threads; the last thread has the total. Ends with a barrier.
 template <class T>
 __device__ T block_scan(T v, T* warps, const Pick& p) {
     v = warp_scan(v, p.lane);
@@ -270,23 +282,54 @@ template <class F>
 __device__ void segment_sums(Shared& sh, const Pick& p, F f) {
     for (int segment = p.warp; segment < p.segments; segment += WARPS) {
         double sum = 0;
-        each(p.x, p.vocab, segment, p.lane, [&](float v, int id) { sum += f(v, id); });
+        for_chunk(p.x, p.vocab, segment, p.lane, [&](float v, int id) { sum += f(v, id); });
         sum = warp_sum_f64(sum);
         if (p.lane == 0) sh.sums[segment] = sum;
     }
     __syncthreads();
 }
 
-// In the order of ids: the first where the running sum of f passes `share` of the total, which segment_sums has prepared; the
-// last with a weight where rounding leads past it. Uses the pool. Ends with a barrier.
+// Picks from a segment, whose logits are in shared memory: the first id where the running sum of f exceeds `left`, or the last id with a
+// weight. By one warp, 128 ids at a time; the result is the same in all lanes.
 template <class F>
-__device__ int pick_by_id(Shared& sh, const Pick& p, double share, F f) {
+__device__ __forceinline__ int pick_in_segment(const float* values, const Pick& p, int segment, double left, F f) {
+    double before = 0;
+    int chosen = 0;
+    for (int i = 4 * p.lane; i < SEGMENT; i += 128) {
+        int first = segment * SEGMENT + i;
+        double w[4], sum = 0;
+        for (int j = 0; j < 4; j++) sum += w[j] = first + j < p.vocab ? f(values[i + j], first + j) : 0;
+        double reached = warp_scan(sum, p.lane);
+        double running = before + (reached - sum);
+        int found = -1, last = -1;  // of the lane's ids: the one to pick, and the last with a weight
+        for (int j = 0; j < 4; j++) {
+            if (!(w[j] > 0)) continue;
+            running += w[j];
+            last = first + j;
+            if (found < 0 && running > left) found = last;
+        }
+        unsigned lanes = __ballot_sync(ALL, found >= 0);
+        if (lanes) {
+            chosen = __shfl_sync(ALL, found, __ffs(lanes) - 1);
+            break;
+        }
+        chosen = max(chosen, __reduce_max_sync(ALL, last));
+        before += __shfl_sync(ALL, reached, 31);
+    }
+    return chosen;
+}
+
+// Picks in the order of ids: the first id where the running sum of f exceeds `fraction` of the total, given segment_sums of f; or, where
+// rounding leads past the end, the last id with a weight. Uses the pool. Ends with a barrier.
+template <class F>
+__device__ int pick_by_id(Shared& sh, const Pick& p, double fraction, F f) {
+    // Find the segment. `own` is the sum of this thread's segment, `until` that of all segments up to it.
     double own = p.thread < p.segments ? sh.sums[p.thread] : 0;
     double until = block_scan(own, sh.scan_f64, p);
     if (p.thread == THREADS - 1) sh.kept = until;
     if (p.thread == 0) sh.first = INT_MAX, sh.last = 0;
     __syncthreads();
-    double left = share * sh.kept;
+    double left = fraction * sh.kept;
     if (own > 0) {
         atomicMax(&sh.last, p.thread);
         if (until > left) atomicMin(&sh.first, p.thread);
@@ -296,7 +339,7 @@ __device__ int pick_by_id(Shared& sh, const Pick& p, double share, F f) {
     bool past = segment == INT_MAX;
     if (past) segment = sh.last;
     if (p.thread == segment) sh.kept = past ? INFINITY : left - (until - own);
-    // One warp goes through the segment, of which all bring a part.
+    // Load the segment's logits, and let one warp find the id.
     float* values = (float*)sh.pool;
     for (int i = p.thread; i < SEGMENT; i += THREADS) {
         int id = segment * SEGMENT + i;
@@ -304,45 +347,23 @@ __device__ int pick_by_id(Shared& sh, const Pick& p, double share, F f) {
     }
     __syncthreads();
     if (p.warp == 0) {
-        left = sh.kept;
-        double before = 0;
-        int chosen = 0;
-        for (int i = 4 * p.lane; i < SEGMENT; i += 128) {
-            int first = segment * SEGMENT + i;
-            double w[4], sum = 0;
-            for (int j = 0; j < 4; j++) sum += w[j] = first + j < p.vocab ? f(values[i + j], first + j) : 0;
-            double reached = warp_scan(sum, p.lane);
-            double running = before + (reached - sum);
-            int found = -1, weighty = -1;
-            for (int j = 0; j < 4; j++) {
-                if (!(w[j] > 0)) continue;
-                running += w[j];
-                weighty = first + j;
-                if (found < 0 && running > left) found = weighty;
-            }
-            unsigned lanes = __ballot_sync(ALL, found >= 0);
-            if (lanes) {
-                chosen = __shfl_sync(ALL, found, __ffs(lanes) - 1);
-                break;
-            }
-            chosen = max(chosen, __reduce_max_sync(ALL, weighty));
-            before += __shfl_sync(ALL, reached, 31);
-        }
-        if (p.lane == 0) sh.id = chosen;
+        int id = pick_in_segment(values, p, segment, sh.kept, f);
+        if (p.lane == 0) sh.id = id;
     }
     __syncthreads();
     return sh.id;
 }
 
-// Of the values that `visit` gives: the largest key such that the amounts of the keys from it up reach the goal, which is `goal`,
-// or `share` of all amounts if that is not negative. `sh.goal` is then what is left to take of that key, `sh.amount` what it
-// has. Eight bits at a time, from a histogram whose copies keep lanes apart. Ends with a barrier.
+// Radix selection. Of the logits that `visit` gives: the largest key such that the amounts of all keys from it up reach a goal, which is
+// `goal`, or `fraction` of all amounts if that is not negative. Afterwards `sh.goal` is what remains to be taken of that key, and
+// `sh.amount` the amount that it has. Takes eight bits at a time, by a histogram. Ends with a barrier.
 template <class Visit, class Amount>
-__device__ unsigned radix(Shared& sh, const Pick& p, Visit visit, Amount amount, u64 goal, double share) {
+__device__ unsigned radix_select(Shared& sh, const Pick& p, Visit visit, Amount amount, u64 goal, double fraction) {
     unsigned* low = (unsigned*)sh.pool;
     unsigned* high = low + BINS * COPIES;
     unsigned prefix = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
+        // Build the histogram of the next eight bits, of keys that begin with the prefix.
         for (int i = p.thread; i < 2 * BINS * COPIES; i += THREADS) low[i] = 0;
         __syncthreads();
         visit([&](float v, int id) {
@@ -356,12 +377,13 @@ __device__ unsigned radix(Shared& sh, const Pick& p, Visit visit, Amount amount,
             if (carry) atomicAdd(high + at, carry);
         });
         __syncthreads();
+        // Find the bin where the sum from the largest bin down reaches the goal: a bin a thread.
         u64 own = 0;
         int bin = BINS - 1 - p.thread;
         for (int i = 0; i < COPIES && bin >= 0; i++) own += low[bin * COPIES + i] | (u64)high[bin * COPIES + i] << 32;
         u64 until = block_scan(own, sh.scan_u64, p);
-        if (shift == 24 && share >= 0) {
-            if (p.thread == THREADS - 1) sh.goal = max(1ull, (u64)ceil(share * (double)until));
+        if (shift == 24 && fraction >= 0) {
+            if (p.thread == THREADS - 1) sh.goal = max(1ull, (u64)ceil(fraction * (double)until));
             __syncthreads();
             goal = sh.goal;
             __syncthreads();
@@ -379,32 +401,32 @@ __device__ unsigned radix(Shared& sh, const Pick& p, Visit visit, Amount amount,
     return prefix;
 }
 
-// The place of the last token that top_p (`mass`) or else top_k keeps of those at `limit` or better. Ends with a barrier.
-__device__ __noinline__ u64 last_place(Shared& sh, const Pick& p, u64 limit, bool mass, int top_k, float top_p,
-                                       Weigh weigh) {
-    // Masses are in fixed point, because integers sum to the same in any order.
+// The last candidate that top_p (if `mass`) or else top_k keeps, of those that are `limit` or better. Ends with a barrier.
+__device__ __noinline__ u64 lowest_kept(Shared& sh, const Pick& p, u64 limit, bool mass, int top_k, float top_p,
+                                       DrawWeight weigh) {
+    // Probability mass is summed in fixed point, because the order of integer sums does not matter.
     auto amount = [&](float v) { return mass ? (u64)(weigh(v) * FIXED) : 1ull; };
-    auto row = [&](auto f) { walk(p, f); };
-    auto within = [&](float v, int id) { return place_of(order_key(v), id) >= limit ? amount(v) : 0ull; };
-    unsigned key = radix(sh, p, row, within, top_k, mass ? top_p : -1.0);
-    // All with this key have the same amount: the lowest ids go first.
-    u64 one = amount(key_value(key)), ties = sh.amount / one, take = (sh.goal + one - 1) / one;
+    auto row = [&](auto f) { for_row(p, f); };
+    auto within = [&](float v, int id) { return candidate_of(order_key(v), id) >= limit ? amount(v) : 0ull; };
+    unsigned key = radix_select(sh, p, row, within, top_k, mass ? top_p : -1.0);
+    // Ties, all with this key, have the same amount: the lowest ids are kept.
+    u64 one = amount(key_logit(key)), ties = sh.amount / one, take = (sh.goal + one - 1) / one;
     unsigned id = ALL;
     if (take < ties) {
-        auto tie = [&](float v, int id) { return order_key(v) == key && place_of(key, id) >= limit ? 1.0 : 0.0; };
+        auto tie = [&](float v, int id) { return order_key(v) == key && candidate_of(key, id) >= limit ? 1.0 : 0.0; };
         segment_sums(sh, p, tie);
         id = pick_by_id(sh, p, ((double)take - 0.5) / (double)ties, tie);
     }
-    return max(limit, place_of(key, id));
+    return max(limit, candidate_of(key, id));
 }
 
-// Sorts the first `count` of the pool, best first; zeros, which are no places, fill up to a power of two.
+// Bitonic sort of the first `count` candidates of the pool, best first. Zeros, which are no candidates, pad to a power of two.
 __device__ void sort_pool(Shared& sh, const Pick& p, int count) {
     int n = 2;
     while (n < count) n *= 2;
     for (int i = count + p.thread; i < n; i += THREADS) sh.pool[i] = 0;
     __syncthreads();
-    // With strides up to 32, a warp works on its own 64 elements.
+    // With strides up to 32 a warp stays in its own 64 elements, and needs no barrier of the thread block.
     bool wide = false;
     for (int size = 2; size <= n; size *= 2) {
         for (int stride = size / 2; stride; stride /= 2) {
@@ -421,38 +443,40 @@ __device__ void sort_pool(Shared& sh, const Pick& p, int count) {
     __syncthreads();
 }
 
-// Fills the pool with the best of the row, best first: at least k of them (k <= SMALL, k <= vocab). Returns how many.
+// Fills the pool with at least the k best candidates of the row (k <= MAX_TOP, k <= vocab), best first. Returns how many there are.
 __device__ int gather(Shared& sh, const Pick& p, int k) {
     auto one = [](float, int) { return 1ull; };
     int chunks = 32 * p.segments;
-    // k chunks have a logit at or above the k-th largest of the chunks' maxima, so the k best are all there.
+    // Find a floor: the k-th largest of the chunks' maxima. At least k logits reach it, so the k best all do.
     unsigned floor = 0;
     if (k <= chunks) {
         auto visit = [&](auto f) {
             for (int i = p.thread; i < chunks; i += THREADS) f(p.maxima[i], i);
         };
-        floor = radix(sh, p, visit, one, k, -1.0);
+        floor = radix_select(sh, p, visit, one, k, -1.0);
     }
+    // Collect all logits that reach it.
     if (p.thread == 0) sh.count = 0;
     __syncthreads();
     auto add = [&](float v, int id) {
         int at = atomicAdd(&sh.count, 1);
-        if (at < CANDIDATES) sh.pool[at] = place_of(order_key(v), id);
+        if (at < POOL) sh.pool[at] = candidate_of(order_key(v), id);
     };
     for (int i = p.thread; i < chunks; i += THREADS) {
         if (order_key(p.maxima[i]) < floor) continue;
-        each(p.x, p.vocab, i / 32, i % 32, [&](float v, int id) {
+        for_chunk(p.x, p.vocab, i / 32, i % 32, [&](float v, int id) {
             if (order_key(v) >= floor) add(v, id);
         });
     }
     __syncthreads();
     int count = sh.count;
-    if (count > CANDIDATES) {
-        u64 limit = last_place(sh, p, 0, false, k, 1.0f, Weigh());
+    // If the pool overflowed, collect exactly the k best.
+    if (count > POOL) {
+        u64 limit = lowest_kept(sh, p, 0, false, k, 1.0f, DrawWeight());
         if (p.thread == 0) sh.count = 0;
         __syncthreads();
-        walk(p, [&](float v, int id) {
-            if (place_of(order_key(v), id) >= limit) add(v, id);
+        for_row(p, [&](float v, int id) {
+            if (candidate_of(order_key(v), id) >= limit) add(v, id);
         });
         count = k;
     }
@@ -460,23 +484,25 @@ __device__ int gather(Shared& sh, const Pick& p, int k) {
     return count;
 }
 
-// Draws from the first `count` of the sorted pool, cut where their weight reaches `top_p` of `total` (of their own if that is
-// negative). -1 if it does not reach that and there are `more`.
+// Draws from the first `count` candidates of the sorted pool, cut where their weights reach `top_p` of `total` (of their own total if that
+// is negative). Returns -1 if they do not reach it and there are `more` candidates outside the pool.
 __device__ __noinline__ int pick_sorted(Shared& sh, const Pick& p, int count, bool more, const Task& task, double total,
-                                        Weigh weigh) {
-    double w[EACH], own = 0;
-    for (int j = 0; j < EACH; j++) {
-        int i = p.thread * EACH + j;
-        w[j] = i < count ? weigh(place_value(sh.pool[i])) : 0;
+                                        DrawWeight weigh) {
+    // Weights of the thread's candidates.
+    double w[PER_THREAD], own = 0;
+    for (int j = 0; j < PER_THREAD; j++) {
+        int i = p.thread * PER_THREAD + j;
+        w[j] = i < count ? weigh(candidate_logit(sh.pool[i])) : 0;
         own += w[j];
     }
     double until = block_scan(own, sh.scan_f64, p), before = until - own;
     if (p.thread == THREADS - 1) sh.kept = until;
     if (p.thread == 0) sh.first = INT_MAX, sh.last = 0;
     __syncthreads();
+    // Cut: the first candidate where the running sum reaches top_p.
     double goal = task.top_p * (total < 0 ? sh.kept : total), reached = before;
-    for (int j = 0; j < EACH; j++) {
-        int i = p.thread * EACH + j;
+    for (int j = 0; j < PER_THREAD; j++) {
+        int i = p.thread * PER_THREAD + j;
         reached += w[j];
         if (i < count && reached >= goal) {
             atomicMin(&sh.first, i);
@@ -488,38 +514,42 @@ __device__ __noinline__ int pick_sorted(Shared& sh, const Pick& p, int count, bo
     if (cut == INT_MAX && more) return -1;
     cut = min(cut, count - 1);
     reached = before;
-    for (int j = 0; j < EACH; j++) {
+    for (int j = 0; j < PER_THREAD; j++) {
         reached += w[j];
-        if (p.thread * EACH + j == cut) sh.kept = reached;
+        if (p.thread * PER_THREAD + j == cut) sh.kept = reached;
     }
     __syncthreads();
+    // Draw: the first candidate up to the cut where the running sum exceeds the random share of what is kept.
     if (p.thread == 0) sh.first = INT_MAX;
     double left = task.uniform * sh.kept;
     __syncthreads();
     reached = before;
-    for (int j = 0; j < EACH; j++) {
-        int i = p.thread * EACH + j;
+    for (int j = 0; j < PER_THREAD; j++) {
+        int i = p.thread * PER_THREAD + j;
         reached += w[j];
         if (i > cut || !(w[j] > 0)) continue;
         atomicMax(&sh.last, i);
         if (reached > left) atomicMin(&sh.first, i);
     }
     __syncthreads();
-    return place_id(sh.pool[min(sh.first, sh.last)]);
+    return candidate_id(sh.pool[min(sh.first, sh.last)]);
 }
 
-// Draws a token. `limit` is the place of the last that top_k keeps, where that is more than SMALL; the pool has the best
-// `count` where top_k or top_p asks for it; `weights` are the sums of all weights by segment.
+// Draws a token. `limit`: the last candidate that top_k keeps, if top_k is more than MAX_TOP. The pool holds the best `count` candidates
+// if top_k or top_p needs them. `weights`: the sums of all weights by segment.
 __device__ int draw(Shared& sh, const Pick& p, const Task& task, float max, u64 limit, int count, const double* weights) {
-    Weigh weigh = {max, task.temperature, task.min_p};
-    if (task.top_k > 0 && task.top_k <= SMALL) return pick_sorted(sh, p, task.top_k, false, task, -1.0, weigh);
-    auto kept = [&](float v, int id) { return place_of(order_key(v), id) >= limit ? (double)weigh(v) : 0.0; };
+    DrawWeight weigh = {max, task.temperature, task.min_p};
+    // A small top_k: all kept candidates are in the pool.
+    if (task.top_k > 0 && task.top_k <= MAX_TOP) return pick_sorted(sh, p, task.top_k, false, task, -1.0, weigh);
+    auto kept = [&](float v, int id) { return candidate_of(order_key(v), id) >= limit ? (double)weigh(v) : 0.0; };
+    // Sums of the weights that top_k keeps.
     if (task.top_k > 0) {
         segment_sums(sh, p, kept);
     } else {
         for (int i = p.thread; i < p.segments; i += THREADS) sh.sums[i] = weights[i];
         __syncthreads();
     }
+    // top_p: from the pool if its candidates reach that mass, else find the last candidate and draw by id.
     if (task.top_p < 1.0f) {
         double until = block_scan(p.thread < p.segments ? sh.sums[p.thread] : 0.0, sh.scan_f64, p);
         if (p.thread == THREADS - 1) sh.kept = until;
@@ -529,10 +559,31 @@ __device__ int draw(Shared& sh, const Pick& p, const Task& task, float max, u64 
         int all = task.top_k > 0 ? task.top_k : p.vocab;
         int id = pick_sorted(sh, p, min(count, all), count < all, task, total, weigh);
         if (id >= 0) return id;
-        limit = last_place(sh, p, limit, true, 0, task.top_p, weigh);
+        limit = lowest_kept(sh, p, limit, true, 0, task.top_p, weigh);
         segment_sums(sh, p, kept);
     }
     return pick_by_id(sh, p, task.uniform, kept);
+}
+
+// Writes the rank and logit of token `id`, and the sum of exponentials.
+__device__ __forceinline__ void write_report(Shared& sh, const Pick& p, unsigned id, float max, const double* sums, unsigned* out) {
+    float own = p.x[id];
+    __syncthreads();
+    if (p.thread == 0) sh.count = 0;
+    __syncthreads();
+    if (own < max) {
+        unsigned larger = 0;
+        for_row(p, [&](float v, int) { larger += v > own; });
+        larger = __reduce_add_sync(ALL, larger);
+        if (p.lane == 0) atomicAdd(&sh.count, (int)larger);
+    }
+    double total = block_scan(p.thread < p.segments ? sums[p.thread] : 0.0, sh.scan_f64, p);
+    if (p.thread == THREADS - 1) {
+        out[1] = 1 + sh.count;
+        out[2] = __float_as_uint(own);
+        out[3] = 0;
+        *(double*)(out + 4) = total;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -552,41 +603,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     out += (size_t)blockIdx.x * stride;
     bool drawn = task.flags & DRAW, report = task.flags & REPORT;
 
+    // Gather the best candidates, as many as the draw and the report need.
     u64 limit = 0;
     int asked = 0;
-    if (drawn && task.top_k > SMALL) limit = last_place(sh, p, 0, false, task.top_k, 1.0f, Weigh());
-    if (drawn && task.top_k > 0 && task.top_k <= SMALL) asked = task.top_k;
-    else if (drawn && task.top_p < 1.0f) asked = min(SMALL, vocab);
+    if (drawn && task.top_k > MAX_TOP) limit = lowest_kept(sh, p, 0, false, task.top_k, 1.0f, DrawWeight());
+    if (drawn && task.top_k > 0 && task.top_k <= MAX_TOP) asked = task.top_k;
+    else if (drawn && task.top_p < 1.0f) asked = min(MAX_TOP, vocab);
     if (report) asked = asked > task.top ? asked : task.top;
     int count = asked > 0 ? gather(sh, p, asked) : 0;
+    // Report the most likely tokens, before the draw uses the pool for something else.
     if (report) {
         for (int i = thread; i < task.top; i += THREADS) {
-            out[6 + 2 * i] = place_id(sh.pool[i]);
-            out[7 + 2 * i] = __float_as_uint(place_value(sh.pool[i]));
+            out[6 + 2 * i] = candidate_id(sh.pool[i]);
+            out[7 + 2 * i] = __float_as_uint(candidate_logit(sh.pool[i]));
         }
-        // The pool may be used for something else.
         __syncthreads();
     }
+    // Choose.
     unsigned id = task.target != ~0u ? task.target : most.x;
     if (drawn) id = draw(sh, p, task, max, limit, count, sums + segments);
     if (thread == 0) out[0] = id;
-    if (!report) return;
-
-    float own = p.x[id];
-    __syncthreads();
-    if (thread == 0) sh.count = 0;
-    __syncthreads();
-    if (own < max) {
-        unsigned larger = 0;
-        walk(p, [&](float v, int) { larger += v > own; });
-        larger = __reduce_add_sync(ALL, larger);
-        if (p.lane == 0) atomicAdd(&sh.count, (int)larger);
-    }
-    double total = block_scan(thread < segments ? sums[thread] : 0.0, sh.scan_f64, p);
-    if (thread == THREADS - 1) {
-        out[1] = 1 + sh.count;
-        out[2] = __float_as_uint(own);
-        out[3] = 0;
-        *(double*)(out + 4) = total;
-    }
+    if (report) write_report(sh, p, id, max, sums, out);
 }
