@@ -1,5 +1,8 @@
-// dropout(x bf16 [n], n, seed, threshold, scale, y bf16 [n]): y = x scale, or 0 where 32 bits of SplitMix64(seed) are below the
-// threshold: the low half for the first value of a pair, the high half for the second. Grid (n / 512 up), 256 threads.
+// Dropout (launched from src/ops/dropout/cuda.rs).
+//
+//   dropout(x bf16 [n], n, seed, threshold, scale, y bf16 [n])
+//     y = x scale, or 0 where 32 random bits are below the threshold. A pair of values takes the 64 bits of SplitMix64(seed) at the pair's
+//     index: the low half for the first value, the high half for the second. Grid: n / 512 rounded up, 256 threads.
 
 #include "common.cuh"
 
@@ -8,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const int pair = blockIdx.x * 256 + threadIdx.x;
     pdl_wait();
     pdl_release();
+    // SplitMix64.
     unsigned long long z = seed + (pair + 1ull) * 0x9e3779b97f4a7c15ull;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;

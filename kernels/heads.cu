@@ -1,16 +1,17 @@
-// Biases of projected heads, and RMS norms of query and key heads, in place. A warp a head; a head's sum has an order fixed by dim.
+// Biases and QK norm: adds the projections' biases, and takes RMS norms of query and key heads, in place (launched from
+// src/ops/heads/cuda.rs). One warp per head; the sums over a head have an order fixed by dim.
 //
-// finish_heads(qkv bf16 [T, (heads + 2 kv_heads) dim], bias f32 [(heads + 2 kv_heads) dim] or null, q_norm and k_norm f32 [dim],
-//              both null or neither, eps, heads, kv_heads, touched, dim)
-//   x += bias; then for each query (key) head: x /= sqrt(mean(x^2) + eps), x *= q_norm (k_norm). Sums in f32, rounded once.
-//   Only the first `touched` heads are read and written. dim is even, at most 256. Grid (T, touched / 8 up), 256 threads.
-// finish_heads_backward(dqkv, x both as qkv, q_norm, k_norm, eps, heads, kv_heads, dim)
-//   dqkv of query and key heads, the gradient of the norms' results, becomes that of the x they were taken of. The same grid.
+//   finish_heads(qkv bf16 [T, (heads + 2 kv_heads) dim], bias f32 [(heads + 2 kv_heads) dim] or null, q_norm and k_norm f32 [dim], both
+//                null or neither, eps, heads, kv_heads, touched, dim)
+//     x += bias; then for each query (key) head: x /= sqrt(mean(x^2) + eps), x *= q_norm (k_norm). Computed in f32, rounded once. Only the
+//     first `touched` heads of each row are read and written. dim is even, at most 256. Grid: (T, touched / 8 rounded up), 256 threads.
+//   finish_heads_backward(dqkv, x, q_norm, k_norm, eps, heads, kv_heads, dim)
+//     dqkv and x have the shape of qkv; x is the input of the norms. Replaces the gradient of the norms' outputs in dqkv by that of their
+//     inputs, for query and key heads. Grid: (T, (heads + kv_heads) / 8 rounded up), 256 threads.
 
 #include "common.cuh"
 
-// Pairs of values a lane keeps.
-constexpr int PAIRS = 4;
+constexpr int PAIRS = 4;  // pairs of values that a lane keeps: heads up to 64 * PAIRS wide
 
 extern "C" __global__ void __launch_bounds__(256)
 finish_heads(bf16 *qkv, const float *bias, const float *q_norm, const float *k_norm,
@@ -19,6 +20,7 @@ finish_heads(bf16 *qkv, const float *bias, const float *q_norm, const float *k_n
     pdl_wait();
     if (head < touched) {
         bf162 *to = (bf162 *)(qkv + (size_t)blockIdx.x * (heads + 2 * kv_heads) * dim + (size_t)head * dim);
+        // Load, and add the bias.
         float2 x[PAIRS];
         float squares = 0.f;
 #pragma unroll
@@ -33,6 +35,7 @@ finish_heads(bf16 *qkv, const float *bias, const float *q_norm, const float *k_n
                 squares += x[p].x * x[p].x + x[p].y * x[p].y;
             }
         }
+        // Reduce, normalise and store.
         const float *weight = head < heads ? q_norm : head < heads + kv_heads ? k_norm : nullptr;
         const float scale = rsqrtf(warp_sum(squares) / dim + eps);
 #pragma unroll
@@ -60,6 +63,7 @@ finish_heads_backward(bf16 *dqkv, const bf16 *qkv, const float *q_norm, const fl
         bf162 *to = (bf162 *)(dqkv + at);
         const bf162 *from = (const bf162 *)(qkv + at);
         const float *weight = head < heads ? q_norm : k_norm;
+        // Load.
         float2 x[PAIRS], g[PAIRS];
         float squares = 0.f, product = 0.f;
 #pragma unroll
@@ -73,12 +77,13 @@ finish_heads_backward(bf16 *dqkv, const bf16 *qkv, const float *q_norm, const fl
                 product += x[p].x * g[p].x + x[p].y * g[p].y;
             }
         }
+        // Reduce and store.
         const float scale = rsqrtf(warp_sum(squares) / dim + eps);
-        const float share = warp_sum(product) / dim * scale * scale;
+        const float proj = warp_sum(product) / dim * scale * scale;
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) {
             const int i = lane + 32 * p;
-            if (2 * i < dim) to[i] = __floats2bfloat162_rn(scale * (g[p].x - share * x[p].x), scale * (g[p].y - share * x[p].y));
+            if (2 * i < dim) to[i] = __floats2bfloat162_rn(scale * (g[p].x - proj * x[p].x), scale * (g[p].y - proj * x[p].y));
         }
     }
     pdl_release();

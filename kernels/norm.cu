@@ -1,14 +1,16 @@
-// RMSNorm, alone or after a residual sum. One block a row, 4 values a thread and round; a row's sum has an order fixed by n.
+// RMSNorm, alone or after adding the residual, and its gradient (launched from src/ops/norm/cuda.rs). One thread block per row, 4 values
+// per thread and round. The sums over a row have an order fixed by n.
 //
-// rms_norm(x f32 [T, n], weight f32 [n], eps, n, y bf16 [T, n])
-// add_rms_norm(x f32 [T, n], delta bf16 [T, n], weight f32 [n], eps, n, sum f32 [T, n], y bf16 [T, n])
-//   sum = x + delta, y = norm(sum). n is a multiple of 4; grid T, threads a multiple of 32.
-// rms_norm_backward(x f32 [T, n], weight f32 [n], dy bf16 [T, n], residual f32 [T, n] or null, eps, n, dx f32 [T, n])
-//   dx = residual + (weight dy - x sum(x weight dy) / (n (mean(x^2) + eps))) / sqrt(mean(x^2) + eps). The same n and grid.
+//   rms_norm(x f32 [T, n], weight f32 [n], eps, n, y bf16 [T, n])
+//   add_rms_norm(x f32 [T, n], delta bf16 [T, n], weight f32 [n], eps, n, sum f32 [T, n], y bf16 [T, n])
+//     sum = x + delta, y = norm(sum).
+//   rms_norm_backward(x f32 [T, n], weight f32 [n], dy bf16 [T, n], residual f32 [T, n] or null, eps, n, dx f32 [T, n])
+//     dx = residual + (weight dy - x sum(x weight dy) / (n (mean(x^2) + eps))) / sqrt(mean(x^2) + eps).
+//   n is a multiple of 4, at most 16384. Grid: T; the number of threads is a multiple of 32, at least n / 16.
 
 #include "common.cuh"
 
-// Sum over the block, the same in every thread. Two in one kernel need an array each.
+// Sum over the thread block, the same in every thread. Each call in a kernel needs an array of its own.
 __device__ __forceinline__ float block_sum(float v, float *parts) {
     v = warp_sum(v);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
@@ -16,21 +18,23 @@ __device__ __forceinline__ float block_sum(float v, float *parts) {
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.f);
 }
 
+// Loads four values.
 __device__ __forceinline__ float4 load_bf16(const bf16 *from) {
     const uint2 v = *(const uint2 *)from;
     const float2 lo = __bfloat1622float2(*(const bf162 *)&v.x), hi = __bfloat1622float2(*(const bf162 *)&v.y);
     return make_float4(lo.x, lo.y, hi.x, hi.y);
 }
 
-// Rounds of values that stay in registers: rows up to 4 * 1024 * ROUNDS.
-constexpr int ROUNDS = 4;
+constexpr int ROUNDS = 4;  // rounds of 4 values that a thread keeps in registers: rows up to 4 * 1024 * ROUNDS
 
+// ADD: whether to add delta first, and store the sum.
 template <bool ADD>
 __device__ __forceinline__ void norm(const float *x, const bf16 *delta, const float *weight,
                                      float eps, int n, float *sum, bf16 *y) {
     const size_t row = (size_t)blockIdx.x * n;
     pdl_release();
     pdl_wait();
+    // Load, and add the residual.
     float4 v[ROUNDS];
     float squares = 0.f;
 #pragma unroll
@@ -46,6 +50,7 @@ __device__ __forceinline__ void norm(const float *x, const bf16 *delta, const fl
             squares += v[r].x * v[r].x + v[r].y * v[r].y + v[r].z * v[r].z + v[r].w * v[r].w;
         }
     }
+    // Reduce, normalise and store.
     __shared__ float parts[32];
     const float scale = rsqrtf(block_sum(squares, parts) / n + eps);
 #pragma unroll
@@ -64,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     rms_norm_backward(const float *x, const float *weight, const bf16 *dy, const float *residual, float eps, int n, float *dx) {
     const size_t row = (size_t)blockIdx.x * n;
     pdl_wait();
+    // Load.
     float4 v[ROUNDS], g[ROUNDS];
     float squares = 0.f, product = 0.f;
 #pragma unroll
@@ -77,17 +83,18 @@ extern "C" __global__ void __launch_bounds__(1024)
             product += v[r].x * g[r].x + v[r].y * g[r].y + v[r].z * g[r].z + v[r].w * g[r].w;
         }
     }
+    // Reduce and store.
     __shared__ float parts[2][32];
     const float scale = rsqrtf(block_sum(squares, parts[0]) / n + eps);
-    const float share = block_sum(product, parts[1]) / n * scale * scale;
+    const float proj = block_sum(product, parts[1]) / n * scale * scale;
     pdl_release();
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
         const int i = 4 * (threadIdx.x + r * blockDim.x);
         if (i < n) {
             const float4 b = residual ? *(const float4 *)(residual + row + i) : make_float4(0.f, 0.f, 0.f, 0.f);
-            *(float4 *)(dx + row + i) = make_float4(b.x + scale * (g[r].x - share * v[r].x), b.y + scale * (g[r].y - share * v[r].y),
-                                                    b.z + scale * (g[r].z - share * v[r].z), b.w + scale * (g[r].w - share * v[r].w));
+            *(float4 *)(dx + row + i) = make_float4(b.x + scale * (g[r].x - proj * v[r].x), b.y + scale * (g[r].y - proj * v[r].y),
+                                                    b.z + scale * (g[r].z - proj * v[r].z), b.w + scale * (g[r].w - proj * v[r].w));
         }
     }
 }

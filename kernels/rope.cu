@@ -1,18 +1,22 @@
-// Rotary embedding: of a fused qkv row together with the append to the cache (src/ops/attention/cuda.rs launches it), or alone.
+// Rotary position embedding (RoPE): of a fused qkv row together with the append to the KV cache (launched from
+// src/ops/attention/cuda.rs), or alone, forward and backward (launched from src/ops/rope/cuda.rs). Rotates dimension i with i + dim / 2.
 //
-// rope_append_8 / _1 (qkv bf16 [T][heads + 2 kv_heads][dim], cache bf16 [blocks][2][kv_heads][16 tokens][dim], positions u32 [T],
-//     slots u32 [T], table f32 [positions][dim / 2 cos, dim / 2 sin], heads, kv_heads, dim)
-//   Turns queries and keys in place, dimension i with i + dim / 2, and writes keys and values at slot = block 16 + token; none
-//   where slot is ~0. grid [T, pieces / 128 up], 128 threads; a piece is 8 (1) pairs of a head. _8: dim % 16 == 0, addresses
-//   16-byte aligned.
-// rope_turn_8 / _1 (x bf16 [T][width], positions u32 [T], table, heads, width, dim, side)
-//   Turns the first `heads` heads of each row in place, forward (side 1) or back (-1). grid [T, pieces / 128 up], 128 threads.
+// table: f32 [positions][dim / 2 cosines, dim / 2 sines]. _8 / _1: pairs of dimensions that a thread takes; _8 needs dim % 16 == 0 and
+// 16-byte alignment.
+//
+//   rope_append_8 / _1 (qkv bf16 [T][heads + 2 kv_heads][dim], cache bf16 [blocks][2][kv_heads][16 tokens][dim], positions u32 [T],
+//                       slots u32 [T], table, heads, kv_heads, dim)
+//     Rotates queries and keys in place, and writes keys and values to the cache at slot = 16 block + token; not where slot is ~0.
+//     Grid: (T, (heads + 2 kv_heads) dim / 2 / pairs / 128 rounded up), 128 threads.
+//   rope_turn_8 / _1 (x bf16 [T][width], positions u32 [T], table, heads, width, dim, side)
+//     Rotates the first `heads` heads of each row in place, forward (side 1) or back (-1).
+//     Grid: (T, heads dim / 2 / pairs / 128 rounded up), 128 threads.
 #include "common.cuh"
 
-constexpr int PAGE = 16;  // tokens of a cache block
+constexpr int KV_BLOCK = 16;  // tokens of a KV block
 
-// PAIRS dimensions i of a head, and as many i + dim / 2.
-template <int PAIRS> struct Piece {
+// PAIRS dimensions of the first half of a head (a), and those that they are rotated with (b).
+template <int PAIRS> struct HeadPairs {
     __align__(16) bf16 a[PAIRS], b[PAIRS];
 
     __device__ __forceinline__ void load(const bf16 *from, int half) {
@@ -32,8 +36,8 @@ template <int PAIRS> struct Piece {
     }
 };
 
-// Their angles.
-template <int PAIRS> struct Turn {
+// The cosines and sines of their angles.
+template <int PAIRS> struct Rotation {
     __align__(16) float cos[PAIRS], sin[PAIRS];
 
     __device__ __forceinline__ void load(const float *from, int half) {
@@ -48,61 +52,66 @@ template <int PAIRS> struct Turn {
         }
     }
 
-    __device__ __forceinline__ void apply(Piece<PAIRS> &x, float side) const {
+    __device__ __forceinline__ void apply(HeadPairs<PAIRS> &x, float direction) const {
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            const float u = __bfloat162float(x.a[i]), v = __bfloat162float(x.b[i]), s = side * sin[i];
+            const float u = __bfloat162float(x.a[i]), v = __bfloat162float(x.b[i]), s = direction * sin[i];
             x.a[i] = __float2bfloat16_rn(u * cos[i] - v * s);
             x.b[i] = __float2bfloat16_rn(v * cos[i] + u * s);
         }
     }
 };
 
+// PAIRS: pairs of dimensions of a thread, 8 or 1.
 template <int PAIRS>
 __device__ __forceinline__ void rope_append(bf16 *qkv, bf16 *cache, const uint32_t *positions, const uint32_t *slots,
                                             const float *table, int heads, int kv_heads, int dim) {
-    const int half = dim / 2, pieces = half / PAIRS;
-    const int piece = blockIdx.y * blockDim.x + threadIdx.x;
-    const int head = piece / pieces, d = piece % pieces * PAIRS;
-    // Attention may ask for keys early where they are few; for many rows it would take bandwidth from kernels that still run
-    // (benches/results/2026-11-27-h100).
+    const int half = dim / 2, per_head = half / PAIRS;
+    const int i = blockIdx.y * blockDim.x + threadIdx.x;
+    const int head = i / per_head, d = i % per_head * PAIRS;
+    // With few rows, attention may start early and prefetch keys. With many rows that would take bandwidth from kernels that still run
+    // (measured in benches/results/2026-11-27-h100).
     const bool few = gridDim.x <= 16;
     if (few) pdl_release();
     if (head >= heads + 2 * kv_heads) return;
+    // Load the position and its angles, which need no wait for the previous kernel.
     const uint32_t slot = load_word(slots + blockIdx.x), position = load_word(positions + blockIdx.x);
-    const bool turns = head < heads + kv_heads;
-    Turn<PAIRS> turn;
-    if (turns) turn.load(table + (size_t)position * dim + d, half);
+    const bool rotates = head < heads + kv_heads;
+    Rotation<PAIRS> rotation;
+    if (rotates) rotation.load(table + (size_t)position * dim + d, half);
     pdl_wait();
     if (!few) pdl_release();
+    // Rotate.
     bf16 *at = qkv + ((size_t)blockIdx.x * (heads + 2 * kv_heads) + head) * dim + d;
-    Piece<PAIRS> x;
+    HeadPairs<PAIRS> x;
     x.load(at, half);
-    if (turns) {
-        turn.apply(x, 1.f);
+    if (rotates) {
+        rotation.apply(x, 1.f);
         x.store(at, half);
     }
+    // Append to the cache.
     if (head >= heads && slot != ~0u) {
-        // Heads of a block are numbered through keys and values.
-        x.store(cache + ((size_t)(slot / PAGE) * 2 * kv_heads + head - heads) * PAGE * dim + slot % PAGE * dim + d, half);
+        // In a KV block, value heads follow key heads, as they do in qkv.
+        x.store(cache + ((size_t)(slot / KV_BLOCK) * 2 * kv_heads + head - heads) * KV_BLOCK * dim + slot % KV_BLOCK * dim + d, half);
     }
 }
 
+// PAIRS: pairs of dimensions of a thread, 8 or 1.
 template <int PAIRS>
 __device__ __forceinline__ void rope_turn(bf16 *x, const uint32_t *positions, const float *table, int heads, int width, int dim,
                                           float side) {
-    const int half = dim / 2, pieces = half / PAIRS;
-    const int piece = blockIdx.y * blockDim.x + threadIdx.x;
-    const int head = piece / pieces, d = piece % pieces * PAIRS;
+    const int half = dim / 2, per_head = half / PAIRS;
+    const int i = blockIdx.y * blockDim.x + threadIdx.x;
+    const int head = i / per_head, d = i % per_head * PAIRS;
     pdl_wait();
     pdl_release();
     if (head >= heads) return;
-    Turn<PAIRS> turn;
-    turn.load(table + (size_t)positions[blockIdx.x] * dim + d, half);
+    Rotation<PAIRS> rotation;
+    rotation.load(table + (size_t)positions[blockIdx.x] * dim + d, half);
     bf16 *at = x + (size_t)blockIdx.x * width + head * dim + d;
-    Piece<PAIRS> values;
+    HeadPairs<PAIRS> values;
     values.load(at, half);
-    turn.apply(values, side);
+    rotation.apply(values, side);
     values.store(at, half);
 }
 

@@ -1,12 +1,14 @@
-// SwiGLU and its gradient, x = [gate | up]. VALUES (8 or 2) values a thread; grid (T, n / (256 VALUES) up), 256 threads.
+// SwiGLU and its gradient, with x = [gate | up] (launched from src/ops/swiglu/cuda.rs). A thread takes VALUES values, 8 or 2; n is a
+// multiple of VALUES. Grid: (T, n / (256 VALUES) rounded up), 256 threads.
 //
-// swiglu_8 / _2 (x bf16 [T, 2 n], n, y bf16 [T, n])
-//   y = silu(gate) up.
-// swiglu_backward_8 / _2 (x bf16 [T, 2 n], dy bf16 [T, n], n, dx bf16 [T, 2 n])
-//   dx = [dy up silu'(gate) | dy silu(gate)]. n is a multiple of VALUES.
+//   swiglu_8 / _2 (x bf16 [T, 2 n], n, y bf16 [T, n])
+//     y = silu(gate) up.
+//   swiglu_backward_8 / _2 (x bf16 [T, 2 n], dy bf16 [T, n], n, dx bf16 [T, 2 n])
+//     dx = [dy up silu'(gate) | dy silu(gate)].
 
 #include "common.cuh"
 
+// VALUES neighbouring values of a row, in f32.
 template <int VALUES> struct Values {
     static constexpr int PAIRS = VALUES / 2;
     float2 v[PAIRS];
@@ -48,7 +50,7 @@ template <int VALUES> __device__ __forceinline__ void forward(const bf16 *x, int
     h.store(y + (size_t)blockIdx.x * n + i);
 }
 
-// The gradients of gate and up.
+// The gradients of gate (x) and up (y).
 __device__ __forceinline__ float2 gradients(float gate, float up, float dy) {
     const float s = sigmoid(gate);
     return make_float2(dy * up * s * (1.f + gate * (1.f - s)), dy * gate * s);

@@ -1,10 +1,14 @@
-// Products of matrices in shared memory with sums in registers, by a block of four warps: on Hopper as one warpgroup (wgmma), else
-// by each warp (mma.sync).
+// Products of matrices in shared memory, with sums in registers, by a thread block of four warps: on Hopper as one warpgroup (wgmma),
+// elsewhere by each warp (mma.sync).
 //
-// A matrix lies in panels of 64 columns, a row of a panel being 128 bytes: eight chunks of 16 that are exchanged by the row's
-// number, so that eight rows' chunks of the same number are in different banks; wgmma's 128-byte swizzle is the same. Matrices
-// start at multiples of 1024. Of 64 rows of sums, warp w has 16 w to 16 w + 15, lane l of these l/4 and l/4 + 8 and of each 8 columns
-// 2(l%4)..+1. On Hopper products run while the program goes on, until `finish`.
+// Shared memory layout. A matrix lies in panels of 64 columns. A row of a panel is 128 bytes, eight chunks of 16 bytes, which are permuted
+// by the row's number so that the same chunk of eight rows lies in different banks. This is wgmma's 128-byte swizzle. Matrices are aligned
+// to 1024 bytes.
+//
+// Register layout. Of 64 rows of sums, warp w has rows 16 w to 16 w + 15. Of these, lane l has rows l/4 and l/4 + 8, and of each 8 columns
+// 2(l%4)..+1.
+//
+// On Hopper products are asynchronous: `start_*` starts them, and `finish` waits for them.
 #pragma once
 
 #include "common.cuh"
@@ -13,37 +17,40 @@
 #define WARPGROUPS
 #endif
 
+// Two values as a pair of bf16.
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     const bf162 v = __floats2bfloat162_rn(low, high);
     return *(const uint32_t *)&v;
 }
 
+// Loads four 8x8 matrices of 16-bit values. Each lane passes the address of one row.
 __device__ __forceinline__ void ldmatrix(uint32_t r[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
+// The same, transposed.
 __device__ __forceinline__ void ldmatrix_trans(uint32_t r[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
-constexpr int PANEL_ROW = 128;  // bytes
+constexpr int PANEL_ROW = 128;  // bytes of a row of a panel
 
-// Bytes of a matrix of ROWS rows.
+// Bytes of a matrix of ROWS rows and DIM columns.
 template <int DIM, int ROWS> constexpr int panels_bytes = (DIM + 63) / 64 * ROWS * PANEL_ROW;
 
-// Where a row's chunk lies in a matrix of ROWS rows.
+// Byte offset of a row's chunk in a matrix of ROWS rows.
 template <int ROWS> __device__ __forceinline__ uint32_t place_panel(int row, int chunk) {
     return chunk / 8 * ROWS * PANEL_ROW + row * PANEL_ROW + ((chunk ^ row) & 7) * 16;
 }
 
-// The address of columns 16 k and on, given that of the first 16.
+// The address of columns 16 k to 16 k + 15, given that of columns 0 to 15, in a matrix of ROWS rows.
 template <int ROWS> __device__ __forceinline__ uint32_t step(uint32_t at, int k) {
     return (at ^ 32 * (k % 4)) + k / 4 * ROWS * PANEL_ROW;
 }
 
-// Writes 16 rows of sums as bf16, times `factor`, to rows of a shared matrix.
+// Writes a warp's 16 rows of sums, times `factor`, as bf16 to a shared matrix of ROWS rows and DIM columns.
 template <int DIM, int ROWS>
 __device__ __forceinline__ void store_shared(uint8_t *to, const float (&o)[DIM / 8][4], float factor, int lane) {
 #pragma unroll
@@ -56,7 +63,8 @@ __device__ __forceinline__ void store_shared(uint8_t *to, const float (&o)[DIM /
 
 #ifdef WARPGROUPS
 
-// A matrix as wgmma takes it: groups of eight rows are 1024 bytes apart, panels (of matrices that it transposes) `panel`.
+// A wgmma descriptor: 128-byte swizzle, 1024 bytes between groups of eight rows, `panel` bytes between panels (only used for transposed
+// matrices).
 __device__ __forceinline__ uint64_t descriptor(uint32_t at, uint32_t panel) {
     return (uint64_t)(at >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
 }
@@ -64,7 +72,7 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t at, uint32_t panel) {
 #define S4(i) "+f"(s[i][0]), "+f"(s[i][1]), "+f"(s[i][2]), "+f"(s[i][3])
 #define S16(i) S4(i), S4(i + 1), S4(i + 2), S4(i + 3)
 
-// s (+)= a b^T for 64 rows of `a` and 32 or 64 of `b`, 16 columns.
+// s (+)= a b^T over 16 columns, for 64 rows of `a` and 32 or 64 rows of `b`.
 __device__ __forceinline__ void wgmma_columns(float (&s)[4][4], uint64_t a, uint64_t b, bool add) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, %18, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
@@ -82,7 +90,7 @@ __device__ __forceinline__ void wgmma_columns(float (&s)[8][4], uint64_t a, uint
                  : S16(0), S16(4) : "l"(a), "l"(b), "r"((int)add));
 }
 
-// s += a b for 64 rows of `a` in registers and 16 rows of `b`: 64, 96 or 128 columns.
+// s += a b for 64 rows of `a` in registers and 16 rows of `b`, which has 64, 96 or 128 columns.
 __device__ __forceinline__ void wgmma_rows(float (&s)[8][4], const uint32_t (&a)[4], uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -115,14 +123,14 @@ __device__ __forceinline__ void wgmma_rows(float (&s)[16][4], const uint32_t (&a
 
 #endif
 
-// What this thread has copied into shared memory is there for products after the next barrier.
+// Makes this thread's completed copies to shared memory visible to wgmma, for products after the next barrier.
 __device__ __forceinline__ void publish_copies() {
 #ifdef WARPGROUPS
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// Starts s = a b^T: 64 rows at `a_at`, of a matrix of A_ROWS, and the 8 TILES of matrix b, DIM columns.
+// Starts s = a b^T. a: 64 rows at `a_at`, in a matrix of A_ROWS rows. b: a matrix of 8 TILES rows at `b_at`. Both have DIM columns.
 template <int DIM, int A_ROWS, int TILES>
 __device__ __forceinline__ void start_products(float (&s)[TILES][4], uint32_t a_at, uint32_t b_at) {
 #ifdef WARPGROUPS
@@ -153,7 +161,7 @@ __device__ __forceinline__ void start_products(float (&s)[TILES][4], uint32_t a_
 #endif
 }
 
-// Starts o += s b: 64 rows of `s`, rounded to bf16, and the 8 TILES of matrix b, DIM columns.
+// Starts o += s b. s: 64 rows, rounded to bf16. b: a matrix of 8 TILES rows and DIM columns at `b_at`.
 template <int DIM, int TILES>
 __device__ __forceinline__ void start_accumulate(float (&o)[DIM / 8][4], const float (&s)[TILES][4], uint32_t b_at) {
     uint32_t a[TILES / 2][4];
@@ -182,11 +190,11 @@ __device__ __forceinline__ void start_accumulate(float (&o)[DIM / 8][4], const f
 #endif
 }
 
-// Waits until all products but the last `LEFT` that were started have ended; `s` are the sums that are to be used.
+// Waits until at most the LEFT youngest products are still running. `s`: the sums that the caller uses next.
 template <int LEFT, int TILES> __device__ __forceinline__ void finish(float (&s)[TILES][4]) {
 #ifdef WARPGROUPS
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-    // So that no use comes before.
+    // Keeps the compiler from using the sums earlier.
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
