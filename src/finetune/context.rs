@@ -9,7 +9,7 @@ use super::tensorboard;
 use crate::adapter::peft;
 use crate::lora::weights::AdapterWeights;
 use crate::runtime::Runtime;
-use crate::train::job::{Job, JobReport};
+use crate::train::job::{Job, ReportFn};
 use crate::train::spec::JobSpec;
 use crate::train::state;
 use crate::{Error, Result};
@@ -28,7 +28,7 @@ pub struct JobContext {
 
 impl JobContext {
     /// Reads a job's files and chooses its settings. Blocks. Errors: as [`prepare::prepare`]; a file cannot be read.
-    pub fn read(&self, record: &JobRecord) -> Result<Prepared> {
+    pub(crate) fn read(&self, record: &JobRecord) -> Result<Prepared> {
         let content = |id: &str, param: &str| {
             let unreadable = |e| Error::invalid(format!("file {id:?} cannot be read: {e}")).param(param);
             std::fs::read(self.store.file_path(id)).map_err(unreadable)
@@ -49,7 +49,7 @@ impl JobContext {
 
     /// A job for the trainer, which sends its reports to `report`. Blocks. Errors: as [`Self::read`] and
     /// [`Self::continued_adapter`]; the job's directory cannot be made.
-    pub(super) fn job(&self, record: &JobRecord, report: Box<dyn FnMut(JobReport) + Send>) -> Result<Job> {
+    pub(super) fn job(&self, record: &JobRecord, report: ReportFn) -> Result<Job> {
         let Prepared { train, valid, spec } = self.read(record)?;
         // A job keeps the settings that were chosen first, also when it resumes.
         let spec = record.spec.clone().unwrap_or(spec);

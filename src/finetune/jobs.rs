@@ -17,7 +17,7 @@ use crate::{Error, Result};
 
 /// A change of a job's status that a client asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum JobAction {
+pub(crate) enum JobAction {
     Cancel,
     Pause,
     Resume,
@@ -42,33 +42,33 @@ impl Jobs {
     }
 
     /// What jobs need of the server.
-    pub fn context(&self) -> &Arc<JobContext> {
+    pub(crate) fn context(&self) -> &Arc<JobContext> {
         &self.context
     }
 
     /// Files and jobs on disk.
-    pub fn store(&self) -> &Arc<Store> {
+    pub(crate) fn store(&self) -> &Arc<Store> {
         &self.context.store
     }
 
     /// Creates a job.
-    pub async fn create(&self, record: JobRecord) -> Result<JobRecord> {
+    pub(crate) async fn create(&self, record: JobRecord) -> Result<JobRecord> {
         self.ask(|reply| ManagerMessage::Create(Box::new(record), reply)).await?
     }
 
     /// Cancels, pauses or resumes a job. Errors: there is no such job, or its status does not allow the action.
-    pub async fn change(&self, id: &str, action: JobAction) -> Result<JobRecord> {
+    pub(crate) async fn change(&self, id: &str, action: JobAction) -> Result<JobRecord> {
         self.ask(|reply| ManagerMessage::Change(id.to_owned(), action, reply)).await?
     }
 
     /// Stops all jobs once their states are written. They continue at the next start.
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         // Without an answer the manager has ended already.
         let _ = self.ask(ManagerMessage::Stop).await;
     }
 
     /// Figures for the metrics page.
-    pub fn gauges(&self) -> Vec<JobGauge> {
+    pub(crate) fn gauges(&self) -> Vec<JobGauge> {
         self.gauges.all()
     }
 

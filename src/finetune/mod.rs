@@ -20,14 +20,14 @@
 
 pub mod context;
 mod gauges;
-pub mod history;
+pub(crate) mod history;
 pub mod jobs;
 mod manager;
-pub mod prepare;
+pub(crate) mod prepare;
 mod publish;
-pub mod record;
+pub(crate) mod record;
 mod reports;
-pub mod results;
-pub mod settings;
+pub(crate) mod results;
+pub(crate) mod settings;
 pub mod store;
-pub mod tensorboard;
+pub(crate) mod tensorboard;

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 
 /// Kind of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ObjectKind {
+pub(crate) enum ObjectKind {
     /// An uploaded file, or a result of a job.
     File,
     /// A fine-tuning job.
@@ -46,7 +46,7 @@ impl ObjectKind {
 
 /// A page of a list.
 #[derive(Debug, Clone, Default)]
-pub struct PageQuery {
+pub(crate) struct PageQuery {
     /// Id of the last object of the page before.
     pub after: Option<String>,
     /// Most objects of the page.
@@ -96,7 +96,7 @@ impl Store {
     }
 
     /// Runs blocking work from async code.
-    pub async fn run<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -106,7 +106,7 @@ impl Store {
 
     /// Adds an object, or replaces the one with that id. `parent` is the job of an event, checkpoint, step or validation, and
     /// empty otherwise.
-    pub fn put<T: Serialize>(&self, kind: ObjectKind, id: &str, parent: &str, doc: &T) -> Result<()> {
+    pub(crate) fn put<T: Serialize>(&self, kind: ObjectKind, id: &str, parent: &str, doc: &T) -> Result<()> {
         let doc = serde_json::to_string(doc).map_err(|e| Error::internal(e.to_string()))?;
         // Updates the row instead of replacing it, so that the object keeps its place in lists.
         self.db()
@@ -120,7 +120,7 @@ impl Store {
     }
 
     /// An object, if it exists.
-    pub fn find<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str) -> Result<Option<T>> {
+    pub(crate) fn find<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str) -> Result<Option<T>> {
         let doc = self
             .db()
             .prepare_cached("SELECT doc FROM objects WHERE id = ?1 AND kind = ?2")
@@ -130,7 +130,7 @@ impl Store {
     }
 
     /// An object. Errors: not found, with `param`.
-    pub fn get<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str, param: &str) -> Result<T> {
+    pub(crate) fn get<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str, param: &str) -> Result<T> {
         self.find(kind, id)?.ok_or_else(|| {
             let what = if kind == ObjectKind::Job { "fine-tuning job" } else { kind.word() };
             Error::not_found(format!("there is no {what} {id:?}")).param(param)
@@ -138,13 +138,13 @@ impl Store {
     }
 
     /// Removes an object. False if it did not exist.
-    pub fn delete(&self, kind: ObjectKind, id: &str) -> Result<bool> {
+    pub(crate) fn delete(&self, kind: ObjectKind, id: &str) -> Result<bool> {
         let removed = self.db().execute("DELETE FROM objects WHERE id = ?1 AND kind = ?2", [id, kind.word()]);
         removed.map(|rows| rows > 0).map_err(failed)
     }
 
     /// A page of the objects of `parent` for which `keep` is true, and whether there are more. Errors: unknown `after`.
-    pub fn page<T: DeserializeOwned>(
+    pub(crate) fn page<T: DeserializeOwned>(
         &self,
         kind: ObjectKind,
         parent: &str,
@@ -186,28 +186,28 @@ impl Store {
     }
 
     /// All objects of `parent`, oldest first.
-    pub fn all<T: DeserializeOwned>(&self, kind: ObjectKind, parent: &str) -> Result<Vec<T>> {
+    pub(crate) fn all<T: DeserializeOwned>(&self, kind: ObjectKind, parent: &str) -> Result<Vec<T>> {
         let all = PageQuery { after: None, limit: usize::MAX, ascending: true };
         self.page(kind, parent, &all, |_| true).map(|(objects, _)| objects)
     }
 
     /// Path of a file's content.
-    pub fn file_path(&self, id: &str) -> PathBuf {
+    pub(crate) fn file_path(&self, id: &str) -> PathBuf {
         self.files_dir().join(id)
     }
 
     /// Directory of the contents of files.
-    pub fn files_dir(&self) -> PathBuf {
+    pub(crate) fn files_dir(&self) -> PathBuf {
         self.dir.join("files")
     }
 
     /// Directory of a job's checkpoints and state.
-    pub fn job_dir(&self, id: &str) -> PathBuf {
+    pub(crate) fn job_dir(&self, id: &str) -> PathBuf {
         self.jobs_dir().join(id)
     }
 
     /// Directory of the directories of all jobs.
-    pub fn jobs_dir(&self) -> PathBuf {
+    pub(crate) fn jobs_dir(&self) -> PathBuf {
         self.dir.join("jobs")
     }
 

@@ -7,13 +7,13 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::history::append;
-use crate::train::job::JobReport;
+use crate::train::job::{JobReport, ReportFn};
 
 /// TensorBoard reads every file with `tfevents` in its name. A job has one file, to which a resumed run appends.
 const EVENTS: &str = "events.out.tfevents.quiver";
 
 /// Wraps `report` such that figures also go to an event file in `dir`. Training continues if the file cannot be written.
-pub fn with_events(dir: &Path, mut report: impl FnMut(JobReport) + Send + 'static) -> Box<dyn FnMut(JobReport) + Send> {
+pub fn with_events(dir: &Path, mut report: impl FnMut(JobReport) + Send + 'static) -> ReportFn {
     let (path, mut broken) = (dir.join(EVENTS), false);
     Box::new(move |received| {
         if let Some(events) = events(&received).filter(|_| !broken)

@@ -1,4 +1,4 @@
-//! What goes into the trainer and what comes out of it.
+//! Input and output of the trainer: jobs and commands, reports and checkpoints.
 
 use std::path::PathBuf;
 
@@ -9,106 +9,109 @@ use super::spec::JobSpec;
 use crate::Error;
 use crate::lora::weights::AdapterWeights;
 
-/// A job, ready to run.
+/// A training job, with everything it needs.
 pub struct Job {
-    /// Its name in commands.
+    /// Identifies the job in commands.
     pub id: String,
-    /// Its settings.
     pub spec: JobSpec,
-    /// What it learns from.
+    /// Examples to train on.
     pub train: Vec<Example>,
-    /// What its loss is measured on, which it does not learn from.
+    /// Held-out examples for validation; may be empty.
     pub valid: Vec<Example>,
-    /// Where its checkpoints (`step-N/`, as PEFT's directories) and its state go.
+    /// Directory of its checkpoints (`step-N/`, PEFT directories) and of its state.
     pub dir: PathBuf,
-    /// Keys that every `adapter_config.json` gets beside PEFT's: base model, its fingerprint, template and tokenizer hashes.
+    /// Keys that are added to PEFT's in `adapter_config.json`: base model, its fingerprint, hashes of tokenizer and template.
     pub provenance: serde_json::Map<String, serde_json::Value>,
-    /// The adapter it continues from; none: new values.
+    /// The adapter to continue from; `None`: initial values.
     pub from: Option<AdapterWeights>,
-    /// Whether it goes on from the state in `dir`.
+    /// Whether to resume from the state in `dir`.
     pub resume: bool,
     /// ReporterState what happens, in order, on the thread that writes jobs' files.
-    pub report: Box<dyn FnMut(JobReport) + Send>,
+    pub report: ReportFn,
 }
 
-/// What the trainer is told.
+/// Receives the reports of a job, in order, on the thread that writes the files of jobs.
+pub type ReportFn = Box<dyn FnMut(JobReport) + Send>;
+
+/// A command to the trainer.
 pub enum Command {
-    /// Start, or queue, a job.
+    /// Start a job.
     Start(Box<Job>),
-    /// Write the job's state and leave it.
+    /// Save the job's state and drop the job.
     Pause(String),
-    /// StopKind the job for good, and remove its state.
+    /// Drop the job and remove its state.
     Cancel(String),
 }
 
-/// What happens to a job.
+/// A report on a job.
 #[derive(Debug, Clone)]
 pub enum JobReport {
-    /// It runs.
+    /// The job runs.
     Started {
         /// Optimiser steps in all.
         steps: usize,
-        /// Steps done before, by the run that this one continues.
+        /// Steps done by earlier runs of the job.
         done: usize,
-        /// Values that are trained.
+        /// Number of trained values.
         parameters: usize,
     },
     /// An optimiser step is done.
     Step(StepMetrics),
     /// A validation is done.
     Validation(Validation),
-    /// An adapter is on disk.
+    /// A checkpoint is on disk.
     Checkpoint(Checkpoint),
-    /// After [`JobReport::Started`]: it goes on from a state with this last checkpoint, of which nobody may have heard.
+    /// Follows [`JobReport::Started`] when a job resumes: its last checkpoint, which may not have been reported before.
     Resumed(Checkpoint),
-    /// It stopped, and can resume.
+    /// The job has stopped and can be resumed.
     Paused,
-    /// It stopped for good.
+    /// The job has stopped and its state is removed.
     Cancelled,
-    /// It has ended; its last checkpoint is its result. Its state stays until whoever hears this has no more need of it.
+    /// The job has ended. Its last checkpoint is its result. The receiver removes its state ([`super::state::remove`]).
     Succeeded,
-    /// It cannot go on.
+    /// The job has ended with an error.
     Failed(Error),
 }
 
 /// Figures of an optimiser step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
-    /// From 1 on.
+    /// Number of the step, from 1.
     pub step: usize,
     /// Mean negative log-likelihood of the step's trained tokens, nats.
     pub train_loss: f64,
-    /// Share of them that were the likeliest.
+    /// Fraction of these tokens that had the highest probability.
     pub train_mean_token_accuracy: f64,
     pub learning_rate: f32,
-    /// Global norm before clipping.
+    /// Global norm of the gradients before clipping.
     pub grad_norm: f32,
     /// Tokens of the step, trained on or not.
     pub tokens: usize,
-    /// Of those, trained on.
+    /// Tokens of the step that are trained on.
     pub trained_tokens: usize,
-    /// Wall time of the step, serving in between included.
+    /// Wall time of the step, including requests served in between.
     pub seconds: f64,
 }
 
 /// Figures of a validation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
-    /// Optimiser steps done before it.
+    /// Number of optimiser steps done before it.
     pub step: usize,
     /// Mean negative log-likelihood of the validation file's trained tokens, nats.
     pub valid_loss: f64,
+    /// Fraction of these tokens that had the highest probability.
     pub valid_mean_token_accuracy: f64,
 }
 
-/// An adapter on disk.
+/// An adapter that a job wrote at some step.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
-    /// Optimiser steps done before it.
+    /// Number of optimiser steps done before it.
     pub step: usize,
     /// A PEFT directory.
     pub dir: PathBuf,
-    /// What the trainer gives for one example, to be compared with the server's before anyone gets the adapter.
+    /// The trainer's log-probabilities of one text, to compare with the server's before the checkpoint is published.
     pub probe: Probe,
 }
 
@@ -116,6 +119,6 @@ pub struct Checkpoint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
     pub tokens: Vec<u32>,
-    /// Of each token after the first, given those before it.
+    /// Log-probability of each token after the first, given those before it.
     pub logprobs: Vec<f32>,
 }

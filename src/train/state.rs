@@ -1,4 +1,4 @@
-//! A job's state on disk: all that an uninterrupted run would have in memory between two steps, in one file.
+//! The state of a job on disk: everything that changes from step to step, in one file, from which a job resumes bit for bit.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -11,35 +11,35 @@ use serde::{Deserialize, Serialize};
 use super::job::Probe;
 use crate::{Error, Result, files};
 
-/// The file's name in a job's directory.
+/// Name of the file in a job's directory.
 const FILE: &str = "state.safetensors";
-/// Key of the file's metadata that has the [`JobProgress`].
+/// Key of the [`JobProgress`] in the metadata of the file.
 const PROGRESS: &str = "progress";
 
-/// What is measured between two optimiser steps.
+/// A pass without gradients, between two optimiser steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EvalPass {
-    /// The loss on the validation examples.
+    /// Passes over the validation examples.
     Validation,
-    /// What the adapter says of one text, to be written with it.
+    /// A pass over the probe of a checkpoint, which is then written.
     Checkpoint,
 }
 
-/// Where a job is.
+/// Progress of a job. The names of the fields are part of the file format.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct JobProgress {
     /// Optimiser steps done.
     pub step: usize,
-    /// To be measured before the next step.
+    /// Passes to run before the next step.
     pub todo: VecDeque<EvalPass>,
-    /// Bits of the lowest validation loss so far (f64), which as a decimal may come back off by one.
+    /// Bits of the lowest validation loss so far (f64). A decimal might change the last bit.
     pub best_bits: Option<u64>,
-    /// Validations since.
+    /// Number of validations since the lowest loss.
     pub stale: usize,
-    /// Step and probe of the last checkpoint: whoever was to hear of it may not have.
+    /// Step and probe of the last checkpoint, which is reported again when the job resumes.
     pub checkpoint: Option<(usize, Probe)>,
-    /// AdaLoRA: whether each rank is kept, site by site, once ranks were chosen.
+    /// With AdaLoRA, whether each rank is left, site by site; `None` until the first ranks are removed.
     pub kept: Option<Vec<Vec<bool>>>,
 }
 
@@ -47,24 +47,23 @@ fn path(dir: &Path) -> PathBuf {
     dir.join(FILE)
 }
 
-/// Whether a job has left its state in `dir`.
+/// Whether there is a state in a job's directory.
 pub fn exists(dir: &Path) -> bool {
     path(dir).is_file()
 }
 
-/// Writes the state, of tensors on the CPU; whoever reads has the old one or the new one. Errors: the disk is full or may not
-/// be written.
-pub fn write(dir: &Path, progress: &JobProgress, tensors: &HashMap<String, Tensor>) -> Result<()> {
+/// Writes the state atomically. `tensors` are in host memory. Errors: the file cannot be written.
+pub(super) fn write(dir: &Path, progress: &JobProgress, tensors: &HashMap<String, Tensor>) -> Result<()> {
     let text = serde_json::to_string(progress).map_err(|e| Error::internal(format!("a job's progress: {e}")))?;
     let metadata = HashMap::from([(PROGRESS.to_owned(), text)]);
     let serialize =
-        |made: &Path| safetensors::serialize_to_file(tensors, Some(metadata), made).map_err(io::Error::other);
+        |temporary: &Path| safetensors::serialize_to_file(tensors, Some(metadata), temporary).map_err(io::Error::other);
     files::replace(&path(dir), serialize)
         .map_err(|e| Error::internal(format!("the job's state cannot be written to {}: {e}", dir.display())))
 }
 
-/// Reads it back. Errors: it is not there or not whole.
-pub fn read(dir: &Path, device: &Device) -> Result<(JobProgress, HashMap<String, Tensor>)> {
+/// Reads the state. Errors: it does not exist or is damaged.
+pub(super) fn read(dir: &Path, device: &Device) -> Result<(JobProgress, HashMap<String, Tensor>)> {
     let failed = |e: &dyn std::fmt::Display| Error::invalid(format!("{} cannot be read: {e}", path(dir).display()));
     let bytes = fs::read(path(dir)).map_err(|e| failed(&e))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;
@@ -74,7 +73,7 @@ pub fn read(dir: &Path, device: &Device) -> Result<(JobProgress, HashMap<String,
     Ok((progress, candle_core::safetensors::load_buffer(&bytes, device)?))
 }
 
-/// Removes it, if there is one.
+/// Removes the state, if there is one. Errors: the file cannot be removed.
 pub fn remove(dir: &Path) -> Result<()> {
     match fs::remove_file(path(dir)) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {

@@ -1,4 +1,4 @@
-//! Short runs of several settings over the same examples, together: a pass of the frozen base serves some rows of each.
+//! Sweeps: short runs of several settings on the same examples, which share passes over the frozen base.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,28 +13,28 @@ use crate::lora::weights::AdapterWeights;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
-/// One example of this many is held out where there is no file of them.
+/// Without a validation file, one of this many examples is held out.
 const HELD_OUT: usize = 10;
 
-/// What came of a run.
+/// The outcome of one run.
 #[derive(Debug, Clone, Default)]
 pub struct SweepOutcome {
-    /// Values that were trained.
+    /// Number of trained values.
     pub parameters: usize,
     pub steps: Vec<StepMetrics>,
     pub validations: Vec<Validation>,
-    /// Why it did not come to its end.
+    /// Why the run failed, if it did.
     pub error: Option<Error>,
 }
 
 impl SweepOutcome {
-    /// The last held-out loss, which is that of the adapter; none for a run that failed or diverged.
+    /// The last held-out loss; `None` for a run that failed or diverged.
     pub fn loss(&self) -> Option<f64> {
         let last = self.validations.last().filter(|_| self.error.is_none());
         last.map(|v| v.valid_loss).filter(|loss| loss.is_finite())
     }
 
-    fn take(&mut self, report: JobReport) {
+    fn add(&mut self, report: JobReport) {
         match report {
             JobReport::Started { parameters, .. } => self.parameters = parameters,
             JobReport::Step(m) => self.steps.push(m),
@@ -49,7 +49,7 @@ impl SweepOutcome {
     }
 }
 
-/// Takes every tenth example (the last one of fewer) out, to measure on.
+/// Splits examples into `(train, valid)`: every tenth example is held out, or the last one of fewer than ten.
 pub fn hold_out(examples: Vec<Example>) -> (Vec<Example>, Vec<Example>) {
     let every = HELD_OUT.min(examples.len());
     let numbered = examples.into_iter().enumerate();
@@ -58,28 +58,28 @@ pub fn hold_out(examples: Vec<Example>) -> (Vec<Example>, Vec<Example>) {
     (plain(train), plain(valid))
 }
 
-/// Runs jobs of these settings, each with the adapter it starts from, `together` at a time, and gives their outcomes in the
-/// same order. Their checkpoints go below `dir` for as long as they run. `told` hears of everything.
+/// Runs jobs with these settings and the adapters they continue from, `together` at a time, and returns their outcomes in the
+/// same order. Their checkpoints are in `dir` while they run. `observe` gets every report.
 ///
 /// # Errors
-/// `dir` cannot be written. A run that fails says so in its outcome.
+/// `dir` cannot be written. The error of a run is in its outcome.
 pub fn run(
     model: &Arc<Decoder>,
     runs: Vec<(JobSpec, Option<AdapterWeights>)>,
     (train, valid): (&[Example], &[Example]),
     together: usize,
     dir: &Path,
-    mut told: impl FnMut(&JobReport),
+    mut observe: impl FnMut(&JobReport),
 ) -> Result<Vec<SweepOutcome>> {
     let (commands, inbox) = channel();
     let mut trainer = Trainer::new(model.clone(), inbox)?;
     let mut outcomes = vec![SweepOutcome::default(); runs.len()];
     let mut runs = runs.into_iter().enumerate().peekable();
     while runs.peek().is_some() {
-        let (teller, reports) = channel();
-        let kept = tempfile::tempdir_in(dir)?;
+        let (sender, reports) = channel();
+        let checkpoints = tempfile::tempdir_in(dir)?;
         for (i, (spec, from)) in runs.by_ref().take(together.max(1)) {
-            let (teller, dir) = (teller.clone(), kept.path().join(i.to_string()));
+            let (sender, dir) = (sender.clone(), checkpoints.path().join(i.to_string()));
             std::fs::create_dir(&dir)?;
             let job = Job {
                 id: i.to_string(),
@@ -90,16 +90,16 @@ pub fn run(
                 provenance: Default::default(),
                 from,
                 resume: false,
-                // The receiver lives as long as the loop that trains.
-                report: Box::new(move |report| drop(teller.send((i, report)))),
+                // The receiver outlives the trainer's work below.
+                report: Box::new(move |report| drop(sender.send((i, report)))),
             };
             commands.send(Command::Start(Box::new(job))).map_err(|_| Error::internal("the trainer has ended"))?;
         }
         loop {
             let worked = trainer.run_slice() || trainer.settle();
             for (i, report) in reports.try_iter() {
-                told(&report);
-                outcomes[i].take(report);
+                observe(&report);
+                outcomes[i].add(report);
             }
             if !worked {
                 break;
@@ -109,7 +109,7 @@ pub fn run(
     Ok(outcomes)
 }
 
-/// Indices of the outcomes, lowest held-out loss first, those without one last.
+/// Indices of the outcomes by rising held-out loss. Those without a loss come last.
 pub fn ranked(outcomes: &[SweepOutcome]) -> Vec<usize> {
     let loss = |i: &usize| outcomes[*i].loss().unwrap_or(f64::INFINITY);
     let mut order: Vec<usize> = (0..outcomes.len()).collect();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_that_learns_wins_and_the_one_that_diverges_loses() {
+    fn outcomes_are_ranked_by_held_out_loss_with_diverged_runs_last() {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
         let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(base) };
         let model = Arc::new(Decoder::new(Weights::load(&files, None, &Device::Cpu, |_| {}).unwrap()).unwrap());
@@ -151,8 +151,8 @@ mod tests {
         let (train, valid) = hold_out(examples(12));
         let dir = tempfile::tempdir().unwrap();
         let mut steps = 0;
-        let told = |report: &JobReport| steps += usize::from(matches!(report, JobReport::Step(_)));
-        let outcomes = run(&model, runs.into(), (&train, &valid), 2, dir.path(), told).unwrap();
+        let observe = |report: &JobReport| steps += usize::from(matches!(report, JobReport::Step(_)));
+        let outcomes = run(&model, runs.into(), (&train, &valid), 2, dir.path(), observe).unwrap();
         assert_eq!(ranked(&outcomes), [2, 1, 0], "{outcomes:?}");
         assert!(outcomes[0].loss().is_none() && outcomes[2].loss() < outcomes[1].loss());
         assert_eq!(outcomes[2].validations.iter().map(|v| v.step).collect::<Vec<_>>(), [4, 8]);

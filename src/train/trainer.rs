@@ -1,4 +1,4 @@
-//! The trainer: jobs that share forward and backward passes over one frozen base, a piece at a time.
+//! The trainer: jobs that share forward and backward passes over one frozen base, in slices of bounded time.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -12,35 +12,36 @@ use crate::engine::BackgroundWork;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
-/// Rows of a pass beyond which no further job joins it: more make nothing faster, cost memory, and make pieces longer.
+/// Most rows of a pass, unless one job alone has more. Further rows make no row faster, but slices longer, and cost memory.
 const MAX_ROWS: usize = 8 << 10;
 
-/// Bytes of activations that a backward on the CPU does not have to make again. A GPU's memory is for keys and values.
-const KEPT_BYTES: usize = 1 << 30;
+/// Bytes of activations that are saved for the backward on a CPU. The memory of a GPU is for the KV cache.
+const SAVED_ACTIVATIONS: usize = 1 << 30;
 
-/// Trains jobs over a model's weights. Every job that was started runs; a pass takes some rows of each.
+/// Trains jobs on a model's weights. All started jobs run at the same time: a pass has rows of each.
 pub struct Trainer {
     model: Arc<Decoder>,
     commands: Receiver<Command>,
-    outbox: JobWriter,
-    /// In the order in which they are asked for rows.
+    writer: JobWriter,
+    /// In the order in which the next pass takes their rows.
     jobs: Vec<TrainingJob>,
-    /// Jobs to stop once no pass has their rows, and how.
-    leaving: Vec<(String, StopKind)>,
-    under_way: Option<ActivePass>,
-    /// Jobs' results of the last pass that they have not taken yet.
+    /// Jobs to stop once no pass has rows of theirs.
+    stopping: Vec<(String, StopKind)>,
+    active_pass: Option<ActivePass>,
+    /// Results of the last pass, by job, that are not processed yet.
     results: Vec<(String, TargetScores)>,
-    /// Passes to come with one job each, to find out whose fault an error was.
-    alone: usize,
+    /// Number of next passes that take rows of one job only, to find the job that made a pass fail.
+    single_job_passes: usize,
 }
 
+/// How a job stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StopKind {
     Pause,
     Cancel,
 }
 
-/// A pass and whose rows are in it.
+/// A pass that has begun, and the jobs with rows in it.
 struct ActivePass {
     pass: Pass,
     jobs: Vec<String>,
@@ -51,165 +52,170 @@ impl BackgroundWork for Trainer {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Start(job) => self.start(*job),
-                Command::Pause(id) => self.leaving.push((id, StopKind::Pause)),
-                Command::Cancel(id) => self.leaving.push((id, StopKind::Cancel)),
+                Command::Pause(id) => self.stopping.push((id, StopKind::Pause)),
+                Command::Cancel(id) => self.stopping.push((id, StopKind::Cancel)),
             }
         }
-        self.turn()
+        self.work()
     }
 }
 
 impl Trainer {
-    /// A trainer without jobs, which takes commands whenever it gets a slice. Errors: there can be no thread for files.
+    /// A trainer without jobs. It reads `commands` at each slice. Errors: the writer's thread cannot be started.
     pub fn new(model: Arc<Decoder>, commands: Receiver<Command>) -> Result<Self> {
-        let (jobs, leaving, results) = Default::default();
-        let outbox = JobWriter::start()?;
-        Ok(Self { model, commands, outbox, jobs, leaving, under_way: None, results, alone: 0 })
+        let (jobs, stopping, results) = Default::default();
+        let writer = JobWriter::start()?;
+        Ok(Self { model, commands, writer, jobs, stopping, active_pass: None, results, single_job_passes: 0 })
     }
 
-    /// Waits until files are written and reports are told. True where jobs are left, which go on now. For those who have
-    /// nothing else to do when a slice had none.
+    /// Waits until all files are written and all reports are delivered. Returns whether jobs are left. For callers that have
+    /// nothing else to do: jobs that wait for their files can continue afterwards.
     pub fn settle(&self) -> bool {
-        self.outbox.flush();
+        self.writer.flush();
         !self.jobs.is_empty()
     }
 
+    fn position(&self, id: &str) -> Option<usize> {
+        self.jobs.iter().position(|job| job.id() == id)
+    }
+
     fn start(&mut self, mut job: Job) {
-        let line = self.outbox.line(std::mem::replace(&mut job.report, Box::new(|_| ())));
-        let taken = self.jobs.iter().any(|running| running.id() == job.id);
+        let reporter = self.writer.reporter(std::mem::replace(&mut job.report, Box::new(|_| ())));
+        let running = self.position(&job.id).is_some();
         let model = self.model.clone();
-        let started = guarded(|| match taken {
-            true => Err(Error::invalid(format!("a job {} runs already", job.id))),
-            false => TrainingJob::new(job, &line, model),
+        let started = catch_panics(|| match running {
+            true => Err(Error::invalid(format!("job {} is already running", job.id))),
+            false => TrainingJob::new(job, &reporter, model),
         });
         match started {
-            Ok(running) => {
-                self.jobs.push(running);
-                // One that goes on may have had no more to do than to say so.
-                self.end(self.jobs.len() - 1);
+            Ok(job) => {
+                self.jobs.push(job);
+                // A resumed job may have nothing left to do.
+                self.remove_if_done(self.jobs.len() - 1);
             }
-            Err(error) => line.tell(JobReport::Failed(error)),
+            Err(error) => reporter.report(JobReport::Failed(error)),
         }
     }
 
-    /// Does one piece of work, if there is any.
-    fn turn(&mut self) -> bool {
-        self.jobs.retain(|job| !job.line().failed());
+    /// Does one bounded piece of work. False if there is none.
+    fn work(&mut self) -> bool {
+        self.jobs.retain(|job| !job.reporter().has_failed());
         if let Some((id, scores)) = self.results.pop() {
-            if let Some(i) = self.jobs.iter().position(|job| job.id() == id) {
-                self.take_result(i, scores);
+            if let Some(i) = self.position(&id) {
+                self.process(i, scores);
             }
             return true;
         }
-        let left = |id: &String| self.leaving.iter().any(|(leaving, _)| leaving == id);
-        match self.under_way.take() {
-            // Nobody waits for it.
-            Some(ActivePass { jobs, .. }) if jobs.iter().all(left) => self.restart(&jobs),
-            Some(ActivePass { mut pass, jobs }) => match guarded(|| pass.advance()) {
-                Ok(false) => self.under_way = Some(ActivePass { pass, jobs }),
+        let stops = |id: &String| self.stopping.iter().any(|(stopping, _)| stopping == id);
+        match self.active_pass.take() {
+            // No job needs the results.
+            Some(ActivePass { jobs, .. }) if jobs.iter().all(stops) => self.restart(&jobs),
+            Some(ActivePass { mut pass, jobs }) => match catch_panics(|| pass.advance()) {
+                Ok(false) => self.active_pass = Some(ActivePass { pass, jobs }),
                 Ok(true) => self.results = jobs.into_iter().zip(pass.scores()).rev().collect(),
                 Err(error) => self.pass_failed(error, &jobs),
             },
             None => {
-                self.let_go();
-                return self.begin();
+                self.stop_jobs();
+                return self.begin_pass();
             }
         }
         true
     }
 
-    fn take_result(&mut self, i: usize, scores: TargetScores) {
-        let running = &mut self.jobs[i];
-        match guarded(|| running.absorb(scores)) {
-            Ok(()) => self.end(i),
+    /// Gives a job the results of its rows.
+    fn process(&mut self, i: usize, scores: TargetScores) {
+        let job = &mut self.jobs[i];
+        match catch_panics(|| job.process(scores)) {
+            Ok(()) => self.remove_if_done(i),
             Err(error) => self.fail(i, error),
         }
     }
 
-    /// Lets a job go that has done all.
-    fn end(&mut self, i: usize) {
-        if !self.jobs[i].ended() {
-            return;
+    fn remove_if_done(&mut self, i: usize) {
+        if self.jobs[i].is_done() {
+            self.jobs.remove(i).reporter().report(JobReport::Succeeded);
         }
-        self.jobs.remove(i).line().tell(JobReport::Succeeded);
     }
 
     fn fail(&mut self, i: usize, error: Error) {
-        let running = self.jobs.remove(i);
-        tracing::warn!(error = %format_args!("{error:#}"), job = running.id(), "failed");
-        running.line().tell(JobReport::Failed(error));
+        let job = self.jobs.remove(i);
+        tracing::warn!(error = %format_args!("{error:#}"), job = job.id(), "training job failed");
+        job.reporter().report(JobReport::Failed(error));
     }
 
-    /// A pass of one job fails the job. One of several is no job's fault yet: each does its passes since the last optimiser
-    /// step again, the first one alone.
+    /// Handles a failed pass. If it had rows of one job only, the job fails. Otherwise any of them may be the cause: each repeats
+    /// its passes since the last optimiser step, and the next passes take rows of one job only.
     fn pass_failed(&mut self, error: Error, jobs: &[String]) {
         if let [id] = jobs {
-            if let Some(i) = self.jobs.iter().position(|job| job.id() == id) {
+            if let Some(i) = self.position(id) {
                 self.fail(i, error);
             }
             return;
         }
         tracing::warn!(error = %format_args!("{error:#}"), jobs = jobs.len(), "a pass of several jobs failed");
-        self.alone = jobs.len();
+        self.single_job_passes = jobs.len();
         self.restart(jobs);
     }
 
+    /// Lets jobs repeat their passes since the last optimiser step.
     fn restart(&mut self, jobs: &[String]) {
         for id in jobs {
-            let Some(i) = self.jobs.iter().position(|job| job.id() == id) else { continue };
-            if let Err(error) = self.jobs[i].restart() {
+            let Some(i) = self.position(id) else { continue };
+            if let Err(error) = self.jobs[i].restart_step() {
                 self.fail(i, error);
             }
         }
     }
 
-    /// Lets jobs go that are to stop.
-    fn let_go(&mut self) {
-        for (id, leave) in std::mem::take(&mut self.leaving) {
-            let Some(i) = self.jobs.iter().position(|job| job.id() == id) else { continue };
-            let (done, report) = match leave {
-                StopKind::Pause => (self.jobs[i].save(), JobReport::Paused),
+    /// Pauses and cancels the jobs that are to stop.
+    fn stop_jobs(&mut self) {
+        for (id, kind) in std::mem::take(&mut self.stopping) {
+            let Some(i) = self.position(&id) else { continue };
+            let (done, report) = match kind {
+                StopKind::Pause => (self.jobs[i].save_state(), JobReport::Paused),
                 StopKind::Cancel => {
-                    self.jobs[i].forget();
+                    self.jobs[i].remove_state();
                     (Ok(()), JobReport::Cancelled)
                 }
             };
             match done {
-                Ok(()) => self.jobs.remove(i).line().tell(report),
+                Ok(()) => self.jobs.remove(i).reporter().report(report),
                 Err(error) => self.fail(i, error),
             }
         }
     }
 
-    /// Begins a pass; false without jobs that can go on. Measuring goes before learning.
-    fn begin(&mut self) -> bool {
-        let ready: Vec<&TrainingJob> = self.jobs.iter().filter(|job| !job.waits()).collect();
-        let measuring = ready.iter().any(|job| job.measures());
-        let (mut parts, mut ids, mut rows) = (Vec::new(), Vec::new(), 0);
-        for running in ready.into_iter().filter(|job| job.measures() == measuring) {
-            let part = running.job_batch();
-            let more = part.batch.tokens.len();
-            if !parts.is_empty() && (rows + more > MAX_ROWS || self.alone > 0) {
+    /// Begins a pass: one without gradients if a job needs it, otherwise one with gradients. False if no job has rows.
+    fn begin_pass(&mut self) -> bool {
+        let ready: Vec<&TrainingJob> = self.jobs.iter().filter(|job| !job.waits_for_files()).collect();
+        let evaluates = ready.iter().any(|job| job.evaluates());
+        let (mut batches, mut ids, mut rows) = (Vec::new(), Vec::new(), 0);
+        for job in ready.into_iter().filter(|job| job.evaluates() == evaluates) {
+            let batch = job.next_batch();
+            let more = batch.batch.tokens.len();
+            if !batches.is_empty() && (rows + more > MAX_ROWS || self.single_job_passes > 0) {
                 break;
             }
             rows += more;
-            parts.push(part);
-            ids.push(running.id().to_owned());
+            batches.push(batch);
+            ids.push(job.id().to_owned());
         }
-        if parts.is_empty() {
+        if batches.is_empty() {
             return false;
         }
-        self.alone = self.alone.saturating_sub(1);
-        // Whoever had no room is first next time.
+        self.single_job_passes = self.single_job_passes.saturating_sub(1);
+        // Jobs that had no room come first in the next pass.
         self.jobs.sort_by_key(|job| ids.iter().any(|id| id == job.id()));
-        let room = if self.model.weights().norm.device().is_cpu() { KEPT_BYTES } else { 0 };
-        self.under_way = Some(ActivePass { pass: Pass::new(self.model.clone(), parts, !measuring, room), jobs: ids });
+        let saved_bytes = if self.model.weights().norm.device().is_cpu() { SAVED_ACTIVATIONS } else { 0 };
+        let pass = Pass::new(self.model.clone(), batches, !evaluates, saved_bytes);
+        self.active_pass = Some(ActivePass { pass, jobs: ids });
         true
     }
 }
 
-/// What `f` gives, a panic being an error.
-fn guarded<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs `f`, and returns a panic as an error.
+fn catch_panics<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| Err(Error::internal("training failed; see the server's log")))
 }
 
@@ -225,9 +231,10 @@ mod tests {
     use crate::hub::{ModelFiles, ModelFormat};
     use crate::model::weights::Weights;
     use crate::train::data::Example;
+    use crate::train::spec::JobSpec;
     use crate::train::testing::spec;
 
-    /// Losses of two jobs; `fail` is called after every piece.
+    /// Losses of two jobs. `fail` is called after every slice.
     fn losses(mut fail: impl FnMut(&mut Trainer)) -> Vec<(String, f64)> {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
         let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(base) };
@@ -246,7 +253,7 @@ mod tests {
             let train = (3..9).map(|n| Example { tokens: (5..5 + n).collect(), trained: vec![true; n as usize] });
             trainer.start(Job {
                 id: id.into(),
-                spec: crate::train::spec::JobSpec { gradient_accumulation: 2, ..spec() },
+                spec: JobSpec { gradient_accumulation: 2, ..spec() },
                 train: train.collect(),
                 valid: Vec::new(),
                 dir: own,
@@ -256,7 +263,7 @@ mod tests {
                 report: Box::new(report),
             });
         }
-        while trainer.turn() || trainer.settle() {
+        while trainer.work() || trainer.settle() {
             fail(&mut trainer);
         }
         let mut losses = std::mem::take(&mut *losses.lock().unwrap());
@@ -265,28 +272,28 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_of_several_jobs_that_fails_is_done_again_by_each() {
+    fn after_a_failed_pass_of_several_jobs_each_job_repeats_it() {
         let plain = losses(|_| ());
         assert_eq!(plain.len(), 6);
-        let mut pieces = 0;
+        let mut slices = 0;
         let again = losses(|trainer| {
-            pieces += 1;
-            // In the backward of the second of two passes that make a step.
-            let doomed = trainer.under_way.take_if(|_| pieces == 12);
+            slices += 1;
+            // In the backward of the second of the two passes of a step.
+            let doomed = trainer.active_pass.take_if(|_| slices == 12);
             if let Some(ActivePass { jobs, .. }) = doomed {
                 assert_eq!(jobs.len(), 2);
                 trainer.pass_failed(Error::internal("out of memory"), &jobs);
             }
         });
-        assert!(pieces > 40, "{pieces}");
+        assert!(slices > 40, "{slices}");
         assert_eq!(plain, again);
     }
 
     #[test]
-    fn a_pass_of_one_job_that_fails_is_the_end_of_the_job() {
+    fn a_failed_pass_of_one_job_ends_the_job() {
         let mut alone = false;
         let losses = losses(|trainer| {
-            if !alone && let Some(ActivePass { jobs, .. }) = trainer.under_way.take() {
+            if !alone && let Some(ActivePass { jobs, .. }) = trainer.active_pass.take() {
                 alone = true;
                 trainer.pass_failed(Error::internal("out of memory"), &jobs[..1]);
                 trainer.restart(&jobs[1..]);

@@ -1,4 +1,5 @@
-//! A job between its start and its end: what it puts into passes, and what it does with what comes out.
+//! A running job: the rows it puts into passes, and what it does with their results: optimiser steps, validations,
+//! checkpoints.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -13,52 +14,56 @@ use super::data::order::{self, ExampleOrder};
 use super::job::{Checkpoint, Job, JobReport, Probe, StepMetrics, Validation};
 use super::optim::Optimizer;
 use super::pass::{JobBatch, TargetScores, TrainBatch};
+use super::spec::JobSpec;
 use super::state::{self, EvalPass, JobProgress};
 use super::writer::JobReporter;
 use crate::model::decoder::Decoder;
 use crate::{Error, Result};
 
-/// Tokens of the text that a checkpoint is probed with.
+/// Most tokens of a probe.
 const PROBE_TOKENS: usize = 64;
 
-/// A job that runs.
-pub struct TrainingJob {
+/// A running job.
+pub(super) struct TrainingJob {
     job: Job,
-    /// Takes what is written and told.
-    line: JobReporter,
+    reporter: JobReporter,
     model: Arc<Decoder>,
+    /// The training examples and their order.
     order: ExampleOrder,
+    /// The validation examples, cut to `max_length`.
     valid: Vec<Example>,
     params: TrainableParams,
     optimizer: Optimizer,
     allocator: Option<RankAllocator>,
     norms: Option<DoraNorms>,
-    /// The values as passes use them.
+    /// The current parameters as passes use them.
     adapter: Arc<TrainableAdapter>,
     progress: JobProgress,
     /// Optimiser steps in all.
     steps: usize,
     window: AccumulationWindow,
-    /// LossSums over the validation under way.
+    /// Sums of the current validation.
     validation: LossSums,
-    /// Examples of it that are measured.
+    /// Number of examples that the current validation has measured.
     validated: usize,
 }
 
-/// The passes of one optimiser step.
+/// The passes of one optimiser step (gradient accumulation).
 #[derive(Default)]
 struct AccumulationWindow {
-    /// Examples of each pass, by index.
+    /// Indices of the examples of each pass.
     passes: Vec<Vec<usize>>,
-    /// Passes done.
+    /// Number of passes done.
     done: usize,
-    /// One over the targets of all passes: what each one's gradient counts.
+    /// Factor of each target's gradient: one over the number of targets of all passes.
     scale: f32,
+    /// Tokens of all passes.
     tokens: usize,
     sums: LossSums,
     started: Option<Instant>,
 }
 
+/// Sums over the targets of several passes.
 #[derive(Debug, Clone, Copy, Default)]
 struct LossSums {
     nll: f64,
@@ -83,17 +88,19 @@ impl LossSums {
 }
 
 impl TrainingJob {
-    /// Makes a job ready to run, or to go on. It tells `line`, first that it runs. Errors: settings or examples that cannot be
-    /// trained with, a state that cannot be read, no memory.
-    pub fn new(mut job: Job, line: &JobReporter, model: Arc<Decoder>) -> Result<Self> {
+    /// Starts or resumes a job, and reports that it runs. Errors: unusable settings or examples, an unreadable state, out of
+    /// memory.
+    pub(super) fn new(mut job: Job, reporter: &JobReporter, model: Arc<Decoder>) -> Result<Self> {
         let (spec, config) = (&job.spec, model.config());
         check(&job, &model)?;
         let device = model.weights().norm.device();
         let order = ExampleOrder::new(spec, std::mem::take(&mut job.train))?;
-        let given = !job.valid.is_empty();
-        let valid = order::cut(std::mem::take(&mut job.valid), spec.max_length);
-        if given && valid.is_empty() {
-            return Err(Error::invalid("no example has a token to measure").param("validation_file"));
+        let has_validation = !job.valid.is_empty();
+        let valid = order::cut_examples(std::mem::take(&mut job.valid), spec.max_length);
+        if has_validation && valid.is_empty() {
+            return Err(
+                Error::invalid("no example of the validation file has a token to measure").param("validation_file")
+            );
         }
         let params = TrainableParams::new(spec, config, job.from.take().as_ref(), device)?;
         let optimizer = Optimizer::new(&spec.optimizer, spec.lora.loraplus_lr_ratio, &params)?;
@@ -106,7 +113,7 @@ impl TrainingJob {
         let mut running = Self {
             adapter: Arc::new(adapter(&params, norms.as_ref(), &model)?),
             job,
-            line: line.clone(),
+            reporter: reporter.clone(),
             model,
             order,
             valid,
@@ -121,48 +128,48 @@ impl TrainingJob {
             validated: 0,
         };
         if running.job.resume {
-            running.restore()?;
+            running.restore_state()?;
         }
-        running.restart()?;
+        running.restart_step()?;
         let (steps, done, parameters) = (running.steps, running.progress.step, running.params.count());
-        running.line.tell(JobReport::Started { steps, done, parameters });
+        running.reporter.report(JobReport::Started { steps, done, parameters });
         if let Some((step, probe)) = running.progress.checkpoint.clone() {
-            running.line.tell(JobReport::Resumed(Checkpoint { step, dir: running.checkpoint_dir(step), probe }));
+            running.reporter.report(JobReport::Resumed(Checkpoint { step, dir: running.checkpoint_dir(step), probe }));
         }
         Ok(running)
     }
 
-    pub fn id(&self) -> &str {
+    pub(super) fn id(&self) -> &str {
         &self.job.id
     }
 
-    /// Where it writes and reports.
-    pub fn line(&self) -> &JobReporter {
-        &self.line
+    pub(super) fn reporter(&self) -> &JobReporter {
+        &self.reporter
     }
 
-    /// Whether its next pass must wait until what is written is: one copy of the values beside them is enough.
-    pub fn waits(&self) -> bool {
-        self.progress.todo.front() == Some(&EvalPass::Checkpoint) && self.line.writes()
+    /// Whether its next pass is for a checkpoint while another is still being written. Two copies of the parameters in host
+    /// memory would be one too many.
+    pub(super) fn waits_for_files(&self) -> bool {
+        self.progress.todo.front() == Some(&EvalPass::Checkpoint) && self.reporter.is_writing()
     }
 
-    /// Whether its next pass is without gradients.
-    pub fn measures(&self) -> bool {
+    /// Whether its next pass has no gradients.
+    pub(super) fn evaluates(&self) -> bool {
         !self.progress.todo.is_empty()
     }
 
-    /// Whether all is done.
-    pub fn ended(&self) -> bool {
-        self.learnt() && !self.measures()
+    /// Whether nothing is left to do.
+    pub(super) fn is_done(&self) -> bool {
+        self.steps_done() && !self.evaluates()
     }
 
-    /// Whether no optimiser step is to come: all are done, or validation has got no better for long enough.
-    fn learnt(&self) -> bool {
+    /// Whether there are no more optimiser steps: all are done, or early stopping ends the job.
+    fn steps_done(&self) -> bool {
         self.progress.step >= self.steps || self.job.spec.early_stopping.is_some_and(|n| self.progress.stale >= n)
     }
 
-    /// What it puts into the next pass.
-    pub fn job_batch(&self) -> JobBatch {
+    /// The job's rows in its next pass.
+    pub(super) fn next_batch(&self) -> JobBatch {
         let mut batch = TrainBatch::default();
         let mut dropout = None;
         match self.progress.todo.front() {
@@ -186,36 +193,32 @@ impl TrainingJob {
         JobBatch { batch, adapter: self.adapter.clone(), dropout }
     }
 
-    /// Takes what a pass over [`TrainingJob::job_batch`] has found, and does what is due then: an optimiser step, or a checkpoint.
-    /// Errors end the job.
-    pub fn absorb(&mut self, scores: TargetScores) -> Result<()> {
+    /// Processes the results of a pass over [`Self::next_batch`]: takes an optimiser step, ends a validation or writes a
+    /// checkpoint when it is due. Errors end the job.
+    pub(super) fn process(&mut self, scores: TargetScores) -> Result<()> {
         match self.progress.todo.front() {
-            Some(EvalPass::Validation) => self.validate(&scores),
-            Some(EvalPass::Checkpoint) => self.checkpoint(&scores),
+            Some(EvalPass::Validation) => self.add_validation(&scores),
+            Some(EvalPass::Checkpoint) => self.write_checkpoint(&scores),
             None => {
                 self.window.sums.add(&scores);
                 if !self.window.sums.nll.is_finite() {
-                    return Err(Error::invalid(format!(
-                        "the loss is {} in step {}: a lower learning rate may help",
-                        self.window.sums.nll,
-                        self.progress.step + 1
-                    ))
-                    .code("training_diverged"));
+                    let (loss, step) = (self.window.sums.nll, self.progress.step + 1);
+                    return Err(diverged(format!("the loss is {loss} in step {step}")));
                 }
                 self.window.done += 1;
-                if self.window.done == self.window.passes.len() { self.step() } else { Ok(()) }
+                if self.window.done == self.window.passes.len() { self.optimizer_step() } else { Ok(()) }
             }
         }
     }
 
-    /// Forgets the passes since the last optimiser step.
-    pub fn restart(&mut self) -> Result<()> {
+    /// Begins the next optimiser step, or a validation, from its first pass, without the results of earlier passes.
+    pub(super) fn restart_step(&mut self) -> Result<()> {
         (self.validation, self.validated) = Default::default();
         self.params.clear_grads()?;
-        if self.learnt() {
+        if self.steps_done() {
             return Ok(());
         }
-        let passes = self.order.window(self.progress.step);
+        let passes = self.order.step_passes(self.progress.step);
         let examples = || passes.iter().flatten().map(|&i| &self.order.examples[i]);
         let targets: usize = examples().map(|e| e.trained.iter().skip(1).filter(|t| **t).count()).sum();
         let tokens = examples().map(|e| e.tokens.len()).sum();
@@ -224,42 +227,38 @@ impl TrainingJob {
         Ok(())
     }
 
-    /// Has what [`Job::resume`] goes on from written: the job as it was after its last optimiser step.
-    pub fn save(&self) -> Result<()> {
-        let save = self.snapshot()?;
-        self.line.write(|_| save());
+    /// Queues a write of the state after the last optimiser step, from which [`Job::resume`] continues.
+    pub(super) fn save_state(&self) -> Result<()> {
+        let write = self.snapshot()?;
+        self.reporter.write(|_| write());
         Ok(())
     }
 
-    /// Has the state removed from the job's directory.
-    pub fn forget(&self) {
+    /// Queues the removal of the state.
+    pub(super) fn remove_state(&self) {
         let dir = self.job.dir.clone();
-        self.line.write(move |_| state::remove(&dir));
+        self.reporter.write(move |_| state::remove(&dir));
     }
 
-    /// Copies the state, for a later time at which it is written.
+    /// Copies the state, and returns a function that writes the copy.
     fn snapshot(&self) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
         let (dir, progress) = (self.job.dir.clone(), self.progress.clone());
         let copy = |t: &Tensor| if t.device().is_cpu() { t.copy() } else { t.to_device(&Device::Cpu) };
-        let tensors = self.tensors().into_iter().map(|(name, t)| Ok((name, copy(&t)?))).collect::<Result<_>>()?;
+        let tensors = self.state_tensors().into_iter().map(|(name, t)| Ok((name, copy(&t)?))).collect::<Result<_>>()?;
         Ok(move || state::write(&dir, &progress, &tensors))
     }
 
-    fn step(&mut self) -> Result<()> {
+    fn optimizer_step(&mut self) -> Result<()> {
         if let Some(allocator) = &self.allocator {
             allocator.finish_gradients(&self.params)?;
         }
-        let moved = self.optimizer.step(&self.params, self.progress.step + 1, self.steps)?;
-        if !moved.grad_norm.is_finite() {
-            return Err(Error::invalid(format!(
-                "the norm of the gradients is {} in step {}: a lower learning rate may help",
-                moved.grad_norm,
-                self.progress.step + 1
-            ))
-            .code("training_diverged"));
+        let taken = self.optimizer.step(&self.params, self.progress.step + 1, self.steps)?;
+        if !taken.grad_norm.is_finite() {
+            let (norm, step) = (taken.grad_norm, self.progress.step + 1);
+            return Err(diverged(format!("the norm of the gradients is {norm} in step {step}")));
         }
         if let Some(allocator) = &mut self.allocator {
-            allocator.allocate(&self.params, self.progress.step, moved.clip, &mut self.progress.kept)?;
+            allocator.allocate(&self.params, self.progress.step, taken.clip, &mut self.progress.kept)?;
         }
         self.adapter = Arc::new(adapter(&self.params, self.norms.as_ref(), &self.model)?);
         self.progress.step += 1;
@@ -268,8 +267,8 @@ impl TrainingJob {
             step,
             train_loss: window.sums.mean_nll(),
             train_mean_token_accuracy: window.sums.accuracy(),
-            learning_rate: moved.learning_rate,
-            grad_norm: moved.grad_norm,
+            learning_rate: taken.learning_rate,
+            grad_norm: taken.grad_norm,
             tokens: window.tokens,
             trained_tokens: window.sums.targets,
             seconds: window.started.map_or(0.0, |started| started.elapsed().as_secs_f64()),
@@ -282,11 +281,12 @@ impl TrainingJob {
         if checkpoint {
             self.progress.todo.push_back(EvalPass::Checkpoint);
         }
-        self.line.tell(JobReport::Step(metrics));
-        self.restart()
+        self.reporter.report(JobReport::Step(metrics));
+        self.restart_step()
     }
 
-    fn validate(&mut self, scores: &TargetScores) -> Result<()> {
+    /// Adds the results of a pass to the current validation, and ends it after its last pass.
+    fn add_validation(&mut self, scores: &TargetScores) -> Result<()> {
         self.validation.add(scores);
         self.validated = self.valid.len().min(self.validated + self.job.spec.batch_size);
         if self.validated < self.valid.len() {
@@ -294,45 +294,45 @@ impl TrainingJob {
         }
         let (step, sums) = (self.progress.step, std::mem::take(&mut self.validation));
         self.validated = 0;
-        self.measured();
+        self.evaluation_done();
         let validation = Validation { step, valid_loss: sums.mean_nll(), valid_mean_token_accuracy: sums.accuracy() };
         if validation.valid_loss < self.progress.best_bits.map_or(f64::INFINITY, f64::from_bits) {
             (self.progress.best_bits, self.progress.stale) = (Some(validation.valid_loss.to_bits()), 0);
         } else {
             self.progress.stale += 1;
         }
-        if self.learnt() && self.progress.todo.is_empty() {
+        if self.steps_done() && self.progress.todo.is_empty() {
             self.progress.todo.push_back(EvalPass::Checkpoint);
         }
-        self.line.tell(JobReport::Validation(validation));
-        // The run that goes on after a kill is not to decide again.
-        if self.learnt() { self.save() } else { Ok(()) }
+        self.reporter.report(JobReport::Validation(validation));
+        // A run that resumes after a kill must not decide on early stopping again.
+        if self.steps_done() { self.save_state() } else { Ok(()) }
     }
 
-    /// The first thing to be measured is. It took none of the next step's time.
-    fn measured(&mut self) {
+    /// Ends the current evaluation. Its time does not count for the next step.
+    fn evaluation_done(&mut self) {
         self.progress.todo.pop_front();
         self.window.started = Some(Instant::now());
     }
 
-    fn checkpoint(&mut self, scores: &TargetScores) -> Result<()> {
+    /// Queues a write of the adapter, with the probe that has just been measured.
+    fn write_checkpoint(&mut self, scores: &TargetScores) -> Result<()> {
         let (step, tokens) = (self.progress.step, self.probe().to_vec());
         let probe = Probe { tokens, logprobs: scores.nll.iter().map(|nll| -nll).collect() };
         if probe.logprobs.iter().any(|logprob| !logprob.is_finite()) {
-            let message = format!("the adapter of step {step} gives no finite log-probabilities");
-            return Err(Error::invalid(message + ": a lower learning rate may help").code("training_diverged"));
+            return Err(diverged(format!("the log-probabilities after step {step} are not finite")));
         }
         let dir = self.checkpoint_dir(step);
         let export =
             AdapterExport::new(&self.job.spec, &self.params, self.progress.kept.as_deref(), &self.job.provenance)?;
-        self.measured();
+        self.evaluation_done();
         self.progress.checkpoint = Some((step, probe.clone()));
-        let save = self.snapshot()?;
-        self.line.write(move |tell| {
+        let write_state = self.snapshot()?;
+        self.reporter.write(move |report| {
             export.write(&dir)?;
-            // Remembered before it is told: where the process ends in between, the run that goes on tells it.
-            save()?;
-            tell(JobReport::Checkpoint(Checkpoint { step, dir, probe }));
+            // Before the report: if the process ends in between, the resumed run reports the checkpoint.
+            write_state()?;
+            report(JobReport::Checkpoint(Checkpoint { step, dir, probe }));
             Ok(())
         });
         Ok(())
@@ -342,14 +342,14 @@ impl TrainingJob {
         self.job.dir.join(format!("step-{step}"))
     }
 
-    /// The text that checkpoints are probed with.
+    /// The text that checkpoints are probed with: the start of the first training example.
     fn probe(&self) -> &[u32] {
         let tokens = &self.order.examples[0].tokens;
         &tokens[..tokens.len().min(PROBE_TOKENS)]
     }
 
-    /// All that changes from step to step, by name.
-    fn tensors(&self) -> HashMap<String, Tensor> {
+    /// All tensors of the state, by name.
+    fn state_tensors(&self) -> HashMap<String, Tensor> {
         let groups = self.params.groups.iter().zip(&self.optimizer.moments).enumerate();
         let mut tensors: HashMap<_, _> = groups
             .flat_map(|(i, (group, [m, v]))| {
@@ -360,18 +360,18 @@ impl TrainingJob {
         tensors
     }
 
-    /// Goes on from the state on disk.
-    fn restore(&mut self) -> Result<()> {
+    /// Continues from the state on disk. Errors: it cannot be read, or is of other settings.
+    fn restore_state(&mut self) -> Result<()> {
         let (progress, stored) = state::read(&self.job.dir, self.model.weights().norm.device())?;
-        let own = self.tensors();
+        let own = self.state_tensors();
         for (name, tensor) in &own {
             let stored = stored.get(name).filter(|t| t.shape() == tensor.shape() && t.dtype() == tensor.dtype());
             let stored = stored
-                .ok_or_else(|| Error::invalid(format!("the job's state has no {name} that fits its settings")))?;
+                .ok_or_else(|| Error::invalid(format!("the job's state has no tensor {name} for these settings")))?;
             tensor.slice_set(&stored.to_device(tensor.device())?, 0, 0)?;
         }
         if stored.len() != own.len() {
-            return Err(Error::invalid("the job's state is of other settings"));
+            return Err(Error::invalid("the job's state has tensors that these settings do not need"));
         }
         self.progress = progress;
         self.adapter = Arc::new(adapter(&self.params, self.norms.as_ref(), &self.model)?);
@@ -379,16 +379,38 @@ impl TrainingJob {
     }
 }
 
-/// The values as passes use them.
+/// The current parameters as passes use them.
 fn adapter(params: &TrainableParams, norms: Option<&DoraNorms>, model: &Decoder) -> Result<TrainableAdapter> {
     let norm = model.weights().norm.clone();
     let dtype = if norm.device().is_cuda() { DType::BF16 } else { DType::F32 };
     TrainableAdapter::new(params, norms, model.config(), dtype)
 }
 
-/// What can be said before anything is made.
+fn diverged(what: String) -> Error {
+    Error::invalid(what + ": a lower learning rate may help").code("training_diverged")
+}
+
+/// Checks settings and examples before anything is allocated. Errors: `Invalid`, with the setting.
 fn check(job: &Job, model: &Decoder) -> Result<()> {
-    let (lora, optimizer) = (&job.spec.lora, &job.spec.optimizer);
+    check_settings(&job.spec)?;
+    let (vocab, positions) = (model.config().vocab_size, model.rope().positions());
+    for example in job.train.iter().chain(&job.valid) {
+        if example.trained.len() != example.tokens.len() {
+            return Err(Error::internal("an example has a mask of another length than its tokens"));
+        }
+        if example.tokens.len().min(job.spec.max_length) > positions {
+            let message = format!("an example has more tokens than the {positions} positions of the model");
+            return Err(Error::invalid(message).param("max_length"));
+        }
+        if let Some(token) = example.tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(Error::invalid(format!("token id {token} is not below the model's vocabulary size, {vocab}")));
+        }
+    }
+    Ok(())
+}
+
+fn check_settings(spec: &JobSpec) -> Result<()> {
+    let (lora, optimizer) = (&spec.lora, &spec.optimizer);
     let positive = |name: &str, value: f32| match value.is_finite() && value > 0.0 {
         true => Ok(()),
         false => Err(Error::invalid(format!("{name} is {value}; it must be a positive number")).param(name)),
@@ -396,36 +418,20 @@ fn check(job: &Job, model: &Decoder) -> Result<()> {
     positive("alpha", lora.alpha)?;
     positive("learning_rate", optimizer.learning_rate)?;
     if !(0.0..1.0).contains(&lora.dropout) {
-        return Err(Error::invalid(format!("dropout is {}; at least 0 and below 1", lora.dropout)).param("dropout"));
+        let message = format!("dropout is {}; it must be at least 0 and below 1", lora.dropout);
+        return Err(Error::invalid(message).param("dropout"));
     }
     for (name, value) in [
-        ("n_epochs", Some(job.spec.epochs)),
-        ("max_steps", job.spec.max_steps),
-        ("checkpoint_every", job.spec.checkpoint_every),
-        ("eval_every", job.spec.eval_every),
-        ("early_stopping", job.spec.early_stopping),
+        ("n_epochs", Some(spec.epochs)),
+        ("max_steps", spec.max_steps),
+        ("checkpoint_every", spec.checkpoint_every),
+        ("eval_every", spec.eval_every),
+        ("early_stopping", spec.early_stopping),
         ("r", Some(lora.r)),
     ] {
         if value == Some(0) {
             return Err(Error::invalid(format!("{name} is 0; it must be at least 1")).param(name));
         }
     }
-    if let Some(ada) = &lora.adalora {
-        adalora::check(ada, lora)?;
-    }
-    let (vocab, positions) = (model.config().vocab_size, model.rope().positions());
-    for example in job.train.iter().chain(&job.valid) {
-        if example.trained.len() != example.tokens.len() {
-            return Err(Error::internal("an example whose mask has another length than its tokens"));
-        }
-        if example.tokens.len().min(job.spec.max_length) > positions {
-            return Err(
-                Error::invalid(format!("an example has more tokens than the model's {positions}")).param("max_length")
-            );
-        }
-        if let Some(token) = example.tokens.iter().find(|&&t| t as usize >= vocab) {
-            return Err(Error::invalid(format!("token id {token}: the model has {vocab}")));
-        }
-    }
-    Ok(())
+    lora.adalora.as_ref().map_or(Ok(()), |ada| adalora::check(ada, lora))
 }

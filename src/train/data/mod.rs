@@ -1,4 +1,6 @@
-//! Training and validation files, to examples.
+//! Training and validation files: from records in any of the published formats to examples, token by token.
+//!
+//! `record` reads a record, `tokens` makes examples of it, and `order` says which examples an optimiser step takes.
 
 pub(super) mod order;
 mod record;
@@ -17,62 +19,62 @@ use super::spec::JobSpec;
 use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
-/// A text to learn from, as tokens.
+/// A text to train on, as tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Example {
     /// All tokens, prompt and completion.
     pub tokens: Vec<u32>,
-    /// Whether each token is trained on: predicted from those before it. The first one never is.
+    /// Whether the loss covers each token. The first one is never covered, as nothing precedes it.
     pub trained: Vec<bool>,
 }
 
-/// How a file is read.
+/// Options for parsing a file.
 #[derive(Debug, Clone)]
 pub struct DataOptions {
-    /// Longest example, tokens; longer ones are cut at the end.
+    /// Longest example in tokens. Longer examples are cut at the end.
     pub max_length: usize,
-    /// Whether prompts are trained on too.
+    /// Whether the loss covers prompts too.
     pub train_on_inputs: bool,
-    /// How Alpaca prompts end.
+    /// End of Alpaca prompts.
     pub alpaca_ending: AlpacaEnding,
 }
 
-/// A file, read.
+/// A parsed file.
 #[derive(Debug, Clone)]
 pub struct Dataset {
     /// In the order of the file.
     pub examples: Vec<Example>,
     pub format: DataFormat,
-    /// To be kept with an adapter trained on this: its prompts must end so.
+    /// The end of its Alpaca prompts. Requests to an adapter trained on the file must end the same way.
     pub alpaca_ending: Option<AlpacaEnding>,
     pub statistics: DatasetStatistics,
 }
 
-/// Counts of a file.
+/// Counts of records, examples and tokens in a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DatasetStatistics {
-    /// Records of the file.
+    /// Records in the file.
     pub records: usize,
-    /// Examples made from them.
+    /// Examples made from the records.
     pub examples: usize,
     /// Tokens of the examples.
     pub tokens: usize,
-    /// Of those, trained on.
+    /// Tokens that the loss covers.
     pub trained_tokens: usize,
     /// Examples cut at `max_length`.
     pub truncated: usize,
-    /// Records and examples of which nothing was left to train.
+    /// Records and examples without a token to train on.
     pub dropped: usize,
 }
 
-/// Errors of a file that are listed; the others are counted.
-const LISTED: usize = 10;
+/// Most wrong records that an error lists.
+const MAX_LISTED: usize = 10;
 
-/// Reads a file: JSON objects one a line, or one array of them. The format is that of the first record, and all must have it.
+/// Parses a file: one JSON object a line, or one array of objects. All records must have the format of the first.
 ///
 /// # Errors
-/// `Invalid`, code `invalid_training_file`: it is not text or empty; records are wrong (the first ten are listed with
-/// their line, key and what is allowed); nothing in it would be trained.
+/// `Invalid`, code `invalid_training_file`: the file is empty or not UTF-8; records are wrong (the first ten are listed with
+/// their line, their key and what is allowed); no token would be trained on.
 pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<Dataset> {
     let bad = |message: String| Error::invalid(message).code("invalid_training_file");
     let text = std::str::from_utf8(bytes).map_err(|e| {
@@ -83,12 +85,12 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
     if records.is_empty() {
         return Err(bad("the file is empty: it needs at least one record".into()));
     }
-    // What is no JSON says nothing about the format; where all is none, all are wrong in any.
+    // The first record that is valid JSON gives the format. If there is none, every record is reported as invalid JSON.
     let first = records.iter().find_map(|(place, record)| Some((place, record.as_ref().ok()?)));
     let (format, read_as) = match first {
         Some((place, first)) => {
             let format = DataFormat::of(first).map_err(|e| bad(format!("{place}: {e}")))?;
-            (format, format!(" (read as {}, the format of the first)", format.words()))
+            (format, format!(" (read as {}, the format of the first)", format.name()))
         }
         None => (DataFormat::Text, String::new()),
     };
@@ -110,10 +112,10 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
         }
     }
     if !errors.is_empty() {
-        let more = errors.len().saturating_sub(LISTED);
+        let more = errors.len().saturating_sub(MAX_LISTED);
         let records = data.statistics.records;
         let mut message = format!("{} of {records} records are wrong{read_as}:", errors.len());
-        errors.truncate(LISTED);
+        errors.truncate(MAX_LISTED);
         errors.iter().for_each(|error| message.extend(["\n", error]));
         if more > 0 {
             message.push_str(&format!("\nand {more} more"));
@@ -129,23 +131,24 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
     Ok(data)
 }
 
-/// A record and where it stands.
+/// The place of a record in the file, for messages, and the record.
 type NumberedRecord = (String, Result<Value>);
 
-/// Cuts a file into records. The error is about the file as a whole.
+/// Splits a file into records. The error concerns the file as a whole.
 fn records(text: &str) -> Result<Vec<NumberedRecord>, String> {
     if text.trim_start().starts_with('[') {
         let list: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("the file is not valid JSON: {e}"))?;
         return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("record {}", i + 1), Ok(v))).collect());
     }
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    // The line is named with the record.
-    let why = |e: serde_json::Error| e.to_string().replace("at line 1 column", "at column");
-    let read = |line| serde_json::from_str(line).map_err(|e| Error::invalid(format!("not valid JSON: {}", why(e))));
+    // The place of the record gives the line.
+    let reason = |e: serde_json::Error| e.to_string().replace("at line 1 column", "at column");
+    let read = |line| serde_json::from_str(line).map_err(|e| Error::invalid(format!("not valid JSON: {}", reason(e))));
     Ok(lines.map(|(i, line)| (format!("line {}", i + 1), read(line))).collect())
 }
 
 impl Dataset {
+    /// Adds the examples of one record.
     fn add(&mut self, examples: Vec<Example>, max_length: usize) {
         let counts = &mut self.statistics;
         counts.dropped += usize::from(examples.is_empty());
@@ -167,13 +170,13 @@ impl Dataset {
         }
     }
 
-    /// The first `n` examples as the trainer sees them.
-    pub fn preview(&self, n: usize, codec: &TextCodec) -> Result<Vec<ExamplePreview>> {
+    /// The first `n` examples as they are trained on, for the user to check. Errors: tokens cannot be decoded.
+    pub(crate) fn preview(&self, n: usize, codec: &TextCodec) -> Result<Vec<ExamplePreview>> {
         self.examples.iter().take(n).map(|example| ExamplePreview::new(example, codec)).collect()
     }
 
-    /// What a job over this file takes. `tokens_per_second` is a measured speed, where there is one.
-    pub fn estimate(&self, spec: &JobSpec, tokens_per_second: Option<f64>) -> Estimate {
+    /// Steps, tokens and time of a job on this file. `tokens_per_second` is a measured speed, if there is one.
+    pub(crate) fn estimate(&self, spec: &JobSpec, tokens_per_second: Option<f64>) -> Estimate {
         let counts = &self.statistics;
         let rows = if spec.packing { counts.tokens.div_ceil(spec.max_length) } else { counts.examples };
         let epoch = rows.div_ceil(spec.batch_size * spec.gradient_accumulation);
@@ -183,13 +186,13 @@ impl Dataset {
     }
 }
 
-/// An example, to look at.
+/// An example in readable form.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ExamplePreview {
+pub(crate) struct ExamplePreview {
     pub token_ids: Vec<u32>,
-    /// Which of them are trained.
+    /// Whether the loss covers each token.
     pub trained: Vec<bool>,
-    /// Their text, special tokens included, with what is trained between `⟦` and `⟧`.
+    /// The text with special tokens. The parts that the loss covers are between `⟦` and `⟧`.
     pub text: String,
 }
 
@@ -213,14 +216,14 @@ impl ExamplePreview {
     }
 }
 
-/// What a job will take, about: packing may need a row more.
+/// Estimate of a job's work. Packing may need one more row an epoch.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Estimate {
+pub(crate) struct Estimate {
     /// Optimiser steps.
     pub steps: usize,
-    /// Tokens that go through the model, all epochs.
+    /// Tokens of all epochs.
     pub tokens: usize,
-    /// At a measured speed, with nothing else to do.
+    /// Time at a measured speed, without other work.
     pub seconds: Option<f64>,
 }
 

@@ -1,4 +1,4 @@
-//! Which examples a step learns from: a function of the seed and the step, so that a job that goes on needs no more than the
+//! The examples of each optimiser step. They depend only on the seed and the step, so a resumed job needs no more than the
 //! number of steps done.
 
 use rand::seq::SliceRandom;
@@ -9,22 +9,23 @@ use super::Example;
 use crate::train::spec::JobSpec;
 use crate::{Error, Result};
 
-/// Examples that may be learnt from, and their order.
-pub struct ExampleOrder {
-    /// Cut to the longest length, with at least one trained token each.
-    pub examples: Vec<Example>,
-    /// Examples that share a row, by index; one a row unless packed.
+/// The training examples of a job and their order.
+pub(in crate::train) struct ExampleOrder {
+    /// Cut to `max_length`, with at least one token to train on each.
+    pub(in crate::train) examples: Vec<Example>,
+    /// Indices of the examples of each row: one, or several with packing.
     rows: Vec<Vec<usize>>,
     batch_size: usize,
     accumulation: usize,
     seed: u64,
-    /// The last epoch that was asked for, and its order of rows.
+    /// The last used epoch and its order of rows.
     shuffled: Option<(usize, Vec<usize>)>,
 }
 
 impl ExampleOrder {
-    /// Errors: `batch_size`, `gradient_accumulation` or `max_length` of 0, no token to train on.
-    pub fn new(spec: &JobSpec, examples: Vec<Example>) -> Result<Self> {
+    /// Cuts and packs the examples. Errors: `batch_size`, `gradient_accumulation` or `max_length` is 0; there is no token to
+    /// train on.
+    pub(in crate::train) fn new(spec: &JobSpec, examples: Vec<Example>) -> Result<Self> {
         for (name, value) in [
             ("batch_size", spec.batch_size),
             ("gradient_accumulation", spec.gradient_accumulation),
@@ -34,7 +35,7 @@ impl ExampleOrder {
                 return Err(Error::invalid(format!("{name} is 0; it must be at least 1")).param(name));
             }
         }
-        let examples = cut(examples, spec.max_length);
+        let examples = cut_examples(examples, spec.max_length);
         if examples.is_empty() {
             return Err(Error::invalid(format!(
                 "no example has a token to train on within max_length, {} tokens",
@@ -57,17 +58,17 @@ impl ExampleOrder {
         })
     }
 
-    /// Optimiser steps of a pass over all rows; the last one may have fewer rows than the others.
-    pub fn steps_per_epoch(&self) -> usize {
+    /// Optimiser steps of an epoch. The last one may have fewer rows than the others.
+    pub(in crate::train) fn steps_per_epoch(&self) -> usize {
         self.rows.len().div_ceil(self.batch_size * self.accumulation)
     }
 
-    /// The examples of step `step` (from 0), pass by pass.
-    pub fn window(&mut self, step: usize) -> Vec<Vec<usize>> {
+    /// The indices of the examples of step `step` (from 0), pass by pass.
+    pub(in crate::train) fn step_passes(&mut self, step: usize) -> Vec<Vec<usize>> {
         let (epoch, within) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         if self.shuffled.as_ref().is_none_or(|(shuffled, _)| *shuffled != epoch) {
             let mut order: Vec<usize> = (0..self.rows.len()).collect();
-            // A stream of its own for every epoch.
+            // Each epoch has its own random numbers.
             let seed = self.seed.wrapping_add((epoch as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
             order.shuffle(&mut Pcg64::seed_from_u64(seed));
             self.shuffled = Some((epoch, order));
@@ -80,8 +81,8 @@ impl ExampleOrder {
     }
 }
 
-/// Examples cut to `max_length`, without those that then train nothing.
-pub fn cut(mut examples: Vec<Example>, max_length: usize) -> Vec<Example> {
+/// Cuts examples to `max_length`, and drops those without a token to train on.
+pub(in crate::train) fn cut_examples(mut examples: Vec<Example>, max_length: usize) -> Vec<Example> {
     for example in &mut examples {
         example.tokens.truncate(max_length);
         example.trained.truncate(max_length);
@@ -90,12 +91,13 @@ pub fn cut(mut examples: Vec<Example>, max_length: usize) -> Vec<Example> {
     examples
 }
 
-/// Rows of at most `max_length` tokens: the longest example first, each into the fullest row that has room (best fit).
+/// Packs examples into rows of at most `max_length` tokens, the longest example first, each into the fullest row with room (best
+/// fit decreasing).
 fn pack(examples: &[Example], max_length: usize) -> Vec<Vec<usize>> {
     let mut longest_first: Vec<usize> = (0..examples.len()).collect();
     longest_first.sort_by_key(|&i| std::cmp::Reverse(examples[i].tokens.len()));
     let mut rows: Vec<Vec<usize>> = Vec::new();
-    // Room and index of every row that is not full.
+    // Room and index of each row that is not full.
     let mut room = std::collections::BTreeSet::new();
     for i in longest_first {
         let len = examples[i].tokens.len();
@@ -122,24 +124,24 @@ mod tests {
     }
 
     #[test]
-    fn an_epoch_has_every_example_once_in_an_order_of_its_own() {
+    fn each_epoch_has_every_example_once_in_a_new_order() {
         let spec = JobSpec { batch_size: 2, gradient_accumulation: 3, ..spec() };
         let mut order = ExampleOrder::new(&spec, examples(&[5; 14])).unwrap();
         assert_eq!(order.steps_per_epoch(), 3);
         let mut epochs = Vec::new();
         for epoch in 0..2 {
-            let windows: Vec<_> = (0..3).map(|i| order.window(epoch * 3 + i)).collect();
+            let steps: Vec<_> = (0..3).map(|i| order.step_passes(epoch * 3 + i)).collect();
             let shape = |w: &Vec<Vec<usize>>| w.iter().map(Vec::len).collect::<Vec<_>>();
-            assert_eq!(windows.iter().map(shape).collect::<Vec<_>>(), [vec![2, 2, 2], vec![2, 2, 2], vec![2]]);
-            let all: Vec<usize> = windows.into_iter().flatten().flatten().collect();
+            assert_eq!(steps.iter().map(shape).collect::<Vec<_>>(), [vec![2, 2, 2], vec![2, 2, 2], vec![2]]);
+            let all: Vec<usize> = steps.into_iter().flatten().flatten().collect();
             let mut sorted = all.clone();
             sorted.sort_unstable();
             assert_eq!(sorted, (0..14).collect::<Vec<_>>());
             epochs.push(all);
         }
         assert_ne!(epochs[0], epochs[1]);
-        let again = ExampleOrder::new(&spec, examples(&[5; 14])).unwrap().window(4);
-        assert_eq!(again, order.window(4));
+        let again = ExampleOrder::new(&spec, examples(&[5; 14])).unwrap().step_passes(4);
+        assert_eq!(again, order.step_passes(4));
     }
 
     #[test]
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn what_trains_nothing_is_dropped_and_nothing_at_all_is_an_error() {
+    fn examples_without_tokens_to_train_on_are_dropped() {
         let mut some = examples(&[5, 5, 1]);
         some[0].trained = vec![true, false, false, false, true];
         let spec = JobSpec { max_length: 4, ..spec() };

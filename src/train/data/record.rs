@@ -1,4 +1,4 @@
-//! What a line of a training file says, in any of the published formats.
+//! The records of training files, in the published formats.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -7,15 +7,15 @@ use crate::fields::{self, Fields};
 use crate::text::messages;
 use crate::{Error, Result};
 
-/// How the records of a file are written: one form a file.
+/// Format of the records of a file. A file has only one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DataFormat {
-    /// OpenAI's: `{"messages": [{"role", "content"}]}`, assistant messages with a `weight` of 0 or 1.
+    /// OpenAI chat: `{"messages": [{"role", "content"}]}`, assistant messages with a `weight` of 0 or 1.
     Chat,
     /// `{"prompt", "completion"}`.
     PromptCompletion,
-    /// Stanford Alpaca's: `{"instruction", "input", "output"}`.
+    /// Stanford Alpaca: `{"instruction", "input", "output"}`.
     Alpaca,
     /// `{"conversations": [{"from": "human" | "gpt" | "system", "value"}]}`.
     #[serde(rename = "sharegpt")]
@@ -24,7 +24,7 @@ pub enum DataFormat {
     Text,
 }
 
-/// How an Alpaca prompt ends. Both are published under one name, and an adapter trained with one answers the other worse.
+/// End of an Alpaca prompt. Both variants are in use, and an adapter trained with one answers worse to the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum AlpacaEnding {
@@ -35,32 +35,32 @@ pub enum AlpacaEnding {
     Newline,
 }
 
-/// A record, whatever it was written as.
+/// A record, independent of its format.
 #[derive(Debug, PartialEq)]
-pub enum TrainingRecord {
+pub(super) enum TrainingRecord {
     /// A conversation.
     Chat {
-        /// As the chat template takes them.
+        /// Messages in the form that the chat template expects.
         messages: Vec<Value>,
-        /// Which of them are answers to learn; never the first, which no prompt leads to.
+        /// Whether each message is an answer to train on. The first never is, as no prompt precedes it.
         trained: Vec<bool>,
     },
-    /// A text and how it goes on.
+    /// A prompt and its completion.
     Pair { prompt: String, completion: String },
-    /// A text alone.
+    /// Text without a prompt.
     Text(String),
 }
 
-/// Keys that would change what is learnt, and that no format here has: to leave them out would train on something else.
+/// Keys that change the prompt in formats that are not supported. Ignoring them would train on another prompt.
 const REFUSED: [&str; 4] = ["tools", "functions", "system", "history"];
 
 impl DataFormat {
     /// The format of a record.
     ///
     /// # Errors
-    /// `Invalid` with the formats that there are.
-    pub fn of(record: &Value) -> Result<Self> {
-        // `text` comes last: Alpaca's files have a column of that name too.
+    /// `Invalid`: the record has no supported format. The message lists the formats.
+    pub(super) fn of(record: &Value) -> Result<Self> {
+        // `text` comes last, because Alpaca files have a column of that name too.
         let by_key = [
             ("messages", Self::Chat),
             ("conversations", Self::ShareGpt),
@@ -77,8 +77,8 @@ impl DataFormat {
         })
     }
 
-    /// For messages.
-    pub fn words(self) -> &'static str {
+    /// The name in messages.
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Chat => "OpenAI chat",
             Self::PromptCompletion => "prompt/completion",
@@ -91,8 +91,8 @@ impl DataFormat {
     /// Reads a record of this format.
     ///
     /// # Errors
-    /// `Invalid` with the key and what is allowed.
-    pub fn read(self, record: &Value, ending: AlpacaEnding) -> Result<TrainingRecord> {
+    /// `Invalid`: a key is missing, unknown or has a wrong value. The message says what is allowed.
+    pub(super) fn read(self, record: &Value, ending: AlpacaEnding) -> Result<TrainingRecord> {
         if !record.is_object() {
             return Err(Error::invalid(format!("a record must be an object, not {}", fields::describe(record))));
         }
@@ -115,7 +115,7 @@ impl DataFormat {
                 Ok(TrainingRecord::Pair { prompt: text("prompt")?, completion: text("completion")? })
             }
             Self::Alpaca => {
-                // The one key that may be absent, so that its absence must be meant.
+                // `input` is optional, so a misspelt one must be an error.
                 fields::check_unknown(&record, &["instruction", "input", "output"])?;
                 let prompt = alpaca(&text("instruction")?, record.string("input")?.unwrap_or_default(), ending);
                 Ok(TrainingRecord::Pair { prompt, completion: text("output")? })
@@ -174,7 +174,7 @@ fn turns<'a>(record: &Fields<'a>, key: &str, what: &str) -> Result<&'a [Value]> 
     Ok(list)
 }
 
-/// Whether a turn's `weight` lets it be learnt.
+/// Whether a turn is trained on: answers are, unless their `weight` is 0.
 fn is_trained(turn: &Fields, answer: bool) -> Result<bool> {
     let weight = turn.integer("weight", 0..=1)?;
     if !answer && weight == Some(1) {
@@ -187,7 +187,7 @@ fn is_trained(turn: &Fields, answer: bool) -> Result<bool> {
     Ok(answer && weight != Some(0))
 }
 
-/// Stanford Alpaca's prompt (`train.py`).
+/// The prompt of Stanford Alpaca's `train.py`.
 fn alpaca(instruction: &str, input: &str, ending: AlpacaEnding) -> String {
     let (context, input) = match input {
         "" => ("", String::new()),

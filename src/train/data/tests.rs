@@ -13,7 +13,7 @@ static SMOLLM2: LazyLock<TextCodec> = LazyLock::new(|| {
     TextCodec::load(&files).unwrap()
 });
 
-/// A tiny tokenizer with a chat template of its own.
+/// A tiny tokenizer with another chat template.
 fn with_template(template: &str) -> TextCodec {
     let from = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/hf");
     let dir = tempfile::tempdir().unwrap();
@@ -40,7 +40,7 @@ fn refused(file: &str) -> String {
     error.message
 }
 
-/// Ends of what is trained, as `(start, end)`.
+/// Ranges of trained tokens, as `(start, end)`.
 fn spans(example: &Example) -> Vec<(usize, usize)> {
     let mut spans: Vec<(usize, usize)> = Vec::new();
     for i in (0..example.tokens.len()).filter(|&i| example.trained[i]) {
@@ -56,7 +56,7 @@ fn trained_text(example: &Example, codec: &TextCodec) -> Vec<String> {
     spans(example).iter().map(|&(from, to)| codec.decode(&example.tokens[from..to], false).unwrap()).collect()
 }
 
-/// The tokens with which the server would ask for the next answer.
+/// The server's tokens for a prompt of these messages.
 fn served(messages: &[Value], codec: &TextCodec) -> Vec<u32> {
     let body = json!({"messages": messages});
     let prompt = messages::chat_prompt(&Fields::of_body(&body).unwrap(), codec).unwrap();
@@ -64,11 +64,11 @@ fn served(messages: &[Value], codec: &TextCodec) -> Vec<u32> {
 }
 
 #[test]
-fn every_answer_stands_behind_the_servers_own_prompt() {
+fn every_answer_follows_the_servers_tokens_of_its_prompt() {
     let messages = [
         json!({"role": "developer", "content": "Be brief."}),
         json!({"role": "user", "content": [{"type": "text", "text": "One?"}, {"type": "text", "text": "Now."}]}),
-        // Two newlines would be one token with the template's own before them, and so they are once they are past.
+        // The tokeniser merges these newlines with the template's newline before them, once the turn is in the past.
         json!({"role": "assistant", "content": "\n\n1", "weight": 1}),
         json!({"role": "user", "content": "Two?"}),
         json!({"role": "assistant", "content": "not this", "weight": 0}),
@@ -100,9 +100,9 @@ fn a_conversation_is_one_example_with_every_answer_trained() {
     for (span, turn) in spans(example).iter().zip([1, 3]) {
         assert_eq!(example.tokens[..span.0], served(&messages[..turn], codec));
     }
-    // The end token pads, opens nothing and separates turns in this model: only answers' own are trained.
+    // In this model, the end token also pads and separates turns. Only those of answers are trained on.
     let ends = example.tokens.iter().filter(|id| codec.eos_token_ids().contains(id)).count();
-    assert!(ends > 2, "the prompts have some as well");
+    assert!(ends > 2, "prompts have end tokens too");
 
     let turns = [("human", "One?"), ("gpt", "1"), ("human", "Two?"), ("gpt", "2")];
     let turns: Vec<Value> = turns.iter().map(|(from, value)| json!({"from": from, "value": value})).collect();
@@ -114,7 +114,7 @@ fn a_conversation_is_one_example_with_every_answer_trained() {
 }
 
 #[test]
-fn templates_that_rewrite_the_past_make_an_example_an_answer() {
+fn templates_that_change_earlier_turns_give_an_example_for_each_answer() {
     let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' or loop.last %}{{ m.content }}\
                     {% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
     let codec = with_template(template);
@@ -131,7 +131,7 @@ fn templates_that_rewrite_the_past_make_an_example_an_answer() {
     }
     assert_eq!(trained_text(&data.examples[1], &codec), ["d<|im_end|>"]);
 
-    // Without an end of its own, an answer gets the model's.
+    // If the template writes no end token, an answer gets the model's.
     let codec = with_template(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
     );
@@ -147,7 +147,7 @@ fn templates_that_rewrite_the_past_make_an_example_an_answer() {
 #[test]
 fn completions_follow_the_prompts_own_tokens_and_end() {
     let codec: &TextCodec = &SMOLLM2;
-    // The second prompt ends inside what would be one token.
+    // The second prompt ends inside a token of the whole text.
     for (prompt, completion) in [("Q: 2 + 2\nA:", " 4"), ("The quick ", "brown fox"), ("", "x"), ("a", "")] {
         let data = read(&[json!({"prompt": prompt, "completion": completion})], codec);
         let [example] = &data.examples[..] else { panic!("{data:?}") };
@@ -195,7 +195,7 @@ fn inputs_are_trained_when_asked_for() {
 }
 
 #[test]
-fn long_examples_are_cut_and_those_without_anything_to_train_dropped() {
+fn long_examples_are_cut_and_those_without_tokens_to_train_on_dropped() {
     let record = |prompt: &str, completion: &str| json!({"prompt": prompt, "completion": completion}).to_string();
     let long = "word ".repeat(50);
     let file = [record("a", "b"), record("a", &long), record(&long, "b")].join("\n\n");
@@ -275,7 +275,7 @@ fn a_preview_shows_what_is_trained_and_an_estimate_what_it_takes() {
     assert_eq!(estimate.to_string(), format!("4 steps over {} tokens, about 2 s", 2 * tokens));
     spec.max_steps = Some(1);
     assert_eq!(data.estimate(&spec, None), Estimate { steps: 1, tokens: tokens / 2, seconds: None });
-    // Ten examples of five tokens lie in four rows of sixteen.
+    // Ten examples of five tokens fit in four rows of sixteen.
     (spec.max_steps, spec.packing, spec.gradient_accumulation) = (None, true, 1);
     assert_eq!((tokens, data.estimate(&spec, None).steps), (50, 2));
 }

@@ -1,20 +1,20 @@
-//! A record to tokens and what is trained of them.
+//! From a record to tokens and a mask of those to train on.
 //!
-//! An answer stands behind exactly the tokens that the server makes from the same prompt; only its own tokens, with the end
-//! that stops generation, are trained. What is trained is known by position, never by id: the id that ends an answer may also
-//! pad, open or separate.
+//! An answer follows exactly the tokens that the server makes from the same prompt. Only the tokens of the answer and the end
+//! token that stops generation are trained on. The mask is made by position, never by token id: the id of the end token may
+//! also pad, open or separate turns.
 
 use super::Example;
 use super::record::TrainingRecord;
 use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
-/// Examples of a record: one, or one an answer where the chat template writes earlier turns differently once a conversation
-/// goes on. With `inputs`, all of an example is trained.
+/// The examples of a record: one, or one for each answer if the chat template changes earlier turns when a conversation
+/// continues. With `inputs`, the loss covers prompts too.
 ///
 /// # Errors
-/// `Invalid`: the template refuses the messages, or its answers do not follow from its prompts.
-pub fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
+/// `Invalid`: the template rejects the messages, or writes an answer in another way than it opens one.
+pub(super) fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
     let mut examples = match record {
         TrainingRecord::Text(text) => {
             let mut tokens = codec.encode_prompt(text, true)?;
@@ -36,7 +36,7 @@ pub fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool) -> Res
                 if !written.starts_with(&opened) {
                     return Err(Error::invalid(format!(
                         "`messages[{turn}]`: the model's chat template opens an answer in one way and writes it in another, \
-                         so that training would not match serving; use prompt and completion instead"
+                         so training would not match serving; use prompt and completion instead"
                     )));
                 }
                 let (prompt, answer) = answer(codec, &opened, &written, false)?;
@@ -55,14 +55,14 @@ pub fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool) -> Res
         }
     };
     for example in &mut examples {
-        // Nothing comes before the first token to predict it from.
+        // Nothing precedes the first token to predict it from.
         example.trained[0] = false;
     }
     Ok(examples)
 }
 
-/// The server's tokens for `prompt`, and those that make it `whole`, its end included. Where the text as one would be cut
-/// differently at the seam, the answer is tokenised apart.
+/// The server's tokens for `prompt`, and the tokens that complete it to `whole`, with an end token. If the tokeniser would merge
+/// text across the end of the prompt, the answer is tokenised on its own.
 fn answer(codec: &TextCodec, prompt: &str, whole: &str, special: bool) -> Result<(Vec<u32>, Vec<u32>)> {
     let ids = codec.encode_prompt(prompt, special)?;
     let mut all = codec.encode(whole, special)?;
@@ -72,7 +72,7 @@ fn answer(codec: &TextCodec, prompt: &str, whole: &str, special: bool) -> Result
     Ok((ids, answer))
 }
 
-/// Puts the model's end at the end, unless there is one already; a template may write a newline after it.
+/// Appends the model's end token, unless there is one already. A template may have written a newline after it.
 fn end(tokens: &mut Vec<u32>, codec: &TextCodec) {
     let ends = codec.eos_token_ids();
     let last = tokens.iter().rev().find(|&&id| !codec.token_string(id).trim().is_empty());
