@@ -1,8 +1,10 @@
 //! What a decoder looks like: its shape, its attention heads, and the linear layers that adapters can target. No tensors.
 
+mod architecture;
 mod module;
 mod rope;
 
+pub use architecture::Architecture;
 pub use module::{Module, Site};
 pub use rope::RopeScaling;
 

@@ -14,7 +14,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::{MergeFormat, MergedModel, MergedTensor, TensorOrigin};
-use crate::arch::{ModelConfig, RopeScaling};
+use crate::arch::{Architecture, ModelConfig, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::model::weights::gguf::{self, GgufMetadata};
 use crate::text::tokenizer;
@@ -42,8 +42,8 @@ pub fn write(base: &ModelFiles, merged: &MergedModel, format: MergeFormat, out: 
         ModelFormat::HuggingFace(dir) => from_directory(&base.name, dir, &merged.weights.config)?,
         ModelFormat::Shape(_) => return Err(Error::internal("dummy weights have no metadata")),
     };
-    let tensors =
-        tensors(merged, others, format, GgufMetadata(&metadata).text("general.architecture")? == Some("llama"))?;
+    let architecture = Architecture::from_gguf(GgufMetadata(&metadata).text("general.architecture")?)?;
+    let tensors = tensors(merged, others, format, architecture.interleaved)?;
     metadata.insert("general.file_type".into(), Value::U32(file_type(format)));
     // The tensors are written with the default alignment.
     metadata.remove("general.alignment");
@@ -71,13 +71,12 @@ fn file_type(format: MergeFormat) -> u32 {
     }
 }
 
-/// The tensors of the file: the merged ones, and the `others` of the base. `llama` says whether the architecture is `llama`,
-/// where llama.cpp interleaves the rows of q and k.
+/// The tensors of the file: the merged ones, and the `others` of the base. `interleaved` is [`Architecture::interleaved`].
 fn tensors<'a>(
     merged: &MergedModel<'a>,
     others: Vec<(String, Tensor)>,
     format: MergeFormat,
-    llama: bool,
+    interleaved: bool,
 ) -> Result<Vec<GgufTensor<'a>>> {
     let config = &merged.weights.config;
     let (matrix, table) = match format {
@@ -90,8 +89,8 @@ fn tensors<'a>(
         let label = gguf::gguf_name(&tensor.name)
             .ok_or_else(|| Error::internal(format!("GGUF has no name for {}", tensor.name)))?;
         let interleaved_heads = match &tensor.name {
-            name if llama && name.ends_with("q_proj.weight") => Some(config.num_heads),
-            name if llama && name.ends_with("k_proj.weight") => Some(config.num_kv_heads),
+            name if interleaved && name.ends_with("q_proj.weight") => Some(config.num_heads),
+            name if interleaved && name.ends_with("k_proj.weight") => Some(config.num_kv_heads),
             _ => None,
         };
         let dtype = match &tensor.shape[..] {
@@ -129,11 +128,7 @@ fn from_gguf(source: &Path, merged: &MergedModel) -> Result<MetadataAndTensors> 
 /// The metadata and further tensors that llama.cpp's converter writes for a Hugging Face directory.
 fn from_directory(name: &str, dir: &Path, config: &ModelConfig) -> Result<MetadataAndTensors> {
     let mut metadata = tokenizer::to_gguf(dir, config.vocab_size)?;
-    let architecture = match (config.qkv_bias, config.qk_norm) {
-        (true, _) => "qwen2",
-        (_, true) => "qwen3",
-        _ => "llama",
-    };
+    let architecture = Architecture::of(config).gguf;
     let text = |text: &str| Value::String(text.into());
     metadata.extend([
         ("general.architecture".into(), text(architecture)),

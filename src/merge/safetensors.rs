@@ -11,7 +11,7 @@ use safetensors::tensor::{Dtype, View, serialize_to_file};
 use serde_json::{Value, json};
 
 use super::{MergedModel, MergedTensor};
-use crate::arch::RopeScaling;
+use crate::arch::{Architecture, RopeScaling};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::text::codec::TextCodec;
 use crate::{Error, Result};
@@ -99,11 +99,7 @@ impl View for Bf16Tensor<'_> {
 /// A config.json for a base that was loaded from GGUF.
 fn config(merged: &MergedModel, codec: &TextCodec) -> Result<Value> {
     let c = &merged.weights.config;
-    let (class, kind) = match (c.qkv_bias, c.qk_norm) {
-        (true, _) => ("Qwen2ForCausalLM", "qwen2"),
-        (_, true) => ("Qwen3ForCausalLM", "qwen3"),
-        _ => ("LlamaForCausalLM", "llama"),
-    };
+    let architecture = Architecture::of(c);
     let rope_scaling = match &c.rope_scaling {
         RopeScaling::None => Value::Null,
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
@@ -114,8 +110,8 @@ fn config(merged: &MergedModel, codec: &TextCodec) -> Result<Value> {
         }
     };
     Ok(json!({
-        "architectures": [class],
-        "model_type": kind,
+        "architectures": [architecture.class],
+        "model_type": architecture.model_type,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
         "num_hidden_layers": c.num_layers,

@@ -1,4 +1,4 @@
-//! GGUF files of the architectures `llama` (also Mistral's), `qwen2` and `qwen3`: one file with everything.
+//! GGUF files: one file with everything.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. candle parses the header, because its parser is well
 //! tested against hostile lengths. The blocks of values are packed by [`crate::ops::quant`].
@@ -14,7 +14,7 @@ use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use super::OpenModel;
 use super::check::check_config;
 use super::tensors::{ModelTensors, TensorEncoding, TensorEntry};
-use crate::arch::{ModelConfig, RopeScaling};
+use crate::arch::{Architecture, ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 
@@ -73,8 +73,7 @@ pub fn open(path: &Path) -> Result<OpenModel> {
 struct Description<'a> {
     content: &'a Content,
     meta: GgufMetadata<'a>,
-    /// Prefix of the keys that depend on it.
-    architecture: &'a str,
+    architecture: &'static Architecture,
     num_heads: usize,
     num_kv_heads: usize,
 }
@@ -83,35 +82,28 @@ impl<'a> Description<'a> {
     /// Errors: an architecture, or a variation of one, that is not supported; no number of heads.
     fn read(content: &'a Content) -> Result<Self> {
         let meta = GgufMetadata(&content.metadata);
-        let architecture = match meta.text("general.architecture")? {
-            Some(known @ ("llama" | "qwen2" | "qwen3")) => known,
-            other => {
-                let found = other.unwrap_or("(none)");
-                return Err(Error::invalid(format!(
-                    "architecture {found:?} is not supported, only llama, qwen2 and qwen3"
-                )));
-            }
-        };
+        let architecture = Architecture::from_gguf(meta.text("general.architecture")?)?;
+        let key = |name: &str| format!("{}.{name}", architecture.gguf);
         if let Some(count @ 2..) = meta.integer("split.count")? {
             return Err(Error::invalid(format!(
                 "the file is one of {count} parts of a split model: join them with llama-gguf-split --merge"
             )));
         }
-        for key in REFUSED.map(|name| format!("{architecture}.{name}")) {
+        for key in REFUSED.map(key) {
             if content.metadata.get(&key).is_some_and(|v| !is_off(v)) {
                 return Err(Error::invalid(format!(
                     "{key} is set: this variation of the architecture is not supported"
                 )));
             }
         }
-        let num_heads = meta.required(&format!("{architecture}.attention.head_count"))?;
-        let num_kv_heads = meta.integer(&format!("{architecture}.attention.head_count_kv"))?.unwrap_or(num_heads);
+        let num_heads = meta.required(&key("attention.head_count"))?;
+        let num_kv_heads = meta.integer(&key("attention.head_count_kv"))?.unwrap_or(num_heads);
         Ok(Self { content, meta, architecture, num_heads, num_kv_heads })
     }
 
     /// The key of a setting of the architecture.
     fn key(&self, name: &str) -> String {
-        format!("{}.{name}", self.architecture)
+        format!("{}.{name}", self.architecture.gguf)
     }
 
     fn open(&self, path: &Path, file: File) -> Result<OpenModel> {
@@ -148,8 +140,7 @@ impl<'a> Description<'a> {
             Error::invalid(format!("tensor {label}: shape {shape:?} is not a whole number of {codec:?} blocks"))
         })?;
         let interleaved_heads = match hf_name {
-            // llama.cpp rotates halves too in the other architectures.
-            _ if self.architecture != "llama" => None,
+            _ if !self.architecture.interleaved => None,
             Some(n) if n.ends_with("q_proj.weight") => Some(self.num_heads),
             Some(n) if n.ends_with("k_proj.weight") => Some(self.num_kv_heads),
             _ => None,
@@ -192,8 +183,8 @@ impl<'a> Description<'a> {
             rms_norm_eps: meta.float(&eps)?.ok_or_else(|| Error::invalid(format!("metadata {eps} is missing")))?,
             rope_theta: meta.float(&self.key("rope.freq_base"))?.unwrap_or(10_000.0),
             rope_scaling: self.rope_scaling(factors)?,
-            qkv_bias: self.architecture == "qwen2",
-            qk_norm: self.architecture == "qwen3",
+            qkv_bias: self.architecture.qkv_bias,
+            qk_norm: self.architecture.qk_norm,
             max_position_embeddings: meta.required(&self.key("context_length"))?.min(window),
         };
         check_config(&config)?;

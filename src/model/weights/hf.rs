@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::check::check_config;
 use super::tensors::{ModelTensors, TensorEncoding, TensorEntry};
 use super::{OpenModel, bnb};
-use crate::arch::{ModelConfig, RopeScaling};
+use crate::arch::{Architecture, ModelConfig, RopeScaling};
 use crate::ops::quant::Codec;
 use crate::{Error, Result};
 
@@ -62,34 +62,6 @@ struct HfRope {
     original_max_position_embeddings: Option<usize>,
 }
 
-/// The supported architectures, which differ in ways that config.json does not say.
-#[derive(Clone, Copy, PartialEq)]
-enum Architecture {
-    Llama,
-    Mistral,
-    Qwen2,
-    Qwen3,
-}
-
-impl Architecture {
-    fn read(config: &Value) -> Result<Self> {
-        let (class, kind) = (config["architectures"][0].as_str(), config["model_type"].as_str());
-        Ok(match class.or(kind) {
-            Some("LlamaForCausalLM" | "llama") => Self::Llama,
-            Some("MistralForCausalLM" | "mistral") => Self::Mistral,
-            Some("Qwen2ForCausalLM" | "qwen2") => Self::Qwen2,
-            Some("Qwen3ForCausalLM" | "qwen3") => Self::Qwen3,
-            other => {
-                return Err(Error::invalid(format!(
-                    "architecture {:?} is not supported, only LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and \
-                     Qwen3ForCausalLM",
-                    other.unwrap_or("(none)")
-                )));
-            }
-        })
-    }
-}
-
 /// A model's shape from its config.json, and whether the embedding is also the head.
 pub fn shape(path: &Path) -> Result<(ModelConfig, bool)> {
     let (config, tied, _) = read_config(path)?;
@@ -100,7 +72,8 @@ pub fn shape(path: &Path) -> Result<(ModelConfig, bool)> {
 fn read_config(path: &Path) -> Result<(ModelConfig, bool, Option<Value>)> {
     let config: Value = read_json(path)?;
     // Read before the other fields, which another architecture may lack.
-    let architecture = Architecture::read(&config).map_err(|e| e.in_file(path))?;
+    let (class, model_type) = (config["architectures"][0].as_str(), config["model_type"].as_str());
+    let architecture = Architecture::from_hf(class.or(model_type)).map_err(|e| e.in_file(path))?;
     let mut config: HfConfig = serde_json::from_value(config).map_err(|e| unreadable(path, e))?;
     let (tied, quantised) = (config.tie_word_embeddings, config.quantization_config.take());
     let config = describe(architecture, config).map_err(|e| e.in_file(path))?;
@@ -137,10 +110,10 @@ pub fn open(dir: &Path) -> Result<OpenModel> {
     Ok(OpenModel { config, tensors, tied })
 }
 
-fn describe(architecture: Architecture, c: HfConfig) -> Result<ModelConfig> {
+fn describe(architecture: &Architecture, c: HfConfig) -> Result<ModelConfig> {
     let refuse = |what: String| Err(Error::invalid(format!("{what} is not supported")));
-    // Qwen2 always has biases of q, k and v, and ignores this setting.
-    let attention_bias = c.attention_bias && architecture != Architecture::Qwen2;
+    // Architectures that always have biases of q, k and v ignore this setting.
+    let attention_bias = c.attention_bias && !architecture.qkv_bias;
     if attention_bias || c.mlp_bias {
         return refuse(format!("{}: true", if attention_bias { "attention_bias" } else { "mlp_bias" }));
     }
@@ -152,16 +125,15 @@ fn describe(architecture: Architecture, c: HfConfig) -> Result<ModelConfig> {
         return refuse(format!("layer type {other:?}"));
     }
     // Up to its length, a sliding window is full attention, and sequences end there.
-    let qwen = matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3);
-    let window = c.sliding_window.filter(|_| c.use_sliding_window.unwrap_or(!qwen)).unwrap_or(usize::MAX);
+    let has_window = c.use_sliding_window.unwrap_or(architecture.sliding_window);
+    let window = c.sliding_window.filter(|_| has_window).unwrap_or(usize::MAX);
     if let Some(part) = c.partial_rotary_factor.filter(|&p| p != 1.0) {
         return refuse(format!("partial_rotary_factor {part}"));
     }
     let rope_theta = c.rope_parameters.as_ref().and_then(|r| r.rope_theta).or(c.rope_theta).unwrap_or(10_000.0);
     let rope = c.rope_parameters.or(c.rope_scaling);
-    let head_dim = match c.head_dim {
-        Some(d) => d,
-        None if architecture == Architecture::Qwen3 => 128,
+    let head_dim = match c.head_dim.or(architecture.head_dim) {
+        Some(width) => width,
         None if c.num_attention_heads > 0 => c.hidden_size / c.num_attention_heads,
         None => 0,
     };
@@ -176,8 +148,8 @@ fn describe(architecture: Architecture, c: HfConfig) -> Result<ModelConfig> {
         rms_norm_eps: c.rms_norm_eps,
         rope_theta,
         rope_scaling: rope.map_or(Ok(RopeScaling::None), rope_scaling)?,
-        qkv_bias: architecture == Architecture::Qwen2,
-        qk_norm: architecture == Architecture::Qwen3,
+        qkv_bias: architecture.qkv_bias,
+        qk_norm: architecture.qk_norm,
         max_position_embeddings: c.max_position_embeddings.min(window),
     };
     check_config(&config)?;
