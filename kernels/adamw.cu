@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(256) adamw(float *p, const float *g
     store4(p, i, n, a), store4(m, i, n, b), store4(v, i, n, c);
 }
 
-constexpr int BLOCK = 256, WORDS = BLOCK / 4 + 1;  // values of a quantisation block, and its words: codes and scale
+constexpr int BLOCK = ADAMW_BLOCK, WORDS = BLOCK / 4 + 1;  // values of a quantisation block, and its words: codes and scale
 
 // The code of the value nearest to x: the number of midpoints below x, by binary search.
 __device__ __forceinline__ uint32_t nearest(const float *midpoints, float x) {

@@ -37,8 +37,6 @@
 // __restrict__, because the compiler may move loads through the read-only path up across that wait.
 #include "attention.cuh"
 
-constexpr int KV_BLOCK = 16;  // tokens of a KV block
-
 // Transposes an 8x8 matrix of 16-bit values, of which lane l holds columns 2(l%4)..+1 of row l/4.
 __device__ __forceinline__ uint32_t transpose(uint32_t a) {
     uint32_t d;
@@ -64,8 +62,7 @@ struct DecodeItem {
           splits((context + keys - 1) / keys) {}
 };
 
-constexpr int HEADS = 8;        // query heads of a work unit: columns of a product
-constexpr int MAX_SPLITS = 32;  // KV splits of a row
+constexpr int HEADS = DECODE_HEADS;  // columns of a product
 
 // Starts the copy of the 16 keys or values of a KV block. Tokens from `live` on become zero, whatever the cache holds there.
 template <int DIM> __device__ __forceinline__ void load_kv_block(uint32_t to, const bf16 *from, int live, int lane) {
@@ -322,7 +319,7 @@ __device__ __forceinline__ void merge(const uint4 *rows, int count, int room, in
 }
 
 #define DECODE(DIM)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 5)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS_PER_SM)                                            \
         attn_decode_##DIM(const bf16 *qkv, const bf16 *cache, const uint4 *work, const uint4 *items, int room,             \
                           const uint32_t *tables, int rows, int kv_heads, int group, float scale, float *partial, bf16 *out) { \
         decode<DIM>(qkv, cache, work, items, room, tables, rows, kv_heads, group, scale, partial, out);                    \
@@ -416,16 +413,15 @@ PREFILL(128)
 
 // ---------------------------------------------------------------- any head width
 
-constexpr int MAX_DIM = 256;
 
 // Attention of one query head of one row to the sequence's first `keys` keys, by a warp. A lane computes the score of one key at a time,
 // and accumulates every 32nd dimension.
 __device__ __forceinline__ void attend(const bf16 *query, const bf16 *cache, const uint32_t *table, int keys, int kv_heads,
                                        int kv_head, int dim, float scale, bf16 *out) {
-    __shared__ float queries[WARPS][MAX_DIM];
+    __shared__ float queries[WARPS][MAX_HEAD_DIM];
     const int lane = threadIdx.x % 32;
     // Load the query, scaled.
-    float *q = queries[threadIdx.x / 32], o[MAX_DIM / 32] = {}, m = NONE, l = 0.f;
+    float *q = queries[threadIdx.x / 32], o[MAX_HEAD_DIM / 32] = {}, m = NONE, l = 0.f;
     __syncwarp();
     for (int d = lane; d < dim; d += 32) q[d] = __bfloat162float(query[d]) * scale;
     __syncwarp();
@@ -449,13 +445,13 @@ __device__ __forceinline__ void attend(const bf16 *query, const bf16 *cache, con
         m = max;
         l = l * decay + p;
 #pragma unroll
-        for (int i = 0; i < MAX_DIM / 32; i++) o[i] *= decay;
+        for (int i = 0; i < MAX_HEAD_DIM / 32; i++) o[i] *= decay;
         // Accumulate the values.
         for (int key = 0; key < live; key++) {
             const bf16 *v = key_at(first + key) + (size_t)kv_heads * KV_BLOCK * dim;
             const float weight = __shfl_sync(~0u, p, key);
 #pragma unroll
-            for (int i = 0; i < MAX_DIM / 32; i++) {
+            for (int i = 0; i < MAX_HEAD_DIM / 32; i++) {
                 if (lane + 32 * i < dim) o[i] += weight * __bfloat162float(v[lane + 32 * i]);
             }
         }
@@ -463,7 +459,7 @@ __device__ __forceinline__ void attend(const bf16 *query, const bf16 *cache, con
     // Normalise and store.
     const float inverse = __fdividef(1.f, warp_sum(l));
 #pragma unroll
-    for (int i = 0; i < MAX_DIM / 32; i++) {
+    for (int i = 0; i < MAX_HEAD_DIM / 32; i++) {
         if (lane + 32 * i < dim) out[lane + 32 * i] = __float2bfloat16_rn(o[i] * inverse);
     }
 }

@@ -3,7 +3,7 @@
 
 #include "warpgroup.cuh"
 
-constexpr int WARPS = 4;  // of a thread block, in all attention kernels
+constexpr int WARPS = ATTENTION_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr float NONE = -INFINITY, LN_2 = 0.69314718f, LOG2_E = 1.44269504f;
 
@@ -13,7 +13,7 @@ __device__ __forceinline__ float ex2(float x) {
     return y;
 }
 
-constexpr int TILE_ROWS = 128;  // query rows of a tile: consecutive positions, and for each the query heads of one KV head
+constexpr int TILE_ROWS = ATTENTION_TILE_ROWS;  // query rows of a tile: consecutive positions, and for each the query heads of one KV head
 constexpr int TILE_KEYS = 64;   // keys and values of one stage in shared memory
 
 // Starts the copies of a tile's queries to shared memory. Rows from `rows` on become zero.

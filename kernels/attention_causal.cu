@@ -245,7 +245,7 @@ struct Divisor {
     __device__ __forceinline__ uint32_t operator()(uint32_t x) const { return inverse ? __umulhi(x, inverse) : x; }
 };
 
-constexpr int DKV_KEYS = 64;  // keys of a tile; a warp has 16
+constexpr int DKV_KEYS = CAUSAL_TILE_KEYS;  // a warp has 16
 constexpr int DKV_ROWS = 64;  // query rows of a stage
 
 // Turns the scores of 64 query rows into probabilities. `log_sums` are those of the lane's rows (base e).
@@ -386,9 +386,7 @@ CAUSAL(128, 2)
 
 // ---------------------------------------------------------------- any head width
 
-constexpr int MAX_DIM = 256;
-constexpr int ANY_TILE = 64;
-constexpr int PER_LANE = MAX_DIM / 32;  // dimensions of a head that a lane holds
+constexpr int PER_LANE = MAX_HEAD_DIM / 32;  // dimensions of a head that a lane holds
 
 // A head's vector, spread over a warp: lane l holds dimensions l, l + 32, ...
 struct WarpVector {
@@ -457,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int heads = kv_heads * group, head = blockIdx.x % heads;
     const uint4 item = work[blockIdx.x / heads];
     const SequenceRows at = {qkv, nullptr, (int)item.x, heads, kv_heads, dim};
-    const int end = min(item.z + ANY_TILE, item.y);
+    const int end = min(item.z + CAUSAL_ANY_TILE, item.y);
     for (int position = item.z + threadIdx.x / 32; position < end; position += WARPS) {
         // A warp takes a position: online softmax, a key at a time.
         const WarpVector q = at.query(position, head);
@@ -482,7 +480,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int heads = kv_heads * group, head = blockIdx.x % heads;
     const uint4 item = work[blockIdx.x / heads];
     const SequenceRows at = {qkv, dout, (int)item.x, heads, kv_heads, dim};
-    const int end = min(item.z + ANY_TILE, item.y);
+    const int end = min(item.z + CAUSAL_ANY_TILE, item.y);
     for (int position = item.z + threadIdx.x / 32; position < end; position += WARPS) {
         const WarpVector q = at.query(position, head), g = at.gradient(position, head);
         const float log_sum = lse[at.stat(position, head)] * LOG2_E, dot = delta[at.stat(position, head)];
@@ -503,7 +501,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int heads = kv_heads * group, kv_head = blockIdx.x % kv_heads;
     const uint4 item = work[blockIdx.x / kv_heads];
     const SequenceRows at = {qkv, dout, (int)item.x, heads, kv_heads, dim};
-    const int end = min(item.z + ANY_TILE, item.y);
+    const int end = min(item.z + CAUSAL_ANY_TILE, item.y);
     for (int key = item.z + threadIdx.x / 32; key < end; key += WARPS) {
         const WarpVector k = at.key(key, kv_head), v = at.value(key, kv_head);
         WarpVector dk, dv;

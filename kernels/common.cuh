@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "constants.cuh"
+
 typedef __nv_bfloat16 bf16;
 typedef __nv_bfloat162 bf162;
 

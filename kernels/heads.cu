@@ -11,7 +11,7 @@
 
 #include "common.cuh"
 
-constexpr int PAIRS = 4;  // pairs of values that a lane keeps: heads up to 64 * PAIRS wide
+constexpr int PAIRS = MAX_HEAD_DIM / 64;  // pairs of values that a lane keeps
 
 extern "C" __global__ void __launch_bounds__(256)
 finish_heads(bf16 *qkv, const float *bias, const float *q_norm, const float *k_norm,

@@ -34,7 +34,7 @@
 
 #include "common.cuh"
 
-constexpr int WARPS = 4;
+constexpr int WARPS = LORA_WARPS;
 constexpr int STAGES = 4;  // of a warp's pipeline of weights
 
 // A list of the worklist: its terms and chunks.
@@ -75,7 +75,9 @@ struct alignas(16) SlotEntry {
     uint32_t gains;  // Offset of the gains from base, in units of 16 bytes; 0: none.
 };
 
-static_assert(sizeof(List) == 64 && sizeof(Term) == 32 && sizeof(Chunk) == 16 && sizeof(SlotEntry) == 32, "as in Rust");
+static_assert(sizeof(List) == 4 * LORA_LIST_WORDS && sizeof(Term) == 4 * LORA_TERM_WORDS && sizeof(Chunk) == 4 * LORA_CHUNK_WORDS &&
+                  sizeof(SlotEntry) == SLOT_ENTRY_BYTES,
+              "as in Rust");
 
 // Loads a record by 16-byte loads.
 template <typename T>
@@ -92,7 +94,7 @@ __device__ __forceinline__ List load_list(const uint32_t* work, int list) {
 
 // The h workspace.
 __device__ __forceinline__ float* h_values(const uint32_t* work) {
-    return reinterpret_cast<float*>(work[32] | static_cast<uint64_t>(work[33]) << 32);
+    return reinterpret_cast<float*>(work[LORA_H_ADDRESS_WORD] | static_cast<uint64_t>(work[LORA_H_ADDRESS_WORD + 1]) << 32);
 }
 
 // This thread block's items, a contiguous range, since neighbouring items share a term or a chunk.

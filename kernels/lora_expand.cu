@@ -305,16 +305,16 @@ __device__ __forceinline__ void expand(const uint32_t* work, const SlotEntry* ta
 
 // blocks: thread blocks of an SM.
 #define EXPAND(name, NT, Y, blocks)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(128, blocks)                                                           \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, blocks)                                                          \
         name(const uint32_t* work, const SlotEntry* table, Y* y, int entries, int entry, int k, int splits, int n0, int n1, \
              int n2) {                                                                                                  \
         expand<NT, Y>(work, table, y, entries, entry, k, splits, n0, n1, n2);                                           \
     }
 
-EXPAND(lora_expand_small, 1, bf16, 5)
-EXPAND(lora_expand_large, 4, bf16, 3)
-EXPAND(lora_expand_small_f32, 1, float, 4)
-EXPAND(lora_expand_large_f32, 4, float, 2)
+EXPAND(lora_expand_small, EXPAND_SMALL_ROWS / 8, bf16, 5)
+EXPAND(lora_expand_large, EXPAND_LARGE_ROWS / 8, bf16, 3)
+EXPAND(lora_expand_small_f32, EXPAND_SMALL_ROWS / 8, float, 4)
+EXPAND(lora_expand_large_f32, EXPAND_LARGE_ROWS / 8, float, 2)
 
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(float v) { return v; }
@@ -325,7 +325,7 @@ __device__ __forceinline__ void store(float* p, float v) { *p = v; }
 // Y: type of y.
 template <typename Y>
 __device__ __forceinline__ void gain(const uint32_t* work, const SlotEntry* table, Y* y, int entries, int entry, int n) {
-    constexpr int COLUMNS = 512, ROWS = 8;
+    constexpr int COLUMNS = GAIN_COLUMNS, ROWS = 8;
     pdl_release();
     pdl_wait();
     const uint32_t small = load_list(work, 0).chunks, large = load_list(work, 1).chunks;
@@ -360,7 +360,7 @@ __device__ __forceinline__ void gain(const uint32_t* work, const SlotEntry* tabl
 }
 
 #define GAIN(name, Y)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128)                                                          \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                   \
         name(const uint32_t* work, const SlotEntry* table, Y* y, int entries, int entry, int n) {                  \
         gain<Y>(work, table, y, entries, entry, n);                                                            \
     }

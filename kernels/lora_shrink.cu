@@ -196,14 +196,14 @@ __device__ __forceinline__ void shrink(const uint32_t* work, const SlotEntry* ta
     pdl_wait();
 }
 
-extern "C" __global__ void __launch_bounds__(128, 5)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, LORA_SMALL_BLOCKS_PER_SM)
     lora_shrink_small(const uint32_t* work, const SlotEntry* table, const bf16* x, int entries, int entry, int k, int splits,
                       int width, int kind) {
-    shrink<1>(work, table, x, entries, entry, k, splits, width, kind);
+    shrink<SHRINK_SMALL_ROWS / 8>(work, table, x, entries, entry, k, splits, width, kind);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, LORA_LARGE_BLOCKS_PER_SM)
     lora_shrink_large(const uint32_t* work, const SlotEntry* table, const bf16* x, int entries, int entry, int k, int splits,
                       int width, int kind) {
-    shrink<8>(work, table, x, entries, entry, k, splits, width, kind);
+    shrink<SHRINK_LARGE_ROWS / 8>(work, table, x, entries, entry, k, splits, width, kind);
 }

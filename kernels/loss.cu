@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(256)
     copy_rows(from, to, rows, pieces, scatter);
 }
 
-constexpr int THREADS = 1024;
+constexpr int THREADS = LOSS_THREADS;
 constexpr float LOG2_E = 1.44269504f;
 
 // Softmax statistics of a part of a row: its maximum, the first id that has it, and the sum of exp(x - maximum).

@@ -25,7 +25,7 @@ __device__ __forceinline__ float4 load_bf16(const bf16 *from) {
     return make_float4(lo.x, lo.y, hi.x, hi.y);
 }
 
-constexpr int ROUNDS = 4;  // rounds of 4 values that a thread keeps in registers: rows up to 4 * 1024 * ROUNDS
+constexpr int ROUNDS = NORM_VALUES_PER_THREAD / 4;  // rounds of 4 values that a thread keeps in registers: rows up to 4 * 1024 * ROUNDS
 
 // ADD: whether to add delta first, and store the sum.
 template <bool ADD>

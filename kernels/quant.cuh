@@ -41,7 +41,9 @@
 
 #include "common.cuh"
 
-enum Format { S16, SM16, K4, LUT, S8, SM8, DENSE };
+enum Format { S16, SM16, K4, LUT, S8, SM8, DENSE };  // in the order of the arrays in constants.cuh
+
+static_assert(MATRIX_TILE_ROWS == 16 && MATRIX_TILE_INPUTS == 64, "the tensor core fragments of four products");
 
 struct Weights {
     const unsigned char *data;  // strips
@@ -54,13 +56,11 @@ struct Weights {
 // Sizes of format F.
 template <int F> struct Traits {
     static constexpr bool bits8 = F == S8 || F == SM8;
-    static constexpr bool min = F == SM16 || F == K4 || F == SM8;
+    static constexpr bool min = SUM_GROUP[F] != 0;
     static constexpr int groups = F == LUT ? 1 : bits8 ? 4 : 2;  // of a tile; DENSE has none, and is computed in two halves
-    static constexpr int words = F == DENSE ? 16 : bits8 ? 8 : 4;  // of codes, per lane and tile
-    static constexpr int scale_words = F == SM16 ? 4 : F == S8 ? 8 : F == SM8 ? 16 : F == DENSE ? 0 : 2;  // per row pair and tile
-    static constexpr int CHUNK = words > 4 ? 2 : 4;  // tiles of a chunk
+    static constexpr int words = CODE_WORDS[F], scale_words = SCALE_WORDS[F], CHUNK = CHUNK_TILES[F];
     // Bytes of a tile's codes, of a tile's scales, of a chunk's super-scales, and of a whole chunk.
-    static constexpr int CODES = 128 * words, SCALES = 32 * scale_words, SUPERS = F == K4 ? 64 : 0;
+    static constexpr int CODES = 128 * words, SCALES = 32 * scale_words, SUPERS = 4 * SUPER_WORDS[F];
     static constexpr int BYTES = CHUNK * (CODES + SCALES) + SUPERS;
 
     // Bytes of a strip of `tiles` tiles.

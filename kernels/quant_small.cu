@@ -9,8 +9,6 @@
 
 #include "quant.cuh"
 
-constexpr int TABLE_BYTES = 32768;  // of a codebook
-
 // B fragments of a tile for 8 tokens, and the sums over its groups.
 template <int F> struct TileInputs {
     uint32_t b[8];
@@ -97,15 +95,15 @@ __device__ __forceinline__ void gemm_small(Weights w, const bf16 *x, T *y, int m
 
     // Start loading weights, which need no wait for the previous kernel.
     uint32_t *table = (uint32_t *)shared;
-    using Tiles = Ring<F, F == DENSE || F == LUT ? 2 : 3>;
-    Tiles ring(w, shared + (F == LUT ? TABLE_BYTES : 0) + warp * Tiles::SHARED, strip, first, count, lane);
+    using Tiles = Ring<F, SMALL_RING_STAGES[F]>;
+    Tiles ring(w, shared + (F == LUT ? CODEBOOK_TABLE_BYTES : 0) + warp * Tiles::SHARED, strip, first, count, lane);
     fill_table<F>(table, w);
     if constexpr (F == LUT && !NEAR) __syncthreads();
 
     // Wait for the activations; `near` copies them to shared memory.
     pdl_wait();
     pdl_release();
-    bf16 *const near = (bf16 *)(shared + (F == LUT ? TABLE_BYTES : 0) + 8 * Tiles::SHARED);
+    bf16 *const near = (bf16 *)(shared + (F == LUT ? CODEBOOK_TABLE_BYTES : 0) + 8 * Tiles::SHARED);
     if constexpr (NEAR) {
         for (int i = threadIdx.x; i < m * w.k / 8; i += 256) ((uint4 *)near)[i] = ((const uint4 *)x)[i];
         __syncthreads();

@@ -83,9 +83,9 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes,
 //
 // F: format. TOKENS: rows of x. TEAMS: teams of the thread block.
 template <int F, int TOKENS, int TEAMS> struct Stages {
-    static constexpr int CHUNK = Traits<F>::CHUNK, G = Traits<F>::groups, WARPS = 16 / TEAMS;
-    static constexpr int COUNT = 3;
-    static constexpr int FIT = 256 / TOKENS / TEAMS, TILES = CHUNK < FIT ? CHUNK : FIT;  // of a stage; divides CHUNK
+    static constexpr int CHUNK = Traits<F>::CHUNK, G = Traits<F>::groups, WARPS = WIDE_PRODUCT_WARPS / TEAMS;
+    static constexpr int COUNT = WIDE_STAGES;
+    static constexpr int FIT = WIDE_STAGE_ROWS / TOKENS / TEAMS, TILES = CHUNK < FIT ? CHUNK : FIT;  // of a stage; divides CHUNK
     static constexpr int TILE = TOKENS * 128, BYTES = TILES * TILE;  // of a tile and of a stage
     static constexpr int TILE_SUMS = Traits<F>::min ? G * TOKENS * 4 : 0, SUMS = TILES * TILE_SUMS;
     static constexpr int SHARED = COUNT * (BYTES + SUMS);
@@ -271,11 +271,11 @@ __device__ __forceinline__ void gemm_wide(Weights w, const unsigned char *x, T *
                                           const unsigned char *group_sums, float *partial, int *arrived) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using S = Stages<F, TOKENS, TEAMS>;
-    constexpr int DEPTH = F == DENSE || F == LUT || F == SM8 ? 2 : 3, CHUNK = Traits<F>::CHUNK, WARPS = S::WARPS;
-    constexpr int TABLE = F == LUT ? 32768 : 0;
+    constexpr int DEPTH = WIDE_RING_STAGES[F], CHUNK = Traits<F>::CHUNK, WARPS = S::WARPS;
+    constexpr int TABLE = F == LUT ? CODEBOOK_TABLE_BYTES : 0;
     using WeightRing = Ring<F, DEPTH>;
     static_assert(TEAMS == 1 || S::SHARED % 1024 == 0, "wgmma's swizzle needs stages aligned to 1024 bytes");
-    static_assert(TEAMS * S::SHARED + TABLE + 16 * WeightRing::SHARED + 1024 <= 227 * 1024, "a thread block's shared memory");
+    static_assert(TEAMS * S::SHARED + TABLE + WIDE_PRODUCT_WARPS * WeightRing::SHARED + 1024 <= 227 * 1024, "a thread block's shared memory");
     // Layout: the teams' activations, the codebook table, the warps' rings of weights.
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t barriers[TEAMS][2 * S::COUNT];

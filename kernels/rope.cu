@@ -13,8 +13,6 @@
 //     Grid: (T, heads dim / 2 / pairs / 128 rounded up), 128 threads.
 #include "common.cuh"
 
-constexpr int KV_BLOCK = 16;  // tokens of a KV block
-
 // PAIRS dimensions of the first half of a head (a), and those that they are rotated with (b).
 template <int PAIRS> struct HeadPairs {
     __align__(16) bf16 a[PAIRS], b[PAIRS];
@@ -116,12 +114,12 @@ __device__ __forceinline__ void rope_turn(bf16 *x, const uint32_t *positions, co
 }
 
 #define ROPE(PAIRS)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128)                                                                      \
+    extern "C" __global__ void __launch_bounds__(ROPE_THREADS)                                                             \
         rope_append_##PAIRS(bf16 *qkv, bf16 *cache, const uint32_t *positions, const uint32_t *slots, const float *table, \
                             int heads, int kv_heads, int dim) {                                                            \
         rope_append<PAIRS>(qkv, cache, positions, slots, table, heads, kv_heads, dim);                                     \
     }                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(128)                                                                      \
+    extern "C" __global__ void __launch_bounds__(ROPE_THREADS)                                                             \
         rope_turn_##PAIRS(bf16 *x, const uint32_t *positions, const float *table, int heads, int width, int dim, float side) { \
         rope_turn<PAIRS>(x, positions, table, heads, width, dim, side);                                                    \
     }

@@ -28,12 +28,9 @@
 
 typedef unsigned long long u64;
 
-constexpr int SEGMENT = 1024;
-constexpr int MAX_SEGMENTS = 512;
-constexpr int THREADS = 512;       // of sample_edit and sample_pick
-constexpr int WARPS = THREADS / 32;
-constexpr int MAX_TOP = 1024;      // tokens that can be asked for in sorted order
-constexpr int POOL = 4096;         // candidates that can be sorted
+constexpr int SEGMENT = SAMPLE_SEGMENT, MAX_SEGMENTS = SAMPLE_MAX_SEGMENTS, MAX_TOP = SAMPLE_MAX_TOP;
+constexpr int THREADS = SAMPLE_THREADS, WARPS = THREADS / 32;
+constexpr int POOL = 4096;  // candidates that can be sorted
 constexpr int PER_THREAD = POOL / THREADS;  // candidates of a thread
 constexpr int BINS = 256, COPIES = 8;  // of a histogram; lanes add to different copies
 constexpr unsigned ALL = ~0u;
@@ -56,6 +53,8 @@ struct Task {
     float repetition, frequency, presence;
     int unused;
 };
+
+static_assert(sizeof(Task) == 4 * SAMPLE_TASK_WORDS, "as in Rust");
 
 // Bits of a logit that compare like the logit.
 __device__ __forceinline__ unsigned order_key(float x) {

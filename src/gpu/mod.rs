@@ -6,6 +6,9 @@
 pub(crate) mod arena;
 #[cfg(feature = "cuda")]
 pub(crate) mod blas;
+// Without CUDA, most have no use.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) mod constants;
 #[cfg(feature = "cuda")]
 mod context;
 #[cfg(feature = "cuda")]

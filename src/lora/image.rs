@@ -14,6 +14,7 @@ use half::bf16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use crate::arch::{ModelConfig, Module, Site};
+use crate::gpu::constants::SLOT_ENTRY_BYTES;
 use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use crate::{Error, Result};
 
@@ -29,7 +30,8 @@ const WRITERS: usize = 4;
 /// Image sizes are multiples of this many bytes.
 const IMAGE_STEP: usize = 256;
 
-/// An entry of the slot table: where a slot's weights for one site of one layer are. `Entry` in `kernels/lora.cuh` is the same.
+/// An entry of the slot table: where a slot's weights for one site of one layer are. Kernels read it as `SlotEntry` of
+/// `kernels/lora.cuh`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct SlotEntry {
     /// Address of the site's block; 0 if the adapter does not change the site.
@@ -46,7 +48,7 @@ pub struct SlotEntry {
 
 impl SlotEntry {
     /// 16-bit words of an encoded entry.
-    pub const WORDS: usize = 16;
+    pub const WORDS: usize = SLOT_ENTRY_BYTES / 2;
 
     /// Entries of a slot: four sites of each layer, then the head.
     pub fn count(num_layers: usize) -> usize {

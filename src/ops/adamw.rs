@@ -9,13 +9,14 @@ use super::cpu;
 use super::pool::SharedMut;
 use super::quant::nf4::{dynamic_map, unsigned_dynamic_map};
 use super::simd::{self, LANES, Lanes, SimdKernel};
+use crate::gpu::constants::ADAMW_BLOCK;
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
 mod cuda;
 
 /// Values of a block of 8-bit moments, which share a scale.
-pub const BLOCK: usize = 256;
+pub const BLOCK: usize = ADAMW_BLOCK;
 /// Bytes of a block of 8-bit moments: the codes, then their scale as f32, little-endian.
 pub const BLOCK_BYTES: usize = BLOCK + 4;
 /// Values of a task.

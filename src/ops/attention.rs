@@ -21,6 +21,7 @@ use super::pool::SharedMut;
 use super::rope::{self, RopeTable};
 use super::simd::{self, LANES, Lanes, SimdKernel};
 use crate::arch::Heads;
+use crate::gpu::constants::KV_BLOCK;
 use crate::{Error, Result};
 
 mod causal;
@@ -31,7 +32,8 @@ pub use causal::{causal, causal_backward};
 pub use cuda::{decode_words, decode_work, prefill_words, prefill_work};
 
 /// Tokens of a KV block.
-pub const BLOCK: usize = LANES;
+pub const BLOCK: usize = KV_BLOCK;
+const _: () = assert!(BLOCK == LANES, "on the CPU, a vector holds one dimension of a block's keys");
 /// KV blocks of a key tile, which one step of the online softmax covers.
 const TILE_BLOCKS: usize = 4;
 /// Keys of a key tile.

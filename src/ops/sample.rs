@@ -12,16 +12,17 @@ use std::collections::HashMap;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+use crate::gpu::constants;
 use crate::{Error, Result};
 
 /// The most alternatives that can be reported, and the largest `top_k` that is drawn in order of the logits.
-pub const SMALL: usize = 1024;
+pub const SMALL: usize = constants::SAMPLE_MAX_TOP;
 
 /// The largest vocabulary. Weights are summed in 64-bit fixed point.
-const MAX_VOCAB: usize = 1 << 19;
+const MAX_VOCAB: usize = constants::SAMPLE_SEGMENT * constants::SAMPLE_MAX_SEGMENTS;
 
 /// Words of a task's parameters: `Task` in `kernels/sample.cu`.
-const TASK: usize = 18;
+const TASK: usize = constants::SAMPLE_TASK_WORDS;
 
 /// The sampling parameters of one row of logits. The default takes the token with the largest logit.
 #[derive(Default)]

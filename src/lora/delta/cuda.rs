@@ -1,51 +1,48 @@
 //! The CUDA half: see `kernels/lora.cuh`.
 //!
-//! A step's worklist says which rows carry which slots; a launch takes shapes from its site and everything else from the
-//! worklist and the slot table. Segments are worked on in pieces of few rows or of many: decode steps have only the first
-//! kind, and so need one launch each of shrink and expand.
+//! A step's worklist says which rows have which slots. A launch takes shapes from its site and everything else from the
+//! worklist and the slot table. Segments are cut into small pieces or large ones. Decode steps have only small pieces, and so
+//! need one launch each of shrink and expand.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
 
 use super::Adapters;
 use crate::arch::Site;
+use crate::gpu::constants::{
+    EXPAND_LARGE_ROWS, EXPAND_SMALL_ROWS, GAIN_COLUMNS, LORA_CHUNK_WORDS, LORA_H_ADDRESS_WORD, LORA_HEADER_WORDS,
+    LORA_LARGE_BLOCKS_PER_SM, LORA_LIST_WORDS, LORA_SMALL_BLOCKS_PER_SM, LORA_TERM_WORDS, LORA_WARPS,
+    SHRINK_LARGE_ROWS, SHRINK_RANKS, SHRINK_SMALL_ROWS,
+};
 use crate::gpu::kernels::{Arg, ByDtype, KernelHandle, KernelSet, Kernels, LaunchGrid};
 use crate::gpu::{Context, input};
 use crate::lora::cuda::slots::DeviceSlots;
 use crate::lora::slots::SlotPool;
-use crate::ops::batch::Capacity;
-use crate::ops::batch::Segment;
+use crate::ops::batch::{Capacity, Segment};
 use crate::{Error, Result};
 
-/// Steps of up to this many rows have no large pieces: one adapter's weights come from L2 when its rows are read in
-/// several pieces, and a second pair of launches costs more.
+/// Steps of up to this many rows have no large pieces: when several pieces read an adapter's weights, these come from the L2
+/// cache, and a second pair of launches would cost more.
 const SMALL_STEP: usize = 256;
 
-/// Terms that a segment may have; requests have at most as many.
+/// Most terms of a segment, as many as a request may have.
 const TERMS: usize = 8;
 
-/// Columns of an item of the kernel of gains.
-const GAIN_COLUMNS: usize = 512;
+/// Threads of a thread block.
+const THREADS: usize = 32 * LORA_WARPS;
 
-/// Words of the two lists' headers and the address behind them.
-const HEADER: usize = 36;
-/// Words of a list's header, a term, a chunk.
-const LIST: usize = 16;
-const TERM: usize = 8;
-const CHUNK: usize = 4;
-
-/// SegmentPieces of few rows, or of many.
+/// How the segments of a list are cut into pieces.
 struct SegmentPieces {
-    /// Rows of a shrinking item.
+    /// Rows of an item of shrink.
     shrink_rows: usize,
-    /// Rows of an expanding item: a chunk.
+    /// Rows of a chunk, which is an item of expand.
     expand_rows: usize,
-    /// Most blocks on a multiprocessor that a launch asks for; those of Hopper hold as many of the usual kernels.
+    /// Most thread blocks per SM that a launch asks for; an SM of Hopper holds as many of the usual kernels.
     blocks: usize,
 }
 
 impl SegmentPieces {
-    /// How many pieces of up to `each` rows there may be: in steps of few rows, each may have an adapter of its own.
+    /// Most pieces of up to `each` rows in a step of `rows`: with small pieces, each row may have an adapter of its own.
     fn most(&self, rows: usize, each: usize) -> usize {
         if self.shrink_rows == PIECES[0].shrink_rows { rows } else { rows.div_ceil(each) }
     }
@@ -53,8 +50,8 @@ impl SegmentPieces {
 
 /// In the order of the lists in the worklist.
 const PIECES: [SegmentPieces; 2] = [
-    SegmentPieces { shrink_rows: 8, expand_rows: 8, blocks: 5 },
-    SegmentPieces { shrink_rows: 64, expand_rows: 32, blocks: 4 },
+    SegmentPieces { shrink_rows: SHRINK_SMALL_ROWS, expand_rows: EXPAND_SMALL_ROWS, blocks: LORA_SMALL_BLOCKS_PER_SM },
+    SegmentPieces { shrink_rows: SHRINK_LARGE_ROWS, expand_rows: EXPAND_LARGE_ROWS, blocks: LORA_LARGE_BLOCKS_PER_SM },
 ];
 
 /// The kernels, shrink and expand in the order of [`PIECES`].
@@ -86,98 +83,146 @@ impl KernelSet for LoraKernels {
     }
 }
 
-/// Up to this many rows in large pieces, each split of `k` is an item of its own, so that there are enough.
-const APART_ROWS: usize = 512;
+/// In lists of up to this many rows, each split of `k` is an item of its own with its own plane of h, so that there are enough items.
+const PLANE_ROWS: usize = 512;
 
-/// Which list takes a segment, in a step whose last row with an adapter is before `end`.
+/// The list that takes a segment, in a step whose rows with adapters end at `end`.
 fn list(segment: &Segment, end: usize) -> usize {
     usize::from(end > SMALL_STEP && segment.rows.len() > PIECES[0].expand_rows)
 }
 
-/// `k` in splits: how many, and how wide. At most 16, each a multiple of 512.
+/// The number of splits of `k`, at most 16, and their width, a multiple of 512.
 fn splits(k: usize) -> (usize, usize) {
     let width = 512 * k.div_ceil(16 * 512);
     (k.div_ceil(width), width)
 }
 
-/// Words that the worklist of a step may take.
+/// Most words of the worklist of a step.
 pub fn work_words(capacity: Capacity) -> usize {
     let terms = TERMS * capacity.spans;
     let chunks = capacity.spans + (SMALL_STEP / PIECES[0].expand_rows).max(capacity.rows / PIECES[1].expand_rows);
-    HEADER + TERM * terms + CHUNK * chunks + Site::ALL.len() * (terms + 2) + 3
+    LORA_HEADER_WORDS + LORA_TERM_WORDS * terms + LORA_CHUNK_WORDS * chunks + Site::ALL.len() * (terms + 2) + 3
 }
 
-/// What the kernels need to know of a step's segments; the layout is at the top of `kernels/lora.cuh`. Errors: segments
-/// out of order, or a slot without an adapter.
+/// The worklist of a step's segments; its layout is at the top of `kernels/lora.cuh`. Errors: segments out of order, or a slot
+/// without an adapter.
 pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
-    let mut words = vec![0; HEADER];
+    let mut work = WorkBuilder { words: vec![0; LORA_HEADER_WORDS], hidden: 0 };
     if segments.is_empty() {
-        return Ok(words);
+        return Ok(work.words);
     }
     let slots = gpu(slots)?;
-    let end = segments.last().map_or(0, |segment| segment.rows.end);
-    let mut hidden = 0;
-    let mut row = 0;
+    let mut end = 0;
     for segment in segments {
-        if segment.rows.start < row || segment.rows.is_empty() {
-            return Err(Error::internal(format!("adapters of rows {:?} after row {row}", segment.rows)));
+        if segment.rows.start < end || segment.rows.is_empty() {
+            return Err(Error::internal(format!("adapters of rows {:?} after row {end}", segment.rows)));
         }
-        row = segment.rows.end;
+        end = segment.rows.end;
     }
     for (i, pieces) in PIECES.iter().enumerate() {
-        let segments = || segments.iter().filter(|segment| list(segment, end) == i);
-        let rows: usize = segments().map(|segment| segment.rows.len()).sum();
-        let apart = i == 0 || rows <= APART_ROWS;
-        let first_hidden = hidden;
+        let segments: Vec<&Segment> = segments.iter().filter(|segment| list(segment, end) == i).collect();
+        work.push_list(i, pieces, &segments, slots)?;
+    }
+    let hidden = slots.hidden(work.hidden)?;
+    work.words[LORA_H_ADDRESS_WORD..][..2].copy_from_slice(&[hidden as u32, (hidden >> 32) as u32]);
+    Ok(work.words)
+}
+
+/// A worklist under construction.
+struct WorkBuilder {
+    words: Vec<u32>,
+    /// Values of the workspace for h that are taken.
+    hidden: usize,
+}
+
+impl WorkBuilder {
+    /// Appends the arrays of list `i`, and writes its header.
+    fn push_list(
+        &mut self,
+        i: usize,
+        pieces: &SegmentPieces,
+        segments: &[&Segment],
+        slots: &DeviceSlots,
+    ) -> Result<()> {
+        let rows: usize = segments.iter().map(|segment| segment.rows.len()).sum();
+        let split_planes = i == 0 || rows <= PLANE_ROWS;
+        let first_hidden = self.hidden;
 
         // Terms and chunks are read 16 bytes at a time.
-        words.resize(words.len().next_multiple_of(4), 0);
-        let term_at = words.len();
-        let mut units = [const { Vec::new() }; Site::ALL.len()];
-        let mut ends = [0; Site::ALL.len()];
-        for segment in segments() {
+        self.words.resize(self.words.len().next_multiple_of(4), 0);
+        let term_at = self.words.len();
+        let units = self.push_terms(pieces, segments, slots)?;
+        let chunk_at = self.words.len();
+        self.push_chunks(pieces, segments);
+        let starts_at = self.words.len();
+        units.starts.iter().zip(units.ends).for_each(|(starts, end)| {
+            self.words.extend(starts);
+            self.words.push(end);
+        });
+
+        let plane = self.hidden - first_hidden;
+        if split_planes {
+            self.hidden += plane * (slots.most_splits(|k| splits(k).0) - 1);
+        }
+        let terms = (chunk_at - term_at) / LORA_TERM_WORDS;
+        let chunks = (starts_at - chunk_at) / LORA_CHUNK_WORDS;
+        let header = [terms, chunks, usize::from(split_planes), plane, term_at, chunk_at, starts_at, 0];
+        let header = header.into_iter().map(|word| word as u32).chain(units.ends);
+        self.words[LORA_LIST_WORDS * i..].iter_mut().zip(header).for_each(|(to, word)| *to = word);
+        Ok(())
+    }
+
+    /// Appends a term for each adapter of each segment.
+    fn push_terms(
+        &mut self,
+        pieces: &SegmentPieces,
+        segments: &[&Segment],
+        slots: &DeviceSlots,
+    ) -> Result<ShrinkUnits> {
+        let mut units = ShrinkUnits::default();
+        for segment in segments {
             for &(slot, weight) in &segment.terms {
                 let ranks =
                     slots.ranks(slot).ok_or_else(|| Error::internal(format!("slot {slot} holds no adapter")))?;
                 let stride = ranks.iter().copied().max().unwrap_or(0);
                 let (start, rows) = (segment.rows.start as u32, segment.rows.len());
-                words.extend([start, rows as u32, slot, weight.to_bits(), hidden as u32, stride as u32, 0, 0]);
-                hidden += rows * stride;
-                for ((units, end), ranks) in units.iter_mut().zip(&mut ends).zip(ranks) {
-                    units.push(*end);
-                    *end += (rows.div_ceil(pieces.shrink_rows) * ranks.div_ceil(16)) as u32;
-                }
+                let (hidden, bits) = (self.hidden as u32, weight.to_bits());
+                self.words.extend([start, rows as u32, slot, bits, hidden, stride as u32, 0, 0]);
+                self.hidden += rows * stride;
+                units.push(rows.div_ceil(pieces.shrink_rows), ranks);
             }
         }
-        let terms = (words.len() - term_at) / TERM;
+        Ok(units)
+    }
 
-        let chunk_at = words.len();
+    /// Appends the chunks of each segment.
+    fn push_chunks(&mut self, pieces: &SegmentPieces, segments: &[&Segment]) {
         let mut term = 0;
-        for segment in segments() {
+        for segment in segments {
             for start in segment.rows.clone().step_by(pieces.expand_rows) {
                 let rows = (segment.rows.end - start).min(pieces.expand_rows);
-                words.extend([start as u32, rows as u32, term, segment.terms.len() as u32]);
+                self.words.extend([start as u32, rows as u32, term, segment.terms.len() as u32]);
             }
             term += segment.terms.len() as u32;
         }
-        let chunks = (words.len() - chunk_at) / CHUNK;
-
-        let starts_at = words.len();
-        for (units, end) in units.into_iter().zip(ends) {
-            words.extend(units);
-            words.push(end);
-        }
-        let plane = hidden - first_hidden;
-        if apart {
-            hidden += plane * (slots.most_splits(|k| splits(k).0) - 1);
-        }
-        let header = [terms, chunks, usize::from(apart), plane, term_at, chunk_at, starts_at, 0];
-        let header = header.into_iter().map(|word| word as u32).chain(ends);
-        words[LIST * i..].iter_mut().zip(header).for_each(|(to, word)| *to = word);
     }
-    let hidden = slots.hidden(hidden)?;
-    (words[2 * LIST], words[2 * LIST + 1]) = (hidden as u32, (hidden >> 32) as u32);
-    Ok(words)
+}
+
+/// The units of shrink of a list by site: before each term, and in all.
+#[derive(Default)]
+struct ShrinkUnits {
+    starts: [Vec<u32>; Site::ALL.len()],
+    ends: [u32; Site::ALL.len()],
+}
+
+impl ShrinkUnits {
+    /// Adds a term of so many pieces of rows, given the adapter's ranks by site.
+    fn push(&mut self, pieces: usize, ranks: &[usize; Site::ALL.len()]) {
+        for ((starts, end), rank) in self.starts.iter_mut().zip(&mut self.ends).zip(ranks) {
+            starts.push(*end);
+            *end += (pieces * rank.div_ceil(SHRINK_RANKS)) as u32;
+        }
+    }
 }
 
 /// Whether any rows have DoRA's gains. Errors: they share their rows, have another weight than 1, or were not prepared.
@@ -213,7 +258,7 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
         return Err(Error::internal(format!("an adapter of row {end} in {rows} rows")));
     }
     let there = |i: usize| {
-        // A graph is recorded for other segments than this step's.
+        // A graph is replayed for other segments than those of its capture.
         if step.fixed { i == 0 || rows > SMALL_STEP } else { adapters.segments.iter().any(|s| list(s, end) == i) }
     };
     let gpu = Context::of_tensor(y)?;
@@ -227,17 +272,17 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
         lists.filter(|(i, _)| there(*i)).map(|(_, list)| list)
     };
     let entry: [Arg; 4] = [table.entries.into(), slots.entry(layer, site).into(), k.into(), splits.into()];
-    // Enough blocks for all items of a few adapters, at least one on each multiprocessor; any number does any work.
+    // Enough thread blocks for all items of a few adapters, at least one per SM; any number does all the work.
     let grid = |pieces: &SegmentPieces, items: usize| {
         let (least, most) = (gpu.multiprocessors, pieces.blocks * gpu.multiprocessors);
-        LaunchGrid::new(items.clamp(least, most), 128)
+        LaunchGrid::new(items.clamp(least, most), THREADS)
     };
     for (pieces, kernels) in lists() {
         let args =
             [&[work.words.into(), table.address.into(), x.into()], &entry[..], &[width.into(), (site as usize).into()]];
         let grid = grid(pieces, pieces.most(rows, pieces.shrink_rows) * splits * 4);
         // SAFETY: the worklist is of segments in these rows and of slots that are ready, whose blocks have the model's
-        // shapes, as `x` was checked to have; what shrinking leaves has room in the worklist's workspace.
+        // shapes, as `x` was checked to have; h has room in the worklist's workspace.
         unsafe { gpu.launch(&kernels.shrink, grid, &args.concat())? };
     }
     for (pieces, kernels) in lists() {
@@ -248,7 +293,7 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
     }
     if step.gains {
         let args: [Arg; 6] = [work.words.into(), table.address.into(), to.into(), entry[0], entry[1], n.into()];
-        let grid = LaunchGrid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * gpu.multiprocessors), 128);
+        let grid = LaunchGrid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * gpu.multiprocessors), THREADS);
         // SAFETY: as above.
         unsafe { gpu.launch(kernels.gain.get(y.dtype()), grid, &args)? };
     }

@@ -9,6 +9,9 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::bf16;
 
 use super::{BLOCK, Heads};
+use crate::gpu::constants::{
+    ATTENTION_TILE_ROWS, ATTENTION_WARPS, DECODE_BLOCKS_PER_SM, DECODE_HEADS, MAX_HEAD_DIM, MAX_SPLITS, ROPE_THREADS,
+};
 use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, input};
 use crate::ops::batch::{Batch, Capacity, DeviceStep, Span};
@@ -18,24 +21,13 @@ use crate::{Error, Result};
 mod causal;
 pub use causal::{causal, causal_backward};
 
-/// Warps and threads of a thread block.
-const WARPS: usize = 4;
-const THREADS: usize = 32 * WARPS;
+/// Threads of a thread block.
+const THREADS: usize = 32 * ATTENTION_WARPS;
 /// Words of a worklist's header, and of each of its entries and items.
 const HEADER: usize = 4;
 const ITEM: usize = 4;
-/// Keys of a KV split; more where a decode row would have more splits than [`PARTS`].
-const PART_KEYS: usize = 64;
-/// Most KV splits of a decode row.
-const PARTS: usize = 32;
-/// Query heads that a thread block of a decode kernel takes.
-const DECODE_HEADS: usize = 8;
-/// Thread blocks of a decode kernel that an SM holds.
-const DECODE_BLOCKS: usize = 5;
-/// Query rows of a thread block of a prefill kernel: positions times the heads of a group.
-const PREFILL_ROWS: usize = 128;
-/// Widest head.
-const MOST_DIM: usize = 256;
+/// Keys of a KV split; more where a decode row would have more splits than [`MAX_SPLITS`].
+const SPLIT_KEYS: usize = 64;
 
 kernel_set!(AttentionKernels {
     rope_append_1,
@@ -54,7 +46,7 @@ kernel_set!(AttentionKernels {
 pub fn decode_words(capacity: Capacity) -> usize {
     let spans = capacity.spans.min(capacity.rows);
     // An entry for each row of a fixed step; and a row of n KV blocks has at most 1 + n / 4 splits.
-    HEADER + ITEM * (capacity.rows + spans + ((PARTS - 1) * spans).min(capacity.table * BLOCK / PART_KEYS))
+    HEADER + ITEM * (capacity.rows + spans + ((MAX_SPLITS - 1) * spans).min(capacity.table * BLOCK / SPLIT_KEYS))
 }
 
 /// Most words of [`prefill_work`].
@@ -77,12 +69,12 @@ pub fn decode_work(batch: &Batch, fixed: Option<usize>, deterministic: bool) -> 
     let mut words = vec![0; HEADER + ITEM * rows];
     let mut items = 0;
     for (i, span) in spans.into_iter().enumerate() {
-        let keys = PART_KEYS * span.context_len.div_ceil(PART_KEYS * PARTS);
-        let parts = span.context_len.div_ceil(keys);
-        words[HEADER + ITEM * i..][..3].copy_from_slice(&[items, span.rows.start, parts].map(|word| word as u32));
-        items += parts;
-        for part in 0..parts {
-            let item = [span.rows.start, span.table.start, span.context_len, part | keys << 8];
+        let keys = SPLIT_KEYS * span.context_len.div_ceil(SPLIT_KEYS * MAX_SPLITS);
+        let splits = span.context_len.div_ceil(keys);
+        words[HEADER + ITEM * i..][..3].copy_from_slice(&[items, span.rows.start, splits].map(|word| word as u32));
+        items += splits;
+        for split in 0..splits {
+            let item = [span.rows.start, span.table.start, span.context_len, split | keys << 8];
             words.extend(item.map(|word| word as u32));
         }
     }
@@ -116,7 +108,7 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
     let vectors = heads.dim.is_multiple_of(16);
     let (kernel, pairs) = if vectors { (&kernels.rope_append_8, 8) } else { (&kernels.rope_append_1, 1) };
     let pieces = (heads.query + 2 * heads.kv) * (heads.dim / 2 / pairs);
-    let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(THREADS), THREADS);
+    let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(ROPE_THREADS), ROPE_THREADS);
     let args = [
         input::<bf16>(qkv)?.into(),
         input::<bf16>(cache)?.into(),
@@ -137,7 +129,7 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
     let (step, rows) = (uploaded(batch)?, batch.rows());
     let covered: usize = batch.spans.iter().map(|s| s.rows.len()).sum();
     let gaps = batch.spans.last().is_some_and(|s| s.rows.end != covered);
-    if heads.dim > MOST_DIM || gaps || step.fixed && covered != batch.spans.len() {
+    if heads.dim > MAX_HEAD_DIM || gaps || step.fixed && covered != batch.spans.len() {
         return Err(Error::internal(format!("{heads:?}, fixed: {}, {:?}", step.fixed, batch.spans)));
     }
     let gpu = Context::of_tensor(qkv)?;
@@ -199,12 +191,13 @@ impl PagedAttention<'_> {
             128 => &self.kernels.attn_decode_128,
             _ => &self.kernels.attn_decode_any,
         };
-        let most = if step.fixed { rows * PARTS } else { room + left };
-        let units = most * if self.fast { kv * self.group.div_ceil(DECODE_HEADS) } else { query.div_ceil(WARPS) };
+        let most = if step.fixed { rows * MAX_SPLITS } else { room + left };
+        let units =
+            most * if self.fast { kv * self.group.div_ceil(DECODE_HEADS) } else { query.div_ceil(ATTENTION_WARPS) };
         if units == 0 {
             return Ok(());
         }
-        let blocks = if step.fixed { units.min(DECODE_BLOCKS * self.gpu.multiprocessors) } else { units };
+        let blocks = if step.fixed { units.min(DECODE_BLOCKS_PER_SM * self.gpu.multiprocessors) } else { units };
         let partial = if self.fast {
             let workspace = self.gpu.get_or_init(|_| Ok(Workspace::default()))?;
             workspace.reserve(self.gpu, (room + entries) * query, dim)?
@@ -234,7 +227,9 @@ impl PagedAttention<'_> {
             let kernel = if dim == 64 { &self.kernels.attn_merge_64 } else { &self.kernels.attn_merge_128 };
             let args = [at.into(), entries.into(), room.into(), query.into(), partial.into(), self.to.into()];
             // SAFETY: as above.
-            unsafe { self.gpu.launch(kernel, LaunchGrid::new((entries * query).div_ceil(WARPS), THREADS), &args)? };
+            unsafe {
+                self.gpu.launch(kernel, LaunchGrid::new((entries * query).div_ceil(ATTENTION_WARPS), THREADS), &args)?
+            };
         }
         Ok(())
     }
@@ -246,12 +241,12 @@ impl PagedAttention<'_> {
             return Ok(());
         }
         let spans = || batch.spans.iter().filter(|s| !self.decodes(s)).map(|s| s.rows.len());
-        let fast = self.fast && self.group <= PREFILL_ROWS;
-        let tiles = || spans().map(|rows| rows.div_ceil(PREFILL_ROWS / self.group)).sum::<usize>();
+        let fast = self.fast && self.group <= ATTENTION_TILE_ROWS;
+        let tiles = || spans().map(|rows| rows.div_ceil(ATTENTION_TILE_ROWS / self.group)).sum::<usize>();
         let (kernel, blocks) = match dim {
             64 if fast => (&self.kernels.attn_prefill_64, tiles() * kv),
             128 if fast => (&self.kernels.attn_prefill_128, tiles() * kv),
-            _ => (&self.kernels.attn_prefill_any, (spans().sum::<usize>() * query).div_ceil(WARPS)),
+            _ => (&self.kernels.attn_prefill_any, (spans().sum::<usize>() * query).div_ceil(ATTENTION_WARPS)),
         };
         let shared = if fast { 768 * dim as u32 } else { 0 };
         let args: [Arg; 9] = [

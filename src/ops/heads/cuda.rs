@@ -5,14 +5,13 @@ use half::bf16;
 
 use super::QkNorm;
 use crate::arch::Heads;
+use crate::gpu::constants::MAX_HEAD_DIM;
 use crate::gpu::kernels::{LaunchGrid, kernel_set};
 use crate::gpu::{Context, input};
 use crate::{Error, Result};
 
-/// Heads of a block, one a warp.
+/// Heads of a thread block, one a warp.
 const WARPS: usize = 8;
-/// Widest head: what a warp keeps in registers.
-const MAX_DIM: usize = 256;
 
 kernel_set!(HeadKernels { finish_heads, finish_heads_backward });
 
@@ -61,8 +60,8 @@ pub fn qk_norm_backward(dqkv: &Tensor, qkv_raw: &Tensor, norm: QkNorm, heads: He
 }
 
 fn check(heads: Heads) -> Result<()> {
-    if !heads.dim.is_multiple_of(2) || heads.dim > MAX_DIM {
-        return Err(Error::internal(format!("heads of width {}: at most {MAX_DIM}, and even", heads.dim)));
+    if !heads.dim.is_multiple_of(2) || heads.dim > MAX_HEAD_DIM {
+        return Err(Error::internal(format!("heads of width {}: at most {MAX_HEAD_DIM}, and even", heads.dim)));
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use half::bf16;
 use super::{Loss, LossTarget};
 use crate::Result;
 use crate::gpu::blas::BlasProduct;
+use crate::gpu::constants::LOSS_THREADS;
 use crate::gpu::kernels::{LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, input};
 use crate::ops::quant::QMatrix;
@@ -60,7 +61,7 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradien
             (results_at + 8 * first as u64).into(),
         ];
         // SAFETY: `m` rows of logits, as many targets with ids of them, and two results for each.
-        unsafe { gpu.launch(kernel, LaunchGrid::new(m, 1024), &args)? };
+        unsafe { gpu.launch(kernel, LaunchGrid::new(m, LOSS_THREADS), &args)? };
         let Some(dx) = &dx else { continue };
         // The logits are bf16 gradients now, each row in the first half of its place; those of `x` take its place.
         let product = BlasProduct {

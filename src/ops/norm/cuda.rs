@@ -3,12 +3,10 @@
 use candle_core::Tensor;
 use half::bf16;
 
+use crate::gpu::constants::NORM_VALUES_PER_THREAD;
 use crate::gpu::kernels::{LaunchGrid, kernel_set};
 use crate::gpu::{Context, input};
 use crate::{Error, Result};
-
-/// Values a thread keeps.
-const PER_THREAD: usize = 16;
 
 kernel_set!(NormKernels { rms_norm, add_rms_norm, rms_norm_backward });
 
@@ -61,7 +59,7 @@ pub fn rms_norm_backward(
         to.into(),
     ];
     // Training has many long rows: with few threads a block, each keeping all it can, several blocks hide each other's waits.
-    let grid = LaunchGrid::new(t, n.div_ceil(PER_THREAD).next_multiple_of(32));
+    let grid = LaunchGrid::new(t, n.div_ceil(NORM_VALUES_PER_THREAD).next_multiple_of(32));
     // SAFETY: shapes as the kernel's contract.
     unsafe { gpu.launch(&gpu.kernels::<NormKernels>()?.rms_norm_backward, grid, &args)? };
     Ok(dx)
@@ -69,12 +67,12 @@ pub fn rms_norm_backward(
 
 fn shape(x: &Tensor, weight: &Tensor) -> Result<(usize, usize, LaunchGrid)> {
     let (t, n) = x.dims2()?;
-    if weight.dims() != [n] || n % 4 != 0 || n > PER_THREAD * 1024 {
+    if weight.dims() != [n] || n % 4 != 0 || n > NORM_VALUES_PER_THREAD * 1024 {
         return Err(Error::internal(format!(
             "norm of {:?} with weights {:?}: the width must be a multiple of 4, at most {}",
             x.shape(),
             weight.shape(),
-            PER_THREAD * 1024
+            NORM_VALUES_PER_THREAD * 1024
         )));
     }
     Ok((t, n, LaunchGrid::new(t, (n / 4).next_multiple_of(32).min(1024))))

@@ -12,24 +12,26 @@ use self::kernels::{QuantKernels, SmallProduct, WideProduct};
 use super::tiles::{INPUTS, PackedTiles, ROWS, TileFormat};
 use super::{MatrixStorage, QMatrix, Source};
 use crate::gpu::blas::BlasProduct;
+use crate::gpu::constants::{self, CODEBOOK_TABLE_BYTES, WIDE_PRODUCT_WARPS, WIDE_STAGE_ROWS, WIDE_STAGES};
 use crate::gpu::kernels::{Arg, LaunchGrid};
 use crate::gpu::{Context, address, input};
 use crate::ops::batch::DeviceStep;
 use crate::{Error, Result};
 
-/// Rows up to which products on Hopper are taken with the packed weights, and at a time; above, weights become bf16 first, unless
-/// all rows must take one path.
+/// Most rows of a fused product, which reads the packed weights, on Hopper. Larger products dequantise to bf16 first; where all rows
+/// must take one path, they run so many rows at a time.
 const FUSED_ROWS: usize = 192;
-/// The same elsewhere, and what `quant_small.cu` takes.
+/// The same on other GPUs, and the most rows that `quant_small.cu` takes.
 const SMALL_ROWS: usize = 16;
-/// Activations of up to so many rows and bytes are read from shared memory by small products.
+/// Small products read activations of up to so many rows and bytes from shared memory.
 const NEAR_ROWS: usize = 8;
 const NEAR_BYTES: usize = 32 << 10;
-/// Warps of a block in wide products.
-const WARPS: usize = 16;
-/// Rows of a matrix that is narrow: too few for a block on each multiprocessor with four slices of k and 256 rows.
+/// Warps of a thread block of a small product.
+const SMALL_WARPS: usize = 8;
+/// Most rows of a narrow matrix: too few for a thread block on each SM with four slices of k and 256 rows.
 const NARROW: usize = 33 * 128;
-/// Values of a codebook times this are nearest to bf16 for NF4: relative error 8.5e-4 (root mean square) instead of 1.4e-3.
+/// Codebook values are rounded to bf16 after multiplication by this, which suits NF4 best: the relative error (root mean square) is
+/// 8.5e-4 instead of 1.4e-3.
 const NF4_FACTOR: f32 = 1.436_752;
 
 /// Rows of one source, repacked, in device memory.
@@ -40,16 +42,17 @@ pub struct TilePart {
     n: usize,
     k: usize,
     words: CudaSlice<u32>,
-    /// Codebooks: 256 pairs of values as bf16, times `1 / factor`.
+    /// For codebooks: the pair of values of each byte as bf16, times `1 / factor`.
     pairs: Option<CudaSlice<u32>>,
-    /// Codebooks: the 16 values.
+    /// For codebooks: the 16 values.
     codebook: Option<CudaSlice<f32>>,
     factor: f32,
     zero: f32,
 }
 
 impl TilePart {
-    /// Repacks sources and copies them to the device, neighbours of one form as one part: q, k and v are mostly one product.
+    /// Repacks sources and copies them to the device. Neighbours of the same format become one part: q, k and v are mostly one
+    /// product.
     pub fn pack(sources: &[Source], device: &CudaDevice) -> Result<Vec<Self>> {
         let mut parts: Vec<PackedTiles> = Vec::new();
         for source in sources {
@@ -146,13 +149,12 @@ impl TilePart {
         if m > few { self.wide_product(x, m, y, ldy, dtype) } else { self.small_product(x, m, y, ldy, dtype) }
     }
 
-    /// For up to [`SMALL_ROWS`] rows.
+    /// The product of up to [`SMALL_ROWS`] rows.
     fn small_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let slices = slices(self.n);
         let near = 2 * m * self.k;
-        let stages = if matches!(self.format, TileFormat::Dense | TileFormat::Lut) { 2 } else { 3 };
-        let rings = self.table() + 8 * self.ring(stages);
-        // Small GPUs have 99 KB for a block, 4 of which the kernel takes itself.
+        let rings = self.table() + SMALL_WARPS * self.ring(constants::SMALL_RING_STAGES[self.format as usize]);
+        // Small GPUs have 99 KB for a thread block, 4 of which the kernel declares itself.
         let room = if fused_rows(&self.gpu) > SMALL_ROWS { usize::MAX } else { 95 << 10 };
         let (variant, near) = match m {
             ..=NEAR_ROWS if near <= NEAR_BYTES && rings + near <= room => (SmallProduct::Near, near),
@@ -163,19 +165,19 @@ impl TilePart {
         let mut args = self.args();
         let sums_at = sums.as_ref().map_or(0, |s| s.1);
         args.extend([Arg::from(x), y.into(), m.into(), ldy.into(), slices.into(), sums_at.into()]);
-        let blocks = self.n.div_ceil(ROWS).div_ceil(8 / slices);
-        let grid = LaunchGrid { shared: (rings + near) as u32, ..LaunchGrid::new(blocks, 256) };
+        let blocks = self.n.div_ceil(ROWS).div_ceil(SMALL_WARPS / slices);
+        let grid = LaunchGrid { shared: (rings + near) as u32, ..LaunchGrid::new(blocks, 32 * SMALL_WARPS) };
         // SAFETY: x and y have the shapes that the caller promises, m rows of k and ldy.
         unsafe { self.gpu.launch(self.kernels.small(self.format, variant, dtype), grid, &args) }
     }
 
-    /// For up to [`FUSED_ROWS`] rows, which `arrivals` has counters for, on Hopper.
+    /// The product of up to [`FUSED_ROWS`] rows, for which there are [`ArrivalCounters`], on Hopper.
     fn wide_product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let slices = slices(self.n);
         let variant = WideProduct::for_rows(m, self.n <= NARROW);
         let (tokens, teams) = (variant.tokens(), variant.teams());
         let pieces = m.div_ceil(tokens);
-        let rows = ROWS * WARPS / teams;
+        let rows = ROWS * WIDE_PRODUCT_WARPS / teams;
         let (blocks, layers) = (self.n.div_ceil(rows), slices / teams);
         // The activations in the order of the products, and their sums over groups.
         let group = self.format.sum_group();
@@ -202,15 +204,15 @@ impl TilePart {
         args.extend([Arg::from(arranged.1), y.into(), m.into(), ldy.into(), slices.into(), sums.into()]);
         let arrivals = self.gpu.get_or_init(ArrivalCounters::new)?;
         args.extend([Arg::from(partial), address(&arrivals.0).into()]);
-        // Three stages of up to four tiles of activations, and their sums; a ring for each warp. The sums at the end take less.
-        let tiles = self.format.chunk().min(256 / tokens / teams);
+        // The stages of activations with their sums, the codebook's table, and a ring for each warp. The sums at the end take less.
+        let tiles = self.format.chunk().min(WIDE_STAGE_ROWS / tokens / teams);
         let stage = tiles * tokens * (2 * INPUTS + group.map_or(0, |group| INPUTS / group * 4));
-        let stages = if matches!(self.format, TileFormat::Dense | TileFormat::Lut | TileFormat::Sm8) { 2 } else { 3 };
-        let shared = 3 * teams * stage + self.table() + WARPS * self.ring(stages);
+        let ring = self.ring(constants::WIDE_RING_STAGES[self.format as usize]);
+        let shared = WIDE_STAGES * teams * stage + self.table() + WIDE_PRODUCT_WARPS * ring;
         let grid = LaunchGrid {
             blocks: blocks_of(blocks, layers, pieces),
             shared: shared as u32,
-            ..LaunchGrid::new(1, 32 * WARPS)
+            ..LaunchGrid::new(1, 32 * WIDE_PRODUCT_WARPS)
         };
         // SAFETY: as above; `partial` and the counters have the sizes of the contract.
         unsafe { self.gpu.launch(self.kernels.wide(self.format, variant, dtype), grid, &args) }
@@ -218,7 +220,7 @@ impl TilePart {
 
     /// Bytes of a codebook's table in shared memory.
     fn table(&self) -> usize {
-        if self.format == TileFormat::Lut { 32 << 10 } else { 0 }
+        if self.format == TileFormat::Lut { CODEBOOK_TABLE_BYTES } else { 0 }
     }
 
     /// Bytes of a warp's ring of chunks.
@@ -238,7 +240,7 @@ impl TilePart {
     }
 }
 
-/// Slices of k: as many as give a block to every multiprocessor, by the shape alone, since they decide the order of sums.
+/// Slices of k: as many as give every SM a thread block. They depend on the shape alone, since they decide the order of sums.
 fn slices(n: usize) -> usize {
     match n.div_ceil(256) {
         _ if n <= NARROW => 8,
@@ -248,8 +250,8 @@ fn slices(n: usize) -> usize {
     }
 }
 
-/// Bytes that a product of up to `rows` rows with a matrix `[n, k]` makes beside its result, generously: activations in the order of
-/// products, their sums over groups of 16, and sums of up to four blocks.
+/// An upper bound of the bytes that a product of up to `rows` rows with a matrix `[n, k]` needs beside its result: activations in
+/// the order of the products, their sums over groups of 16, and sums of up to four thread blocks.
 pub fn workspace_bytes(n: usize, k: usize, rows: usize) -> usize {
     let rows = rows.min(FUSED_ROWS).next_multiple_of(64);
     let sums = if slices(n) > 1 { 4 * 4 * rows * n.next_multiple_of(256) } else { 0 };

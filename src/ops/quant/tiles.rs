@@ -1,17 +1,15 @@
 //! Matrices as the GPU's kernels read them: tiles of 16 rows and 64 inputs, in the order of the tensor cores' fragments. The
-//! layout is written down at the top of `kernels/quant.cu`.
+//! layout is described in `kernels/quant.cuh`.
 
 use half::{bf16, f16};
 
 use super::blocks::GgmlBlock;
 use super::{Codec, Source};
+use crate::gpu::constants;
 use crate::ops::pool::{SharedMut, parallel_for};
 use crate::{Error, Result};
 
-/// Rows of a tile.
-pub const ROWS: usize = 16;
-/// Inputs of a tile.
-pub const INPUTS: usize = 64;
+pub use crate::gpu::constants::{MATRIX_TILE_INPUTS as INPUTS, MATRIX_TILE_ROWS as ROWS};
 
 /// How a matrix is stored; the names are those of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +31,7 @@ pub enum TileFormat {
 }
 
 impl TileFormat {
-    /// All formats, in the order of the variants.
+    /// All formats, in the order of the variants and of the arrays in `kernels/constants.cuh`.
     pub const ALL: [Self; 7] = [Self::S16, Self::Sm16, Self::K4, Self::Lut, Self::S8, Self::Sm8, Self::Dense];
 
     /// As in the kernels' names.
@@ -51,7 +49,7 @@ impl TileFormat {
 
     /// Tiles of a chunk.
     pub fn chunk(self) -> usize {
-        if self.code_words() > 4 { 2 } else { 4 }
+        constants::CHUNK_TILES[self as usize]
     }
 
     /// Whether codes have 8 bits, whose products take other inputs than those of 4.
@@ -59,29 +57,19 @@ impl TileFormat {
         matches!(self, Self::S8 | Self::Sm8)
     }
 
-    /// 32-bit words of codes a lane and tile.
+    /// 32-bit words of codes, per lane and tile.
     fn code_words(self) -> usize {
-        match self {
-            Self::Dense => 16,
-            Self::S8 | Self::Sm8 => 8,
-            _ => 4,
-        }
+        constants::CODE_WORDS[self as usize]
     }
 
-    /// 32-bit words of scales a pair of rows and tile.
+    /// 32-bit words of scales, per pair of rows and tile.
     fn scale_words(self) -> usize {
-        match self {
-            Self::Dense => 0,
-            Self::S16 | Self::K4 | Self::Lut => 2,
-            Self::Sm16 => 4,
-            Self::S8 => 8,
-            Self::Sm8 => 16,
-        }
+        constants::SCALE_WORDS[self as usize]
     }
 
-    /// 32-bit words that K4 has for a whole chunk.
+    /// 32-bit words of super-scales, per chunk.
     fn super_words(self) -> usize {
-        if self == Self::K4 { 16 } else { 0 }
+        constants::SUPER_WORDS[self as usize]
     }
 
     /// Bytes of a whole chunk.
@@ -91,11 +79,7 @@ impl TileFormat {
 
     /// Inputs of a group, where the format has mins.
     pub fn sum_group(self) -> Option<usize> {
-        match self {
-            Self::Sm16 | Self::K4 => Some(32),
-            Self::Sm8 => Some(16),
-            _ => None,
-        }
+        Some(constants::SUM_GROUP[self as usize]).filter(|group| *group > 0)
     }
 
     fn of(codec: Codec) -> Self {

@@ -5,11 +5,9 @@ use half::bf16;
 
 use super::{Direction, RopeTable};
 use crate::Result;
+use crate::gpu::constants::ROPE_THREADS;
 use crate::gpu::kernels::{LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, input};
-
-/// Threads of a block.
-const THREADS: usize = 128;
 
 kernel_set!(RopeKernels { rope_turn_1, rope_turn_8 });
 
@@ -32,7 +30,7 @@ pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, di
         dim.into(),
         direction.sign().into(),
     ];
-    let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(THREADS), THREADS);
+    let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(ROPE_THREADS), ROPE_THREADS);
     // SAFETY: shapes as the contract, and positions of the table, by the caller's checks.
     unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(())

@@ -5,20 +5,15 @@ use candle_core::{CudaStorage, Layout, Shape};
 
 use super::SamplePlan;
 use crate::Result;
+use crate::gpu::constants::{SAMPLE_SEGMENT, SAMPLE_THREADS};
 use crate::gpu::kernels::{Arg, LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, tensor_address};
-
-/// Ids of a row that a warp takes.
-const SEGMENT: usize = 1024;
 
 /// Parts of a segment whose largest logits are kept, one a lane.
 const CHUNKS: usize = 32;
 
 /// Warps of a thread block where each warp works alone.
 const WARPS: usize = 8;
-
-/// Threads of a thread block that has a row.
-const THREADS: usize = 512;
 
 kernel_set!(SampleKernels { sample_edit, sample_max, sample_best, sample_sum, sample_pick });
 
@@ -37,7 +32,7 @@ fn run(plan: &SamplePlan, logits: &CudaStorage, layout: &Layout) -> Result<(Cuda
     let kernels = gpu.kernels::<SampleKernels>()?;
     let (rows, vocab) = layout.shape().dims2()?;
     let x = tensor_address::<f32>("sample", logits, layout)?;
-    let segments = vocab.div_ceil(SEGMENT);
+    let segments = vocab.div_ceil(SAMPLE_SEGMENT);
 
     let len = 2 * rows + plan.stride * plan.tasks;
     // SAFETY: read back only where the kernels have written.
@@ -56,7 +51,7 @@ fn run(plan: &SamplePlan, logits: &CudaStorage, layout: &Layout) -> Result<(Cuda
 
     let vocab_arg = Arg::from(vocab);
     let by_segment = |rows: usize| LaunchGrid::new_2d(segments.div_ceil(WARPS), rows, 32 * WARPS);
-    let by_row = LaunchGrid::new(plan.tasks, THREADS);
+    let by_row = LaunchGrid::new(plan.tasks, SAMPLE_THREADS);
     if plan.edits {
         let args = [x.into(), vocab_arg, tasks.into()];
         // SAFETY: tasks point to rows of the logits and to lists in their own buffer (SamplePlan::new); nothing else uses the

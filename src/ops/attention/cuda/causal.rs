@@ -9,13 +9,12 @@ use candle_core::Tensor;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::bf16;
 
-use super::{Heads, MOST_DIM, PREFILL_ROWS, THREADS};
+use super::{Heads, THREADS};
+use crate::gpu::constants::{ATTENTION_TILE_ROWS, CAUSAL_ANY_TILE, CAUSAL_TILE_KEYS, MAX_HEAD_DIM};
 use crate::gpu::kernels::{Arg, KernelHandle, KernelSet, Kernels, LaunchGrid};
 use crate::gpu::{Context, address, input};
 use crate::{Error, Result};
 
-/// Keys of a thread block that computes their gradients, and positions of a thread block of the kernels for any width.
-const TILE: usize = 64;
 /// Threads of a thread block of the dot products.
 const DELTA_THREADS: usize = 256;
 
@@ -103,7 +102,7 @@ pub fn causal_backward(
     let (dqkv, to) = gpu.output::<bf16>(qkv.dims2()?)?;
     let inputs = [input::<bf16>(qkv)?.into(), dout, input::<f32>(lse)?.into(), delta_at.into()];
     call.launch(&kernels.query_gradient, CausalTiles::Queries, 0, &inputs, &[to.into()])?;
-    call.launch(&kernels.key_gradient, CausalTiles::Keys, 16 * TILE, &inputs, &[to.into()])?;
+    call.launch(&kernels.key_gradient, CausalTiles::Keys, 16 * CAUSAL_TILE_KEYS, &inputs, &[to.into()])?;
     Ok(dqkv)
 }
 
@@ -126,11 +125,11 @@ struct CausalAttention<'a> {
 
 impl<'a> CausalAttention<'a> {
     fn new(gpu: &'a Context, sequences: &'a [Range<usize>], heads: Heads) -> Result<Self> {
-        if !heads.dim.is_multiple_of(2) || heads.dim > MOST_DIM {
-            return Err(Error::internal(format!("attention of {heads:?}: widths are even, at most {MOST_DIM}")));
+        if !heads.dim.is_multiple_of(2) || heads.dim > MAX_HEAD_DIM {
+            return Err(Error::internal(format!("attention of {heads:?}: widths are even, at most {MAX_HEAD_DIM}")));
         }
         let group = heads.query / heads.kv;
-        let fast = matches!(heads.dim, 64 | 96 | 128) && group <= PREFILL_ROWS;
+        let fast = matches!(heads.dim, 64 | 96 | 128) && group <= ATTENTION_TILE_ROWS;
         Ok(Self { gpu, sequences, heads, group, fast })
     }
 
@@ -165,8 +164,9 @@ impl<'a> CausalAttention<'a> {
     /// The tiles and their number; those with most work come first.
     fn work(&self, tiles: CausalTiles) -> Result<(Arc<CudaSlice<u32>>, usize)> {
         let step = match tiles {
-            CausalTiles::Queries if self.fast => PREFILL_ROWS / self.group,
-            _ => TILE,
+            CausalTiles::Queries if self.fast => ATTENTION_TILE_ROWS / self.group,
+            CausalTiles::Keys if self.fast => CAUSAL_TILE_KEYS,
+            _ => CAUSAL_ANY_TILE,
         };
         let mut items: Vec<[u32; 4]> = Vec::new();
         for rows in self.sequences {
