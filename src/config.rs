@@ -1,5 +1,5 @@
-//! Settings of `quiver serve`: each is a flag, an environment variable (`QUIVER_PORT`) and a key of the config file
-//! (`port = 8000`), in this order of precedence, and then its default.
+//! Settings of `quiver serve`. Each is a flag, an environment variable (`QUIVER_PORT`) and a key of the config file
+//! (`port = 8000`), in this order of precedence.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,37 +11,37 @@ use crate::gpu::DeviceChoice;
 use crate::model::weights::Quantize;
 use crate::{Error, Result};
 
-/// Form of the log lines on stderr.
+/// Format of the log lines on stderr.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Readable text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Where weights come from.
+/// Source of the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LoadFormat {
     /// The model's files.
     Auto,
-    /// Made up for the shape in a config.json, to measure speed and memory.
+    /// Random weights for the shape in a config.json, to measure speed and memory.
     Dummy,
 }
 
-/// An adapter to load at the start.
+/// An adapter to load at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedPath {
-    /// The name requests use.
+    /// Name in requests.
     pub name: String,
-    /// Its directory.
+    /// Adapter directory.
     pub path: String,
 }
 
-/// The base model: settings that training alone has too.
+/// Settings of the base model, which `train` and `sweep` have too.
 #[derive(Debug, Clone, Args)]
 pub struct BaseConfig {
-    /// Where the base model is.
+    /// The base model.
     #[arg(
         long,
         env = "QUIVER_MODEL",
@@ -52,51 +52,51 @@ pub struct BaseConfig {
     )]
     pub model: String,
 
-    /// Quantise a model in f32, f16 or bf16 while loading; the form of dummy weights [default: nf4 for dummy weights]
+    /// Quantise a model in f32, f16 or bf16 while loading; also the format of dummy weights [default: nf4 for dummy weights]
     #[arg(long, env = "QUIVER_QUANTIZE", value_name = "FORMAT", help_heading = "Model")]
     pub quantize: Option<Quantize>,
 
-    /// Where weights come from; dummy makes them up, in 4 bits, for --model DIR or config.json
+    /// Source of the weights; dummy generates random 4-bit weights for the shape of --model, a directory or config.json
     #[arg(long, env = "QUIVER_LOAD_FORMAT", value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
     pub load_format: LoadFormat,
 
-    /// Where the model runs: auto (a GPU where there is one), cpu, cuda or cuda:N
+    /// Device: auto (a GPU if there is one), cpu, cuda or cuda:N
     #[arg(long, env = "QUIVER_DEVICE", value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub device: DeviceChoice,
 
-    /// On a GPU, make a request's tokens the same bit for bit whatever else runs and however its prompt was cut, at the price of
-    /// speed (on the CPU they always are)
+    /// On a GPU, compute the same bits for a request independent of other requests and of how its prompt is split into chunks;
+    /// slower (the CPU always does)
     #[arg(long, env = "QUIVER_DETERMINISTIC", help_heading = "Model")]
     pub deterministic: bool,
 
-    /// Where downloaded models are kept [default: ~/.cache/quiver]
+    /// Directory of downloaded models [default: ~/.cache/quiver]
     #[arg(long, env = "QUIVER_CACHE_DIR", value_name = "DIR", help_heading = "Model")]
     pub cache_dir: Option<PathBuf>,
 
-    /// Threads of the forward pass [default: all cores]
+    /// Number of threads of the forward pass [default: all cores]
     #[arg(long, env = "QUIVER_THREADS", value_name = "N", value_parser = positive, help_heading = "Engine")]
     pub threads: Option<usize>,
 }
 
-/// All settings. Sizes take a suffix: 512MiB, 2GiB, 1.5GB.
+/// Settings of `quiver serve`. Sizes take a suffix: 512MiB, 2GiB, 1.5GB.
 #[derive(Debug, Clone, Args)]
 pub struct ServeConfig {
     #[command(flatten)]
     pub base: BaseConfig,
 
-    /// Name of the base in requests and responses, instead of the model's own; give it again for more names
+    /// Name of the base in requests and responses, in place of the model's own; repeat it for more names
     #[arg(long, env = "QUIVER_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',', help_heading = "Model")]
     pub served_model_name: Vec<String>,
 
-    /// Longest prompt plus output, tokens [default: what the model was made for]
+    /// Longest sequence, prompt and output, in tokens [default: the model's limit]
     #[arg(long, env = "QUIVER_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive, help_heading = "Model")]
     pub max_model_len: Option<usize>,
 
-    /// Load every adapter directory in this folder under its own name [default: adapters, if it exists]
+    /// Load every adapter in this directory under the name of its subdirectory [default: adapters, if it exists]
     #[arg(long, env = "QUIVER_ADAPTERS", value_name = "DIR", help_heading = "Adapters")]
     pub adapters: Option<PathBuf>,
 
-    /// Load one adapter; may be given again
+    /// Load an adapter; may be repeated
     #[arg(
         long,
         env = "QUIVER_ADAPTER",
@@ -107,7 +107,7 @@ pub struct ServeConfig {
     )]
     pub adapter: Vec<NamedPath>,
 
-    /// Adapters may only be loaded from inside this directory
+    /// Allow adapters to be loaded only from below this directory
     #[arg(long, env = "QUIVER_ADAPTER_ROOT", value_name = "DIR", help_heading = "Adapters")]
     pub adapter_root: Option<PathBuf>,
 
@@ -122,7 +122,7 @@ pub struct ServeConfig {
     )]
     pub adapter_memory: usize,
 
-    /// Memory for adapters that were put out of their slots; beyond it they are read from disk again
+    /// Host memory for adapters that were evicted from their slots; those evicted from it too are read from disk again
     #[arg(
         long,
         env = "QUIVER_HOST_ADAPTER_MEMORY",
@@ -133,11 +133,11 @@ pub struct ServeConfig {
     )]
     pub host_adapter_memory: usize,
 
-    /// Remember loaded adapters, files and fine-tuning jobs here, for the next start [default: nothing is remembered]
+    /// Keep loaded adapters, files and fine-tuning jobs in this directory for the next start [default: nothing is kept]
     #[arg(long, env = "QUIVER_STATE_DIR", value_name = "DIR", help_heading = "Adapters")]
     pub state_dir: Option<PathBuf>,
 
-    /// Fine-tuning jobs that run at once; others wait
+    /// Fine-tuning jobs that run at once; further jobs wait
     #[arg(
         long,
         env = "QUIVER_MAX_TRAINING_JOBS",
@@ -148,7 +148,7 @@ pub struct ServeConfig {
     )]
     pub max_training_jobs: usize,
 
-    /// Largest part of the time that training gets while requests run, 0 to 1; idle time is all its own
+    /// Largest share of the time for training while requests run, 0 to 1; training also gets all idle time
     #[arg(
         long,
         env = "QUIVER_TRAIN_SHARE",
@@ -159,16 +159,16 @@ pub struct ServeConfig {
     )]
     pub train_share: f64,
 
-    /// Longest pause that training may put between two tokens of an answer, seconds; work that is likely to take longer waits
-    /// until nobody waits for a token [default: 0.25, on a GPU 0.05]
+    /// Training targets delays below this between two tokens of an answer, seconds. This is a prediction and not a bound: work
+    /// predicted to take longer waits until no request waits for a token [default: 0.25; 0.05 on a GPU]
     #[arg(long, env = "QUIVER_TRAIN_MAX_DELAY", value_name = "SECONDS", value_parser = seconds, help_heading = "Training")]
     pub train_max_delay: Option<Duration>,
 
-    /// Memory of a GPU left for fine-tuning jobs [default: a quarter of what the model leaves, at most 16GiB]
+    /// GPU memory reserved for fine-tuning jobs [default: a quarter of what the model leaves free, at most 16GiB]
     #[arg(long, env = "QUIVER_TRAIN_MEMORY", value_name = "SIZE", value_parser = bytes, help_heading = "Training")]
     pub train_memory: Option<usize>,
 
-    /// Longest file to train on
+    /// Largest training file
     #[arg(
         long,
         env = "QUIVER_MAX_FILE",
@@ -183,11 +183,11 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_HOST", default_value = "127.0.0.1", help_heading = "HTTP")]
     pub host: String,
 
-    /// Port to listen on; 0 takes a free one
+    /// Port to listen on; 0 chooses a free port
     #[arg(long, env = "QUIVER_PORT", default_value_t = 8000, help_heading = "HTTP")]
     pub port: u16,
 
-    /// Key that inference needs; may be given again. Without one, it is open
+    /// API key for inference; may be repeated. Without one, inference is open to all
     #[arg(
         long,
         env = "QUIVER_API_KEY",
@@ -199,7 +199,7 @@ pub struct ServeConfig {
     )]
     pub api_key: Vec<String>,
 
-    /// Key that the admin routes need. Without one, they answer only to clients on this machine
+    /// Key for the admin routes. Without one, they accept only clients on this machine
     #[arg(
         long,
         env = "QUIVER_ADMIN_KEY",
@@ -210,7 +210,7 @@ pub struct ServeConfig {
     )]
     pub admin_key: Option<String>,
 
-    /// Longest request body
+    /// Largest request body
     #[arg(
         long,
         env = "QUIVER_MAX_BODY",
@@ -221,7 +221,7 @@ pub struct ServeConfig {
     )]
     pub max_body: usize,
 
-    /// How long running requests may go on after SIGTERM or ctrl-C, seconds
+    /// Time for running requests to finish after SIGTERM or ctrl-C, seconds
     #[arg(
         long,
         env = "QUIVER_DRAIN_TIMEOUT",
@@ -232,12 +232,12 @@ pub struct ServeConfig {
     )]
     pub drain_timeout: Duration,
 
-    /// Memory for keys and values of running and cached sequences [default: enough for 8 of full length, at most 1/4 of RAM;
-    /// on a GPU, what is left of its memory]
+    /// Memory for the KV cache [default: enough for 8 sequences of full length, at most 1/4 of RAM; on a GPU, the memory that
+    /// is left]
     #[arg(long, env = "QUIVER_KV_MEMORY", value_name = "SIZE", value_parser = bytes, help_heading = "Engine")]
     pub kv_memory: Option<usize>,
 
-    /// Rows of one forward pass: running sequences first, the rest is prompt [default: 512, on a GPU 4096]
+    /// Rows of one forward pass: decode rows first, then prompt chunks [default: 512; 4096 on a GPU]
     #[arg(long, env = "QUIVER_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = positive, help_heading = "Engine")]
     pub max_batch_tokens: Option<usize>,
 
@@ -252,7 +252,7 @@ pub struct ServeConfig {
     )]
     pub max_running: usize,
 
-    /// Sequences that wait; more are refused with 429
+    /// Sequences that wait; further ones are refused with 429
     #[arg(
         long,
         env = "QUIVER_MAX_WAITING",
@@ -263,7 +263,7 @@ pub struct ServeConfig {
     )]
     pub max_waiting: usize,
 
-    /// Do not keep keys and values of finished prompts for the next request that begins alike
+    /// Do not reuse the KV cache of earlier requests with the same prefix
     #[arg(
         long,
         env = "QUIVER_NO_PREFIX_CACHE",
@@ -273,11 +273,11 @@ pub struct ServeConfig {
     )]
     pub no_prefix_cache: bool,
 
-    /// What to log: error, warn, info, debug, trace, or a filter such as info,quiver::engine=debug
+    /// Log level: error, warn, info, debug, trace, or a filter such as info,quiver::engine=debug
     #[arg(long, env = "QUIVER_LOG_LEVEL", value_name = "FILTER", default_value = "info", help_heading = "Logs")]
     pub log_level: String,
 
-    /// How to log
+    /// Log format
     #[arg(long, env = "QUIVER_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Logs")]
     pub log_format: LogFormat,
 
@@ -286,8 +286,8 @@ pub struct ServeConfig {
     pub config: Option<PathBuf>,
 }
 
-/// Makes the values of a config file the defaults of a command's arguments, so that flags and environment go before
-/// them and clap checks them as it checks flags. Errors: unreadable file, malformed TOML, a key that is no setting.
+/// Makes the values of a config file the defaults of a command's arguments, so that flags and environment variables override
+/// them and clap checks them like flags. Errors: unreadable file, malformed TOML, unknown setting.
 pub fn with_file(command: Command, file: &Path) -> Result<Command> {
     let fail = |what: String| Error::invalid(format!("config file {}: {what}", file.display()));
     let text = std::fs::read_to_string(file).map_err(|e| fail(e.to_string()))?;
@@ -295,7 +295,9 @@ pub fn with_file(command: Command, file: &Path) -> Result<Command> {
     table.into_iter().try_fold(command, |command, (key, value)| {
         let is_setting = |arg: &&Arg| arg.get_long() == Some(key.as_str()) && key != "config" && key != "help";
         let Some(id) = command.get_arguments().find(is_setting).map(|arg| arg.get_id().clone()) else {
-            return Err(fail(format!("`{key}` is no setting; `quiver serve --help` lists them (without the dashes)")));
+            return Err(fail(format!(
+                "unknown setting `{key}`: `quiver serve --help` lists the settings (omit the dashes)"
+            )));
         };
         let values = match value {
             toml::Value::Array(list) => list.into_iter().map(plain).collect::<Option<Vec<_>>>(),
@@ -307,6 +309,7 @@ pub fn with_file(command: Command, file: &Path) -> Result<Command> {
     })
 }
 
+/// A scalar as an argument of the command line.
 fn plain(value: toml::Value) -> Option<String> {
     match value {
         toml::Value::String(s) => Some(s),
@@ -315,10 +318,10 @@ fn plain(value: toml::Value) -> Option<String> {
     }
 }
 
-/// A size such as `512MiB`.
+/// Parses a size such as `512MiB`.
 fn bytes(text: &str) -> Result<usize, String> {
     let size: ByteSize =
-        text.parse().map_err(|_| format!("{text:?} is no size: write 512MiB, 2GiB or a number of bytes"))?;
+        text.parse().map_err(|_| format!("invalid size {text:?}: write 512MiB, 2GiB or a number of bytes"))?;
     usize::try_from(size.as_u64()).map_err(|e| e.to_string())
 }
 
@@ -330,7 +333,7 @@ fn share(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|n| (0.0..=1.0).contains(n)).ok_or_else(|| "must be a number from 0 to 1".to_owned())
 }
 
-/// A number of seconds.
+/// Parses a number of seconds.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "must be a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
@@ -338,7 +341,7 @@ pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
 
 fn key(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic());
-    if fits { Ok(text.to_owned()) } else { Err("a key has visible ASCII characters only, and at least one".to_owned()) }
+    if fits { Ok(text.to_owned()) } else { Err("must be one or more visible ASCII characters".to_owned()) }
 }
 
 fn named_path(text: &str) -> Result<NamedPath, String> {

@@ -9,6 +9,7 @@ mod merge;
 mod serve;
 mod sweep;
 mod train;
+mod train_settings;
 
 use std::ffi::OsString;
 use std::future::Future;
@@ -188,13 +189,13 @@ mod tests {
     #[test]
     fn a_wrong_file_is_named_with_what_is_wrong() {
         for (file, what) in [
-            ("prot = 1", "`prot` is no setting"),
-            ("config = 'x'", "`config` is no setting"),
+            ("prot = 1", "unknown setting `prot`"),
+            ("config = 'x'", "unknown setting `config`"),
             ("port = [[1]]", "`port` must be"),
             ("port = 70000", "70000"),
             ("quantize = 'nf5'", "nf5"),
             ("port = ", "TOML parse error"),
-            ("kv-memory = 'much'", "\"much\" is no size"),
+            ("kv-memory = 'much'", "invalid size \"much\""),
         ] {
             let error = serve(&[], file).expect_err(file).to_string();
             assert!(error.starts_with("config file ") && error.contains(what), "{file}: {error}");
