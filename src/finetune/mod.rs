@@ -15,6 +15,8 @@
 //! | `gauges` | figures of jobs for the metrics page |
 //! | `publish` | publishing a checkpoint once trainer and server agree on its probe |
 //! | [`tensorboard`], [`history`], [`results`] | the metrics files of a job |
+//! | `local` | a job without a server, for `quiver train` |
+//! | `sweep` | the files of a sweep, for `quiver sweep` |
 //!
 //! `quiver train` and `quiver sweep` use the settings, the preparation and the metrics files, without a server or store.
 
@@ -22,6 +24,7 @@ pub mod context;
 mod gauges;
 pub(crate) mod history;
 pub mod jobs;
+pub(crate) mod local;
 mod manager;
 pub(crate) mod prepare;
 mod publish;
@@ -30,4 +33,5 @@ mod reports;
 pub(crate) mod results;
 pub(crate) mod settings;
 pub mod store;
+pub(crate) mod sweep;
 pub(crate) mod tensorboard;
