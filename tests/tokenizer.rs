@@ -1,4 +1,4 @@
-//! Ids and text against Hugging Face's tokenizers, streaming, chat prompts.
+//! Compares ids, text and chat prompts with Hugging Face's tokenizers, and streamed with whole decoding.
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -63,7 +63,7 @@ fn check(name: &str, codec: &TextCodec) {
 fn smollm2_ids_are_hugging_faces() {
     check("smollm2", &SMOLLM2);
     for row in golden("smollm2") {
-        // Byte-level without special tokens: nothing is lost.
+        // Byte-level BPE loses nothing.
         assert_eq!(SMOLLM2.decode(&ids(&row["ids"]), false).unwrap(), row["text"].as_str().unwrap());
     }
 }
@@ -97,7 +97,7 @@ fn special_tokens_and_vocabulary() {
     assert_eq!(c.token_bytes(9_999_999), b"");
     let id = c.encode(" world", false).unwrap();
     assert_eq!((id.len(), c.token_bytes(id[0]), c.token_string(id[0]).as_str()), (1, &b" world"[..], " world"));
-    // One byte of an emoji: text cannot show it, bytes can.
+    // A token may be one byte of an emoji, which is no text.
     let emoji = c.encode("😀", false).unwrap();
     assert_eq!(emoji.iter().flat_map(|&id| c.token_bytes(id).to_vec()).collect::<Vec<_>>(), "😀".as_bytes());
 
@@ -125,7 +125,7 @@ fn a_shape_alone_has_bytes_and_an_id_for_everything_else() {
     assert_eq!(c.decode(&ids, true).unwrap(), text);
     assert_eq!(c.decode(&[72, 105, 256, 128255], true).unwrap(), "Hi 256 128255");
     assert_eq!(codec(shapes.join("llama-2-7b")).unwrap().eos_token_ids(), &[2]);
-    // A tokenizer beside it is the one to take.
+    // A tokenizer.json in the same directory is used instead.
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(fixture("tokenizer/hf/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     assert_eq!(codec(dir.path().to_path_buf()).unwrap().vocab_size(), directory().vocab_size());
@@ -169,7 +169,7 @@ fn refusals_name_what_is_wrong() {
     let none = load(ModelFormat::HuggingFace(fixture("peft-tiny/base")));
     assert!(none.message.contains("tokenizer.json"), "{none}");
     let dir = tempfile::tempdir().unwrap();
-    // The name of the rules, and the decoder, as files that we do not know would have them.
+    // An unknown pre-tokenizer in GGUF, and an unsupported decoder in tokenizer.json.
     let bytes = std::fs::read(fixture("tokenizer/qwen2.gguf")).unwrap();
     let at = bytes.windows(5).position(|w| w == b"qwen2").unwrap();
     let unknown = [&bytes[..at], b"qwenX", &bytes[at + 5..]].concat();

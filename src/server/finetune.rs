@@ -21,8 +21,10 @@ use crate::finetune::store::{ObjectKind, PageQuery};
 const FIELDS: [&str; 7] =
     ["model", "training_file", "validation_file", "suffix", "metadata", "integrations", "dry_run"];
 
-/// Limits of `metadata`, as OpenAI's: pairs, and characters of keys and values.
-const METADATA: (usize, usize, usize) = (16, 64, 512);
+/// Limits on `metadata`, as in OpenAI's API: pairs, and characters of a key and of a value.
+const MAX_METADATA_PAIRS: usize = 16;
+const MAX_METADATA_KEY: usize = 64;
+const MAX_METADATA_VALUE: usize = 512;
 
 /// Limit on the characters of a suffix.
 const MAX_SUFFIX: usize = 64;
@@ -143,13 +145,14 @@ fn suffix(fields: &Fields) -> Result<Option<String>> {
 
 fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
     let Some(metadata) = fields.object("metadata")? else { return Ok(Map::new()) };
-    let (pairs, key_length, value_length) = METADATA;
     let mut map = Map::new();
     for name in metadata.names() {
         let value = metadata.string(name)?.unwrap_or_default();
-        if name.chars().count() > key_length || value.chars().count() > value_length || map.len() == pairs {
+        let too_long = name.chars().count() > MAX_METADATA_KEY || value.chars().count() > MAX_METADATA_VALUE;
+        if too_long || map.len() == MAX_METADATA_PAIRS {
             let message = format!(
-                "`metadata` may have up to {pairs} pairs, with keys of up to {key_length} and values of up to {value_length} characters"
+                "`metadata` may have up to {MAX_METADATA_PAIRS} pairs, with keys of up to {MAX_METADATA_KEY} and values of up \
+                 to {MAX_METADATA_VALUE} characters"
             );
             return Err(Error::invalid(message).param("metadata").code("invalid_value"));
         }

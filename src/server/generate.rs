@@ -69,32 +69,43 @@ pub(super) async fn run(app: &SharedApp, serving: &Arc<Serving>, request: Checke
     if request.common.stream {
         return Ok(event_stream(builder, deltas, count, usage, request.common.include_usage));
     }
-    let mut outputs: Vec<CompletionOutput> = std::iter::repeat_with(CompletionOutput::default).take(count).collect();
-    tokio::pin!(deltas);
-    while let Some((index, delta)) = deltas.next().await {
-        outputs[index].push(delta?);
-    }
+    let outputs = collect(deltas, count).await?;
     for (index, output) in outputs.iter().enumerate() {
         output.finish.iter().for_each(|finish| usage.add(finish, index, request.best_of));
     }
+    let mut object = builder.object(choices(&builder, outputs, request.best_of)?, false);
+    object["usage"] = usage.object();
+    Ok(Json(object).into_response())
+}
+
+/// The whole output of each sequence.
+async fn collect(
+    mut deltas: impl stream::Stream<Item = (usize, Result<OutputDelta>)> + Unpin,
+    sequences: usize,
+) -> Result<Vec<CompletionOutput>> {
+    let mut outputs = Vec::new();
+    outputs.resize_with(sequences, CompletionOutput::default);
+    while let Some((index, delta)) = deltas.next().await {
+        outputs[index].push(delta?);
+    }
+    Ok(outputs)
+}
+
+/// The choices of a whole response: of each prompt's `best_of` outputs, the best `n`.
+fn choices(builder: &ResponseBuilder, outputs: Vec<CompletionOutput>, best_of: usize) -> Result<Vec<Value>> {
     let mut choices = Vec::new();
-    let mut outputs = outputs.into_iter();
-    loop {
-        let mut candidates: Vec<CompletionOutput> = outputs.by_ref().take(request.best_of).collect();
-        if candidates.is_empty() {
-            break;
-        }
-        if request.best_of > request.common.n {
+    let mut outputs = outputs.into_iter().peekable();
+    while outputs.peek().is_some() {
+        let mut candidates: Vec<CompletionOutput> = outputs.by_ref().take(best_of).collect();
+        if best_of > builder.n {
             candidates.sort_by(|a, b| b.score().total_cmp(&a.score()));
-            candidates.truncate(request.common.n);
+            candidates.truncate(builder.n);
         }
         for output in candidates {
             choices.push(builder.choice(choices.len(), output)?);
         }
     }
-    let mut object = builder.object(choices, false);
-    object["usage"] = usage.object();
-    Ok(Json(object).into_response())
+    Ok(choices)
 }
 
 /// Submits all sequences to the engine, or none: on an error, dropping the receivers cancels those submitted before.
@@ -104,7 +115,7 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
         for choice in 0..request.best_of {
             let (events, receiver) = mpsc::unbounded_channel();
             let mut params = params.clone();
-            // Choices of one prompt differ, and the same request repeats them.
+            // Each choice has its own seed. The same request gives the same choices again.
             params.seed = params.seed.map(|seed| seed.wrapping_add(choice as u64));
             serving.engine.submit(Request {
                 id: id.to_owned(),
@@ -122,6 +133,7 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
     Ok(sequences)
 }
 
+/// Answers with server-sent events.
 fn event_stream(
     builder: ResponseBuilder,
     deltas: impl stream::Stream<Item = (usize, Result<OutputDelta>)> + Send + 'static,

@@ -138,7 +138,7 @@ pub(super) async fn tokenize(
     };
     let codec = serving.codec.clone();
     let work = tokio::task::spawn_blocking(move || codec.encode(&text, special));
-    let tokens = work.await.map_err(|e| Error::internal(e.to_string()))??;
+    let tokens = work.await.map_err(|e| Error::internal(e.to_string()).caused_by(e))??;
     Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.limits().max_model_len, "tokens": tokens})))
 }
 

@@ -246,5 +246,5 @@ async fn encode(serving: &Serving, inputs: Vec<PromptInput>, echo: bool) -> Resu
         }
         Ok((prompts, echoes))
     };
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
 }

@@ -1,4 +1,4 @@
-//! The admin routes, vLLM's load and unload, and who may use them.
+//! The admin routes, vLLM's load and unload, and the keys for them.
 
 use serde_json::json;
 
@@ -119,7 +119,7 @@ fn the_admin_key() {
         let boss = [("authorization", "Bearer boss")];
         assert_ne!(server.send(method, path, &boss, b"{}").status, 401, "{method} {path}");
     }
-    // Each key opens its own side only.
+    // Neither key opens the other routes.
     assert_eq!(server.send("GET", "/v1/models", &[("authorization", "Bearer boss")], b"").status, 401);
 }
 

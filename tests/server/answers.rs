@@ -1,4 +1,4 @@
-//! What completions, chat, models and tokenize answer.
+//! Answers of completions, chat completions, models and tokenize.
 
 use serde_json::{Value, json};
 
@@ -125,7 +125,7 @@ fn logprobs() {
         let token_logprobs = &choice["logprobs"]["token_logprobs"];
         assert_eq!(token_logprobs[0], Value::Null);
         assert_eq!(choice["logprobs"]["top_logprobs"][0], Value::Null);
-        // After `a` comes `b`, and after `b` never `x`, whose entry stands beside the likelier `c`.
+        // The fake model writes `b` after `a`, and never `x` after `b`. The entry of `x` follows the likelier `c`.
         assert!(token_logprobs[1].as_f64().unwrap() > -0.001 && token_logprobs[2].as_f64().unwrap() < -30.0);
         let top = choice["logprobs"]["top_logprobs"][2].as_object().unwrap();
         assert_eq!(top.keys().collect::<Vec<_>>(), ["c", "x"]);

@@ -1,4 +1,4 @@
-//! Shutdown: running requests end well, nothing new begins.
+//! Shutdown: running requests finish, new ones are refused.
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::harness::{Options, Server, eventually};
 
 #[test]
-fn what_runs_is_finished() {
+fn running_requests_finish() {
     let mut server = Server::start();
     server.gate.set(true);
     let body = json!({"prompt": ".", "max_tokens": 20, "stream": true}).to_string();
@@ -25,7 +25,7 @@ fn what_runs_is_finished() {
 }
 
 #[test]
-fn the_timeout_ends_what_does_not_end() {
+fn the_drain_timeout_ends_the_rest() {
     let mut server = Server::with(Options { drain_timeout: Duration::from_millis(50), ..Options::default() });
     server.gate.set(true);
     let body = json!({"prompt": ".", "max_tokens": 20}).to_string();

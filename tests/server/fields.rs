@@ -1,4 +1,4 @@
-//! Bad input: every field, malformed bodies, limits, and the envelope on every route.
+//! Invalid input: every field, malformed bodies, limits, and the error body on every route.
 
 use serde_json::{Value, json};
 

@@ -1,7 +1,7 @@
 //! A server on a real socket with the real engine, on a fake model that writes the alphabet.
 //!
-//! Its tokens are bytes. After anything that is no letter it begins at `a`, goes on to `z` and ends; under an adapter it
-//! writes capitals, under a weighted sum digits, and after `#` it writes `é` for ever, a byte a step. A step with `?` fails.
+//! Its tokens are bytes. After a byte that is no letter it writes `a`, goes on to `z` and ends. Under an adapter it writes
+//! capitals, under a weighted sum digits, and after `#` it writes `é` for ever, a byte a step. A step with `?` fails.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -41,7 +41,7 @@ const VOCAB: usize = 258;
 /// Message of the internal errors of the fake model and the fake trainer.
 pub const BROKEN: &str = "row 3 of /secret/weights does not fit";
 
-/// Lets steps pass, or holds them.
+/// Holds steps back while it is closed.
 #[derive(Default)]
 pub struct Gate {
     closed: Mutex<bool>,
@@ -55,7 +55,7 @@ impl Gate {
         self.moved.notify_all();
     }
 
-    /// Whether a step stands before it.
+    /// Whether a step is held back.
     pub fn holds_a_step(&self) -> bool {
         self.holds.load(Relaxed)
     }
@@ -113,7 +113,7 @@ impl Runner for Alphabet {
     }
 }
 
-/// What a test changes.
+/// Settings that tests change.
 pub struct Options {
     pub api_keys: Vec<String>,
     pub admin_key: Option<String>,
@@ -350,7 +350,7 @@ impl Drop for Server {
     }
 }
 
-/// Polls until something holds; a test that waits for ever fails here.
+/// Polls until something holds. Panics after 20 seconds.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
@@ -417,7 +417,7 @@ pub fn write_adapter(dir: &Path, value: f32) {
     safetensors::serialize_to_file(tensors, None, &dir.join("adapter_model.safetensors")).unwrap();
 }
 
-/// A tokenizer with a token a byte, ids as the bytes, and a chat template.
+/// A tokenizer with one token for each byte, whose id is the byte, and a chat template.
 fn write_tokenizer(dir: &Path) {
     // GPT-2's names of bytes: printable ones stand for themselves, the rest for characters from U+0100 on.
     let mut spare = 0x100..;

@@ -1,4 +1,4 @@
-//! The HTTP surface over real sockets, with the real engine on a fake model.
+//! The HTTP server on real sockets, with the real engine on a fake model.
 
 mod admin;
 mod answers;

@@ -54,7 +54,7 @@ fn chat_chunks() {
 }
 
 #[test]
-fn a_stream_says_what_the_whole_answer_says() {
+fn a_stream_adds_up_to_the_whole_answer() {
     let server = Server::start();
     for more in [
         json!({"stop": "def"}),
