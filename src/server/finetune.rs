@@ -50,7 +50,7 @@ pub(super) async fn create(
         .run(move |store| {
             for (id, param) in files.iter().filter_map(|(id, param)| Some((id.as_ref()?, *param))) {
                 let file: FileObject = store.find(ObjectKind::File, id)?.ok_or_else(|| {
-                    Error::invalid(format!("`{param}`: no such file: {id:?}")).param(param).code("file_not_found")
+                    Error::invalid(format!("`{param}`: there is no file {id:?}")).param(param).code("file_not_found")
                 })?;
                 if file.purpose != FINE_TUNE {
                     let message =
@@ -127,7 +127,7 @@ fn continue_from(serving: &Serving, model: &str, settings: &mut Map<String, Valu
         // `settings` reports that it is no object.
         None => Ok(()),
         Some(_) => Err(Error::invalid(
-            "`model` and `training.from_checkpoint` name different adapters to continue from: give one of them",
+            "`model` and `training.from_checkpoint` name two adapters to continue from: give one of them",
         )
         .param("training.from_checkpoint")),
     }
