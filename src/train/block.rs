@@ -68,7 +68,7 @@ struct SavedLinear {
     /// `x · Aᵀ` of each segment, where it has pairs.
     shrunk: Vec<Option<Tensor>>,
     /// The output before DoRA's gains, where there are any.
-    ungained: Option<Tensor>,
+    before_gain: Option<Tensor>,
 }
 
 /// What the backward of attention needs besides its output.
@@ -76,7 +76,7 @@ struct SavedAttention {
     /// After RoPE.
     qkv: Tensor,
     /// `qkv` before the QK norms, where the model has them.
-    unnormed: Option<Tensor>,
+    before_qk_norm: Option<Tensor>,
     /// Log-sum-exp of each query's scores.
     lse: Tensor,
 }
@@ -84,9 +84,9 @@ struct SavedAttention {
 impl SavedActivations {
     /// Bytes of what grows with the rows, without `x · Aᵀ`.
     pub fn bytes(&self) -> usize {
-        let Self { linears, attention: SavedAttention { qkv, unnormed, lse }, residual, gate_up } = self;
-        let linears = linears.iter().flat_map(|linear| [&linear.x].into_iter().chain(&linear.ungained));
-        let all = [qkv, lse, residual, gate_up].into_iter().chain(unnormed).chain(linears);
+        let Self { linears, attention: SavedAttention { qkv, before_qk_norm, lse }, residual, gate_up } = self;
+        let linears = linears.iter().flat_map(|linear| [&linear.x].into_iter().chain(&linear.before_gain));
+        let all = [qkv, lse, residual, gate_up].into_iter().chain(before_qk_norm).chain(linears);
         all.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 }
@@ -96,7 +96,7 @@ struct TrainingHook<'a> {
     block: &'a TrainBlock<'a>,
     /// Of the sites so far.
     linears: Vec<SavedLinear>,
-    unnormed: Option<Tensor>,
+    before_qk_norm: Option<Tensor>,
     attention: Option<SavedAttention>,
 }
 
@@ -115,7 +115,7 @@ impl BlockHook for TrainingHook<'_> {
         heads: Heads,
     ) -> Result<()> {
         heads::bias_and_qk_norm(qkv, bias, None, heads)?;
-        self.unnormed = norm.map(|_| qkv.copy()).transpose()?;
+        self.before_qk_norm = norm.map(|_| qkv.copy()).transpose()?;
         heads::bias_and_qk_norm(qkv, None, norm, heads)
     }
 
@@ -124,12 +124,16 @@ impl BlockHook for TrainingHook<'_> {
         let heads = model.config().heads();
         apply_rope(qkv, heads.query + heads.kv, &rows.positions, model.rope())?;
         let (attended, lse) = causal(qkv, &rows.sequences, heads)?;
-        self.attention = Some(SavedAttention { qkv: qkv.clone(), unnormed: self.unnormed.take(), lse });
+        self.attention = Some(SavedAttention { qkv: qkv.clone(), before_qk_norm: self.before_qk_norm.take(), lse });
         Ok(Some((attended, residual)))
     }
 }
 
-impl TrainingHook<'_> {
+impl<'a> TrainingHook<'a> {
+    fn new(block: &'a TrainBlock<'a>) -> Self {
+        Self { block, linears: Vec::new(), before_qk_norm: None, attention: None }
+    }
+
     fn forward_before_down(&mut self, residual: &Tensor, x: Tensor) -> Result<BlockActivations> {
         let block = self.block.model.block(self.block.layer);
         let activations = block.forward_before_down(self, residual.clone(), x)?;
@@ -151,7 +155,7 @@ impl TrainBlock<'_> {
     /// Runs the block on the residual stream and its norm. Returns the activations for the backward, and the residual stream
     /// and its norm after the block.
     pub fn forward(&self, residual: &Tensor, x: Tensor) -> Result<(SavedActivations, Tensor, Tensor)> {
-        let mut hook = TrainingHook { block: self, linears: Vec::new(), unnormed: None, attention: None };
+        let mut hook = TrainingHook::new(self);
         let activations = hook.forward_before_down(residual, x)?;
         let block = self.model.block(self.layer);
         let (residual, x) = block.forward_down(&mut hook, &activations.residual, &activations.hidden)?;
@@ -162,14 +166,14 @@ impl TrainBlock<'_> {
     fn recompute(&self, residual: &Tensor) -> Result<SavedActivations> {
         let weights = self.weights();
         let x = rms_norm(residual, &weights.attn_norm, self.model.config().rms_norm_eps)?;
-        let mut hook = TrainingHook { block: self, linears: Vec::new(), unnormed: None, attention: None };
+        let mut hook = TrainingHook::new(self);
         let activations = hook.forward_before_down(residual, x)?;
         let hidden = &activations.hidden;
         if self.has_gain(Site::Down) {
             hook.linear(&weights.down, hidden, Site::Down)?;
         } else {
             let shrunk = self.shrink(hidden, Site::Down)?;
-            hook.linears.push(SavedLinear { x: hidden.clone(), shrunk, ungained: None });
+            hook.linears.push(SavedLinear { x: hidden.clone(), shrunk, before_gain: None });
         }
         hook.saved(activations)
     }
@@ -180,7 +184,7 @@ impl TrainBlock<'_> {
         let (weights, config) = (self.weights(), self.model.config());
         let (heads, eps) = (config.heads(), config.rms_norm_eps);
         let saved = saved.map_or_else(|| self.recompute(residual), Ok)?;
-        let SavedAttention { qkv, unnormed, lse } = &saved.attention;
+        let SavedAttention { qkv, before_qk_norm, lse } = &saved.attention;
         let dtype = qkv.dtype();
         let linear = |weight, dy, site: Site| self.linear_backward(weight, &saved.linears[site as usize], dy, site);
 
@@ -193,8 +197,8 @@ impl TrainBlock<'_> {
         let attended = &saved.linears[Site::O as usize].x;
         let dqkv = causal_backward(qkv, attended, lse, &dattended, &self.rows.sequences, heads)?;
         apply_rope_backward(&dqkv, heads.query + heads.kv, &self.rows.positions, self.model.rope())?;
-        if let (Some(unnormed), Some((query, key))) = (unnormed, &weights.qk_norm) {
-            heads::qk_norm_backward(&dqkv, unnormed, QkNorm { query, key, eps }, heads)?;
+        if let (Some(before_qk_norm), Some((query, key))) = (before_qk_norm, &weights.qk_norm) {
+            heads::qk_norm_backward(&dqkv, before_qk_norm, QkNorm { query, key, eps }, heads)?;
         }
         let dx = linear(&weights.qkv, dqkv, Site::Qkv)?;
         rms_norm_backward(residual, &weights.attn_norm, &dx, Some(&gradient), eps)
@@ -214,8 +218,8 @@ impl TrainBlock<'_> {
         }
         let x = x.clone();
         match self.has_gain(site) {
-            true => Ok((self.gained(&y, site)?, SavedLinear { x, shrunk, ungained: Some(y) })),
-            false => Ok((y, SavedLinear { x, shrunk, ungained: None })),
+            true => Ok((self.gained(&y, site)?, SavedLinear { x, shrunk, before_gain: Some(y) })),
+            false => Ok((y, SavedLinear { x, shrunk, before_gain: None })),
         }
     }
 
@@ -238,9 +242,9 @@ impl TrainBlock<'_> {
 
     /// The gradient of a linear's input, given that of its output. Adds to the gradients of the pairs.
     fn linear_backward(&self, weight: &QMatrix, saved: &SavedLinear, dy: Tensor, site: Site) -> Result<Tensor> {
-        let dy = match &saved.ungained {
-            Some(ungained) => {
-                self.magnitudes_backward(ungained, &dy, site)?;
+        let dy = match &saved.before_gain {
+            Some(before_gain) => {
+                self.magnitudes_backward(before_gain, &dy, site)?;
                 self.gained(&dy, site)?
             }
             None => dy,

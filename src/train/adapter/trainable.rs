@@ -78,7 +78,7 @@ impl TrainableAdapter {
                 let (b, db) = (params.value(&module.b)?.to_dtype(dtype)?, params.grad(&module.b)?);
                 modules.push(TrainableModule { offset: module.offset, n: module.n, b, db, magnitude });
             }
-            let width = site.site.modules().iter().map(|module| module.shape(model).0).sum();
+            let width = site.site.shape(model).0;
             let gain = if gains.is_empty() { None } else { Some(row_of_gains(gains, width, a.device())?) };
             let (a, da) = (a.to_dtype(dtype)?, params.grad(&site.a)?);
             sites[site.layer][site.site as usize] = Some(TrainableSite { a, da, modules, gain });
