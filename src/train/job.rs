@@ -26,7 +26,7 @@ pub struct Job {
     pub from: Option<AdapterWeights>,
     /// Whether to resume from the state in `dir`.
     pub resume: bool,
-    /// ReporterState what happens, in order, on the thread that writes jobs' files.
+    /// Receives the job's reports.
     pub report: ReportFn,
 }
 

@@ -1,4 +1,4 @@
-//! Files and fine-tuning jobs over HTTP, on a trainer that makes every job learn the alphabet in capitals.
+//! Files and fine-tuning jobs over HTTP, with a fake trainer whose adapters answer in capitals.
 
 use serde_json::{Value, json};
 
@@ -27,7 +27,7 @@ impl Server {
         text(&answer.json()["id"])
     }
 
-    /// A new job over a new file; `fields` go into the request.
+    /// Creates a job on a new file, with more `fields` in the request.
     pub fn job(&self, fields: Value) -> Value {
         let mut body = json!({"model": BASE, "training_file": self.file()});
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
@@ -40,7 +40,7 @@ impl Server {
         self.get(&format!("/v1/fine_tuning/jobs/{job}")).json()
     }
 
-    /// The job once it has that status.
+    /// Waits until a job has a status, and returns the job.
     pub fn wait(&self, job: &str, status: &str) -> Value {
         eventually(&format!("{job} is {status}"), || {
             let now = self.at(job);
@@ -101,7 +101,7 @@ fn files_are_kept_listed_read_and_deleted() {
 }
 
 #[test]
-fn a_file_that_cannot_be_learnt_from_is_refused_with_its_lines() {
+fn an_unusable_training_file_is_rejected_with_its_lines() {
     let server = Server::start();
     let part =
         |name: &str| format!("--x\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\nfine-tune\r\n--x--\r\n");
@@ -187,14 +187,14 @@ fn a_job_makes_a_model_that_answers() {
     assert_eq!(server.get(&format!("/v1/files/{plot}")).json()["filename"], "loss.svg");
     assert!(server.get(&format!("/v1/files/{plot}/content")).text.starts_with("<svg"));
 
-    // What was learnt can be learnt from, and be forgotten.
+    // A job can continue from the model, and the model can be deleted.
     let more = server.job(json!({"model": model}));
     assert_eq!(server.wait(&text(&more["id"]), "succeeded")["training"]["from_checkpoint"], model);
     let source = text(&server.get(&format!("/admin/adapters/{}", model.replace('/', "%2F"))).json()["source"]);
     let delete = |model: &str| server.send("DELETE", &format!("/v1/models/{model}"), &[], b"");
     assert_eq!(delete(&model).json(), json!({"id": model, "object": "model", "deleted": true}));
     assert_eq!(server.post("/v1/completions", json!({"model": model, "prompt": "x"})).status, 404);
-    assert!(std::path::Path::new(&source).exists(), "its last checkpoint is another model");
+    assert!(std::path::Path::new(&source).exists(), "the last checkpoint is served under another name too");
     assert_eq!(delete(&format!("{model}:ckpt-step-3")).status, 200);
     assert!(!std::path::Path::new(&source).exists());
     assert_eq!(delete(&model).error().0, 404);
@@ -202,7 +202,7 @@ fn a_job_makes_a_model_that_answers() {
 }
 
 #[test]
-fn a_wrong_field_is_named() {
+fn an_invalid_field_is_named() {
     let server = Server::start();
     let file = server.file();
     for (mut fields, param, message) in [
@@ -263,7 +263,7 @@ fn a_wrong_field_is_named() {
 }
 
 #[test]
-fn a_dry_run_shows_what_is_learnt_and_creates_nothing() {
+fn a_dry_run_shows_the_examples_and_creates_nothing() {
     let server = Server::start();
     let body = json!({"model": BASE, "training_file": server.file(), "dry_run": true, "lora": {"adalora": {}},
                       "training": {"max_length": 20}});
@@ -272,7 +272,7 @@ fn a_dry_run_shows_what_is_learnt_and_creates_nothing() {
     let example = &run["examples"][1];
     assert_eq!(example["text"], "Then? ⟦B<|im_end|>⟧");
     assert_eq!(example["token_ids"], json!(b"Then? B".iter().map(|b| u32::from(*b)).chain([257]).collect::<Vec<_>>()));
-    assert_eq!(run["hyperparameters"]["n_epochs"], 25, "few examples are learnt from often");
+    assert_eq!(run["hyperparameters"]["n_epochs"], 25, "few examples get many epochs");
     assert_eq!((&run["estimate"]["steps"], &run["lora"]["adalora"]["tinit"]), (&json!(25), &json!(2)));
     assert_eq!(run["statistics"]["examples"], 2);
     assert!(server.get("/v1/fine_tuning/jobs").json()["data"].as_array().unwrap().is_empty());
@@ -298,18 +298,18 @@ fn jobs_wait_for_a_place_and_are_paused_resumed_and_cancelled() {
 
     assert_eq!(server.act(&second, "cancel").json()["status"], "cancelled");
     server.wait(&first, "running");
-    assert!(server.messages(&first).iter().any(|m| m.contains("from step")), "it goes on where it was");
+    assert!(server.messages(&first).iter().any(|m| m.contains("from step")), "it continues where it was paused");
     for job in [&first, &third] {
         assert_eq!(server.act(job, "cancel").json()["status"], "cancelled");
     }
     assert_eq!(server.act(&first, "resume").error().0, 400);
     assert_eq!(server.act("gone", "cancel").error().0, 404);
-    // Places are free again.
+    // The cancelled jobs have freed their places.
     server.wait(&text(&server.job(json!({}))["id"]), "succeeded");
 }
 
 #[test]
-fn a_job_that_fails_says_why_and_the_server_goes_on() {
+fn a_failed_job_has_an_error_and_the_next_job_runs() {
     let server = Server::start();
     for (seed, code, message) in [
         (DIVERGES, "training_diverged", "NaN"),
@@ -324,12 +324,12 @@ fn a_job_that_fails_says_why_and_the_server_goes_on() {
         assert!(server.messages(&id)[0].contains(message));
     }
     let models = server.get("/v1/models").json();
-    assert_eq!(models["data"].as_array().unwrap().len(), 3, "nothing wrong is served: {models}");
+    assert_eq!(models["data"].as_array().unwrap().len(), 3, "no failed checkpoint is served: {models}");
     server.wait(&text(&server.job(json!({}))["id"]), "succeeded");
 }
 
 #[test]
-fn a_restart_goes_on_with_every_job() {
+fn a_restarted_server_continues_every_job() {
     let state = tempfile::tempdir().unwrap();
     let start = || Server::with(Options { state: Some(state.path().to_owned()), ..Options::default() });
     let server = start();
@@ -348,7 +348,7 @@ fn a_restart_goes_on_with_every_job() {
     assert_eq!(ended["trained_tokens"], 400, "no step is lost or counted twice");
     let csv = server.get(&format!("/v1/files/{}/content", text(&ended["result_files"][0]))).text;
     let steps: Vec<usize> = csv.lines().skip(1).map(|row| row.split(',').next().unwrap().parse().unwrap()).collect();
-    assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "those before the restart too");
+    assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "with the steps before the restart");
     let left = state.path().join("jobs").join(&running).join("state.safetensors");
     eventually("nothing is left to go on with", || !left.exists());
     let messages = server.messages(&running);
@@ -358,7 +358,7 @@ fn a_restart_goes_on_with_every_job() {
 }
 
 #[test]
-fn a_checkpoint_that_nobody_heard_of_is_compared_before_it_is_served() {
+fn an_unreported_checkpoint_is_compared_before_it_is_served() {
     let state = tempfile::tempdir().unwrap();
     let start = || Server::with(Options { state: Some(state.path().to_owned()), ..Options::default() });
     let server = start();
@@ -370,7 +370,7 @@ fn a_checkpoint_that_nobody_heard_of_is_compared_before_it_is_served() {
         id
     });
     drop(server);
-    // As a process leaves them that is killed when it has written a checkpoint.
+    // The files of a process that was killed after it had written a checkpoint.
     for id in [&honest, &lying] {
         let dir = state.path().join("jobs").join(id);
         write_adapter(&dir.join("step-7"), 0.7);
@@ -382,7 +382,7 @@ fn a_checkpoint_that_nobody_heard_of_is_compared_before_it_is_served() {
     assert_eq!(server.act(&lying, "resume").status, 200);
     assert_eq!(server.wait(&lying, "failed")["error"]["code"], "train_serve_mismatch");
     assert_eq!(server.post("/v1/completions", json!({"model": model(&lying), "prompt": "x"})).status, 404);
-    // Told at every start, and served and listed once.
+    // The checkpoint is reported at every start, but served and listed once.
     for _ in 0..2 {
         assert_eq!(server.act(&honest, "resume").status, 200);
         server.wait(&honest, "running");
@@ -419,7 +419,7 @@ fn lists_are_paged_and_filtered() {
 }
 
 #[test]
-fn the_inference_key_opens_it_and_the_metrics_page_shows_jobs() {
+fn the_inference_key_grants_access_and_the_metrics_page_shows_jobs() {
     let server = Server::with(Options { api_keys: vec!["k".into()], ..Options::default() });
     for path in ["/v1/files", "/v1/fine_tuning/jobs"] {
         assert_eq!(server.get(path).error().0, 401);

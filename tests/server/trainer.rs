@@ -1,4 +1,5 @@
-//! A trainer without a model. Its jobs all learn the alphabet in capitals, a step a tick, unless their seed says otherwise.
+//! A fake trainer without a model. Its jobs do a step a tick and write adapters that answer in capitals. Some seeds make jobs
+//! fail.
 
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,27 +10,27 @@ use quiver::train::job::{Checkpoint, Command, Job, JobReport, Probe, StepMetrics
 
 use crate::harness::{BROKEN, write_adapter};
 
-/// Fails in its second step.
+/// Seed of a job that fails in its second step.
 pub const DIVERGES: u64 = 13;
-/// Its checkpoints are not what the server makes of it.
+/// Seed of a job whose probes differ from the server's log-probabilities.
 pub const LIES: u64 = 14;
-/// Vanishes in its second step.
+/// Seed of a job that the trainer drops without a report in its second step.
 pub const VANISHES: u64 = 15;
-/// Fails in its second step with an internal error.
+/// Seed of a job that fails in its second step with an internal error.
 pub const BREAKS: u64 = 16;
 
 const TICK: Duration = Duration::from_millis(3);
 
-/// Steps of a job that names none.
+/// Steps of a job without `max_steps`.
 pub const STEPS: usize = 3;
 
-struct Running {
+struct FakeJob {
     job: Job,
     step: usize,
     steps: usize,
 }
 
-/// Runs it on a thread of its own.
+/// Starts the trainer on its own thread.
 pub fn start() -> Sender<Command> {
     let (commands, inbox) = channel();
     std::thread::spawn(move || run(&inbox));
@@ -41,9 +42,9 @@ fn state(dir: &Path) -> std::path::PathBuf {
 }
 
 fn run(inbox: &Receiver<Command>) {
-    let mut jobs: Vec<Running> = Vec::new();
+    let mut jobs: Vec<FakeJob> = Vec::new();
     loop {
-        // While there is nothing to do, a command is waited for.
+        // Without jobs, waits for a command.
         let command = if jobs.is_empty() {
             match inbox.recv() {
                 Ok(command) => Some(command),
@@ -52,7 +53,7 @@ fn run(inbox: &Receiver<Command>) {
         } else {
             inbox.try_recv().ok()
         };
-        let at = |jobs: &[Running], id: &str| jobs.iter().position(|running| running.job.id == id);
+        let at = |jobs: &[FakeJob], id: &str| jobs.iter().position(|running| running.job.id == id);
         match command {
             Some(Command::Start(mut job)) => {
                 assert!(!job.train.is_empty(), "a job without examples");
@@ -64,7 +65,7 @@ fn run(inbox: &Receiver<Command>) {
                 if last.dir.is_dir() {
                     (job.report)(JobReport::Resumed(last));
                 }
-                jobs.push(Running { job: *job, step, steps });
+                jobs.push(FakeJob { job: *job, step, steps });
             }
             Some(Command::Pause(id)) => {
                 if let Some(i) = at(&jobs, &id) {
@@ -93,9 +94,9 @@ fn checkpoint(job: &Job, step: usize) -> Checkpoint {
     Checkpoint { step, dir: job.dir.join(format!("step-{step}")), probe }
 }
 
-/// False once the job is over.
-fn step(running: &mut Running) -> bool {
-    let Running { job, step, steps } = running;
+/// Does one step of a job. False once the job has ended.
+fn step(running: &mut FakeJob) -> bool {
+    let FakeJob { job, step, steps } = running;
     *step += 1;
     let step = *step;
     match (step, job.spec.seed) {

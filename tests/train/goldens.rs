@@ -1,4 +1,4 @@
-//! Steps of PEFT's methods, against losses, norms of gradients and values of the real PEFT (`fixtures/training/make.py`).
+//! Training steps of each method, compared with losses, gradient norms and values of PEFT (`fixtures/training/make.py`).
 
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ use quiver::train::spec::{self, AdaLoraConfig, JobSpec, LoraConfig};
 
 use crate::{adapter, fixture, mean, model, run, spec};
 
-/// The sequences of `make.py`, and how many tokens of each are not trained on.
+/// Lengths of the sequences of `make.py`, and how many first tokens of each are not trained on.
 const SEQUENCES: [(usize, usize); 4] = [(19, 7), (12, 3), (24, 10), (9, 1)];
 
 fn batch(step: usize) -> TrainBatch {
@@ -28,17 +28,17 @@ fn batch(step: usize) -> TrainBatch {
     batch
 }
 
-/// Every tensor's name in PEFT and place; of a site's stacked A and E, the rows of each module.
+/// Name in PEFT, location and rows of each tensor. A and E of a site are stacked, so that a module has some of their rows.
 fn named(params: &TrainableParams) -> Vec<(String, ParamLocation, std::ops::Range<usize>)> {
     let mut named = Vec::new();
     for site in &params.sites {
-        for (i, part) in site.modules.iter().enumerate() {
-            let path = part.module.path(site.layer);
+        for (i, module) in site.modules.iter().enumerate() {
+            let path = module.module.path(site.layer);
             let rows = i * params.rank..(i + 1) * params.rank;
             named.push((format!("{path}.lora_A"), site.a, rows.clone()));
             named.extend(site.e.map(|e| (format!("{path}.lora_E"), e, rows)));
-            named.push((format!("{path}.lora_B"), part.b, 0..part.n));
-            named.extend(part.magnitude.map(|m| (format!("{path}.lora_magnitude_vector"), m, 0..part.n)));
+            named.push((format!("{path}.lora_B"), module.b, 0..module.n));
+            named.extend(module.magnitude.map(|m| (format!("{path}.lora_magnitude_vector"), m, 0..module.n)));
         }
     }
     named
@@ -52,16 +52,16 @@ fn golden(name: &str, lora: LoraConfig, weight_decay: f32, steps: usize) {
     let params = TrainableParams::new(&spec, model.config(), None, &Device::Cpu).unwrap();
     let named = named(&params);
     assert_eq!(golden.len(), 2 * named.len() + 2, "every tensor is compared");
-    for (tensor, place, rows) in &named {
-        let whole = params.value(place).unwrap().copy().unwrap();
-        let initial = golden[&format!("initial.{tensor}")].reshape((rows.len(), place.shape.1)).unwrap();
+    for (tensor, location, rows) in &named {
+        let whole = params.value(location).unwrap().copy().unwrap();
+        let initial = golden[&format!("initial.{tensor}")].reshape((rows.len(), location.shape.1)).unwrap();
         whole.slice_set(&initial, 0, rows.start).unwrap();
-        params.set_value(place, &whole).unwrap();
+        params.set_value(location, &whole).unwrap();
     }
     let norms = spec.lora.use_dora.then(|| DoraNorms::new(&params, &model).unwrap());
     let mut allocator = spec.lora.adalora.as_ref().map(|ada| RankAllocator::new(ada, steps, &params).unwrap());
     let mut optimizer = Optimizer::new(&spec.optimizer, spec.lora.loraplus_lr_ratio, &params).unwrap();
-    let (mut losses, mut lengths, mut kept) = (Vec::new(), Vec::new(), None);
+    let (mut losses, mut norms_of_gradients, mut kept) = (Vec::new(), Vec::new(), None);
     for step in 0..steps {
         params.clear_grads().unwrap();
         let scores = run(&model, batch(step), adapter(&params, norms.as_ref(), &model), None, true);
@@ -69,10 +69,10 @@ fn golden(name: &str, lora: LoraConfig, weight_decay: f32, steps: usize) {
         if let Some(allocator) = &allocator {
             allocator.finish_gradients(&params).unwrap();
         }
-        let moved = optimizer.step(&params, step + 1, steps).unwrap();
-        lengths.push(moved.grad_norm);
+        let taken = optimizer.step(&params, step + 1, steps).unwrap();
+        norms_of_gradients.push(taken.grad_norm);
         if let Some(allocator) = &mut allocator {
-            allocator.allocate(&params, step, moved.clip, &mut kept).unwrap();
+            allocator.allocate(&params, step, taken.clip, &mut kept).unwrap();
         }
     }
     let close = |what: &str, have: &[f32], want: &Tensor, tolerance: f32| {
@@ -83,11 +83,11 @@ fn golden(name: &str, lora: LoraConfig, weight_decay: f32, steps: usize) {
         }
     };
     close("loss", &losses, &golden["loss"], 2e-5);
-    close("norm", &lengths, &golden["grad_norm"], 2e-4);
-    for (tensor, place, rows) in &named {
-        let have = params.value(place).unwrap().narrow(0, rows.start, rows.len()).unwrap();
+    close("norm", &norms_of_gradients, &golden["grad_norm"], 2e-4);
+    for (tensor, location, rows) in &named {
+        let have = params.value(location).unwrap().narrow(0, rows.start, rows.len()).unwrap();
         let have = have.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        // Steps move values by 0.02: this is a hundredth of one.
+        // A step changes values by 0.02; the tolerance is a hundredth of that.
         close(tensor, &have, &golden[&format!("final.{tensor}")], 2e-4);
     }
 }

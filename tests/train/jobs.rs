@@ -1,4 +1,4 @@
-//! The life of jobs: alone, together, paused and gone on with, and what they write.
+//! Training jobs: alone, several at once, paused and resumed, and the files they write.
 
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -23,7 +23,7 @@ use tempfile::TempDir;
 
 use crate::{model, spec};
 
-/// A trainer on the tiny model, and what its jobs have reported.
+/// A trainer on the tiny model, and the reports of its jobs.
 struct Harness {
     model: Arc<Decoder>,
     trainer: Trainer,
@@ -40,7 +40,7 @@ impl Harness {
         Self { model, trainer, commands, dir: TempDir::new().unwrap(), reports: Arc::default() }
     }
 
-    /// A job on `examples(12)` with a directory of its own.
+    /// A job on `examples(12)` with its own directory.
     fn job(&self, id: &str, spec: JobSpec) -> Job {
         let (reports, name) = (self.reports.clone(), id.to_owned());
         let dir = self.dir.path().join(id);
@@ -62,12 +62,13 @@ impl Harness {
         self.commands.send(Command::Start(Box::new(job))).unwrap();
     }
 
-    /// Runs until there is nothing to do, or `until` says so, which sees what every slice has told and written.
+    /// Runs slices until nothing is left to do or `until` is true. Before each call of `until`, the reports and files of the slice
+    /// are complete.
     fn run(&mut self, mut until: impl FnMut(&Self) -> bool) {
         while self.trainer.run_slice() | self.trainer.settle() && !until(self) {}
     }
 
-    /// Another trainer, as after a kill.
+    /// Replaces the trainer, as after a kill.
     fn restart(&mut self) {
         let (commands, receiver) = channel();
         (self.commands, self.trainer) = (commands, Trainer::new(self.model.clone(), receiver).unwrap());
@@ -108,7 +109,7 @@ impl Harness {
         self.reports(id).into_iter().filter_map(checkpoint).collect()
     }
 
-    /// Values of the job's last checkpoint, bit for bit.
+    /// The weights of the job's last checkpoint. The job must have succeeded.
     fn result(&self, id: &str) -> AdapterWeights {
         assert!(matches!(self.last(id), JobReport::Succeeded), "{id}: {:?}", self.last(id));
         let checkpoint = self.checkpoints(id).pop().expect("a checkpoint");
@@ -116,7 +117,7 @@ impl Harness {
     }
 }
 
-/// Sequences in which every token follows from the one before, the first tokens not being trained on.
+/// Sequences in which each token follows from the one before. The first three tokens are not trained on.
 fn examples(count: usize) -> Vec<Example> {
     let example = |s: usize| {
         let n = 8 + s * 5 % 13;
@@ -131,7 +132,7 @@ fn dropout() -> JobSpec {
 }
 
 #[test]
-fn learns_reports_and_writes() {
+fn a_job_learns_reports_and_writes_checkpoints() {
     let mut harness = Harness::new();
     let optimizer = OptimizerConfig { max_grad_norm: 10.0, ..spec().optimizer };
     let mut job = harness.job("a", JobSpec { epochs: 8, batch_size: 3, gradient_accumulation: 2, optimizer, ..spec() });
@@ -145,7 +146,7 @@ fn learns_reports_and_writes() {
     assert_eq!((steps[0].tokens + steps[1].tokens, steps[0].trained_tokens + steps[1].trained_tokens), (all, all - 36));
     assert!(steps[15].train_loss < steps[0].train_loss - 0.3, "{steps:?}");
     assert!(steps[15].train_mean_token_accuracy > 0.2, "{steps:?}");
-    // One an epoch, each with its own directory; the state stays for whoever hears of the end.
+    // One checkpoint an epoch, each in its own directory. The state stays until the receiver of the reports removes it.
     let checkpoints = harness.checkpoints("a");
     assert_eq!(checkpoints.iter().map(|c| c.step).collect::<Vec<_>>(), (1..=8).map(|i| 2 * i).collect::<Vec<_>>());
     let mut names: Vec<_> =
@@ -158,7 +159,7 @@ fn learns_reports_and_writes() {
     assert_eq!(harness.result("a").modules.len(), 14);
 }
 
-/// What the server gives for a text under an adapter.
+/// The server's log-probabilities of a text under an adapter.
 fn served(model: &Decoder, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32> {
     let mut kv = KvCache::new(model.config(), 8, &Device::Cpu).unwrap();
     let mut slots = SlotPool::default();
@@ -175,7 +176,7 @@ fn served(model: &Decoder, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32>
 }
 
 #[test]
-fn what_is_written_serves_as_it_was_trained() {
+fn served_checkpoints_have_the_trainers_log_probabilities() {
     let adalora = AdaLoraConfig { init_r: 4, target_r: 2, tinit: 1, tfinal: 2, ..AdaLoraConfig::default() };
     let kinds = [
         ("lora", spec().lora),
@@ -204,7 +205,7 @@ fn what_is_written_serves_as_it_was_trained() {
 }
 
 #[test]
-fn jobs_together_do_what_each_does_alone() {
+fn jobs_that_run_together_do_the_same_as_alone() {
     let specs = [
         ("a", dropout()),
         (
@@ -253,7 +254,7 @@ fn files_equal(a: &Path, b: &Path) -> bool {
 }
 
 #[test]
-fn a_job_that_was_paused_goes_on_bit_for_bit() {
+fn a_paused_job_resumes_bit_for_bit() {
     let adalora = AdaLoraConfig { init_r: 3, target_r: 1, tfinal: 1, ..AdaLoraConfig::default() };
     let eight_bits = OptimizerConfig { kind: OptimizerKind::Adamw8bit, ..spec().optimizer };
     let every = JobSpec { checkpoint_every: Some(2), eval_every: Some(1), ..dropout() };
@@ -274,7 +275,7 @@ fn a_job_that_was_paused_goes_on_bit_for_bit() {
             harness.start(prepare(&harness));
             for &step in pauses {
                 harness.run(|h| h.steps(id).len() == step);
-                // In the middle of a pass.
+                // Pause in the middle of a pass.
                 (0..3).for_each(|_| assert!(harness.trainer.run_slice()));
                 harness.commands.send(Command::Pause(id.into())).unwrap();
                 harness.finish();
@@ -296,7 +297,7 @@ fn a_job_that_was_paused_goes_on_bit_for_bit() {
 }
 
 #[test]
-fn a_job_that_goes_on_with_nothing_left_to_do_ends() {
+fn a_resumed_job_with_nothing_left_to_do_ends() {
     let mut harness = Harness::new();
     let spec = JobSpec { checkpoint_every: Some(2), ..dropout() };
     harness.start(harness.job("a", spec.clone()));
@@ -307,7 +308,7 @@ fn a_job_that_goes_on_with_nothing_left_to_do_ends() {
     harness.finish();
     harness.result("a");
     assert_eq!((harness.steps("a").len(), harness.checkpoints("a").len()), (2, 1));
-    // Whoever was to hear of the checkpoint may not have.
+    // The checkpoint is reported again, as the first report may have been lost.
     let (made, reports) = (&harness.checkpoints("a")[0], harness.reports("a"));
     let JobReport::Resumed(again) = &reports[reports.len() - 2] else { panic!("{reports:?}") };
     assert_eq!((again.step, &again.dir, &again.probe), (2, &made.dir, &made.probe));
@@ -340,7 +341,7 @@ fn accumulating_is_the_same_as_a_larger_batch() {
 }
 
 #[test]
-fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
+fn a_failing_job_reports_why_and_does_not_disturb_the_others() {
     let mut harness = Harness::new();
     let optimizer = OptimizerConfig { learning_rate: 1e30, max_grad_norm: 1e30, warmup_steps: 0, ..spec().optimizer };
     harness.start(harness.job("diverges", JobSpec { epochs: 4, optimizer, ..spec() }));
@@ -373,7 +374,7 @@ fn a_job_that_fails_says_why_and_leaves_the_others_alone() {
 }
 
 #[test]
-fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
+fn a_hanging_disk_delays_no_slice_and_changes_no_result() {
     let spec = JobSpec { checkpoint_every: Some(2), ..dropout() };
     let mut plain = Harness::new();
     plain.start(plain.job("a", spec.clone()));
@@ -384,17 +385,17 @@ fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
     let Job { mut report, .. } = harness.job("a", spec.clone());
     let hangs = move |told: JobReport| {
         if matches!(told, JobReport::Checkpoint(_)) {
-            // Until the test lets go; a slice that waits for it ends the test.
+            // Blocks until the test drops `release`, or fails after 20 s if a slice waits for it.
             assert_eq!(released.recv_timeout(Duration::from_secs(20)), Err(RecvTimeoutError::Disconnected));
         }
         report(told);
     };
     harness.start(Job { report: Box::new(hangs), ..harness.job("a", spec) });
     while harness.trainer.run_slice() {}
-    assert!(harness.steps("a").len() <= 2, "what comes after is told after");
+    assert!(harness.steps("a").len() <= 2, "later reports wait");
     drop(release);
-    assert!(harness.trainer.settle(), "the job is not over");
-    assert_eq!(harness.steps("a").len(), 4, "it goes on as far as the next checkpoint");
+    assert!(harness.trainer.settle(), "the job has not ended");
+    assert_eq!(harness.steps("a").len(), 4, "it continues up to the next checkpoint");
     harness.finish();
 
     let order = |harness: &Harness| {
@@ -413,7 +414,7 @@ fn a_disk_that_hangs_holds_up_no_slice_and_changes_nothing() {
 }
 
 #[test]
-fn a_cancelled_job_leaves_at_once_and_its_state_goes() {
+fn a_cancelled_job_stops_and_its_state_is_removed() {
     let mut harness = Harness::new();
     harness.start(harness.job("a", JobSpec { checkpoint_every: Some(1), ..dropout() }));
     harness.start(harness.job("b", spec()));
@@ -428,20 +429,20 @@ fn a_cancelled_job_leaves_at_once_and_its_state_goes() {
     assert_eq!(harness.checkpoints("a").len(), 2);
 }
 
-/// A job that stops early.
+/// A job that early stopping ends.
 fn overfits(harness: &Harness, checkpoint_every: Option<usize>) -> Job {
     let optimizer = OptimizerConfig { learning_rate: 0.3, max_grad_norm: 100.0, warmup_steps: 0, ..spec().optimizer };
     let spec =
         JobSpec { epochs: 30, eval_every: Some(2), early_stopping: Some(2), optimizer, checkpoint_every, ..spec() };
     let mut job = harness.job("a", spec);
-    // What is learnt is of no use for these.
+    // Reversed sequences, for which the training examples do not help.
     job.valid = examples(3);
     job.valid.iter_mut().for_each(|e| e.tokens.reverse());
     job
 }
 
 #[test]
-fn a_kill_after_the_validation_that_ends_a_job_does_not_undo_the_decision() {
+fn early_stopping_survives_a_kill() {
     let mut whole = Harness::new();
     whole.start(overfits(&whole, Some(1000)));
     whole.finish();
@@ -451,7 +452,7 @@ fn a_kill_after_the_validation_that_ends_a_job_does_not_undo_the_decision() {
     let mut harness = Harness::new();
     harness.start(overfits(&harness, Some(1000)));
     harness.run(|h| h.validations("a").len() == validations.len());
-    // Killed after the validation, then after the checkpoint.
+    // A kill after the validation, then one after the checkpoint.
     for checkpoints in [1, 0] {
         let told = harness.reports("a").len();
         harness.restart();
@@ -469,7 +470,7 @@ fn a_kill_after_the_validation_that_ends_a_job_does_not_undo_the_decision() {
 }
 
 #[test]
-fn stops_early_when_validation_gets_no_better() {
+fn a_job_stops_early_when_validation_does_not_improve() {
     let mut harness = Harness::new();
     harness.start(overfits(&harness, Some(6)));
     harness.finish();
@@ -482,7 +483,7 @@ fn stops_early_when_validation_gets_no_better() {
 }
 
 #[test]
-fn goes_on_from_an_adapter() {
+fn a_job_continues_from_an_adapter() {
     let mut harness = Harness::new();
     harness.start(harness.job("a", spec()));
     harness.finish();
@@ -496,7 +497,7 @@ fn goes_on_from_an_adapter() {
     other.from = Some(weights);
     harness.start(other);
     harness.finish();
-    // Another alpha, and steps of no length: the same adapter.
+    // With another alpha and steps of almost no length, the adapter is the same.
     let probe = |id| harness.checkpoints(id).pop().unwrap().probe.logprobs;
     for (a, b) in probe("a").iter().zip(probe("b")) {
         assert!((a - b).abs() < 1e-4, "{a} {b}");
@@ -506,7 +507,7 @@ fn goes_on_from_an_adapter() {
 }
 
 #[test]
-fn goes_on_from_a_dora() {
+fn a_job_continues_from_a_dora() {
     let mut harness = Harness::new();
     let dora = JobSpec { lora: LoraConfig { use_dora: true, ..spec().lora }, ..spec() };
     harness.start(harness.job("a", dora.clone()));
