@@ -12,7 +12,7 @@ use super::adapter::{AdapterExport, DoraNorms, RankAllocator, TrainableAdapter, 
 use super::data::Example;
 use super::data::order::{self, ExampleOrder};
 use super::job::{Checkpoint, Job, JobReport, Probe, StepMetrics, Validation};
-use super::optim::Optimizer;
+use super::optim::{Optimizer, OptimizerStep};
 use super::pass::{JobBatch, TargetScores, TrainBatch};
 use super::spec::JobSpec;
 use super::state::{self, EvalPass, JobProgress};
@@ -147,8 +147,8 @@ impl TrainingJob {
         &self.reporter
     }
 
-    /// Whether its next pass is for a checkpoint while another is still being written. Two copies of the parameters in host
-    /// memory would be one too many.
+    /// Whether it must wait: its next pass is for a checkpoint, and its last files are still being written. Waiting bounds the
+    /// copies of the parameters in host memory.
     pub(super) fn waits_for_files(&self) -> bool {
         self.progress.todo.front() == Some(&EvalPass::Checkpoint) && self.reporter.is_writing()
     }
@@ -248,7 +248,28 @@ impl TrainingJob {
         Ok(move || state::write(&dir, &progress, &tensors))
     }
 
+    /// Takes an optimiser step, reports it, and schedules the validation and the checkpoint that are due after it.
     fn optimizer_step(&mut self) -> Result<()> {
+        let taken = self.update_params()?;
+        self.progress.step += 1;
+        let window = &self.window;
+        let metrics = StepMetrics {
+            step: self.progress.step,
+            train_loss: window.sums.mean_nll(),
+            train_mean_token_accuracy: window.sums.accuracy(),
+            learning_rate: taken.learning_rate,
+            grad_norm: taken.grad_norm,
+            tokens: window.tokens,
+            trained_tokens: window.sums.targets,
+            seconds: window.started.map_or(0.0, |started| started.elapsed().as_secs_f64()),
+        };
+        self.schedule_evaluations();
+        self.reporter.report(JobReport::Step(metrics));
+        self.restart_step()
+    }
+
+    /// Moves the parameters along the accumulated gradients.
+    fn update_params(&mut self) -> Result<OptimizerStep> {
         if let Some(allocator) = &self.allocator {
             allocator.finish_gradients(&self.params)?;
         }
@@ -261,18 +282,11 @@ impl TrainingJob {
             allocator.allocate(&self.params, self.progress.step, taken.clip, &mut self.progress.kept)?;
         }
         self.adapter = Arc::new(adapter(&self.params, self.norms.as_ref(), &self.model)?);
-        self.progress.step += 1;
-        let (step, window, spec) = (self.progress.step, &self.window, &self.job.spec);
-        let metrics = StepMetrics {
-            step,
-            train_loss: window.sums.mean_nll(),
-            train_mean_token_accuracy: window.sums.accuracy(),
-            learning_rate: taken.learning_rate,
-            grad_norm: taken.grad_norm,
-            tokens: window.tokens,
-            trained_tokens: window.sums.targets,
-            seconds: window.started.map_or(0.0, |started| started.elapsed().as_secs_f64()),
-        };
+        Ok(taken)
+    }
+
+    fn schedule_evaluations(&mut self) {
+        let (step, spec) = (self.progress.step, &self.job.spec);
         let every = |n: usize| step.is_multiple_of(n) || step == self.steps;
         let checkpoint = every(spec.checkpoint_every.unwrap_or(self.order.steps_per_epoch()));
         if !self.valid.is_empty() && spec.eval_every.map_or(checkpoint, every) {
@@ -281,8 +295,6 @@ impl TrainingJob {
         if checkpoint {
             self.progress.todo.push_back(EvalPass::Checkpoint);
         }
-        self.reporter.report(JobReport::Step(metrics));
-        self.restart_step()
     }
 
     /// Adds the results of a pass to the current validation, and ends it after its last pass.
