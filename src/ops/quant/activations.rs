@@ -1,61 +1,74 @@
-//! Activations as the kernels read them: tiles of up to eight rows, interleaved so that one pointer walks a whole tile.
+//! Activations as the CPU's kernels read them: tiles of up to eight rows, interleaved so that one pointer walks a whole tile.
 //!
-//! For integer kernels a row becomes `x = scale * q`, `q` an integer of 16 bits in two int8 planes, `q = 256 * hi + lo`.
-//! One plane is not enough: on SmolLM2, int8 in groups of 32 moves log-probabilities by 0.069 nats on average (0.68 at most),
-//! two planes with one scale a row by 0.002 (0.02).
+//! For integer kernels a row is quantised to `x = scale · q`, where `q` is a 16-bit integer in two int8 planes, `q = 256 · hi + lo`. One
+//! plane would not be enough. Differences of log-probabilities to float activations on SmolLM2, in nats:
+//!
+//! | activations | mean | largest |
+//! |---|---|---|
+//! | one int8 plane, one scale per 32 values | 0.069 | 0.68 |
+//! | two int8 planes, one scale per row | 0.002 | 0.02 |
 
 use super::affine::GROUP;
 use crate::ops::pool::{SharedMut, parallel_for};
 
-/// Rows in a full tile: eight float and two integer accumulators beside eight vectors of codes fit AVX-512's registers.
+/// Rows of a full tile. Eight float accumulators, two integer ones and eight vectors of codes fit in AVX-512's registers.
 pub const ROWS: usize = 8;
 
-/// Largest magnitude of `q`, so that `hi` stays in -127..=127.
+/// Largest magnitude of `q`: keeps `hi` in -127..=127.
 const LIMIT: f32 = 32639.0;
 
 /// Up to [`ROWS`] activation rows.
 #[derive(Default)]
 pub struct ActivationTile {
-    /// Rows in this tile, 1 to [`ROWS`].
+    /// Rows of this tile, 1 to [`ROWS`].
     pub rows: usize,
     /// `[k / 32][rows][hi 32, lo 32]`: the two planes of `q`.
     pub planes: Vec<i8>,
-    /// `[k / 32][rows]`: sum of `q` over each group of 32, exact; what mins and zero points multiply.
+    /// `[k / 32][rows]`: the exact sum of `q` over each group of 32, which mins and zero points multiply.
     pub sums: Vec<f32>,
-    /// `[k / 32][rows][2]`: the same over each half of a group, for formats with a scale per 16 values.
+    /// `[k / 32][rows][2]`: the sums over each half of a group, for formats with a scale per 16 values.
     pub half_sums: Vec<f32>,
-    /// Worth of one step of `q`, a row. NaN for a row that holds an infinity or a NaN: all its products are NaN.
+    /// The scale of each row. NaN for a row with an infinity or a NaN, so that all its products are NaN.
     pub scales: [f32; ROWS],
-    /// `[k rounded up to 8][rows]`: the values as they are, for float kernels.
+    /// `[k rounded up to 8][rows]`: the unquantised values, for float kernels.
     pub values: Vec<f32>,
 }
 
-/// Cuts `x [m, k]` into tiles, in the forms asked for: `integer` needs `k` to be a multiple of 32.
-pub fn tiles(x: &[f32], k: usize, integer: bool, float: bool) -> Vec<ActivationTile> {
+/// The forms of activations that a product needs.
+#[derive(Clone, Copy)]
+pub struct ActivationForms {
+    /// Quantised, for integer kernels. Needs a `k` that is a multiple of 32.
+    pub integer: bool,
+    /// Unquantised, for float kernels.
+    pub float: bool,
+}
+
+/// Cuts `x [m, k]` into tiles.
+pub fn tiles(x: &[f32], k: usize, forms: ActivationForms) -> Vec<ActivationTile> {
     let inputs: Vec<&[f32]> = x.chunks(ROWS * k).collect();
     let mut tiles: Vec<ActivationTile> = inputs.iter().map(|_| ActivationTile::default()).collect();
     let shared = SharedMut::new(&mut tiles);
     parallel_for(inputs.len(), |i| {
-        // SAFETY: one task an index, and `tiles` has one tile an input.
+        // SAFETY: `tiles` has one tile for each input; each is written by one task.
         let tile = unsafe { shared.slice(i, 1) };
-        tile[0] = ActivationTile::new(inputs[i], k, integer, float);
+        tile[0] = ActivationTile::new(inputs[i], k, forms);
     });
     tiles
 }
 
 impl ActivationTile {
     /// A tile of the rows of `x [rows, k]`.
-    fn new(x: &[f32], k: usize, integer: bool, float: bool) -> Self {
+    fn new(x: &[f32], k: usize, forms: ActivationForms) -> Self {
         let mut tile = Self { rows: x.len() / k, ..Self::default() };
         let rows = tile.rows;
-        if integer {
+        if forms.integer {
             let cells = k / GROUP * rows;
             tile.planes = vec![0; cells * 2 * GROUP];
             tile.sums = vec![0.0; cells];
             tile.half_sums = vec![0.0; cells * 2];
             tile.quantise(x, k);
         }
-        if float {
+        if forms.float {
             tile.values = vec![0.0; k.next_multiple_of(8) * rows];
             for (t, row) in x.chunks_exact(k).enumerate() {
                 for (values, &v) in tile.values.chunks_exact_mut(rows).zip(row) {
@@ -66,7 +79,7 @@ impl ActivationTile {
         tile
     }
 
-    /// The same exact arithmetic in whatever vectors the machine has.
+    /// Fills planes, sums and scales. Compiled for each instruction set; the arithmetic is exact, so all give the same bits.
     fn quantise(&mut self, x: &[f32], k: usize) {
         #[cfg(target_arch = "x86_64")]
         {
@@ -92,17 +105,17 @@ impl ActivationTile {
 
     #[inline(always)]
     fn quantise_rows(&mut self, x: &[f32], k: usize) {
-        /// Adding it rounds a float below 2^22 to an integer, ties to even, and leaves that in the sum's low bits.
+        /// Adding it to a float below 2^22 rounds that to an integer, ties to even, which then is in the sum's low bits.
         const ROUND: f32 = 12_582_912.0;
         for (t, row) in x.chunks_exact(k).enumerate() {
-            // Magnitudes are in the order of their bits, with infinity and NaN above all others.
+            // Bits order magnitudes, with infinity and NaN above all others.
             let max = f32::from_bits(row.iter().fold(0, |a, v| a.max(v.to_bits() & 0x7fff_ffff)));
             if !max.is_finite() {
                 self.scales[t] = f32::NAN;
                 continue;
             }
             if max < f32::MIN_POSITIVE * LIMIT {
-                // Zero, or so small that the scale would be subnormal: planes and sums stay zero.
+                // Zero, or so small that the scale would be subnormal. Planes and sums stay zero.
                 continue;
             }
             self.scales[t] = max / LIMIT;
@@ -139,11 +152,13 @@ impl ActivationTile {
 mod tests {
     use super::*;
 
+    const INTEGER: ActivationForms = ActivationForms { integer: true, float: false };
+
     #[test]
-    fn integers_are_near_and_sums_are_theirs() {
+    fn integers_are_near_and_sums_are_exact() {
         let (k, m) = (96, 19);
         let x: Vec<f32> = (0..m * k).map(|i| ((i * 7919) % 1000) as f32 / 37.0 - 13.0).collect();
-        let tiles = tiles(&x, k, true, true);
+        let tiles = tiles(&x, k, ActivationForms { integer: true, float: true });
         assert_eq!(tiles.iter().map(|t| t.rows).collect::<Vec<_>>(), [8, 8, 3]);
         for row in 0..m {
             let (tile, t) = (&tiles[row / ROWS], row % ROWS);
@@ -167,7 +182,7 @@ mod tests {
         for size in [f32::MAX, 1.0, 1e-33, 3e-34, f32::MIN_POSITIVE, 1e-45] {
             let mut x = vec![0.0; k];
             (x[0], x[1], x[2]) = (size, -size, size / 2.0);
-            let tile = ActivationTile::new(&x, k, true, false);
+            let tile = ActivationTile::new(&x, k, INTEGER);
             let zero = size < 3.8e-34;
             assert_eq!((tile.q(0, 0), tile.q(0, 1)), if zero { (0, 0) } else { (32639, -32639) }, "{size}");
             assert_eq!(tile.scales[0] == 0.0, zero, "{size}");
@@ -175,11 +190,11 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_is_not_finite_is_nan_alone() {
+    fn only_a_row_that_is_not_finite_becomes_nan() {
         let k = 32;
         let mut x = vec![1f32; 4 * k];
         (x[k], x[2 * k + 3]) = (f32::NAN, f32::NEG_INFINITY);
-        let tile = ActivationTile::new(&x, k, true, false);
+        let tile = ActivationTile::new(&x, k, INTEGER);
         assert_eq!(tile.scales.map(f32::is_nan)[..4], [false, true, true, false]);
     }
 }

@@ -1,11 +1,17 @@
-//! Matrices of integer codes with scales: every GGUF block format in one internal form, with exactly its values.
+//! Matrices of integer codes with scales. All GGUF block formats become this one form, and keep their exact values.
 //!
-//! Rows go in panels of 16, one vector lane a row, so that a kernel loads the same inputs of 16 rows at once and never adds across
-//! lanes. Along k a panel is groups of 32 inputs. Expanded, the codes of a group are 512 bytes, `[8 vectors][16 rows][4 inputs]`,
-//! as 8-bit dot products of four take them: vector `v` has inputs `4v .. 4v + 4`. Stored, the low four bits of vectors 0-3 and
-//! 4-7 are the low and high nibbles of four vectors; then, for 5-bit codes, one vector whose bit `v` is the fifth bit of
-//! vector `v`; for 6-bit codes two, whose bits `2v, 2v + 1` are the upper bits of vectors 0-3 and 4-7; 8-bit codes are stored
-//! expanded. So a matrix takes the bytes of its file.
+//! A panel is 16 rows, one vector lane per row: a kernel loads the same inputs of 16 rows at once and never adds across lanes.
+//! Along `k`, a panel consists of groups of 32 inputs.
+//!
+//! Expanded, a group's codes are 512 bytes, `[8 vectors][16 rows][4 inputs]`, as 8-bit dot products of four take them: vector `v` has
+//! inputs `4v .. 4v + 4`. Stored, they take as many bytes as in the file:
+//!
+//! | bits | stored vectors of a group |
+//! |---|---|
+//! | 4 | four: low nibbles are the codes of vectors 0-3, high nibbles those of 4-7 |
+//! | 5 | four as above for the low four bits; one whose bit `v` is the fifth bit of vector `v` |
+//! | 6 | four as above; two whose bits `2v, 2v + 1` are the upper bits of vectors 0-3 and 4-7 |
+//! | 8 | the eight expanded vectors |
 
 use std::ops::Range;
 
@@ -22,39 +28,48 @@ use crate::ops::pool::{SharedMut, parallel_for};
 use crate::ops::simd::{LANES, Lanes};
 use crate::{Error, Result};
 
-/// Rows in a panel.
+/// Rows of a panel.
 pub const PANEL: usize = 16;
-/// Inputs in a group.
+/// Inputs of a group.
 pub const GROUP: usize = 32;
-/// Groups in a block of a K-quant.
+/// Groups of a K-quant's block.
 const SUPER: usize = 8;
 
-/// What scales a format stores; each item is one value for each of the 16 rows. All products below are exact in f32.
+/// The scales that a format stores. Each item is one value for each of the 16 rows. All products below are exact in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scales {
-    /// Each group: f16 scale.
+    /// Per group: f16 scale.
     Scale,
-    /// Each group: f16 scale, f16 min.
+    /// Per group: f16 scale, f16 min.
     ScaleMin,
-    /// Each 8 groups: f16 d, f16 -dmin; then each group: u8 sc, u8 m. Scale `d * sc`, min `-dmin * m`.
+    /// Per 8 groups: f16 `d`, f16 `-dmin`; then per group: u8 `sc`, u8 `m`. The scale is `d · sc`, the min `-dmin · m`.
     SuperMin,
-    /// Each 8 groups: f16 d; then each group: i8 sc of its first and of its second 16 inputs. Scale `d * sc`.
+    /// Per 8 groups: f16 `d`; then per group: i8 `sc` of its first and of its second 16 inputs. The scale is `d · sc`.
     SuperHalves,
 }
 
-/// How a block format is stored.
+/// How a block format is stored in panels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PanelLayout {
-    /// Bits a code: 4, 5, 6 or 8.
+    /// Bits of a code: 4, 5, 6 or 8.
     pub bits: usize,
-    /// The code that means zero, in formats without mins: `value = scale * (code - zero)`, else `scale * code + min`.
+    /// The code of zero. In formats without mins, values are `scale · (code - zero)`; in the others, `scale · code + min`.
     pub zero: u8,
-    /// What scales there are.
+    /// The stored scales.
     pub scales: Scales,
 }
 
+/// A record of a panel's scales.
+#[derive(Debug, Clone, Copy)]
+pub struct ScaleRecord {
+    /// Groups that share the record.
+    pub groups: usize,
+    /// Its size.
+    pub bytes: usize,
+}
+
 impl PanelLayout {
-    /// The layout of a block codec; `None` for dense formats.
+    /// The layout of a block format; `None` for dense formats.
     pub const fn of(codec: Codec) -> Option<Self> {
         let (bits, zero, scales) = match codec {
             Codec::Q4_0 => (4, 8, Scales::Scale),
@@ -75,28 +90,29 @@ impl PanelLayout {
         GROUP * PANEL * self.bits / 8
     }
 
-    /// Groups that share a record of scales, and its bytes.
-    pub const fn record(self) -> (usize, usize) {
-        match self.scales {
+    /// The record of a panel's scales.
+    pub const fn record(self) -> ScaleRecord {
+        let (groups, bytes) = match self.scales {
             Scales::Scale => (1, 2 * PANEL),
             Scales::ScaleMin => (1, 4 * PANEL),
             Scales::SuperMin => (SUPER, 4 * PANEL + SUPER * 2 * PANEL),
             Scales::SuperHalves => (SUPER, 2 * PANEL + SUPER * 2 * PANEL),
-        }
+        };
+        ScaleRecord { groups, bytes }
     }
 
-    /// Where in its record the byte-sized scales of group `g` are.
+    /// Where in its record the byte-sized scales of group `g` lie.
     #[inline(always)]
     pub const fn sub_scales_at(self, g: usize) -> usize {
         let heads = if matches!(self.scales, Scales::SuperMin) { 2 } else { 1 };
         PANEL * (2 * heads + 2 * (g % SUPER))
     }
 
-    /// Scales and mins of the 16 rows, in the first and the second half of group `g`; a format without mins has `-zero * scale`
-    /// there, which gives the same values up to rounding. `scales` are the panel's.
+    /// `[half][scale, min][row]` of group `g`, from a panel's `scales`. A format without mins gets the min `-zero · scale`, which gives the
+    /// same values up to rounding.
     #[inline(always)]
     pub fn scales(self, scales: &[u8], g: usize) -> [[[f32; PANEL]; 2]; 2] {
-        let (groups, bytes) = self.record();
+        let ScaleRecord { groups, bytes } = self.record();
         let record = &scales[g / groups * bytes..][..bytes];
         let mut halves = [[[0.0; PANEL]; 2]; 2];
         for (h, [scale, min]) in halves.iter_mut().enumerate() {
@@ -136,7 +152,7 @@ impl PanelLayout {
             (*low, *high) = (both & 15, both >> 4);
         }
         for (v, vector) in out.chunks_exact_mut(64).enumerate() {
-            // Inner loops without a choice in them become vectors.
+            // The compiler vectorises inner loops that have no branches.
             match self.bits {
                 5 => vector.iter_mut().zip(&codes[256..]).for_each(|(code, bits)| *code |= (bits >> v & 1) << 4),
                 6 => {
@@ -169,7 +185,7 @@ impl PanelLayout {
         }
     }
 
-    /// Writes the scales of a block's group `g` as row `r` of their record.
+    /// Writes the scales of a block's group `g` to row `r` of their record.
     fn put_scales(self, block: &GgmlBlock, g: usize, r: usize, record: &mut [u8]) {
         record[2 * r..2 * r + 2].copy_from_slice(&block.d.to_le_bytes());
         if matches!(self.scales, Scales::ScaleMin | Scales::SuperMin) {
@@ -185,7 +201,7 @@ impl PanelLayout {
     }
 }
 
-/// The f16 values `item` of a record.
+/// The f16 values of an item of a record.
 #[inline(always)]
 fn floats(record: &[u8], item: usize, out: &mut [f32; PANEL]) {
     let mut values = [f16::ZERO; PANEL];
@@ -195,13 +211,13 @@ fn floats(record: &[u8], item: usize, out: &mut [f32; PANEL]) {
     values.convert_to_f32_slice(out);
 }
 
-/// The part of one panel of what `panels` panels hold.
+/// One panel's part of an array that holds `panels` of them.
 pub fn share<T>(all: &[T], panel: usize, panels: usize) -> &[T] {
     let len = all.len() / panels;
     &all[panel * len..(panel + 1) * len]
 }
 
-/// A matrix `[n, k]` in panels; rows past `n` in the last one are zero.
+/// A matrix `[n, k]` in panels. Rows past `n` in the last panel are zero.
 pub struct AffinePanels {
     n: usize,
     k: usize,
@@ -214,7 +230,7 @@ pub struct AffinePanels {
 }
 
 impl AffinePanels {
-    /// Repacks `n` rows of blocks of `codec`.
+    /// Repacks `n` rows of blocks of `codec`. Errors: a `k` that is not whole blocks, bytes that do not fit the shape, no memory.
     pub fn pack(codec: Codec, n: usize, k: usize, bytes: &[u8]) -> Result<Self> {
         let layout = PanelLayout::of(codec).ok_or_else(|| Error::internal(format!("{codec:?} has no blocks")))?;
         let (values, size) = (codec.block(), codec.block_bytes());
@@ -229,13 +245,13 @@ impl AffinePanels {
                 bytes.len()
             )));
         }
-        let (panels, (per, record)) = (n.div_ceil(PANEL), layout.record());
-        let (panel_codes, panel_scales) = (k / GROUP * layout.group_bytes(), k / GROUP / per * record);
+        let (panels, record) = (n.div_ceil(PANEL), layout.record());
+        let (panel_codes, panel_scales) = (k / GROUP * layout.group_bytes(), k / GROUP / record.groups * record.bytes);
         let mut codes = Resident::zeroed(panels * panel_codes)?;
         let mut scales = Resident::zeroed(panels * panel_scales)?;
         let (c, s) = (SharedMut::new(codes.values_mut()), SharedMut::new(scales.values_mut()));
         parallel_for(panels, |panel| {
-            // SAFETY: the ranges of panels are disjoint, and each panel is one task.
+            // SAFETY: panels have disjoint ranges; each panel is written by one task.
             let (codes, scales) =
                 unsafe { (c.slice(panel * panel_codes, panel_codes), s.slice(panel * panel_scales, panel_scales)) };
             let rows = &bytes[panel * PANEL * row_bytes..n.min((panel + 1) * PANEL) * row_bytes];
@@ -248,7 +264,7 @@ impl AffinePanels {
                         for (i, code) in codes.iter().enumerate() {
                             expanded[g][64 * (i / 4) + 4 * r + i % 4] = *code;
                         }
-                        layout.put_scales(&block, g, r, &mut scales[b * record..][..record]);
+                        layout.put_scales(&block, g, r, &mut scales[b * record.bytes..][..record.bytes]);
                     }
                 }
                 let codes = &mut codes[b * groups * layout.group_bytes()..][..groups * layout.group_bytes()];
@@ -270,7 +286,7 @@ impl AffinePanels {
         self.codes.bytes() + self.scales.bytes()
     }
 
-    /// Panels, the last one padded.
+    /// The number of panels, the last of which may be padded.
     pub fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
     }
@@ -280,7 +296,7 @@ impl AffinePanels {
         (share(self.codes.values(), panel, self.panels()), share(self.scales.values(), panel, self.panels()))
     }
 
-    /// Exact values of one row, to the sign of a zero.
+    /// The exact values of one row, including the sign of zeros.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let (codes, scales) = self.panel(row / PANEL);
         let r = row % PANEL;
@@ -299,7 +315,7 @@ impl AffinePanels {
         }
     }
 
-    /// Values of `columns`, whole groups, of all rows of a panel, to the sign of a zero.
+    /// The exact values of `columns`, whole groups, of all rows of a panel, except for the sign of zeros.
     #[inline(always)]
     pub fn columns<L: Lanes>(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
         let (codes, scales) = self.panel(panel);
@@ -317,17 +333,17 @@ impl AffinePanels {
                 }
                 let out = out[GROUP * i..][..GROUP].as_chunks_mut::<LANES>().0;
                 for ((row, out), [scale, min]) in row.as_chunks::<LANES>().0.iter().zip(out).zip(&halves) {
-                    // The product is exact, so that one rounding gives what two do.
+                    // The product is exact, so a fused multiply-add rounds to the same value.
                     L::load(row).mul_add(L::splat(scale[r]), L::splat(min[r])).store(out);
                 }
             }
         }
     }
 
-    /// Products of one panel with the rows of a tile.
+    /// The products of one panel with the rows of a tile.
     pub fn multiply(&self, isa: Isa, panel: usize, tile: &ActivationTile, out: &mut Products) {
         let (codes, scales) = self.panel(panel);
-        assert_eq!(tile.planes.len(), self.k * 2 * tile.rows, "a tile for another k");
+        assert_eq!(tile.planes.len(), self.k * 2 * tile.rows, "the tile has another k");
         kernel::affine(isa, self.codec, codes, scales, tile, out);
         for (out, scale) in out.iter_mut().zip(tile.scales) {
             out.iter_mut().for_each(|v| *v *= scale);

@@ -1,25 +1,24 @@
-//! Reading ggml's block formats (`block_*` in ggml-common.h), all little-endian.
+//! Reads ggml's block formats (`block_*` in ggml-common.h), all little-endian.
 
 use super::Codec;
 
-/// One block: integer codes, and the scales that give them their values.
-///
-/// Value `i` is `scale(i) * (codes[i] - zero)` or `scale(i) * codes[i] + min(i)`; see [`super::affine::Scales`].
+/// One block: integer codes and their scales. Value `i` is `scale(i) · (codes[i] - zero)` or `scale(i) · codes[i] + min(i)`: see
+/// [`super::affine::Scales`].
 pub struct GgmlBlock {
-    /// Codes, `0 .. 2^bits`; the first [`Codec::block`] are used.
+    /// Codes in `0 .. 2^bits`, of which the first [`Codec::block`] are used.
     pub codes: [u8; 256],
     /// f16 bits of the block's scale.
     pub d: u16,
-    /// f16 bits of the block's min (`Q4_1`, `Q5_1`) or of minus the scale of its mins (`Q4K`, `Q5K`).
+    /// f16 bits of the block's min (`Q4_1`, `Q5_1`) or of the negated scale of its mins (`Q4K`, `Q5K`).
     pub m: u16,
-    /// K-quants: 6-bit scale of each 32 values (`Q4K`, `Q5K`), or i8 scale of each 16 (`Q6K`).
+    /// 6-bit scale of each 32 values (`Q4K`, `Q5K`), or i8 scale of each 16 values (`Q6K`).
     pub sub_scales: [u8; 16],
-    /// `Q4K`, `Q5K`: 6-bit min of each 32 values.
+    /// 6-bit min of each 32 values (`Q4K`, `Q5K`).
     pub sub_mins: [u8; 8],
 }
 
 impl Codec {
-    /// Values in one block.
+    /// Values of a block. 1 for dense formats.
     pub fn block(self) -> usize {
         match self {
             Codec::F32 | Codec::F16 | Codec::BF16 => 1,
@@ -28,7 +27,7 @@ impl Codec {
         }
     }
 
-    /// Bytes of one block.
+    /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
         match self {
             Codec::F32 => 4,
@@ -50,7 +49,7 @@ fn half(b: &[u8], at: usize) -> u16 {
 }
 
 impl GgmlBlock {
-    /// Reads one block of a quantised `codec` from its [`Codec::block_bytes`] bytes.
+    /// Reads a block of a block format from its [`Codec::block_bytes`] bytes.
     pub fn read(codec: Codec, b: &[u8]) -> Self {
         let mut o = GgmlBlock { codes: [0; 256], d: half(b, 0), m: 0, sub_scales: [0; 16], sub_mins: [0; 8] };
         match codec {
@@ -91,7 +90,7 @@ impl GgmlBlock {
         o
     }
 
-    /// 32 codes: byte `i` holds value `i` low and value `i + 16` high; bit `i` of `fifth` is value `i`'s fifth bit.
+    /// 32 codes. Byte `i` holds value `i` in its low nibble and value `i + 16` in its high one. Bit `i` of `fifth` is value `i`'s fifth bit.
     fn nibbles(&mut self, qs: &[u8], fifth: Option<&[u8]>) {
         for i in 0..16 {
             self.codes[i] = qs[i] & 15;
@@ -102,14 +101,14 @@ impl GgmlBlock {
         }
     }
 
-    /// 256 codes: each 32 bytes hold 32 values low and the next 32 values high.
+    /// 256 codes. Each 32 bytes hold 32 values in their low nibbles and the next 32 values in their high ones.
     fn k_nibbles(&mut self, qs: &[u8]) {
         for i in 0..256 {
             self.codes[i] = qs[32 * (i / 64) + i % 32] >> (4 * (i / 32 % 2)) & 15;
         }
     }
 
-    /// `d`, `dmin`, and the eight 6-bit scales and mins packed in 12 bytes.
+    /// `dmin`, and the eight 6-bit scales and mins packed in 12 bytes.
     fn k_scales(&mut self, b: &[u8]) {
         self.m = half(b, 2) ^ 0x8000;
         let s = &b[4..16];

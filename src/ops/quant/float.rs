@@ -1,7 +1,7 @@
-//! Matrices whose values are floats (dense f32, f16, bf16) or a codebook's entries (NF4, FP4), in panels of 16 rows.
+//! Matrices of floats (dense f32, f16, bf16) or of codebook entries (NF4, FP4), in panels of 16 rows.
 //!
-//! Along k a panel is steps of eight inputs. A step of dense values is `[8 inputs][16 rows]` at their own width; of a codebook
-//! it is 16 lanes of 32 bits, input `i` of the step in bits `4i .. 4i + 4`.
+//! Along `k`, a panel consists of steps of eight inputs. A dense step is `[8 inputs][16 rows]` in the values' own precision. A
+//! codebook's step is 16 lanes of 32 bits, with input `i` of the step in bits `4i .. 4i + 4`.
 
 use std::ops::Range;
 
@@ -15,10 +15,10 @@ use super::resident::{PlainNumber, Resident};
 use super::transposed::COLUMNS;
 use crate::{Error, Result};
 
-/// Inputs in a step.
+/// Inputs of a step.
 const STEP: usize = 8;
 
-/// How values are stored, panel after panel.
+/// The values of all panels, back to back.
 enum FloatStorage {
     F32(Resident<f32>),
     F16(Resident<f16>),
@@ -28,14 +28,14 @@ enum FloatStorage {
         codes: Resident<u32>,
         /// `[panel][k / block][16]`.
         scales: Resident<f32>,
-        /// Inputs per scale, a multiple of 8.
+        /// Inputs that share a scale, a multiple of 8.
         block: usize,
-        /// What codes stand for.
+        /// The codebook.
         values: [f32; 16],
     },
 }
 
-/// One panel's [`FloatStorage`].
+/// The values of one panel.
 #[derive(Clone, Copy)]
 pub enum FloatPanel<'a> {
     F32(&'a [f32]),
@@ -55,7 +55,7 @@ impl FloatPanel<'_> {
         }
     }
 
-    /// Values of one step, `[8 inputs][16 rows]`.
+    /// The values of one step, `[8 inputs][16 rows]`.
     #[inline(always)]
     pub fn decode(&self, step: usize) -> [[f32; PANEL]; STEP] {
         let at = |i: usize, r: usize| (STEP * step + i) * PANEL + r;
@@ -72,13 +72,13 @@ impl FloatPanel<'_> {
     }
 }
 
-/// A matrix `[n, k]` in panels; rows past `n` in the last one, and inputs past `k` in the last step, are zero.
+/// A matrix `[n, k]` in panels. Rows past `n` in the last panel and inputs past `k` in the last step are zero.
 pub struct FloatPanels {
     n: usize,
     values: FloatStorage,
 }
 
-/// `[panel][columns, padded to a multiple of `step`][16]` of what `value(row, column)` gives.
+/// Fills panels `[panel][columns, padded to a multiple of step][16]` with `value(row, column)`.
 fn panels<T: PlainNumber>(
     n: usize,
     columns: usize,
@@ -96,7 +96,7 @@ fn panels<T: PlainNumber>(
     Ok(out)
 }
 
-/// Columns of a dense panel, as rows.
+/// Transposes columns of a dense panel into rows of floats.
 #[inline(always)]
 fn transpose<T: PlainNumber>(
     w: &[T],
@@ -112,12 +112,12 @@ fn transpose<T: PlainNumber>(
 }
 
 impl FloatPanels {
-    /// Packs `[n, k]` row-major values.
+    /// Packs row-major values `[n, k]`. Errors: no memory.
     pub fn f32(n: usize, k: usize, rows: &[f32]) -> Result<Self> {
         Ok(Self { n, values: FloatStorage::F32(panels(n, k, STEP, |r, i| rows[r * k + i])?) })
     }
 
-    /// Packs little-endian rows of a dense `codec`.
+    /// Packs little-endian rows of a dense `codec`. Errors: bytes that do not fit the shape, no memory.
     pub fn dense(codec: Codec, n: usize, k: usize, bytes: &[u8]) -> Result<Self> {
         let size = codec.block_bytes();
         if bytes.len() != n * k * size {
@@ -138,7 +138,8 @@ impl FloatPanels {
         Ok(Self { n, values })
     }
 
-    /// Packs codebook rows (see [`super::Source::Codebook`]). Blocks that run across rows become dense f32.
+    /// Packs rows of a [`super::Source::Codebook`]. Matrices whose blocks cross rows or steps become dense f32. Errors: data that do
+    /// not fit the shape, no memory.
     pub fn codebook(n: usize, k: usize, block: usize, codes: &[u8], scales: &[f32], values: [f32; 16]) -> Result<Self> {
         let count = n * k;
         if block == 0 || codes.len() != count.div_ceil(2) || scales.len() != count.div_ceil(block) {
@@ -176,7 +177,7 @@ impl FloatPanels {
         }
     }
 
-    /// Panels, the last one padded.
+    /// The number of panels, the last of which may be padded.
     pub fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
     }
@@ -196,7 +197,7 @@ impl FloatPanels {
         }
     }
 
-    /// Exact values of one row.
+    /// The exact values of one row.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let panel = self.panel(row / PANEL);
         for (step, out) in out.chunks_mut(STEP).enumerate() {
@@ -206,7 +207,7 @@ impl FloatPanels {
         }
     }
 
-    /// Values of `columns`, from a multiple of a step on, of all rows of a panel.
+    /// The values of `columns`, which start at a multiple of a step, of all rows of a panel.
     #[inline(always)]
     pub fn columns(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
         match self.panel(panel) {
@@ -226,7 +227,7 @@ impl FloatPanels {
         }
     }
 
-    /// Products of one panel with the rows of a tile.
+    /// The products of one panel with the rows of a tile.
     pub fn multiply(&self, isa: Isa, panel: usize, tile: &ActivationTile, out: &mut Products) {
         kernel::float(isa, self.panel(panel), tile, out);
     }

@@ -1,7 +1,9 @@
-//! Resident weight matrices and their matrix product.
+//! Resident weight matrices and their products.
 //!
-//! [`QMatrix::pack`] turns the rows of a file into panels ([`affine`] for block formats, [`float`] for dense and codebook
-//! ones), or on a GPU into tiles; [`matmul`] multiplies them with activations, which become integers first where the weights are ([`activations`]).
+//! [`QMatrix::pack`] repacks rows in a file's format. On the CPU they become panels of 16 rows: [`affine`] for block formats, [`float`]
+//! for dense and codebook formats. On a GPU they become tiles in the order of the tensor cores. [`matmul`] multiplies activations
+//! with the matrix, [`matmul_transposed`] gradients with its transpose, and [`gather_rows`] reads rows of the embedding. On the
+//! CPU, activations are quantised to integers before they meet integer weights: see [`activations`].
 
 mod activations;
 mod affine;
@@ -26,7 +28,7 @@ use crate::ops::batch::DeviceStep;
 use crate::ops::pool::{SharedMut, parallel_for, threads};
 use crate::ops::simd::Lanes;
 use crate::{Error, Result};
-use activations::{ActivationTile, ROWS};
+use activations::{ActivationForms, ActivationTile, ROWS};
 use affine::{AffinePanels, PANEL};
 #[cfg(feature = "cuda")]
 pub use cuda::workspace_bytes;
@@ -35,12 +37,12 @@ use kernel::{Isa, Products};
 use transposed::COLUMNS;
 pub use transposed::matmul_transposed;
 
-/// Name of the instructions that products use on this machine, for `doctor`.
+/// The name of the instruction set that the CPU's products use on this machine, for `doctor`.
 pub fn kernel_name() -> &'static str {
     Isa::best().name()
 }
 
-/// How the bytes of a [`Source`] encode values. GGUF block formats: ggml's `block_*` structs, little-endian.
+/// How the bytes of a [`Source`] encode values, little-endian. Block formats are ggml's `block_*` structs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Codec {
     F32,
@@ -56,9 +58,9 @@ pub enum Codec {
     Q6K,
 }
 
-/// Rows of a weight matrix in the format of the file they come from.
+/// Rows of a weight matrix in a file's format.
 pub enum Source<'a> {
-    /// `[n, k]` row-major; each row is whole blocks of `codec`.
+    /// `[n, k]` row-major. Each row consists of whole blocks of `codec`.
     Blocks {
         /// Format of `bytes`.
         codec: Codec,
@@ -69,49 +71,49 @@ pub enum Source<'a> {
         /// `n` rows, back to back.
         bytes: Cow<'a, [u8]>,
     },
-    /// NF4 or FP4 as bitsandbytes: value = `codebook[code] * scale`, blocks of `block` consecutive values of the
-    /// flattened `[n, k]` matrix (blocks run across rows when `k % block != 0`).
+    /// NF4 or FP4 as in bitsandbytes: values are `codebook[code] · scale`. A block is `block` consecutive values of the flattened
+    /// `[n, k]` matrix. Blocks cross rows if `k % block != 0`.
     Codebook {
         /// Output features.
         n: usize,
         /// Input features.
         k: usize,
-        /// Values per scale.
+        /// Values that share a scale.
         block: usize,
-        /// Two codes a byte, the even value in the high nibble.
+        /// Two codes in each byte, that of the even value in the high nibble.
         codes: Cow<'a, [u8]>,
-        /// One f32 a block, double quantisation already undone.
+        /// The scale of each block, without double quantisation.
         scales: Vec<f32>,
         /// The 16 values.
         codebook: [f32; 16],
     },
 }
 
-/// A resident weight matrix `[n, k]`: rows of one or several sources, stacked, each part in the internal form with
-/// exactly its source's values.
+/// A resident weight matrix `[n, k]`: the stacked rows of one or several sources. On the CPU its values are exactly those of the
+/// sources. On a GPU, dense f32 and f16 values become bf16.
 pub struct QMatrix {
     n: usize,
     k: usize,
     storage: MatrixStorage,
 }
 
-/// Where a matrix lies.
+/// A matrix on its device.
 enum MatrixStorage {
-    /// In panels.
+    /// In host memory.
     Panels(PanelMatrix),
-    /// In tiles.
+    /// In a GPU's memory.
     #[cfg(feature = "cuda")]
     Tiles(Vec<cuda::TilePart>),
 }
 
-/// A matrix `[n, k]` in panels: rows of one or several sources, stacked.
+/// A matrix `[n, k]` in panels: the stacked rows of one or several sources.
 struct PanelMatrix {
     n: usize,
     k: usize,
     parts: Vec<PanelPart>,
 }
 
-/// Rows of one source, repacked.
+/// The rows of one source, in panels.
 enum PanelPart {
     Affine(AffinePanels),
     Float(FloatPanels),
@@ -158,7 +160,7 @@ impl PanelPart {
         }
     }
 
-    /// Values of some columns, from a multiple of a group on, of all rows of a panel.
+    /// The values of `columns`, which start at a multiple of [`affine::GROUP`], of all rows of a panel.
     #[inline(always)]
     fn columns<L: Lanes>(&self, panel: usize, columns: Range<usize>, out: &mut [[f32; COLUMNS]; PANEL]) {
         match self {
@@ -167,7 +169,7 @@ impl PanelPart {
         }
     }
 
-    /// Products of one panel with the rows of a tile.
+    /// The products of one panel with the rows of a tile.
     fn multiply(&self, isa: Isa, panel: usize, tile: &ActivationTile, out: &mut Products) {
         match self {
             Self::Affine(p) => p.multiply(isa, panel, tile, out),
@@ -177,15 +179,14 @@ impl PanelPart {
 }
 
 impl QMatrix {
-    /// Repacks sources with the same `k` into one matrix on `device`, their rows stacked in order.
-    ///
-    /// Errors: no source, sources that differ in `k`, a `k` that is not whole blocks, bytes that do not fit the shape.
+    /// Repacks sources with the same `k` into one matrix on `device`, and stacks their rows in order. Errors: no source, sources of
+    /// different `k`, a `k` that is not whole blocks, bytes that do not fit the shape, no memory.
     pub fn pack(sources: &[Source], device: &Device) -> Result<Self> {
         let width = |s: &Source| match s {
             Source::Blocks { k, .. } | Source::Codebook { k, .. } => *k,
         };
         let k = sources.first().map(width).filter(|k| *k > 0);
-        let k = k.ok_or_else(|| Error::invalid("a matrix needs at least one row source and column"))?;
+        let k = k.ok_or_else(|| Error::invalid("a matrix needs at least one source and one column"))?;
         if let Some(other) = sources.iter().map(width).find(|other| *other != k) {
             return Err(Error::invalid(format!("stacked matrices have {k} and {other} columns")));
         }
@@ -204,7 +205,7 @@ impl QMatrix {
         }
     }
 
-    /// A dense f32 matrix on the CPU, `rows` being `[n, k]` row-major.
+    /// A dense f32 matrix on the CPU from `rows [n, k]`, row-major. Errors: a number of values that does not fit the shape.
     pub fn dense(n: usize, k: usize, rows: Vec<f32>) -> Result<Self> {
         if rows.len() != n * k || k == 0 {
             return Err(Error::invalid(format!("{} values for a [{n}, {k}] matrix", rows.len())));
@@ -232,7 +233,7 @@ impl QMatrix {
         }
     }
 
-    /// Exact values of one row, `[k]`. Errors: the GPU fails.
+    /// The values of one row `[k]`. Errors: no such row, a failure of the GPU.
     pub fn row(&self, row: u32) -> Result<Vec<f32>> {
         Ok(gather_rows(self, &[row], None)?.flatten_all()?.to_vec1()?)
     }
@@ -244,7 +245,7 @@ impl PanelMatrix {
         part.row(row, out);
     }
 
-    /// Part of a row, and the row in that part.
+    /// The part that holds a row, and the row's index in it.
     fn locate_row(&self, row: usize) -> (&PanelPart, usize) {
         let mut first = 0;
         for part in &self.parts {
@@ -257,18 +258,26 @@ impl PanelMatrix {
     }
 
     /// `y [m, n] = x [m, k] · Wᵀ`.
+    ///
+    /// A task is some panels times a chunk of tiles. While panels pass, the chunk stays in the second-level cache; while tiles
+    /// pass, the panel stays in the first-level cache.
     fn multiply(&self, isa: Isa, x: &[f32]) -> Vec<f32> {
         let m = x.len() / self.k;
-        let integer = self.parts.iter().any(|p| matches!(p, PanelPart::Affine(_)));
-        let float = self.parts.iter().any(|p| matches!(p, PanelPart::Float(_)));
-        let tiles = activations::tiles(x, self.k, integer, float);
-        // A task is some panels times a chunk of tiles. A chunk stays in the second-level cache while panels go by, a panel in
-        // the first while tiles go by; tasks are big enough to be worth claiming and many enough to end together.
+        // Activation tiles, in the forms that the parts multiply.
+        let forms = ActivationForms {
+            integer: self.parts.iter().any(|p| matches!(p, PanelPart::Affine(_))),
+            float: self.parts.iter().any(|p| matches!(p, PanelPart::Float(_))),
+        };
+        let tiles = activations::tiles(x, self.k, forms);
+
+        // Tasks large enough to be worth claiming, and many enough for threads to finish together.
         let panels: usize = self.parts.iter().map(PanelPart::panels).sum();
         let chunk = ((256 << 10) / (2 * ROWS * self.k)).max(1);
         let worth = (64 << 10) / (PANEL * self.k * m.min(chunk * ROWS)).max(1);
         let per_task = worth.clamp(1, panels.div_ceil(4 * threads()).max(1));
         let tasks = panels.div_ceil(per_task);
+
+        // The products, written to uninitialised memory.
         let mut y = Vec::with_capacity(m * self.n);
         let shared = SharedMut::new(&mut y.spare_capacity_mut()[..m * self.n]);
         parallel_for(tasks * tiles.len().div_ceil(chunk), |task| {
@@ -281,7 +290,7 @@ impl PanelMatrix {
                     part.multiply(isa, panel, &tiles[i], &mut products);
                     for (t, products) in products[..tiles[i].rows].iter().enumerate() {
                         let at = (i * ROWS + t) * self.n + column;
-                        // SAFETY: inside `y`, as rows and columns are; a panel's columns and a chunk's rows are one task's.
+                        // SAFETY: inside `y`; a panel's columns of a chunk's rows belong to one task.
                         let y = unsafe { shared.slice(at, columns) };
                         for (y, product) in y.iter_mut().zip(products) {
                             y.write(*product);
@@ -295,7 +304,7 @@ impl PanelMatrix {
         y
     }
 
-    /// Part, panel in that part and first column of a panel, counted over all parts.
+    /// For a panel counted over all parts: its part, its index in the part, and its first column of the result.
     fn locate_panel(&self, mut panel: usize) -> (&PanelPart, usize, usize) {
         let mut column = 0;
         for part in &self.parts {
@@ -309,7 +318,7 @@ impl PanelMatrix {
     }
 }
 
-/// The op: the frozen matrix is a field, never an operand, so that autograd keeps no gradient for it.
+/// The op. The frozen matrix is a field, not an operand, so it gets no gradient.
 struct MatMul<'a>(&'a PanelMatrix);
 
 impl CustomOp1 for MatMul<'_> {
@@ -328,32 +337,35 @@ impl CustomOp1 for MatMul<'_> {
     }
 }
 
-/// `x [m, k] -> [m, n]`: `y = x · Wᵀ`. On the CPU all is f32; on a GPU `x` is bf16 and `y` is `dtype`, bf16 or f32. A row of
-/// `y` depends on its row of `x` alone, bit for bit (on a GPU among products of up to 192 rows, on Hopper, or with f32 `y`).
+/// `y [m, n] = x [m, k] · Wᵀ`. On the CPU all is f32. On a GPU `x` is bf16 and `y` is of `dtype`, bf16 or f32. Bit for bit, a row of `y`
+/// depends on its row of `x` alone; on a GPU this holds for f32 `y`, and on Hopper among products of up to 192 rows. Errors: shapes
+/// that do not fit, a dtype that the device does not have.
 pub fn matmul(w: &QMatrix, x: &Tensor, dtype: DType) -> Result<Tensor> {
     match &w.storage {
         MatrixStorage::Panels(panels) if dtype == DType::F32 => Ok(x.apply_op1_no_bwd(&MatMul(panels))?),
         MatrixStorage::Panels(_) => {
-            Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32")))
+            Err(Error::internal(format!("a product in {dtype:?} on the CPU: only f32 is supported")))
         }
         #[cfg(feature = "cuda")]
         MatrixStorage::Tiles(parts) => w.multiply_cuda(parts, x, dtype),
     }
 }
 
-/// Rows `ids` of the matrix: `[ids.len(), k] f32`. For the token embedding. On a GPU, `step` has the ids there already, and
-/// as many rows come as it has.
+/// Rows `ids` of the matrix `[ids.len(), k]`, f32: the token embedding. On a GPU, a given `step` holds the ids already, and the result
+/// has one row for each of its rows. Errors: an id that is no row of the matrix.
 pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= w.n) {
         return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", w.n)));
     }
     match &w.storage {
-        MatrixStorage::Panels(_) if step.is_some() => Err(Error::internal("a step on the GPU with weights on the CPU")),
+        MatrixStorage::Panels(_) if step.is_some() => {
+            Err(Error::internal("the step is on a GPU and the weights are on the CPU"))
+        }
         MatrixStorage::Panels(panels) => {
             let mut rows = vec![0.0; ids.len() * w.k];
             let shared = SharedMut::new(&mut rows);
             parallel_for(ids.len(), |i| {
-                // SAFETY: one row of `rows` an id, and one task.
+                // SAFETY: each id has a row of its own, written by one task.
                 panels.row_into(ids[i] as usize, unsafe { shared.slice(i * w.k, w.k) });
             });
             Ok(Tensor::from_vec(rows, (ids.len(), w.k), &Device::Cpu)?)

@@ -1,7 +1,7 @@
-//! NF4 with double quantisation (QLoRA, arXiv 2305.14314), in bitsandbytes' arithmetic.
+//! NF4 with double quantisation (QLoRA, Dettmers et al., 2023), in the arithmetic of bitsandbytes: 4.13 bits per weight.
 //!
-//! Blocks of 64 consecutive values of the flattened matrix share an absolute maximum; the maxima, less their mean, are
-//! themselves quantised to 8 bits in blocks of 256. 4.13 bits a weight.
+//! A block of 64 consecutive values of the flattened matrix shares an absolute maximum. The maxima, less their mean, are quantised
+//! to 8 bits in blocks of 256.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -9,16 +9,16 @@ use std::sync::LazyLock;
 use super::Source;
 use crate::ops::pool::{SharedMut, parallel_for};
 
-/// Values that share an absolute maximum.
+/// Values of a block, which share an absolute maximum.
 pub const BLOCK: usize = 64;
 
-/// Blocks that a task quantises.
+/// Blocks of a task.
 const TASK: usize = 1024;
 
-/// Absolute maxima that share a scale of their own.
+/// Absolute maxima that share a scale.
 pub const NESTED_BLOCK: usize = 256;
 
-/// The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
+/// The 16 values of NF4: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
 pub const CODEBOOK: [f32; 16] = [
     -1.0,
     -0.696_192_8,
@@ -38,20 +38,20 @@ pub const CODEBOOK: [f32; 16] = [
     1.0,
 ];
 
-/// bitsandbytes' signed 8-bit map (`create_dynamic_map`), bit for bit: of absolute maxima here, and of first moments.
+/// The signed 8-bit map of bitsandbytes (`create_dynamic_map`), bit for bit. Absolute maxima and AdamW's first moments use it.
 pub fn dynamic_map() -> &'static [f32; 256] {
     static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(true));
     &MAP
 }
 
-/// Its unsigned twin, for second moments.
+/// The unsigned 8-bit map of bitsandbytes, for AdamW's second moments.
 pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
     static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(false));
     &MAP
 }
 
-/// Seven decades, the i-th with 2^i values either side of zero, or twice as many above: midpoints of an even division of
-/// [0.1, 1], times 10^(i-6). The fused multiply-adds and the two-sided division are `torch.linspace`'s.
+/// Seven decades. Decade `i` has `2^i` values on each side of zero, or twice as many above zero in the unsigned map: the midpoints of an
+/// even division of [0.1, 1], times `10^(i-6)`. The division is that of `torch.linspace`: fused multiply-adds from both ends.
 fn dynamic(signed: bool) -> [f32; 256] {
     let mut values = vec![0.0, 1.0];
     for i in 0..7 {
@@ -60,7 +60,7 @@ fn dynamic(signed: bool) -> [f32; 256] {
         let boundary = |k: usize| {
             if k < n / 2 { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((n - 1 - k) as f32, 1.0) }
         };
-        // The decade is a double in Python, rounded once.
+        // In Python the decade is a double, which is rounded once.
         let decade = 10f64.powi(i - 6) as f32;
         for k in 0..n - 1 {
             let middle = decade * ((boundary(k) + boundary(k + 1)) / 2.0);
@@ -76,19 +76,20 @@ fn dynamic(signed: bool) -> [f32; 256] {
 
 /// A matrix in NF4 with double quantisation.
 pub struct Nf4 {
-    /// Two codes a byte, the even value in the high nibble.
+    /// Two codes in each byte, that of the even value in the high nibble.
     pub codes: Vec<u8>,
-    /// Index into [`dynamic_map`] a block of [`BLOCK`] values.
+    /// The quantised maximum of each block: an index of [`dynamic_map`].
     pub absmax: Vec<u8>,
-    /// Scale of `absmax`, one a [`NESTED_BLOCK`].
+    /// The scale of each [`NESTED_BLOCK`] of `absmax`.
     pub nested_absmax: Vec<f32>,
-    /// Mean of the absolute maxima, taken off before they were quantised.
+    /// The mean of the absolute maxima, subtracted before their quantisation.
     pub offset: f32,
 }
 
 impl Nf4 {
-    /// Quantises the flattened rows of a matrix. Deterministic; every code is the nearest, ties go to the lower one.
+    /// Quantises the flattened rows of a matrix, deterministically. Every code is the nearest one, the lower one for a tie.
     pub fn quantize(values: &[f32]) -> Self {
+        // The codes, and the absolute maximum of each block.
         let midpoints: [f32; 15] = std::array::from_fn(|i| (CODEBOOK[i] + CODEBOOK[i + 1]) / 2.0);
         let mut codes = vec![0u8; values.len().div_ceil(2)];
         let mut absmax = vec![0f32; values.len().div_ceil(BLOCK)];
@@ -97,15 +98,15 @@ impl Nf4 {
         parallel_for(blocks.div_ceil(TASK), |task| {
             let range = task * TASK..blocks.min((task + 1) * TASK);
             let first = range.start * BLOCK / 2;
-            // SAFETY (both): inside the buffers; a task's blocks, and the whole bytes of their codes, are its own.
+            // SAFETY: inside the buffer; each block belongs to one task.
             let absmax = unsafe { shared_absmax.slice(range.start, range.len()) };
-            // SAFETY: as above.
+            // SAFETY: inside the buffer; a block's codes are whole bytes, which belong to its task.
             let codes = unsafe { shared_codes.slice(first, bytes.min(range.end * BLOCK / 2) - first) };
             let values = values[range.start * BLOCK..].chunks(BLOCK);
             for ((block, absmax), codes) in values.zip(absmax).zip(codes.chunks_mut(BLOCK / 2)) {
                 let max = block.iter().fold(0f32, |m, v| m.max(v.abs()));
                 *absmax = max;
-                // A block of zeros takes the code for zero, as bitsandbytes on the CPU.
+                // A block of zeros takes the code of zero, as in bitsandbytes on the CPU.
                 let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
                 let code = |v: &f32| midpoints.iter().filter(|&&m| m < v * inverse).count() as u8;
                 for (byte, pair) in codes.iter_mut().zip(block.chunks(2)) {
@@ -113,6 +114,8 @@ impl Nf4 {
                 }
             }
         });
+
+        // The quantised maxima.
         let sum: f64 = absmax.iter().map(|&m| f64::from(m)).sum();
         let offset = if absmax.is_empty() { 0.0 } else { (sum / absmax.len() as f64) as f32 };
         let mut nested_absmax = vec![0f32; absmax.len().div_ceil(NESTED_BLOCK)];
@@ -122,9 +125,9 @@ impl Nf4 {
             let block = &absmax[i * NESTED_BLOCK..absmax.len().min((i + 1) * NESTED_BLOCK)];
             let max = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
             let inverse = if max > 0.0 { 1.0 / max } else { 0.0 };
-            // SAFETY (both): inside the buffers; one maximum a task, and as many codes as its block has values.
+            // SAFETY: inside the buffer; each nested block has one maximum and belongs to one task.
             let maximum = unsafe { shared_maxima.slice(i, 1) };
-            // SAFETY: as above.
+            // SAFETY: inside the buffer; each nested block belongs to one task.
             let codes = unsafe { shared_quantised.slice(i * NESTED_BLOCK, block.len()) };
             maximum[0] = max;
             codes.iter_mut().zip(block).for_each(|(to, v)| *to = nearest(dynamic_map(), (v - offset) * inverse));
@@ -132,27 +135,27 @@ impl Nf4 {
         Self { codes, absmax: quantised, nested_absmax, offset }
     }
 
-    /// The scale of each block, one f32 a [`BLOCK`].
+    /// The scale of each block of [`BLOCK`] values.
     pub fn scales(&self) -> Vec<f32> {
         decode_scales(&self.absmax, dynamic_map(), &self.nested_absmax, self.offset)
     }
 
-    /// As rows `[n, k]` for packing.
+    /// The rows `[n, k]` as a source for packing.
     pub fn into_source(self, n: usize, k: usize) -> Source<'static> {
         let scales = self.scales();
         Source::Codebook { n, k, block: BLOCK, codes: Cow::Owned(self.codes), scales, codebook: CODEBOOK }
     }
 }
 
-/// Undoes the double quantisation: `map[absmax[b]] * nested_absmax[b / 256] + offset`, rounded after each step (a fused
-/// multiply-add would change bits).
+/// Undoes the double quantisation: `map[absmax[b]] · nested_absmax[b / 256] + offset`, rounded after each operation. A fused
+/// multiply-add would change bits.
 pub fn decode_scales(absmax: &[u8], map: &[f32; 256], nested_absmax: &[f32], offset: f32) -> Vec<f32> {
     let block =
         |(codes, scale): (&[u8], &f32)| codes.iter().map(|&c| map[c as usize] * scale + offset).collect::<Vec<_>>();
     absmax.chunks(NESTED_BLOCK).zip(nested_absmax).flat_map(block).collect()
 }
 
-/// Index of the value of the sorted `map` nearest to `v`; the upper one only if `v` is past the middle.
+/// The index of the value nearest to `v` in the sorted `map`, the lower one for a tie.
 fn nearest(map: &[f32; 256], v: f32) -> u8 {
     let upper = map.partition_point(|&m| m <= v);
     let code = match upper {

@@ -1,8 +1,7 @@
-//! Memory for weights, in huge pages where the system has them.
+//! Memory for weights, in huge pages if the system has them.
 //!
-//! A decode step streams every weight once, and with pages of 4 KiB it waits for address translation about as long as for
-//! memory. Matrices of small models are below the size of a huge page, so many share one mapping, which is freed with
-//! the last of them.
+//! A decode step streams every weight once. With pages of 4 KiB it would wait for address translation about as long as for memory.
+//! Matrices of small models are smaller than a huge page, so many share one mapping, which is freed with the last of them.
 
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,20 +11,20 @@ use memmap2::MmapMut;
 
 use crate::{Error, Result};
 
-/// A huge page.
+/// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
-/// Bytes of a mapping that matrices share; what is not used of it takes no memory.
+/// Bytes of a mapping that buffers share. Its unused part takes no memory.
 const CHUNK: usize = 256 << 20;
-/// Buffers start at a cache line, so that no vector load takes two.
+/// Bytes of a cache line. Buffers start at one, so that no vector load touches two.
 const LINE: usize = 64;
 
-/// A mapping to cut buffers from, and the bytes already cut.
+/// The mapping from which buffers are cut, and the number of bytes already cut.
 static CURRENT: Mutex<Option<(Arc<MmapMut>, usize)>> = Mutex::new(None);
 
-/// Types of which any bytes are a value.
+/// Number types of which any bytes are a valid value.
 ///
 /// # Safety
-/// Only for plain numbers no more aligned than a cache line.
+/// Any bytes are a value of the type, and its alignment is at most a cache line.
 pub unsafe trait PlainNumber: Copy {}
 // SAFETY: plain numbers.
 unsafe impl PlainNumber for u8 {}
@@ -38,11 +37,11 @@ unsafe impl PlainNumber for f16 {}
 // SAFETY: plain numbers.
 unsafe impl PlainNumber for bf16 {}
 
-/// A fixed number of values, zero at first.
+/// A buffer of a fixed number of values, initially zero.
 pub struct Resident<T: PlainNumber> {
-    /// Keeps the mapping.
+    /// Keeps the mapping alive.
     map: Arc<MmapMut>,
-    /// First byte in the mapping, a multiple of [`LINE`] from a page's start.
+    /// The buffer's first byte in the mapping, at the start of a cache line.
     start: usize,
     /// Number of values.
     len: usize,
@@ -50,7 +49,7 @@ pub struct Resident<T: PlainNumber> {
 }
 
 impl<T: PlainNumber> Resident<T> {
-    /// `len` zeros. Errors: the system has no memory to give.
+    /// A buffer of `len` zeros. Errors: the system has no memory.
     pub fn zeroed(len: usize) -> Result<Self> {
         let bytes = (len * size_of::<T>()).next_multiple_of(LINE);
         let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -59,7 +58,7 @@ impl<T: PlainNumber> Resident<T> {
             None => {
                 let map = MmapMut::map_anon(CHUNK.max(bytes) + HUGE)
                     .map_err(|e| Error::internal(format!("no memory for {bytes} bytes of weights: {e}")))?;
-                // Without huge pages everything works, only slower.
+                // Without huge pages everything works, but slower.
                 #[cfg(target_os = "linux")]
                 let _ = map.advise(memmap2::Advice::HugePage);
                 let start = map.as_ptr().align_offset(HUGE);
@@ -72,18 +71,18 @@ impl<T: PlainNumber> Resident<T> {
 
     /// The values.
     pub fn values(&self) -> &[T] {
-        // SAFETY: the range was cut from the mapping for this buffer alone, starts at a line, and any bytes are values;
-        // it changes only through `&mut self`.
+        // SAFETY: the range was cut from the mapping for this buffer alone and starts at a cache line. Any bytes are values, and
+        // they change through `&mut self` only.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(self.start).cast(), self.len) }
     }
 
-    /// The values, to fill them.
+    /// The values, for writing.
     pub fn values_mut(&mut self) -> &mut [T] {
-        // SAFETY: as above; the mapping is writable, and nobody uses it but through the buffers cut from it.
+        // SAFETY: as above. The mapping is writable, and is used through the buffers cut from it only.
         unsafe { std::slice::from_raw_parts_mut(self.map.as_ptr().cast_mut().add(self.start).cast(), self.len) }
     }
 
-    /// Bytes they take.
+    /// Bytes of the values.
     pub fn bytes(&self) -> usize {
         self.len * size_of::<T>()
     }
@@ -94,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_zero_apart_and_aligned() {
+    fn buffers_are_zero_disjoint_and_aligned() {
         let mut all: Vec<Resident<u32>> =
             [1, 17, 0, 100_000, CHUNK / 4 + 1, 3].map(|len| Resident::zeroed(len).expect("memory")).into();
         for (i, buffer) in all.iter_mut().enumerate() {

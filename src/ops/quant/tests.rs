@@ -6,7 +6,7 @@ use super::*;
 pub const BLOCK_CODECS: [Codec; 8] =
     [Codec::Q4_0, Codec::Q4_1, Codec::Q5_0, Codec::Q5_1, Codec::Q8_0, Codec::Q4K, Codec::Q5K, Codec::Q6K];
 
-/// A small generator, so that cases are the same everywhere.
+/// A small generator, so that cases are the same on every machine.
 fn next(state: &mut u64) -> u32 {
     *state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
     (*state >> 33) as u32
@@ -27,7 +27,7 @@ fn half_offsets(codec: Codec) -> &'static [usize] {
     }
 }
 
-/// Random bytes as blocks, with scales that are finite, of both signs, sometimes zero, subnormal or large.
+/// Random blocks. Their scales are finite, of both signs, and sometimes zero, subnormal or large.
 pub fn random_blocks(codec: Codec, n: usize, k: usize, seed: u64) -> Vec<u8> {
     let (values, size) = (codec.block(), codec.block_bytes());
     let mut state = seed;
@@ -89,8 +89,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-/// Product against f64 over the exact weights: nearly exact for the activations that the kernels really multiply, and for
-/// the activations as given within what rounding them to integers may cost.
+/// Checks a product against f64 over the exact weights. It must be nearly exact for the quantised activations that the kernels
+/// multiply. For the given activations it must be within the error of their quantisation.
 fn check_product(w: &QMatrix, x: &[f32], y: &[f32], what: &str) {
     let (n, k) = (w.n(), w.k());
     let rows: Vec<(bool, Vec<f32>)> =
@@ -99,7 +99,7 @@ fn check_product(w: &QMatrix, x: &[f32], y: &[f32], what: &str) {
         let rounded: Vec<f64> = match rows.iter().any(|(integer, _)| *integer) {
             false => Vec::new(),
             true => {
-                let tile = &activations::tiles(x, k, true, false)[0];
+                let tile = &activations::tiles(x, k, ActivationForms { integer: true, float: false })[0];
                 (0..k).map(|i| f64::from(tile.q(0, i)) * f64::from(tile.scales[0])).collect()
             }
         };
@@ -114,9 +114,9 @@ fn check_product(w: &QMatrix, x: &[f32], y: &[f32], what: &str) {
             };
             let (given, size) = dot(&mut x.iter().map(|x| f64::from(*x)));
             let exact = if *integer { dot(&mut rounded.iter().copied()).0 } else { given };
-            // Zero points and mins cancel, which costs the 8-bit formats the most.
+            // Cancellation with zero points and mins costs the 8-bit formats the most.
             assert!((got - exact).abs() <= size * 4e-6 + 1e-30, "{what}: {got} for {exact} of size {size}");
-            // Rounding errors add up like a random walk; six deviations never happen by chance here.
+            // Rounding errors add up like a random walk, and six standard deviations do not happen by chance.
             let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
             let loose = 6.0 * step * norm * (1.0f64 / 12.0).sqrt() + size * 4e-6 + 1e-30;
             assert!((got - given).abs() <= loose, "{what}: {got} for {given}, allowed {loose}");
@@ -125,7 +125,7 @@ fn check_product(w: &QMatrix, x: &[f32], y: &[f32], what: &str) {
 }
 
 #[test]
-fn rows_are_exactly_what_candle_decodes() {
+fn rows_equal_those_that_candle_decodes() {
     let types = [
         GgmlDType::Q4_0,
         GgmlDType::Q4_1,
@@ -211,7 +211,7 @@ fn a_row_is_the_same_alone_and_in_any_batch() {
     }
 }
 
-/// `dy · W` against f64 over the exact weights, and each row alone.
+/// Checks `dy · W` against f64 over the exact weights, and rows against the same rows alone.
 fn check_transposed(w: &QMatrix, m: usize, what: &str) {
     let (n, k) = (w.n(), w.k());
     let product = |dy: &[f32]| -> Vec<f32> {
@@ -297,7 +297,7 @@ fn the_largest_sums_fit() {
             }
             let w =
                 QMatrix::pack(&[Source::Blocks { codec, n: 16, k, bytes: bytes.into() }], &Device::Cpu).expect("packs");
-            // All at the end of the integers' range, and all but one with the smallest low byte.
+            // All values at the end of the integers' range; then all but one with the smallest low byte.
             for q in [32639.0f32, 32384.0] {
                 let mut x = [[q; 256], [-q; 256]].concat();
                 (x[0], x[k]) = (32639.0, 32639.0);
@@ -312,7 +312,7 @@ fn the_largest_sums_fit() {
 }
 
 #[test]
-fn values_that_are_not_finite_stay_in_their_row() {
+fn values_that_are_not_finite_affect_their_row_only() {
     let k = 64;
     let stack = [source(Codec::Q4_1, 20, k, 1), source(Codec::F32, 20, k, 2)];
     let w = QMatrix::pack(&stack, &Device::Cpu).expect("packs");
@@ -342,7 +342,7 @@ fn default_model_formats_stay_near_their_file_size() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() {
+fn refuses_data_that_do_not_fit_the_shape() {
     let pack = |codec, n, k, len: usize| {
         QMatrix::pack(&[Source::Blocks { codec, n, k, bytes: vec![0; len].into() }], &Device::Cpu)
     };

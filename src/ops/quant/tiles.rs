@@ -1,5 +1,7 @@
-//! Matrices as the GPU's kernels read them: tiles of 16 rows and 64 inputs, in the order of the tensor cores' fragments. The
-//! layout is described in `kernels/quant.cuh`.
+//! Repacks matrices for the GPU's kernels: tiles of 16 rows and 64 inputs, in the order of the tensor cores' fragments.
+//!
+//! A strip is the tiles of 16 rows, cut into chunks of two or four tiles. A chunk holds the codes of its tiles, then their scales, then
+//! Q4_K's block scales. `kernels/quant.cuh` describes the order of bits.
 
 use half::{bf16, f16};
 
@@ -11,20 +13,20 @@ use crate::{Error, Result};
 
 pub use crate::gpu::constants::{MATRIX_TILE_INPUTS as INPUTS, MATRIX_TILE_ROWS as ROWS};
 
-/// How a matrix is stored; the names are those of the kernels.
+/// How a matrix is stored in tiles. The kernels' names contain these names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TileFormat {
-    /// 4 bits, a scale a group of 32.
+    /// 4 bits, a scale per 32 inputs.
     S16,
-    /// 4 bits, scale and min a group of 32.
+    /// 4 bits, scale and min per 32 inputs.
     Sm16,
-    /// 4 bits, Q4_K's two levels of scales.
+    /// 4 bits, with Q4_K's two levels of scales and mins.
     K4,
-    /// 4 bits that choose from a codebook, a scale a group of 64.
+    /// 4-bit indices of a codebook, a scale per 64 inputs.
     Lut,
-    /// 8 bits, a scale a group of 16.
+    /// 8 bits, a scale per 16 inputs.
     S8,
-    /// 8 bits, scale and min a group of 16.
+    /// 8 bits, scale and min per 16 inputs.
     Sm8,
     /// bf16.
     Dense,
@@ -34,7 +36,7 @@ impl TileFormat {
     /// All formats, in the order of the variants and of the arrays in `kernels/constants.cuh`.
     pub const ALL: [Self; 7] = [Self::S16, Self::Sm16, Self::K4, Self::Lut, Self::S8, Self::Sm8, Self::Dense];
 
-    /// As in the kernels' names.
+    /// Its name in the kernels' names.
     pub fn name(self) -> &'static str {
         match self {
             Self::S16 => "s16",
@@ -47,12 +49,12 @@ impl TileFormat {
         }
     }
 
-    /// Tiles of a chunk.
+    /// Tiles of a chunk: what a warp copies at a time.
     pub fn chunk(self) -> usize {
         constants::CHUNK_TILES[self as usize]
     }
 
-    /// Whether codes have 8 bits, whose products take other inputs than those of 4.
+    /// Whether codes have 8 bits. Their products take inputs in another order than those of 4-bit codes.
     pub fn bits8(self) -> bool {
         matches!(self, Self::S8 | Self::Sm8)
     }
@@ -67,7 +69,7 @@ impl TileFormat {
         constants::SCALE_WORDS[self as usize]
     }
 
-    /// 32-bit words of super-scales, per chunk.
+    /// 32-bit words of block scales, per chunk.
     fn super_words(self) -> usize {
         constants::SUPER_WORDS[self as usize]
     }
@@ -77,7 +79,7 @@ impl TileFormat {
         4 * (self.chunk() * (32 * self.code_words() + 8 * self.scale_words()) + self.super_words())
     }
 
-    /// Inputs of a group, where the format has mins.
+    /// Inputs that share a min, if the format has mins.
     pub fn sum_group(self) -> Option<usize> {
         Some(constants::SUM_GROUP[self as usize]).filter(|group| *group > 0)
     }
@@ -93,7 +95,7 @@ impl TileFormat {
         }
     }
 
-    /// First of the input pair in register `register` of quad lane `q` in product `j`.
+    /// The first of the two inputs in register `register` of quad lane `q` in product `j`.
     fn input(self, j: usize, q: usize, register: usize) -> usize {
         let pair = register / 2 * 2;
         match self {
@@ -103,36 +105,36 @@ impl TileFormat {
     }
 }
 
-/// A repacked matrix, still on the host.
+/// A repacked matrix in host memory.
 pub struct PackedTiles {
     pub format: TileFormat,
     pub n: usize,
     pub k: usize,
-    /// Strips of chunks.
+    /// Its strips, back to back.
     pub words: Vec<u32>,
-    /// The code that means zero.
+    /// The code of zero.
     pub zero: f32,
-    /// What 4-bit codes stand for.
+    /// The codebook of [`TileFormat::Lut`].
     pub codebook: [f32; 16],
 }
 
-/// Codes and scales of 16 rows, those past the matrix zero.
+/// Unpacked codes and scales of 16 rows. Rows past the matrix are zero.
 struct Strip<'a> {
     format: TileFormat,
-    /// `[16][padded k]`: codes, or bits of bf16.
+    /// Codes, or bits of bf16 values, `[16][padded k]`.
     codes: Vec<u16>,
-    /// f32 bits of scale and min `[16][padded k / 16]`, for formats that store them so.
+    /// Scale and min `[16][padded k / 16]`, for 8-bit formats only.
     scales: Vec<(f32, f32)>,
     source: &'a Source<'a>,
-    /// Its first row in the matrix.
+    /// The strip's first row in the matrix.
     first: usize,
     n: usize,
     k: usize,
 }
 
 impl PackedTiles {
-    /// Repacks a source. Values stay exactly those of the source, but for dense f32 and f16, and codebook blocks that do not
-    /// align with tiles: these become bf16.
+    /// Repacks a source. Dense f32 and f16 values, and codebooks whose blocks do not align with tiles, become bf16. All other values
+    /// stay exact. Errors: data that do not fit the shape.
     pub fn pack(source: &Source) -> Result<Self> {
         let (n, k) = source.check()?;
         let format = match source {
@@ -142,6 +144,7 @@ impl PackedTiles {
             }
             Source::Codebook { .. } => TileFormat::Dense,
         };
+        // The size of a strip.
         let (strips, tiles) = (n.div_ceil(ROWS), k.div_ceil(INPUTS));
         let (codes, scales, supers) = (32 * format.code_words(), 8 * format.scale_words(), format.super_words());
         let strip_words = tiles * (codes + scales) + tiles.div_ceil(format.chunk()) * supers;
@@ -161,9 +164,11 @@ impl PackedTiles {
                 Source::Blocks { .. } => [0.0; 16],
             },
         };
+
+        // Each strip, chunk by chunk.
         let words = SharedMut::new(&mut packed.words);
         parallel_for(strips, |i| {
-            // SAFETY: a strip's words are its task's own, and inside the buffer.
+            // SAFETY: inside the buffer; each strip is written by one task.
             let mut words = unsafe { words.slice(i * strip_words, strip_words) };
             let strip = Strip::read(format, source, i * ROWS, n, k);
             for first in (0..tiles).step_by(format.chunk()) {
@@ -188,13 +193,13 @@ impl PackedTiles {
         Ok(packed)
     }
 
-    /// Whether rows of `next` can follow these as if they came from one source.
+    /// Whether the rows of `next` can be appended, so that both form one matrix.
     pub fn continues_with(&self, next: &Self) -> bool {
         let alike = (self.format, self.k, self.zero, self.codebook) == (next.format, next.k, next.zero, next.codebook);
         alike && self.n.is_multiple_of(ROWS)
     }
 
-    /// Appends the rows of one that [`PackedTiles::continues_with`].
+    /// Appends the rows of `next`, for which [`PackedTiles::continues_with`] holds.
     pub fn append(&mut self, next: Self) {
         self.n += next.n;
         self.words.extend_from_slice(&next.words);
@@ -202,14 +207,15 @@ impl PackedTiles {
 }
 
 impl<'a> Strip<'a> {
+    /// Reads the 16 rows from row `first` on.
     fn read(format: TileFormat, source: &'a Source, first: usize, n: usize, k: usize) -> Self {
         let padded = k.next_multiple_of(INPUTS);
         let mut codes = vec![0u16; ROWS * padded];
-        let by_sixteen = matches!(format, TileFormat::S8 | TileFormat::Sm8);
-        let mut scales = vec![(0.0, 0.0); if by_sixteen { ROWS * padded / 16 } else { 0 }];
+        let mut scales = vec![(0.0, 0.0); if format.bits8() { ROWS * padded / 16 } else { 0 }];
         for row in first..n.min(first + ROWS) {
             let to = &mut codes[(row - first) * padded..][..k];
             match source {
+                // Dense values as bits of bf16.
                 Source::Blocks { codec: codec @ (Codec::F32 | Codec::F16 | Codec::BF16), bytes, .. } => {
                     let size = codec.block_bytes();
                     for (to, v) in to.iter_mut().zip(bytes[row * k * size..].chunks_exact(size)) {
@@ -220,11 +226,12 @@ impl<'a> Strip<'a> {
                         };
                     }
                 }
+                // Codes of blocks; for 8-bit formats also the scale and min of each 16 values.
                 Source::Blocks { codec, .. } => {
                     for (b, to) in to.chunks_exact_mut(codec.block()).enumerate() {
                         let block = block_of(source, row, b, k);
                         to.iter_mut().zip(block.codes).for_each(|(to, code)| *to = code.into());
-                        if by_sixteen {
+                        if format.bits8() {
                             let at = ((row - first) * padded + b * codec.block()) / 16;
                             for (i, to) in scales[at..at + codec.block() / 16].iter_mut().enumerate() {
                                 *to = scale_of(*codec, &block, i);
@@ -232,6 +239,7 @@ impl<'a> Strip<'a> {
                         }
                     }
                 }
+                // Indices of the codebook, or its values as bits of bf16.
                 Source::Codebook { block, codes, scales, codebook, .. } => {
                     for (i, to) in to.iter_mut().enumerate() {
                         let at = row * k + i;
@@ -247,7 +255,7 @@ impl<'a> Strip<'a> {
         Self { format, codes, scales, source, first, n, k }
     }
 
-    /// Writes the codes of a tile into zeroed words.
+    /// Writes the codes of a tile to zeroed words.
     fn put_codes(&self, out: &mut [u32], tile: usize) {
         let format = self.format;
         let padded = self.codes.len() / ROWS;
@@ -271,7 +279,7 @@ impl<'a> Strip<'a> {
         }
     }
 
-    /// Writes the scales of a tile into zeroed words.
+    /// Writes the scales of a tile to zeroed words.
     fn put_scales(&self, out: &mut [u32], tile: usize) {
         let (words, k) = (self.format.scale_words(), self.k);
         let padded = self.codes.len() / ROWS;
@@ -281,9 +289,11 @@ impl<'a> Strip<'a> {
                 continue;
             }
             match (self.format, self.source) {
+                // One f32 scale.
                 (TileFormat::Lut, Source::Codebook { block, scales, .. }) => {
                     out[half] = scales[(row * k + tile * INPUTS) / block].to_bits();
                 }
+                // f32 scale, and min, of each 16 inputs.
                 (TileFormat::S8 | TileFormat::Sm8, _) => {
                     for g in 0..4 {
                         let (scale, min) = self.scales[((r + 8 * half) * padded + tile * INPUTS) / 16 + g];
@@ -295,6 +305,7 @@ impl<'a> Strip<'a> {
                         }
                     }
                 }
+                // 6-bit scale and min of each 32 inputs, whose factors `put_supers` writes.
                 (TileFormat::K4, _) => {
                     let block = block_of(self.source, row, tile / 4, k);
                     for g in 0..2 {
@@ -303,8 +314,9 @@ impl<'a> Strip<'a> {
                         out[g] |= pair << (16 * half);
                     }
                 }
+                // f16 scale, and min, of each 32 inputs.
                 _ => {
-                    // The last tile of a row may have one group only.
+                    // The last tile of a row may have only one group.
                     for g in (0..2).filter(|g| tile * INPUTS + 32 * g < k) {
                         let block = block_of(self.source, row, 2 * tile + g, k);
                         if self.format == TileFormat::S16 {
@@ -318,7 +330,7 @@ impl<'a> Strip<'a> {
         }
     }
 
-    /// Writes d and -dmin of Q4_K's block `b` of each row.
+    /// Writes `d` and `-dmin` of Q4_K's block `b` of each row.
     fn put_supers(&self, out: &mut [u32], b: usize) {
         for row in self.first..self.n.min(self.first + ROWS) {
             let block = block_of(self.source, row, b, self.k);
@@ -328,14 +340,14 @@ impl<'a> Strip<'a> {
     }
 }
 
-/// Block `b` of a row of a block format.
+/// Block `b` of a row. The source must be of a block format.
 fn block_of(source: &Source, row: usize, b: usize, k: usize) -> GgmlBlock {
     let Source::Blocks { codec, bytes, .. } = source else { unreachable!("only block formats have blocks") };
     let size = codec.block_bytes();
     GgmlBlock::read(*codec, &bytes[(row * (k / codec.block()) + b) * size..][..size])
 }
 
-/// Scale and min of the `i`-th 16 values of a block, for formats that become 8 bits. Exact in f32.
+/// Scale and min of the `i`-th 16 values of a block, for formats that are stored in 8 bits. Exact in f32.
 fn scale_of(codec: Codec, block: &GgmlBlock, i: usize) -> (f32, f32) {
     let (d, m) = (f16::from_bits(block.d).to_f32(), f16::from_bits(block.m).to_f32());
     match codec {
@@ -347,7 +359,7 @@ fn scale_of(codec: Codec, block: &GgmlBlock, i: usize) -> (f32, f32) {
 }
 
 impl Source<'_> {
-    /// Rows and columns, once the parts fit them.
+    /// The number of rows and columns. Errors: data that do not fit them.
     fn check(&self) -> Result<(usize, usize)> {
         let (n, k, fits) = match self {
             Source::Blocks { codec, n, k, bytes } => {

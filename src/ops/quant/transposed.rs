@@ -1,7 +1,7 @@
-//! Products with the matrix as it stands, not transposed: how gradients go back through a linear.
+//! Products `dy · W`, which carry gradients back through a linear.
 //!
-//! The sum runs over a matrix's rows, whose scales differ, so these products are in f32: a task turns 64 columns of the matrix
-//! into floats, some rows at a time, and multiplies its rows of gradients with them.
+//! The sum runs over the matrix's rows, whose scales differ, so these products are in f32. A task dequantises 64 columns of the
+//! matrix, some rows at a time, and multiplies its rows of gradients with them.
 
 use std::ops::Range;
 
@@ -17,23 +17,25 @@ use crate::{Error, Result};
 
 /// Columns of a task.
 pub const COLUMNS: usize = 64;
-/// Rows of the matrix that are floats at a time, of 64 columns: as many as fit in the first-level cache beside the gradients.
+/// Rows of the matrix that are dequantised at a time: as many, of 64 columns, as fit in the first-level cache next to the gradients.
 const DEPTH: usize = 96;
-/// Rows of gradients of a task: with the first, making floats takes a fifth of the time; the sums of the second stay in the
-/// second-level cache.
-const ROWS: Range<usize> = 64..512;
+/// Fewest rows of gradients of a task. With these, dequantisation takes a fifth of the time.
+const FEWEST_ROWS: usize = 64;
+/// Most rows of gradients of a task. The sums of these stay in the second-level cache.
+const MOST_ROWS: usize = 512;
 
-/// `dy [m, n] -> [m, k]`: `dx = dy · W`, the gradient of [`super::matmul`] with respect to `x`. On the CPU all is f32, and a row
-/// depends on its row of `dy` alone, bit for bit; on a GPU `dy` is bf16 and `dx` is `dtype`, bf16 or f32.
+/// The gradient of [`super::matmul`] with respect to `x`: `dx [m, k] = dy [m, n] · W`. On the CPU all is f32, and a row of `dx` depends on
+/// its row of `dy` alone, bit for bit. On a GPU `dy` is bf16 and `dx` is of `dtype`, bf16 or f32. Errors: shapes that do not fit, a
+/// dtype that the device does not have.
 pub fn matmul_transposed(w: &QMatrix, dy: &Tensor, dtype: DType) -> Result<Tensor> {
     let (m, n) = dy.dims2()?;
     if n != w.n {
-        return Err(Error::internal(format!("product of [{m}, {n}] with a [{}, {}] matrix, transposed", w.n, w.k)));
+        return Err(Error::internal(format!("transposed product of [{m}, {n}] with a [{}, {}] matrix", w.n, w.k)));
     }
     match &w.storage {
         MatrixStorage::Panels(panels) if dtype == DType::F32 => Ok(dy.apply_op1_no_bwd(&MatMulTransposed(panels))?),
         MatrixStorage::Panels(_) => {
-            Err(Error::internal(format!("a product in {dtype:?} on the CPU, where all is f32")))
+            Err(Error::internal(format!("a product in {dtype:?} on the CPU: only f32 is supported")))
         }
         #[cfg(feature = "cuda")]
         MatrixStorage::Tiles(parts) => w.multiply_transposed_cuda(parts, dy, dtype),
@@ -52,9 +54,9 @@ impl CustomOp1 for MatMulTransposed<'_> {
         let dy = cpu::slice(self.name(), s, l)?;
         let m = dy.len() / n;
         let wide = k.div_ceil(COLUMNS);
-        // Enough tasks to end together.
+        // Enough tasks for threads to finish together.
         let pieces = (8 * threads()).div_ceil(wide);
-        let rows = m.div_ceil(pieces).clamp(ROWS.start, ROWS.end);
+        let rows = m.div_ceil(pieces).clamp(FEWEST_ROWS, MOST_ROWS);
         let mut dx = vec![0.0; m * k];
         let out = SharedMut::new(&mut dx);
         parallel_for(wide * m.div_ceil(rows), |task| {
@@ -110,8 +112,8 @@ impl SimdKernel for TransposedTile<'_> {
             first += part.n();
         }
         for (row, sums) in rows.zip(&sums) {
-            // Sums past the last column are of whatever was there.
-            // SAFETY: inside `dx`, and a task's rows and columns are its own.
+            // Sums past the last column are meaningless and not copied.
+            // SAFETY: inside `dx`; these rows and columns belong to one task.
             let dx = unsafe { dx.slice(row * k + columns.start, columns.len()) };
             dx.copy_from_slice(&sums[..columns.len()]);
         }

@@ -1,4 +1,4 @@
-//! AVX2, FMA and F16C: a vector holds one value of each of eight rows, half a panel, or four codes of each.
+//! AVX2, FMA and F16C. A vector holds one value, or four codes, of each of eight rows: half a panel.
 
 use std::arch::x86_64::*;
 
@@ -10,19 +10,19 @@ use super::{BlockFormat, Products};
 /// See [`super::affine`].
 ///
 /// # Safety
-/// `codes`, `scales` and `x` are whole groups of `F`, as many in each; `x` has 1 to 8 rows.
+/// `codes`, `scales` and `x` consist of the same number of whole groups of `F`. `x` has 1 to 8 rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
-    let (per, record_bytes) = const { F::LAYOUT.record() };
+    let record_layout = const { F::LAYOUT.record() };
     let group_bytes = const { F::LAYOUT.group_bytes() };
     let halves = matches!(F::LAYOUT.scales, Scales::SuperHalves);
     for side in 0..2 {
         let mut acc = [_mm256_setzero_ps(); ROWS];
         for g in 0..codes.len() / group_bytes {
-            // SAFETY: pointers and their uses are inside group `g` and its record, which exist as the caller promises.
+            // SAFETY: all pointers stay inside group `g` and its record, which exist as the caller promises.
             unsafe {
                 let w = unpack::<F>(codes.as_ptr().add(g * group_bytes), side);
-                let record = scales.as_ptr().add(g / per * record_bytes);
+                let record = scales.as_ptr().add(g / record_layout.groups * record_layout.bytes);
                 let [(scale, min), (scale1, min1)] =
                     scales_of::<F>(record, record.add(F::LAYOUT.sub_scales_at(g)), side);
                 for t in 0..x.rows {
@@ -52,14 +52,14 @@ pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &Activation
     }
 }
 
-/// `Σ code * q` over the inputs of `w`, whose high plane is at `hi` and low plane 32 bytes on.
+/// `Σ code · q` over the inputs of `w`. The high plane of `q` is at `hi`, the low plane 32 bytes after it.
 ///
 /// # Safety
-/// Both planes can be read for four inputs a vector of `w`.
+/// Four bytes for each vector of `w` can be read in both planes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn dot<F: BlockFormat>(w: &[__m256i], hi: *const i32) -> __m256 {
-    // An instruction adds two products of a code and a byte (at most 128), and 16 bits hold the sums of so many.
+    // An instruction adds two products of a code and a byte of at most 128. So many of its sums fit in 16 bits:
     let (four, five, six) = (8, 4, 2);
     let planes = [0, 8].map(|plane| {
         // SAFETY: promised by the caller.
@@ -69,7 +69,7 @@ unsafe fn dot<F: BlockFormat>(w: &[__m256i], hi: *const i32) -> __m256 {
             5 => dot(w, five),
             6 => dot(w, six),
             _ => {
-                // Two products of 8-bit codes can be too much: 16 times the high nibbles' and the low nibbles'.
+                // Two products of 8-bit codes can overflow, so high and low nibbles are multiplied apart.
                 let nibble = _mm256_set1_epi8(15);
                 let (mut low, mut high) = ([_mm256_setzero_si256(); 8], [_mm256_setzero_si256(); 8]);
                 for (v, &w) in w.iter().enumerate() {
@@ -83,10 +83,10 @@ unsafe fn dot<F: BlockFormat>(w: &[__m256i], hi: *const i32) -> __m256 {
     _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32::<8>(planes[0]), planes[1]))
 }
 
-/// `Σ code * byte` over the inputs of `w`, the bytes at `plane`; 16-bit sums hold `adds` additions.
+/// `Σ code · byte` over the inputs of `w`, with the bytes at `plane`. 16-bit sums hold `adds` additions.
 ///
 /// # Safety
-/// Four bytes a vector of `w` can be read at `plane`.
+/// Four bytes for each vector of `w` can be read at `plane`.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn plane_dot(w: &[__m256i], plane: *const i32, adds: usize) -> __m256i {
@@ -103,14 +103,14 @@ unsafe fn plane_dot(w: &[__m256i], plane: *const i32, adds: usize) -> __m256i {
     sum
 }
 
-/// Half of each of the eight vectors of a group's codes, as [`super::PanelLayout::expand`] lays them out.
+/// Half of each of the eight vectors of a group's codes, expanded as by [`super::PanelLayout::expand`].
 ///
 /// # Safety
 /// A group of `F` can be read at `codes`; `side` is 0 or 1.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn unpack<F: BlockFormat>(codes: *const u8, side: usize) -> [__m256i; 8] {
-    // SAFETY: promised by the caller; a group of 8-bit codes has eight vectors, of fewer bits as many as are read.
+    // SAFETY: promised by the caller. A group has eight vectors with 8-bit codes, and as many as are read with fewer bits.
     let load = |v: usize| unsafe { _mm256_loadu_si256(codes.add(64 * v + 32 * side).cast()) };
     let mut w = [_mm256_setzero_si256(); 8];
     if F::LAYOUT.bits == 8 {
@@ -126,7 +126,7 @@ unsafe fn unpack<F: BlockFormat>(codes: *const u8, side: usize) -> [__m256i; 8] 
         w[v + 4] = _mm256_and_si256(_mm256_srli_epi16::<4>(both), nibble);
     }
     for v in 0..8 {
-        // The bits of this vector's codes from bit 4 on; what a shift brings in from the next byte is masked away.
+        // The upper bits of this vector's codes, moved to bit 4. Bits that a shift brings in from the next byte are masked.
         let (bits, at, mask) = match F::LAYOUT.bits {
             5 => (load(4), v, 0x10),
             6 => (load(4 + v / 4), v % 4 * 2, 0x30),
@@ -140,17 +140,17 @@ unsafe fn unpack<F: BlockFormat>(codes: *const u8, side: usize) -> [__m256i; 8] 
     w
 }
 
-/// Half of the scales and mins of both halves of a group, as [`super::PanelLayout::scale`].
+/// Scale and min of eight rows, for both halves of a group, as [`super::PanelLayout::scales`] computes them.
 ///
 /// # Safety
-/// A record of `F` can be read at `record`, and `sub` is the place of the group's byte-sized scales in it; `side` is 0 or 1.
+/// A record of `F` can be read at `record`, in which the group's byte-sized scales are at `sub`. `side` is 0 or 1.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn scales_of<F: BlockFormat>(record: *const u8, sub: *const u8, side: usize) -> [(__m256, __m256); 2] {
-    // SAFETY: promised by the caller: each read is of half an item of the record.
+    // SAFETY: promised by the caller. Each read is half an item of the record.
     let half =
         |item: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(record.add(2 * PANEL * item + PANEL * side).cast())) };
-    // SAFETY: the same.
+    // SAFETY: as above.
     let bytes = |item: usize| unsafe { _mm_loadl_epi64(sub.add(PANEL * item + PANEL / 2 * side).cast()) };
     let zero = _mm256_set1_ps(-f32::from(F::LAYOUT.zero));
     match F::LAYOUT.scales {
@@ -170,11 +170,10 @@ unsafe fn scales_of<F: BlockFormat>(record: *const u8, sub: *const u8, side: usi
 /// See [`super::float`].
 ///
 /// # Safety
-/// `x` has the panel's number of steps and 1 to 8 rows.
+/// `x` has the panel's number of steps, and 1 to 8 rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
-    // SAFETY: as promised by the caller; a step of a panel has 8 x 16 values (a codebook's: 64 bytes of codes), and
-    // loads stay in one step.
+    // SAFETY: promised by the caller. A step of a panel has 8 · 16 values, or 64 bytes of codes, and loads stay in one step.
     unsafe {
         match panel {
             FloatPanel::F32(w) => steps(x, out, |step, side, w8| {
@@ -201,7 +200,7 @@ pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
                     let mut codes = _mm256_loadu_si256(codes.as_ptr().add(step * PANEL + 8 * side).cast());
                     let scale = _mm256_loadu_ps(scales.as_ptr().add(8 * step / block * PANEL + 8 * side));
                     for i in 0..8 {
-                        // Permutations read the low three bits of each lane; the fourth chooses between them.
+                        // Permutations use the low three bits of each lane. The fourth bit selects between them.
                         let low = _mm256_permutevar8x32_ps(low, codes);
                         let high = _mm256_permutevar8x32_ps(high, codes);
                         let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
@@ -214,7 +213,7 @@ pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
     }
 }
 
-/// All steps of eight inputs, of which `decode` gives the weights of a half panel.
+/// Runs all steps of eight inputs. `decode` gives a step's weights for half a panel.
 ///
 /// # Safety
 /// The processor has AVX2 and FMA.

@@ -1,4 +1,4 @@
-//! AVX-512 with VNNI: a vector holds one value of each of the 16 rows, or four codes of each.
+//! AVX-512 with VNNI. A vector holds one value, or four codes, of each of the 16 rows.
 
 use std::arch::x86_64::*;
 
@@ -23,17 +23,17 @@ macro_rules! by_rows {
     };
 }
 
-/// How far ahead codes are fetched with three rows and more: the processor does not look past that many rows' work by itself,
-/// and with fewer rows it does better alone.
+/// Bytes by which codes are prefetched with three rows or more: the processor does not look that far ahead by itself. With fewer rows
+/// it is faster alone.
 const AHEAD: usize = 4096;
 
 /// See [`super::affine`].
 ///
 /// # Safety
-/// `codes`, `scales` and `x` are whole groups of `F`, as many in each; `x` has 1 to 8 rows.
+/// `codes`, `scales` and `x` consist of the same number of whole groups of `F`. `x` has 1 to 8 rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
-    // SAFETY: as promised by the caller; the constant is the tile's number of rows.
+    // SAFETY: promised by the caller. The constant is the tile's number of rows.
     unsafe { by_rows!(x.rows, affine_rows::<F>(codes, scales, x, out)) }
 }
 
@@ -46,11 +46,11 @@ unsafe fn affine_rows<F: BlockFormat, const R: usize>(
     x: &ActivationTile,
     out: &mut Products,
 ) {
-    let (per, record_bytes) = const { F::LAYOUT.record() };
+    let record_layout = const { F::LAYOUT.record() };
     let group_bytes = const { F::LAYOUT.group_bytes() };
     let (mut planes, mut sums, mut half_sums) = (x.planes.as_ptr(), x.sums.as_ptr(), x.half_sums.as_ptr());
     let mut acc = [_mm512_setzero_ps(); R];
-    // SAFETY: the pointers walk whole groups in step, `codes.len() / group_bytes` times.
+    // SAFETY: the pointers advance by whole groups together, `codes.len() / group_bytes` times.
     unsafe {
         for g in 0..codes.len() / group_bytes {
             let at = codes.as_ptr().add(g * group_bytes);
@@ -60,12 +60,12 @@ unsafe fn affine_rows<F: BlockFormat, const R: usize>(
                 }
             }
             let w = unpack::<F>(at);
-            let record = scales.as_ptr().add(g / per * record_bytes);
+            let record = scales.as_ptr().add(g / record_layout.groups * record_layout.bytes);
             let [(scale, min), (scale1, min1)] = scales_of::<F>(record, record.add(F::LAYOUT.sub_scales_at(g)));
             for t in 0..R {
                 let hi = planes.add(64 * t).cast::<i32>();
                 let lo = hi.add(8);
-                // Two chains, so that latencies overlap.
+                // Two chains of additions, whose latencies overlap.
                 let mut dots = [[_mm512_setzero_si512(); 2]; 2];
                 for v in 0..8 {
                     let half = if matches!(F::LAYOUT.scales, Scales::SuperHalves) { v / 4 } else { 0 };
@@ -95,14 +95,14 @@ unsafe fn affine_rows<F: BlockFormat, const R: usize>(
     }
 }
 
-/// The eight vectors of a group's codes, as [`super::PanelLayout::expand`] lays them out.
+/// The eight vectors of a group's codes, expanded as by [`super::PanelLayout::expand`].
 ///
 /// # Safety
 /// A group of `F` can be read at `codes`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn unpack<F: BlockFormat>(codes: *const u8) -> [__m512i; 8] {
-    // SAFETY: promised by the caller; a group of 8-bit codes has eight vectors, of fewer bits as many as are read.
+    // SAFETY: promised by the caller. A group has eight vectors with 8-bit codes, and as many as are read with fewer bits.
     let load = |v: usize| unsafe { _mm512_loadu_si512(codes.add(64 * v).cast()) };
     let mut w = [_mm512_setzero_si512(); 8];
     if F::LAYOUT.bits == 8 {
@@ -117,7 +117,7 @@ unsafe fn unpack<F: BlockFormat>(codes: *const u8) -> [__m512i; 8] {
         w[v] = _mm512_and_si512(both, nibble);
         w[v + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), nibble);
     }
-    // Moves bit `from` of each byte to bit 4; what crosses into the next byte is masked away.
+    // Moves bit `from` of each byte to bit 4. Bits that cross into the next byte are masked later.
     let to_four = |bits: __m512i, from: usize| match from {
         0 => _mm512_slli_epi16::<4>(bits),
         1 => _mm512_slli_epi16::<3>(bits),
@@ -139,16 +139,17 @@ unsafe fn unpack<F: BlockFormat>(codes: *const u8) -> [__m512i; 8] {
     w
 }
 
-/// Scales and mins of both halves of a group (the same ones, but for `SuperHalves`), as [`super::PanelLayout::scale`].
+/// Scale and min of the rows, for both halves of a group, as [`super::PanelLayout::scales`] computes them. The halves differ for
+/// `SuperHalves` only.
 ///
 /// # Safety
-/// A record of `F` can be read at `record`, and `sub` is the place of the group's byte-sized scales in it.
+/// A record of `F` can be read at `record`, in which the group's byte-sized scales are at `sub`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn scales_of<F: BlockFormat>(record: *const u8, sub: *const u8) -> [(__m512, __m512); 2] {
-    // SAFETY: promised by the caller: each read is of one item of the record.
+    // SAFETY: promised by the caller. Each read is one item of the record.
     let half = |item: usize| unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(record.add(2 * PANEL * item).cast())) };
-    // SAFETY: the same.
+    // SAFETY: as above.
     let bytes = |item: usize| unsafe { _mm_loadu_si128(sub.add(PANEL * item).cast()) };
     let zero = _mm512_set1_ps(-f32::from(F::LAYOUT.zero));
     match F::LAYOUT.scales {
@@ -168,11 +169,10 @@ unsafe fn scales_of<F: BlockFormat>(record: *const u8, sub: *const u8) -> [(__m5
 /// See [`super::float`].
 ///
 /// # Safety
-/// `x` has the panel's number of steps and 1 to 8 rows.
+/// `x` has the panel's number of steps, and 1 to 8 rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
-    // SAFETY: as promised by the caller; a step of a panel has 8 x 16 values (a codebook's: 64 bytes of codes), and
-    // loads stay in one step.
+    // SAFETY: promised by the caller. A step of a panel has 8 · 16 values, or 64 bytes of codes, and loads stay in one step.
     unsafe {
         match panel {
             FloatPanel::F32(w) => by_rows!(
@@ -208,7 +208,7 @@ pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
                         let mut codes = _mm512_loadu_si512(codes.as_ptr().add(step * PANEL).cast());
                         let scale = _mm512_loadu_ps(scales.as_ptr().add(8 * step / block * PANEL));
                         for i in 0..8 {
-                            // The permutation reads the low four bits of each lane.
+                            // The permutation uses the low four bits of each lane.
                             w8[i] = _mm512_mul_ps(_mm512_permutexvar_ps(codes, values), scale);
                             codes = _mm512_srli_epi32::<4>(codes);
                         }
@@ -219,7 +219,7 @@ pub unsafe fn float(panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
     }
 }
 
-/// All steps of eight inputs, of which `decode` gives the weights.
+/// Runs all steps of eight inputs. `decode` gives a step's weights.
 ///
 /// # Safety
 /// `x` has `R` rows.

@@ -1,8 +1,10 @@
-//! Products of one panel of 16 rows with one tile of activations, in the vectors that the machine has.
+//! Products of one panel of 16 rows with one tile of activations, for each instruction set.
 //!
 //! Every kernel does the same float operations in the same order, so all give the same bits, for any number of activation rows:
-//! integer: group by group in order of k, `acc = fma(min, Σ q, fma(scale, Σ code * q, acc))`, where the integer sums are exact
-//! (Q6_K: the scales of both halves, then the mins); float: input by input, `acc = fma(w, x, acc)`.
+//!
+//! - integer: `acc = fma(min, Σ q, fma(scale, Σ code · q, acc))`, group by group along `k`. The integer sums are exact. Q6_K adds the
+//!   scaled sums of both halves of a group, then the mins.
+//! - float: `acc = fma(w, x, acc)`, input by input.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -17,25 +19,25 @@ use super::activations::{ActivationTile, ROWS};
 use super::affine::{PANEL, PanelLayout};
 use super::float::FloatPanel;
 
-/// `[activation row][panel row]`; a kernel writes the first [`ActivationTile::rows`].
+/// `[activation row][panel row]`. A kernel writes the first [`ActivationTile::rows`] rows.
 pub type Products = [[f32; PANEL]; ROWS];
 
-/// A set of vector instructions.
+/// An instruction set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// With the dot products of ARMv8.2. Float matrices take the portable kernels, which the compiler vectorises.
+    /// NEON with the dot products of ARMv8.2. Float matrices take the portable kernel, which the compiler vectorises.
     #[cfg(target_arch = "aarch64")]
     Neon,
-    /// Plain loops over 16 lanes, of which the compiler makes whatever vectors the target always has.
+    /// Plain loops over 16 lanes, which the compiler vectorises for the target's baseline.
     Portable,
 }
 
 impl Isa {
-    /// What this machine has, the fastest first.
+    /// The instruction sets of this machine, the fastest first.
     pub fn available() -> Vec<Isa> {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -63,13 +65,13 @@ impl Isa {
         all
     }
 
-    /// The fastest that this machine has.
+    /// The fastest instruction set of this machine.
     pub fn best() -> Isa {
         static BEST: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
         *BEST.get_or_init(|| Isa::available()[0])
     }
 
-    /// Its name for people.
+    /// Its name for display.
     pub fn name(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -83,14 +85,14 @@ impl Isa {
     }
 }
 
-/// A block format as a type, so that each gets its own code.
+/// A block format as a type, so that the kernels are compiled for each.
 trait BlockFormat {
     const LAYOUT: PanelLayout;
 }
 
 macro_rules! formats {
     ($($codec:ident)*) => {
-        /// One type a block codec.
+        /// A type for each block format.
         mod format {
             $(pub struct $codec;
             impl super::BlockFormat for $codec {
@@ -98,7 +100,7 @@ macro_rules! formats {
             })*
         }
 
-        /// Products of a panel of integer codes, before activation scales. `isa` must be available here.
+        /// The products of a panel of integer codes, without the activations' scales. The machine must have `isa`.
         pub fn affine(isa: Isa, codec: Codec, codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
             match codec {
                 $(Codec::$codec => affine_as::<format::$codec>(isa, codes, scales, x, out),)*
@@ -111,31 +113,35 @@ formats!(Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4K Q5K Q6K);
 
 fn affine_as<F: BlockFormat>(isa: Isa, codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     let groups = codes.len() / F::LAYOUT.group_bytes();
-    let (per, record) = F::LAYOUT.record();
-    assert!(groups.is_multiple_of(per) && scales.len() == groups / per * record, "scales do not fit the codes");
+    let record = F::LAYOUT.record();
+    assert!(
+        groups.is_multiple_of(record.groups) && scales.len() == groups / record.groups * record.bytes,
+        "scales do not fit the codes"
+    );
     assert!((1..=ROWS).contains(&x.rows) && x.planes.len() == groups * x.rows * 64, "activations do not fit the codes");
     assert!(x.sums.len() == groups * x.rows && x.half_sums.len() == 2 * x.sums.len());
     match isa {
-        // SAFETY (both): the machine has the instructions, as `isa` says; sizes were checked above.
+        // SAFETY: the machine has the instructions of `isa`; sizes were checked above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { avx512::affine::<F>(codes, scales, x, out) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::affine::<F>(codes, scales, x, out) },
-        // SAFETY: the same.
+        // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => unsafe { neon::affine::<F>(codes, scales, x, out) },
         Isa::Portable => portable::affine::<F>(codes, scales, x, out),
     }
 }
 
-/// Products of a panel of floats. `isa` must be available here.
+/// The products of a panel of floats. The machine must have `isa`.
 pub fn float(isa: Isa, panel: FloatPanel, x: &ActivationTile, out: &mut Products) {
-    assert!((1..=ROWS).contains(&x.rows) && x.values.len() == panel.steps() * 8 * x.rows, "a tile for another k");
+    assert!((1..=ROWS).contains(&x.rows) && x.values.len() == panel.steps() * 8 * x.rows, "the tile has another k");
     match isa {
-        // SAFETY: the machine has the instructions, as `isa` says; sizes were checked above.
+        // SAFETY: the machine has the instructions of `isa`; sizes were checked above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => unsafe { avx512::float(panel, x, out) },
-        // SAFETY: the same.
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::float(panel, x, out) },
         #[cfg(target_arch = "aarch64")]

@@ -1,5 +1,5 @@
-//! NEON with the dot products of ARMv8.2: a vector holds four codes of each of four rows, and the panel is done a quarter at a
-//! time, so that a group's eight vectors stay in registers while activation rows go by.
+//! NEON with the dot products of ARMv8.2. A vector holds four codes of each of four rows. The panel is multiplied a quarter at a time,
+//! so that a group's eight vectors stay in registers while activation rows pass.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -11,14 +11,14 @@ use super::{BlockFormat, Products};
 /// See [`super::affine`].
 ///
 /// # Safety
-/// The processor has the dot products; `codes`, `scales` and `x` are whole groups of `F`, as many in each; `x` has 1 to 8 rows.
+/// The processor has the dot products. `codes`, `scales` and `x` consist of the same number of whole groups of `F`. `x` has 1 to 8 rows.
 #[target_feature(enable = "neon,dotprod")]
 pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &ActivationTile, out: &mut Products) {
     let halves = matches!(F::LAYOUT.scales, Scales::SuperHalves);
     for quarter in 0..4 {
         let mut acc = [vdupq_n_f32(0.0); ROWS];
         for (g, codes) in codes.chunks_exact(F::LAYOUT.group_bytes()).enumerate() {
-            // SAFETY: a whole group of `F`, and a quarter of it.
+            // SAFETY: `codes` is a whole group of `F`, and `quarter` is 0 to 3.
             let w = unsafe { unpack::<F>(codes.as_ptr(), quarter) };
             let [[scale, min], [scale1, min1]] = F::LAYOUT.scales(scales, g).map(|half| {
                 // SAFETY: a quarter of 16 floats.
@@ -33,7 +33,7 @@ pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &Activation
                 let sums = &x.half_sums[2 * cell..2 * cell + 2];
                 let mut dot = [0, 1].map(|h| {
                     let dot = vaddq_s32(vshlq_n_s32::<8>(hi[h]), lo[h]);
-                    // What subtracting 128 from codes took away; the sums are integers, exact.
+                    // Adds what the codes lack because 128 was subtracted from them. The sums are exact integers.
                     if F::LAYOUT.bits == 8 { vaddq_s32(dot, vdupq_n_s32(128 * sums[h] as i32)) } else { dot }
                 });
                 if halves {
@@ -55,7 +55,7 @@ pub unsafe fn affine<F: BlockFormat>(codes: &[u8], scales: &[u8], x: &Activation
     }
 }
 
-/// `Σ code * byte` over the first and the second 16 inputs, the bytes at `plane`.
+/// `Σ code · byte` over the first and the second 16 inputs, with the bytes at `plane`.
 ///
 /// # Safety
 /// 32 bytes can be read at `plane`.
@@ -66,8 +66,8 @@ unsafe fn dots(w: &[int8x16_t; 8], plane: *const i8) -> [int32x4_t; 2] {
     let x = unsafe { [vld1q_s8(plane), vld1q_s8(plane.add(16))] };
     [0, 1].map(|h| {
         let mut dot = vdupq_n_s32(0);
-        // The intrinsic (`vdotq_laneq_s32`) is not stable yet.
-        // SAFETY: registers only; the function's features have the instruction.
+        // The intrinsic, `vdotq_laneq_s32`, is not stable yet.
+        // SAFETY: uses registers only, and the function's features include the instruction.
         unsafe {
             asm!(
                 "sdot {dot:v}.4s, {w0:v}.16b, {x:v}.4b[0]",
@@ -87,15 +87,15 @@ unsafe fn dots(w: &[int8x16_t; 8], plane: *const i8) -> [int32x4_t; 2] {
     })
 }
 
-/// A quarter of each of the eight vectors of a group's codes, as [`super::PanelLayout::expand`] lays them out; codes of 8 bits less
-/// 128, so that they fit signed bytes.
+/// A quarter of each of the eight vectors of a group's codes, expanded as by [`super::PanelLayout::expand`]. 128 is subtracted from 8-bit
+/// codes, so that they fit in signed bytes.
 ///
 /// # Safety
 /// A group of `F` can be read at `codes`; `quarter` is 0 to 3.
 #[inline]
 #[target_feature(enable = "neon")]
 unsafe fn unpack<F: BlockFormat>(codes: *const u8, quarter: usize) -> [int8x16_t; 8] {
-    // SAFETY: promised by the caller; a group of 8-bit codes has eight vectors, of fewer bits as many as are read.
+    // SAFETY: promised by the caller. A group has eight vectors with 8-bit codes, and as many as are read with fewer bits.
     let load = |v: usize| unsafe { vld1q_u8(codes.add(64 * v + 16 * quarter)) };
     let mut w = [vdupq_n_u8(0); 8];
     for v in 0..8 {
@@ -104,7 +104,7 @@ unsafe fn unpack<F: BlockFormat>(codes: *const u8, quarter: usize) -> [int8x16_t
             _ if v < 4 => vandq_u8(load(v), vdupq_n_u8(15)),
             _ => vshrq_n_u8::<4>(load(v - 4)),
         };
-        // The bits from bit 4 on.
+        // The upper bits, moved to bit 4.
         let (bits, at, mask) = match F::LAYOUT.bits {
             5 => (load(4), v, 1),
             6 => (load(4 + v / 4), v % 4 * 2, 3),

@@ -1,4 +1,4 @@
-//! Plain Rust: what the other kernels must equal bit for bit.
+//! Plain Rust: the reference that the other kernels must equal bit for bit.
 
 use super::super::activations::ActivationTile;
 use super::super::affine::{GROUP, PANEL, Scales};
