@@ -113,7 +113,7 @@ impl Tiers {
     /// Empty slots of `budget` bytes in all, with loader threads that end when this is dropped. Errors: a GPU has no memory
     /// for the slots, or a thread cannot be started.
     pub(super) fn new(model: Arc<ModelConfig>, host: Arc<HostTier>, device: &Device, budget: usize) -> Result<Self> {
-        let pool = SlotPool::on(device, &model, budget)?;
+        let pool = SlotPool::new(device, &model, budget)?;
         let stats = host.stats.clone();
         Ok(Self {
             budget,
@@ -195,7 +195,7 @@ impl Tiers {
     fn put_finished_loads(&mut self) {
         while let Some((key, loaded)) = self.loaders.finished() {
             let Some(resident) = self.residents.get(&key) else { continue };
-            match loaded.and_then(|staged| self.pool.put(resident.slot, staged)) {
+            match loaded.and_then(|staged| self.pool.upload(resident.slot, staged)) {
                 Ok(()) => self.arriving.push(key),
                 Err(error) => self.fail(key, error),
             }
@@ -205,7 +205,7 @@ impl Tiers {
     fn check_arrivals(&mut self) {
         for key in std::mem::take(&mut self.arriving) {
             let Some(resident) = self.residents.get_mut(&key) else { continue };
-            match self.pool.arrived(resident.slot) {
+            match self.pool.is_ready(resident.slot) {
                 Ok(false) => self.arriving.push(key),
                 Ok(true) => {
                     resident.ready = true;

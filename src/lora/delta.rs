@@ -1,5 +1,8 @@
-//! Low-rank deltas: shrink `h = x·Aᵀ`, expand `y += scale·h·Bᵀ`, per segment of a flat batch
-//! (Hu et al., 2021; segments as in Punica, Chen et al., 2023).
+//! Adds the adapters' deltas to a base product: shrink `h = x·Aᵀ`, expand `y += scale·h·Bᵀ`, segment by segment of a flat batch
+//! (LoRA, Hu et al., 2021; segments as in Punica, Chen et al., 2023).
+//!
+//! This file is the CPU half. Shrink computes the intermediate values of all segments in parallel, then expand adds all deltas. Both
+//! sum in an order that depends on shapes alone, so a row's bits do not depend on its neighbours or its segment.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -24,50 +27,52 @@ pub use cuda::{gained, work, work_words};
 /// The adapters of a step's rows.
 #[derive(Clone, Copy)]
 pub struct Adapters<'a> {
-    /// Which rows carry which slots.
+    /// The segments of the rows.
     pub segments: &'a [Segment],
     /// The slots' weights.
     pub slots: &'a SlotPool,
-    /// On a GPU: the step's metadata there.
+    /// On a GPU, the step's metadata in device memory.
     pub step: Option<&'a DeviceStep>,
-    /// Whether only the rows whose logits are wanted are left, and `segments` numbers those.
+    /// Whether the rows are the logit rows alone, and `segments` is [`crate::ops::batch::Batch::logit_segments`].
     pub logits: bool,
 }
 
-/// One adapter's pair for one module, as the op reads it.
+/// One adapter's pair for one module, as the CPU's op reads it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraPair {
-    /// First column of this module in the (possibly fused) output row: k comes after q in qkv.
+    /// The module's first column in the fused output of its site: k follows q in qkv.
     pub offset: usize,
     /// Output features of the module.
     pub n: usize,
     /// Input features.
     pub k: usize,
-    /// Exact rank of this pair; ranks differ between modules and adapters.
+    /// The pair's exact rank. Ranks differ between modules and between adapters.
     pub rank: usize,
     /// `alpha / rank`, or `alpha / sqrt(rank)` under rsLoRA.
     pub scale: f32,
-    /// `A [rank, k]` row-major.
+    /// `A [rank, k]`, row-major.
     pub a: Vec<f32>,
-    /// `Bᵀ [rank, n]` row-major: expanding streams it in output order.
+    /// `Bᵀ [rank, n]`, row-major, which expand reads in the order of the output.
     pub b: Vec<f32>,
-    /// `lora_B.bias [n]`, scaled like the delta.
+    /// `lora_B.bias [n]`, which is scaled like the delta.
     pub bias: Option<Vec<f32>>,
-    /// DoRA's, which scale the sum of base and delta.
+    /// DoRA's magnitudes, whose gains scale the sum of base and delta.
     pub magnitude: Option<Magnitude>,
 }
 
-/// Rows a task takes.
+/// Rows of a task.
 const ROWS: usize = 32;
-/// Ranks a shrinking task takes.
+/// Ranks of a shrink task.
 const RANKS: usize = 8;
-/// Output columns an expanding task takes.
+/// Output columns of an expand task.
 const COLUMNS: usize = 512;
 
-/// `y[row] += Σ weight · (scale · (x[row] · Aᵀ) · Bᵀ + scale · bias)` in place, over the terms of the row's segment in
-/// order and the modules of each term's slot at this layer and site, each at its columns; then DoRA's gains, which a term
-/// has to itself, at weight 1. `x [T, k]`, `y [T, n]`; f32, on a GPU `x` bf16 and `y` bf16 or f32. Rows outside the segments
-/// keep their bits. Errors when a slot does not fit `x` and `y`, or a segment the rows.
+/// Adds the deltas of a site to its base product in place: `y[row] += Σ weight · scale · ((x[row] · Aᵀ) · Bᵀ + bias)`. The sum runs over
+/// the terms of the row's segment, in order, and over the modules of each term's slot at this layer and site, each at its own
+/// columns. Then DoRA's gains scale the row. An adapter with gains must be the only term, at weight 1.
+///
+/// `x [T, k]`, `y [T, n]`; f32, on a GPU `x` is bf16 and `y` is bf16 or f32. Rows outside the segments do not change. Errors: a pair
+/// that does not fit `x` and `y`, a segment that does not fit the rows.
 pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site: Site) -> Result<()> {
     #[cfg(feature = "cuda")]
     if y.device().is_cuda() {
@@ -76,18 +81,22 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
     add_pairs(y, x, adapters.segments, |slot| adapters.slots.pairs(slot, layer, site))
 }
 
-/// [`add_delta`] on the CPU.
+/// [`add_delta`] on the CPU, with the pairs of each slot.
 fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u32) -> &'a [LoraPair]) -> Result<()> {
     let ((rows, n), (x_rows, k)) = (y.dims2()?, x.dims2()?);
     if rows != x_rows {
-        return Err(Error::internal(format!("delta of {x_rows} rows to {rows}")));
+        return Err(Error::internal(format!("delta of {x_rows} rows for {rows} rows")));
     }
+    // One delta for each pair of each segment, and its place among the intermediate values.
     let mut deltas = Vec::new();
     let mut hidden = 0;
     let mut end = 0;
     for segment in segments {
         if segment.rows.start < end || segment.rows.end > rows || segment.rows.is_empty() {
-            return Err(Error::internal(format!("{:?} in {rows} rows after row {end}", segment.rows)));
+            return Err(Error::internal(format!(
+                "segment {:?} in {rows} rows, after a segment that ends at row {end}",
+                segment.rows
+            )));
         }
         end = segment.rows.end;
         for &(slot, weight) in &segment.terms {
@@ -95,7 +104,7 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
                 pair.check(n, k)?;
                 let gains = pair.gains()?;
                 if gains.is_some() && (segment.terms.len() > 1 || weight != 1.0) {
-                    return Err(Error::internal("DoRA adapters have no weights and share no rows"));
+                    return Err(Error::internal("DoRA adapters cannot be weighted or mixed with others"));
                 }
                 deltas.push(SegmentDelta {
                     rows: segment.rows.clone(),
@@ -115,7 +124,7 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
 }
 
 impl<'a> Adapters<'a> {
-    /// All pairs of the rows' adapters at a layer and site, on the CPU.
+    /// All pairs of the rows' adapters at a layer and site. Empty on a GPU.
     pub fn pairs(&self, layer: usize, site: Site) -> impl Iterator<Item = &'a LoraPair> {
         let slots = self.slots;
         self.segments.iter().flat_map(|s| &s.terms).flat_map(move |&(slot, _)| slots.pairs(slot, layer, site))
@@ -123,7 +132,7 @@ impl<'a> Adapters<'a> {
 }
 
 impl LoraPair {
-    /// Whether the pair's arrays have its own shape and fit a matrix `[n, k]`.
+    /// Checks that the pair's arrays have its shape, and that it fits a matrix `[n, k]`.
     fn check(&self, n: usize, k: usize) -> Result<()> {
         let Self { offset, n: out, k: inp, rank, a, b, bias, magnitude, .. } = self;
         let whole = a.len() == rank * inp
@@ -132,7 +141,7 @@ impl LoraPair {
             && magnitude.as_ref().is_none_or(|m| m.rows() == *out);
         if !whole || *inp != k || offset + out > n || *rank == 0 {
             return Err(Error::internal(format!(
-                "a pair of rank {rank} for {inp} -> {out} at column {offset}, with {} and {} values, on {k} -> {n}",
+                "a pair of rank {rank} for {inp} -> {out} at column {offset}, with {} and {} values, for a site of {k} -> {n}",
                 a.len(),
                 b.len()
             )));
@@ -141,23 +150,23 @@ impl LoraPair {
     }
 }
 
-/// One pair under one segment.
+/// The delta of one pair for one segment.
 struct SegmentDelta<'a> {
     /// The segment's rows.
     rows: Range<usize>,
     pair: &'a LoraPair,
-    /// The term's weight times the pair's scale.
+    /// The term's weight, times the pair's scale.
     weight: f32,
-    /// Of the pair's columns.
+    /// DoRA's gains of the pair's columns.
     gains: Option<&'a [f32]>,
-    /// Where `weight · x·Aᵀ [rows, rank]` is in the intermediate values.
+    /// Where `weight · x·Aᵀ [rows, rank]` starts among the intermediate values.
     hidden: usize,
 }
 
 struct AddDelta<'a> {
-    /// By segment; within one, in the order of its terms.
+    /// In the order of segments, and of terms within a segment.
     deltas: Vec<SegmentDelta<'a>>,
-    /// Intermediate values in all.
+    /// The number of intermediate values.
     hidden: usize,
 }
 
@@ -178,7 +187,7 @@ impl InplaceOp2 for AddDelta<'_> {
 }
 
 impl AddDelta<'_> {
-    /// `hidden = weight · x · Aᵀ` for every delta.
+    /// Computes `hidden = weight · x · Aᵀ` of every delta.
     fn shrink(&self, x: &[f32], hidden: &mut [f32]) {
         let mut tasks = Vec::new();
         let mut multiply_adds = 0;
@@ -195,7 +204,7 @@ impl AddDelta<'_> {
         });
     }
 
-    /// `y += hidden · B + weight · bias` for every delta. A task does all deltas of its rows and columns, in order.
+    /// Adds `hidden · Bᵀ + weight · bias` of every delta to `y`. A task adds all deltas of its rows and columns, in order.
     fn expand(&self, hidden: &[f32], y: SharedMut<f32>, n: usize) {
         let mut tasks = Vec::new();
         let mut multiply_adds = 0;
@@ -218,12 +227,12 @@ impl AddDelta<'_> {
     }
 }
 
-/// `range` in pieces of `step`.
+/// Cuts `range` into ranges of `step`.
 fn chunks(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
     range.clone().step_by(step).map(move |start| start..(start + step).min(range.end))
 }
 
-/// Some rows and ranks of one delta's `weight · x · Aᵀ`.
+/// Shrink of some rows and ranks of one delta: `weight · x · Aᵀ`.
 struct Shrink<'a> {
     delta: &'a SegmentDelta<'a>,
     rows: Range<usize>,
@@ -260,7 +269,7 @@ impl Shrink<'_> {
         }
     }
 
-    /// `R` rows by `C` ranks: each dot product over lanes of `k`, then across the lanes.
+    /// `R` rows by `C` ranks. Each dot product is summed within lanes along `k`, then across lanes.
     #[inline(always)]
     fn tile<L: Lanes, const R: usize, const C: usize>(&self, start: usize, rank: usize) {
         let LoraPair { k, rank: width, ref a, .. } = *self.delta.pair;
@@ -285,7 +294,7 @@ impl Shrink<'_> {
         for r in 0..R {
             let x: L = simd::load_part(&x[r][tail..]);
             let at = self.delta.hidden + (start + r - self.delta.rows.start) * width + rank;
-            // SAFETY: ranks of one row of a delta, inside its share, and each belongs to one task.
+            // SAFETY: ranks of one row of a delta, inside its intermediate values; each belongs to one task.
             let hidden = unsafe { self.hidden.slice(at, C) };
             for c in 0..C {
                 let sum = x.mul_add(simd::load_part(&a[c][tail..]), sum[r][c]).sum();
@@ -295,11 +304,11 @@ impl Shrink<'_> {
     }
 }
 
-/// Some rows and columns of `y += hidden · B + weight · bias`, and `y`'s gains.
+/// Expand of some rows and columns of one delta: `y += hidden · Bᵀ + weight · bias`, then `y`'s gains.
 struct Expand<'a> {
     delta: &'a SegmentDelta<'a>,
     rows: Range<usize>,
-    /// Of `y`.
+    /// Columns of `y`.
     columns: Range<usize>,
     hidden: &'a [f32],
     y: SharedMut<f32>,
@@ -336,15 +345,14 @@ impl Expand<'_> {
         self.tail::<L, R>(start, column);
     }
 
-    /// Row `r`'s values of `x · Aᵀ`.
+    /// The intermediate values of a row.
     #[inline(always)]
     fn hidden(&self, row: usize) -> &[f32] {
         let at = self.delta.hidden + (row - self.delta.rows.start) * self.delta.pair.rank;
         &self.hidden[at..at + self.delta.pair.rank]
     }
 
-    /// `R` rows by `C` vectors of columns from `column` on: the sum over ranks starts at the bias and goes to `y` in one
-    /// addition.
+    /// `R` rows by `C` vectors of columns from `column` on. The sum over ranks starts from the bias, and is added to `y` at once.
     #[inline(always)]
     fn tile<L: Lanes, const R: usize, const C: usize>(&self, start: usize, column: usize) {
         let LoraPair { offset, n, rank, ref b, ref bias, .. } = *self.delta.pair;
@@ -375,7 +383,7 @@ impl Expand<'_> {
         }
         for r in 0..R {
             let at = (start + r) * self.n + column;
-            // SAFETY: columns of one row of `y`, and each belongs to one task.
+            // SAFETY: columns of one row of `y`; each belongs to one task.
             let y = unsafe { self.y.slice(at, C * LANES) };
             for (c, (y, sum)) in y.as_chunks_mut::<LANES>().0.iter_mut().zip(sum[r]).enumerate() {
                 let mut changed = L::load(y).add(sum);
@@ -387,7 +395,7 @@ impl Expand<'_> {
         }
     }
 
-    /// The last columns, fewer than a vector.
+    /// The last columns, which are fewer than a vector.
     #[inline(always)]
     fn tail<L: Lanes, const R: usize>(&self, start: usize, column: usize) {
         let LoraPair { offset, n, rank, ref b, ref bias, .. } = *self.delta.pair;
@@ -440,7 +448,7 @@ mod tests {
         }
     }
 
-    /// The rows under `segments`, all in one call.
+    /// Adds the deltas of all segments in one call.
     fn run(y: &[f32], x: &[f32], rows: usize, segments: &[Segment], slots: &[Vec<LoraPair>]) -> Vec<f32> {
         let y = Tensor::from_slice(y, (rows, y.len() / rows), &Device::Cpu).unwrap();
         let x = Tensor::from_slice(x, (rows, x.len() / rows), &Device::Cpu).unwrap();
@@ -465,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn matches_f64_and_every_row_equals_that_row_alone() {
+    fn matches_f64_and_rows_stand_alone() {
         for (rows, n, k) in [(1usize, 1usize, 1usize), (9, 64, 48), (40, 100, 37), (70, 1100, 65)] {
             let part = n.div_ceil(3);
             let slots = vec![
@@ -482,7 +490,7 @@ mod tests {
                 vec![(1, 2.0), (1, 1.0)],
             ];
             let (y, x) = (random(7, rows * n), random(8, rows * k));
-            // Rows in segments of growing length with gaps between them.
+            // Segments of several lengths, with gaps between some of them.
             let (mut segments, mut start) = (Vec::new(), usize::from(rows > 1));
             for (i, length) in [1, 2, 5, 3, 18, 30].into_iter().enumerate() {
                 if start + length <= rows {

@@ -1,7 +1,8 @@
 //! DoRA (Liu et al., 2024) as a gain of each output row: `y = m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x)`.
 //!
-//! Norms need no dense weights but once a base: `‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b`, where `W·Aᵀ` is the base
-//! product of rank rows. The CPU's slots take them as they stand instead, once an adapter.
+//! The norms can be computed without dense weights: `‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b`. Here `‖w‖²` is computed
+//! once per base ([`row_squares`]), and `W·Aᵀ` is a base product of `rank` rows. Training and the GPU's slots use
+//! [`changed_norms`]. The CPU's slots dequantise `W` instead, once per adapter ([`LoraPair::prepare_gains`]).
 
 use std::sync::OnceLock;
 
@@ -11,48 +12,48 @@ use super::delta::LoraPair;
 use crate::ops::quant::{self, QMatrix};
 use crate::{Error, Result};
 
-/// Rows of the base that are dense at a time.
+/// Rows of the base that are dequantised at a time.
 const ROWS: usize = 1024;
 
-/// Squared norms of a matrix's rows, `[1, n]` f32.
+/// The squared norms of a matrix's rows `[1, n]`, f32. Errors: a failure of the device.
 pub fn row_squares(weight: &QMatrix) -> Result<Tensor> {
     let ids: Vec<u32> = (0..weight.n() as u32).collect();
     let squares = ids.chunks(ROWS).map(|ids| Ok(quant::gather_rows(weight, ids, None)?.sqr()?.sum(1)?));
     Ok(Tensor::cat(&squares.collect::<Result<Vec<_>>>()?, 0)?.reshape((1, weight.n()))?)
 }
 
-/// Norms of the rows of `W + scale·B·A`, `[1, n]` f32, from the squared norms of those of W, `[1, n]`, `A [rank, k]`,
-/// `B [n, rank]`, and `crossed = A·Wᵀ [rank, n]`, all f32.
+/// The norms of the rows of `W + scale·B·A`, `[1, n]`: from `squares [1, n]`, the squared norms of the rows of W, `A [rank, k]`,
+/// `B [n, rank]`, and `crossed [rank, n] = A·Wᵀ`. All f32. Errors: shapes that do not fit.
 pub fn changed_norms(squares: &Tensor, a: &Tensor, b: &Tensor, crossed: &Tensor, scale: f32) -> Result<Tensor> {
     let scale = f64::from(scale);
     let inner = ((crossed.t()? * (2.0 * scale))? + (b.matmul(&a.matmul(&a.t()?)?)? * (scale * scale))?)?;
     Ok((squares + (inner * b)?.sum_keepdim(1)?.t()?)?.sqrt()?)
 }
 
-/// Magnitudes of a pair's output rows, and the gains that they become once the base is at hand.
+/// The magnitudes of a pair's output rows, and their gains once these were computed from the base.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Magnitude {
     /// `m [n]`.
     values: Vec<f32>,
-    /// `m / ‖W + s·B·A‖ [n]`.
+    /// `m / ‖W + s·B·A‖ [n]`, empty at first.
     gains: OnceLock<Vec<f32>>,
 }
 
 impl Magnitude {
-    /// Of the `n` output rows of a module.
+    /// The magnitudes of a module's `n` output rows.
     pub fn new(values: Vec<f32>) -> Self {
         Self { values, gains: OnceLock::new() }
     }
 
-    /// How many rows have one.
+    /// The number of output rows.
     pub fn rows(&self) -> usize {
         self.values.len()
     }
 }
 
 impl LoraPair {
-    /// Prepares the pair's gains, if it has magnitudes, over the base `weight` of its site, whose rows they scale. The first
-    /// call takes as long as making the pair's rows of `weight` dense; later ones do nothing.
+    /// Computes the pair's gains from the base `weight` of its site, if the pair has magnitudes. The first call dequantises the pair's
+    /// rows of `weight`; later calls do nothing. Errors: shapes that do not fit.
     pub fn prepare_gains(&self, weight: &QMatrix) -> Result<()> {
         let Some(magnitude) = self.magnitude.as_ref().filter(|m| m.gains.get().is_none()) else { return Ok(()) };
         let a = Tensor::from_slice(&self.a, (self.rank, self.k), &Device::Cpu)?;
@@ -69,7 +70,7 @@ impl LoraPair {
         Ok(())
     }
 
-    /// The gains, if the pair has any. Errors: they were not prepared.
+    /// The gains `[n]`, if the pair has magnitudes. Errors: [`LoraPair::prepare_gains`] was not called.
     pub(super) fn gains(&self) -> Result<Option<&[f32]>> {
         let Some(magnitude) = &self.magnitude else { return Ok(None) };
         let gains = magnitude.gains.get().ok_or_else(|| Error::internal("DoRA's gains were not prepared"))?;

@@ -1,4 +1,4 @@
-//! Slots: the adapters that a forward pass can use, addressed by index.
+//! Slots: the resident adapters, which batches name by index.
 
 mod allocator;
 
@@ -17,18 +17,18 @@ use crate::arch::{ModelConfig, Module, Site};
 use crate::error::ErrorKind;
 use crate::{Error, Result};
 
-/// One adapter laid out for the CPU's ops: the pairs of each site of each layer, and of the head.
+/// One adapter as the CPU's op takes it: the pairs of each site of each layer, and of the head.
 #[derive(Debug, Clone, Default)]
 pub struct SlotWeights {
-    /// `[layer][site]`, sites in [`Site`] order up to `Down`.
+    /// `[layer][site]`, with sites in the order of [`Site`] up to `Down`.
     pub layers: Vec<[Vec<LoraPair>; 4]>,
-    /// Pairs of the output head.
+    /// The pairs of the output head: none or one.
     pub head: Vec<LoraPair>,
 }
 
 impl SlotWeights {
-    /// Widens an adapter's matrices to f32, transposes B, and places each module in the fused row of its site. The
-    /// weights must have been read for this model.
+    /// Widens an adapter's matrices to f32, transposes B, and assigns each module its columns in the fused output of its site. The
+    /// weights must fit the model.
     pub fn from_adapter(weights: &AdapterWeights, model: &ModelConfig) -> Self {
         let mut slot = Self { layers: vec![Default::default(); model.num_layers], head: Vec::new() };
         for m in &weights.modules {
@@ -72,28 +72,29 @@ fn transpose(b: &[f32], rank: usize) -> Vec<f32> {
     transposed
 }
 
-/// The bytes that an adapter takes in a slot on this device. Errors: it cannot be there.
+/// The bytes that an adapter takes in a slot on a device. Errors: an adapter that the device cannot hold.
 pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device) -> Result<usize> {
     Ok(slots::image_bytes(device, weights, model)?.unwrap_or_else(|| weights.slot_bytes()))
 }
 
-/// How adapters are laid out for a pool's slots; loader threads have a clone.
+/// Stages adapters for a pool's slots: converts their weights to the form in which the pool's device takes them. Loader threads have
+/// clones.
 #[derive(Clone)]
 pub enum SlotStager {
-    /// As [`SlotWeights`].
+    /// For the CPU, as [`SlotWeights`].
     Host,
-    /// In pinned memory, as they will be on a GPU.
+    /// For a GPU, as an image in pinned memory.
     Gpu(Arc<PinnedStaging>),
 }
 
-/// An adapter laid out for a slot.
+/// An adapter's weights, ready for a slot.
 pub enum StagedWeights {
     Host(SlotWeights),
     Gpu(AdapterImage),
 }
 
 impl SlotStager {
-    /// Lays an adapter out. Errors: no memory.
+    /// Stages an adapter. On a GPU, waits for a staging buffer. Errors: no memory.
     pub fn stage(&self, weights: &AdapterWeights, model: &ModelConfig) -> Result<StagedWeights> {
         match self {
             Self::Host => Ok(StagedWeights::Host(SlotWeights::from_adapter(weights, model))),
@@ -102,66 +103,66 @@ impl SlotStager {
     }
 }
 
-/// The resident adapters. A slot index is what batches carry, so that a captured graph serves any mix of adapters.
-/// Whom to keep is decided in [`crate::adapter::tiers`].
+/// The slots of one device. Batches name adapters by slot index, so a captured CUDA graph serves any mix of adapters. The tiers in
+/// `adapter` decide which adapters are resident.
 #[derive(Default)]
 pub struct SlotPool {
     slots: Vec<Option<ReservedSlot>>,
     gpu: Option<GpuSlots>,
 }
 
-/// An index that is taken.
+/// A slot in use.
 #[derive(Default)]
 struct ReservedSlot {
-    /// Empty until they come, and on a GPU.
+    /// On the CPU, the weights, once they were put into the slot. Empty on a GPU.
     weights: SlotWeights,
-    /// Where they are in a GPU's arena, in bytes.
-    place: Range<usize>,
+    /// On a GPU, the slot's range of the arena, in bytes.
+    range: Range<usize>,
 }
 
-/// What a pool on a GPU has beside its indices.
+/// The memory of a pool on a GPU.
 struct GpuSlots {
     allocator: RangeAllocator,
     slots: DeviceSlots,
 }
 
 impl SlotPool {
-    /// Slots on this device; on a GPU in an arena of `budget` bytes, allocated now. Errors: no memory.
-    pub fn on(device: &Device, model: &ModelConfig, budget: usize) -> Result<Self> {
+    /// A pool on a device. On a GPU, allocates an arena of `budget` bytes. Errors: no memory.
+    pub fn new(device: &Device, model: &ModelConfig, budget: usize) -> Result<Self> {
         let gpu =
             slots::open(device, model, budget)?.map(|slots| GpuSlots { allocator: RangeAllocator::new(budget), slots });
         Ok(Self { slots: Vec::new(), gpu })
     }
 
-    /// How its adapters are laid out.
+    /// The stager of its adapters.
     pub fn stager(&self) -> SlotStager {
         self.gpu.as_ref().map_or(SlotStager::Host, |gpu| SlotStager::Gpu(gpu.slots.staging().clone()))
     }
 
-    /// The memory on a GPU.
-    pub fn gpu(&self) -> Option<&DeviceSlots> {
+    /// The slots' memory on a GPU; `None` on the CPU.
+    pub fn device_slots(&self) -> Option<&DeviceSlots> {
         self.gpu.as_ref().map(|gpu| &gpu.slots)
     }
 
-    /// How many of `victims`, in their order, must go until an adapter of `bytes` fits in one piece; `None` if all are
-    /// too few. The CPU's memory needs no piece.
+    /// How many of `victims`, in their order, must be removed before an adapter of `bytes` fits. `None` if it would not fit even then.
+    /// On a GPU it needs one contiguous range; on the CPU it always fits.
     pub fn evictions(&self, bytes: usize, victims: impl IntoIterator<Item = u32>) -> Option<usize> {
         let Some(gpu) = &self.gpu else { return Some(0) };
         let (mut allocator, mut victims) = (gpu.allocator.clone(), victims.into_iter());
-        let mut taken = self.slots.iter().flatten().count();
-        let mut gone = 0;
-        while taken == SLOTS || !allocator.fits(bytes) {
+        let mut used = self.slots.iter().flatten().count();
+        let mut removed = 0;
+        while used == SLOTS || !allocator.fits(bytes) {
             let slot = self.slots.get(victims.next()? as usize)?.as_ref()?;
-            allocator.free(slot.place.clone());
-            (taken, gone) = (taken - 1, gone + 1);
+            allocator.free(slot.range.clone());
+            (used, removed) = (used - 1, removed + 1);
         }
-        Some(gone)
+        Some(removed)
     }
 
-    /// Takes a free index, and on a GPU its memory, for an adapter of `bytes`; `None` if there is no room in one piece.
+    /// Reserves a free slot, and on a GPU a range of the arena, for an adapter of `bytes`. `None` if there is no room.
     pub fn reserve(&mut self, bytes: usize) -> Option<u32> {
         let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
-        let place = match &mut self.gpu {
+        let range = match &mut self.gpu {
             Some(_) if free == SLOTS => return None,
             Some(gpu) => gpu.allocator.allocate(bytes)?,
             None => 0..0,
@@ -169,42 +170,42 @@ impl SlotPool {
         if free == self.slots.len() {
             self.slots.push(None);
         }
-        self.slots[free] = Some(ReservedSlot { place, ..ReservedSlot::default() });
+        self.slots[free] = Some(ReservedSlot { range, ..ReservedSlot::default() });
         Some(free as u32)
     }
 
-    /// Gives a reserved slot its weights, which on a GPU start to be copied: [`SlotPool::arrived`] tells when the slot
-    /// can be used.
-    pub fn put(&mut self, slot: u32, staged: StagedWeights) -> Result<()> {
+    /// Puts weights into a reserved slot. On a GPU this starts the upload; the slot is usable once [`SlotPool::is_ready`]. Errors: a
+    /// slot that is not reserved, a failure of the GPU.
+    pub fn upload(&mut self, slot: u32, staged: StagedWeights) -> Result<()> {
         let held = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
         match (held, staged, &mut self.gpu) {
             (Some(held), StagedWeights::Host(weights), None) => {
                 held.weights = weights;
                 Ok(())
             }
-            (Some(held), StagedWeights::Gpu(image), Some(gpu)) => gpu.slots.put(slot, held.place.clone(), image),
+            (Some(held), StagedWeights::Gpu(image), Some(gpu)) => gpu.slots.put(slot, held.range.clone(), image),
             _ => Err(Error::internal(format!("slot {slot} is not reserved for these staged weights"))),
         }
     }
 
-    /// Whether the weights that were put into a slot are there. Never waits. Errors: their copy failed.
-    pub fn arrived(&mut self, slot: u32) -> Result<bool> {
+    /// Whether a slot's upload is complete. Does not wait. Errors: the upload failed.
+    pub fn is_ready(&mut self, slot: u32) -> Result<bool> {
         match &mut self.gpu {
             Some(gpu) => gpu.slots.arrived(slot),
             None => Ok(true),
         }
     }
 
-    /// Prepares what a slot on a GPU, which has arrived, needs of the base before a step names it: DoRA's gains. Later calls
-    /// do nothing. Errors: no memory.
-    pub fn prepare(&mut self, slot: u32, base: &dyn BaseMatrices) -> Result<()> {
+    /// Computes DoRA's gains of a ready slot on a GPU from the base, before a step uses it. Later calls do nothing. On the CPU, the
+    /// hook of `model::decoder` computes them. Errors: no memory.
+    pub fn prepare_gains(&mut self, slot: u32, base: &dyn BaseMatrices) -> Result<()> {
         match &mut self.gpu {
             Some(gpu) => gpu.slots.prepare_gains(slot, base),
             None => Ok(()),
         }
     }
 
-    /// Puts an adapter into a free slot, and waits until it is there. Errors: no room.
+    /// Loads an adapter into a free slot and waits until it is ready. Errors: no room.
     pub fn load(&mut self, weights: &AdapterWeights, model: &ModelConfig) -> Result<u32> {
         let staged = self.stager().stage(weights, model)?;
         let device_bytes = match &staged {
@@ -213,14 +214,14 @@ impl SlotPool {
         };
         let full = || Error::new(ErrorKind::Unavailable, format!("no slot has room for {device_bytes} bytes"));
         let slot = self.reserve(device_bytes).ok_or_else(full)?;
-        self.put(slot, staged)?;
-        while !self.arrived(slot)? {
+        self.upload(slot, staged)?;
+        while !self.is_ready(slot)? {
             std::thread::yield_now();
         }
         Ok(slot)
     }
 
-    /// Puts weights into a free slot of the CPU's and returns its index.
+    /// Puts weights into a free slot of a pool on the CPU, and returns its index.
     pub fn insert(&mut self, weights: SlotWeights) -> u32 {
         let free = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
             self.slots.push(None);
@@ -230,16 +231,16 @@ impl SlotPool {
         free as u32
     }
 
-    /// Frees a slot and its memory; a free one stays free.
+    /// Frees a slot and its memory. Does nothing to a free slot.
     pub fn remove(&mut self, slot: u32) {
         let held = self.slots.get_mut(slot as usize).and_then(Option::take);
         if let (Some(held), Some(gpu)) = (held, &mut self.gpu) {
             gpu.slots.remove(slot);
-            gpu.allocator.free(held.place);
+            gpu.allocator.free(held.range);
         }
     }
 
-    /// Pairs of `slot` at a site; empty where the adapter does not touch it, the slot is free or on a GPU.
+    /// The pairs of a slot at a site, on the CPU. Empty if the adapter does not change the site, or if the slot is free.
     pub fn pairs(&self, slot: u32, layer: usize, site: Site) -> &[LoraPair] {
         let Some(Some(ReservedSlot { weights, .. })) = self.slots.get(slot as usize) else { return &[] };
         match site {

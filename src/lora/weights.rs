@@ -9,32 +9,32 @@ use crate::arch::Module;
 /// An adapter in host memory: only the modules it changes, each with its own rank.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct AdapterWeights {
-    /// By layer, then in the order of [`Module`]; the head comes last.
+    /// In order of layers, and of [`Module`] within a layer. The head comes last.
     pub modules: Vec<ModuleWeights>,
 }
 
 /// The low-rank pair of one module.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModuleWeights {
-    /// Decoder block; the number of blocks for the head, so that it sorts last.
+    /// Index of the decoder block. For the head, the number of blocks, so that it sorts last.
     pub layer: usize,
-    /// Which linear layer.
+    /// The linear layer that it changes.
     pub module: Module,
-    /// Rows of A.
+    /// The pair's rank: rows of A.
     pub rank: usize,
-    /// Factor of the delta.
+    /// Factor of the delta: `alpha / rank`, or `alpha / sqrt(rank)` under rsLoRA.
     pub scale: f32,
-    /// `A [rank, k]` row-major; for AdaLoRA already times E.
+    /// `A [rank, k]`, row-major. For AdaLoRA, its rows are already multiplied by E.
     pub a: FloatVec,
-    /// `B [n, rank]` row-major.
+    /// `B [n, rank]`, row-major.
     pub b: FloatVec,
-    /// `lora_B.bias [n]`, scaled with the delta.
+    /// `lora_B.bias [n]`, which is scaled like the delta.
     pub bias: Option<FloatVec>,
-    /// DoRA's norms of the changed weight's rows `[n]`.
+    /// DoRA's magnitudes `[n]`: the norms of the changed weight's rows.
     pub magnitude: Option<FloatVec>,
 }
 
-/// Numbers in the precision of the file.
+/// Floats in the precision of their file.
 #[derive(Debug, Clone, PartialEq)]
 pub enum FloatVec {
     F32(Box<[f32]>),
@@ -43,9 +43,8 @@ pub enum FloatVec {
 }
 
 impl FloatVec {
-    /// From little-endian bytes; `None` for a dtype that adapters do not have.
+    /// Reads little-endian bytes. `None` for any other dtype.
     pub fn read(dtype: Dtype, bytes: &[u8]) -> Option<Self> {
-        // `chunks_exact` gives slices of the array's length, so the conversions cannot fail.
         let halves = || bytes.chunks_exact(2).map(|c| [c[0], c[1]]);
         match dtype {
             Dtype::F32 => {
@@ -57,7 +56,7 @@ impl FloatVec {
         }
     }
 
-    /// Widened to f32, which is exact.
+    /// The values as f32, which holds them exactly.
     pub fn to_f32(&self) -> Vec<f32> {
         match self {
             Self::F32(v) => v.to_vec(),
@@ -66,7 +65,7 @@ impl FloatVec {
         }
     }
 
-    /// Bytes held.
+    /// Bytes of the values.
     pub fn bytes(&self) -> usize {
         match self {
             Self::F32(v) => v.len() * 4,
@@ -75,7 +74,7 @@ impl FloatVec {
         }
     }
 
-    /// Position of the first NaN or infinity.
+    /// The index of the first NaN or infinity.
     pub fn first_not_finite(&self) -> Option<usize> {
         match self {
             Self::F32(v) => v.iter().position(|x| !x.is_finite()),
@@ -86,12 +85,12 @@ impl FloatVec {
 }
 
 impl ModuleWeights {
-    /// Numbers in all tensors.
-    fn numbers(&self, width: impl Fn(&FloatVec) -> usize) -> usize {
+    /// The sum of `size` over all tensors.
+    fn total(&self, size: impl Fn(&FloatVec) -> usize) -> usize {
         [Some(&self.a), Some(&self.b), self.bias.as_ref(), self.magnitude.as_ref()]
             .into_iter()
             .flatten()
-            .map(width)
+            .map(size)
             .sum()
     }
 }
@@ -99,20 +98,20 @@ impl ModuleWeights {
 impl AdapterWeights {
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
-        self.modules.iter().map(|m| m.numbers(FloatVec::bytes)).sum()
+        self.modules.iter().map(|m| m.total(FloatVec::bytes)).sum()
     }
 
-    /// Whether any module has DoRA's magnitudes, with which an adapter is used alone and at weight 1.
+    /// Whether any module has DoRA's magnitudes. Such an adapter is exclusive: it cannot be mixed with others or weighted.
     pub fn has_magnitudes(&self) -> bool {
         self.modules.iter().any(|m| m.magnitude.is_some())
     }
 
-    /// Bytes in a slot, where everything is f32.
+    /// Bytes in a slot on the CPU, where all values are f32.
     pub fn slot_bytes(&self) -> usize {
         let f32_bytes = |v: &FloatVec| match v {
             FloatVec::F32(v) => v.len() * 4,
             half => half.bytes() * 2,
         };
-        self.modules.iter().map(|m| m.numbers(f32_bytes)).sum()
+        self.modules.iter().map(|m| m.total(f32_bytes)).sum()
     }
 }

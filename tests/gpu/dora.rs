@@ -130,7 +130,7 @@ fn batches() -> Vec<(usize, Vec<Segment>)> {
 /// A pool on the GPU whose gains are ready.
 fn prepared(model: &ModelConfig, adapters: &[AdapterWeights], base: &Weights) -> SlotPool {
     let mut pool = pool(model, adapters);
-    (0..adapters.len() as u32).for_each(|slot| pool.prepare(slot, base).unwrap());
+    (0..adapters.len() as u32).for_each(|slot| pool.prepare_gains(slot, base).unwrap());
     pool
 }
 
@@ -241,19 +241,19 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let (model, of) = models().swap_remove(1);
     let (all, base) = (adapters(&model), base(&model, of, &device()));
     let alone: Vec<SlotPool> = all.iter().map(|a| prepared(&model, std::slice::from_ref(a), &base)).collect();
-    let mut pool = SlotPool::on(&device(), &model, 64 << 20).unwrap();
+    let mut pool = SlotPool::new(&device(), &model, 64 << 20).unwrap();
     let rows = Rows::new(&model, Site::Qkv, 3);
     let one = [Segment { rows: 0..3, terms: vec![(0, 1.0)] }];
     let run = |pool: &SlotPool| run(&model, pool, Site::Qkv, &rows, &one, DType::BF16, Some(4));
     for i in [0, 1, 2, 4, 0, 3, 2] {
         assert_eq!(pool.load(&all[i], &model).unwrap(), 0);
         assert_eq!(gained(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
-        (0..2).for_each(|_| pool.prepare(0, &base).unwrap());
+        (0..2).for_each(|_| pool.prepare_gains(0, &base).unwrap());
         assert_eq!(run(&pool), run(&alone[i]), "adapter {i}");
         pool.remove(0);
     }
     let slot = pool.load(&all[0], &model).unwrap();
-    pool.prepare(slot, &base).unwrap();
+    pool.prepare_gains(slot, &base).unwrap();
     for terms in [vec![(slot, 0.5)], vec![(slot, 1.0), (slot, 1.0)]] {
         assert!(gained(&[Segment { rows: 0..1, terms }], &pool).is_err());
     }
@@ -273,7 +273,7 @@ impl Served {
         let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixtures) };
         let model = Decoder::new(Weights::load(&files, None, device, |_| {}).unwrap()).unwrap();
         let mut kv = KvCache::new(model.config(), 8, device).unwrap();
-        let pool = SlotPool::on(device, model.config(), 1 << 20).unwrap();
+        let pool = SlotPool::new(device, model.config(), 1 << 20).unwrap();
         let mut steps = Steps::on(device, model.config(), 8, 8, 64).unwrap();
         if let Some(steps) = &mut steps {
             steps.capture(&model, &mut kv, &pool, |_| {}).unwrap();

@@ -188,7 +188,7 @@ pub fn reference(
 
 /// A pool that holds the adapters, slot `i` the `i`th.
 pub fn pool(model: &ModelConfig, adapters: &[AdapterWeights]) -> SlotPool {
-    let mut pool = SlotPool::on(&device(), model, 512 << 20).unwrap();
+    let mut pool = SlotPool::new(&device(), model, 512 << 20).unwrap();
     for (i, adapter) in adapters.iter().enumerate() {
         assert_eq!(pool.load(adapter, model).unwrap(), i as u32);
     }
@@ -348,7 +348,7 @@ fn a_broken_row_breaks_no_other() {
 fn a_slot_given_to_another_computes_the_other() {
     let model = MODELS[2]();
     let all = adapters(&model);
-    let mut pool = SlotPool::on(&device(), &model, 64 << 20).unwrap();
+    let mut pool = SlotPool::new(&device(), &model, 64 << 20).unwrap();
     let alone = all.iter().map(|a| self::pool(&model, std::slice::from_ref(a))).collect::<Vec<_>>();
     let rows = Rows::new(&model, Site::GateUp, 3);
     let one = [Segment { rows: 0..3, terms: vec![(0, 1.0)] }];
@@ -369,7 +369,7 @@ fn a_full_arena_takes_the_next_once_others_go() {
     let adapter = adapter(&model, 1, &[(Module::Up, 16, false), (Module::Down, 16, false)]);
     let one = quiver::lora::slots::slot_bytes(&adapter, &model, &device()).unwrap();
     assert_eq!(one, 2 * 16 * 2 * (576 + 1536));
-    let mut pool = SlotPool::on(&device(), &model, 4 * one + one / 2).unwrap();
+    let mut pool = SlotPool::new(&device(), &model, 4 * one + one / 2).unwrap();
     let slots: Vec<u32> = (0..4).map(|_| pool.load(&adapter, &model).unwrap()).collect();
     assert!(pool.load(&adapter, &model).is_err());
     assert_eq!(pool.evictions(2 * one, [slots[0], slots[2], slots[1]]), Some(3));

@@ -81,7 +81,7 @@ impl Steps {
     pub fn run(&mut self, batch: &Batch, model: &Decoder, kv: &mut KvCache, slots: &mut SlotPool) -> Result<Tensor> {
         model.check(batch)?;
         for (slot, _) in batch.segments.iter().flat_map(|segment| &segment.terms) {
-            slots.prepare(*slot, model.weights())?;
+            slots.prepare_gains(*slot, model.weights())?;
         }
         let rows = batch.tokens.len();
         let decode = batch.spans.len() == rows && batch.logit_rows.len() == rows && rows > 0;

@@ -301,5 +301,5 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
 }
 
 fn gpu(slots: &SlotPool) -> Result<&DeviceSlots> {
-    slots.gpu().ok_or_else(|| Error::internal("adapters on the CPU in a step on the GPU"))
+    slots.device_slots().ok_or_else(|| Error::internal("adapters on the CPU in a step on the GPU"))
 }

@@ -1,29 +1,29 @@
-//! Which parts of a stretch of memory are free.
+//! First-fit allocation of ranges in one stretch of memory.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Free ranges, apart from each other: what is given back joins its neighbours. Taking is first fit.
+/// The free ranges of a stretch of memory. Freed ranges merge with their free neighbours.
 #[derive(Debug, Clone)]
 pub struct RangeAllocator {
-    /// Start -> end.
+    /// Start -> end of each free range. No two touch.
     free: BTreeMap<usize, usize>,
 }
 
 impl RangeAllocator {
-    /// All of `0..len`, free.
+    /// An allocator of `0..len`, all of it free.
     pub fn new(len: usize) -> Self {
         let mut allocator = Self { free: BTreeMap::new() };
         allocator.free(0..len);
         allocator
     }
 
-    /// Whether [`RangeAllocator::allocate`] would find room.
+    /// Whether [`RangeAllocator::allocate`] would succeed.
     pub fn fits(&self, len: usize) -> bool {
         self.free.iter().any(|(start, end)| end - start >= len)
     }
 
-    /// The first free range of this length, taken; `None` if there is none in one piece.
+    /// Allocates the first free range of this length. `None` if no free range is long enough.
     pub fn allocate(&mut self, len: usize) -> Option<Range<usize>> {
         let (&start, &end) = self.free.iter().find(|(start, end)| *end - *start >= len)?;
         self.free.remove(&start);
@@ -31,7 +31,7 @@ impl RangeAllocator {
         Some(start..start + len)
     }
 
-    /// Frees a range that was taken.
+    /// Frees an allocated range.
     pub fn free(&mut self, range: Range<usize>) {
         let Range { mut start, mut end } = range;
         if start >= end {
@@ -57,9 +57,9 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// What is taken never overlaps, first fit finds room whenever there is any, and nothing is lost or left apart.
+        /// Allocations never overlap, and succeed whenever a free range is long enough. Freed ranges merge completely.
         #[test]
-        fn takes_apart_and_joins_again(steps in prop::collection::vec((any::<bool>(), 1usize..40, any::<usize>()), 0..200)) {
+        fn allocates_without_overlap_and_merges_what_is_freed(steps in prop::collection::vec((any::<bool>(), 1usize..40, any::<usize>()), 0..200)) {
             const LEN: usize = 128;
             let mut allocator = RangeAllocator::new(LEN);
             let mut taken: Vec<Range<usize>> = Vec::new();
