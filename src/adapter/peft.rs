@@ -1,7 +1,7 @@
-//! A PEFT directory (`adapter_config.json` + `adapter_model.safetensors`) -> checked, exact-rank weights.
+//! Reads a PEFT directory (`adapter_config.json` and `adapter_model.safetensors`) into checked weights at their exact ranks.
 //!
-//! Every tensor must be used and every targeted module must be there, or the load fails and lists what was not: an
-//! adapter that loads has its full effect.
+//! Every tensor must be used and every targeted module must be present; otherwise the load fails and lists the problems. An
+//! adapter that loads therefore has its full effect.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -17,36 +17,38 @@ use crate::arch::{ModelConfig, Module};
 use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use crate::{Error, Result};
 
-/// Problems that one message lists; more are counted.
+/// Most problems that one message lists. The others are counted.
 const MAX_LISTED: usize = 8;
 
-/// Bytes of a safetensors header, the limit of the format's own library.
+/// Most bytes of a safetensors header: the limit of the format's own library.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Reads and checks the adapter in `dir` for a model, and returns it with its generation id. The id covers what
-/// the adapter computes (module, rank, scale, tensors), so that options that change nothing do not change it.
+/// Reads and checks the adapter in `dir` for a model, and returns its weights and its generation id. The id is a hash of what the
+/// adapter computes (modules, ranks, scales, tensors), so that options without effect do not change it.
 ///
-/// Errors: `adapter_source_not_found` for missing files, `adapter_unsupported` for options that are not served,
-/// `adapter_invalid` for anything that does not fit together; each names the option or tensor.
+/// Error codes: `adapter_source_not_found` for missing files, `adapter_unsupported` for options that are not supported,
+/// `adapter_invalid` for files that contradict each other or the model. Each message names the option or the tensor.
 pub fn read(dir: &Path, model: &ModelConfig) -> Result<(AdapterWeights, String)> {
     let config = std::fs::read_to_string(dir.join("adapter_config.json"))
         .map_err(|e| missing(dir, &format!("adapter_config.json cannot be read: {e}")))?;
     let config = PeftConfig::parse(&config)?;
     let file = TensorFile::open(dir)?;
-    let plan = ReadPlan::new(&config, &file.tensors, model)?;
-    plan.read(&config, file)
+    let plans = Planner { config: &config, model, problems: Vec::new() }.plan(&file.tensors)?;
+    let mut reader = ModuleReader::new(file);
+    let modules = plans.into_iter().map(|plan| reader.read(plan)).collect::<Result<_>>()?;
+    Ok((AdapterWeights { modules }, reader.finish(config.peft_type)?))
 }
 
-/// An open safetensors file with a checked header.
+/// An open safetensors file whose header has been checked.
 struct TensorFile {
     file: File,
-    /// Where tensor data starts.
+    /// Offset of the tensor data, in bytes.
     data: u64,
     tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl TensorFile {
-    /// Reads the header only: nothing is allocated for a file that does not fit the model.
+    /// Reads only the header, so that nothing is allocated for a file that does not match the model.
     fn open(dir: &Path) -> Result<Self> {
         let name = "adapter_model.safetensors";
         let mut file = File::open(dir.join(name)).map_err(|e| {
@@ -75,7 +77,9 @@ impl TensorFile {
         let header: Metadata = serde_json::from_slice(&header).map_err(|e| broken(format!("bad header: {e}")))?;
         let (have, want) = (length - 8 - size, header.data_len() as u64);
         if have != want {
-            return Err(broken(format!("it has {have} bytes of tensor data, its header says {want}: cut off?")));
+            return Err(broken(format!(
+                "it has {have} bytes of tensor data and its header says {want}: is it truncated?"
+            )));
         }
         let tensors = header.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
         Ok(Self { file, data: 8 + size, tensors })
@@ -91,43 +95,62 @@ impl TensorFile {
     }
 }
 
+/// A tensor of the file, with its name.
+type NamedTensor = (String, TensorInfo);
+
 /// The tensors of one module, by role.
 #[derive(Default)]
-struct ModuleTensors<'a> {
-    a: Option<(&'a str, &'a TensorInfo)>,
-    b: Option<(&'a str, &'a TensorInfo)>,
-    e: Option<(&'a str, &'a TensorInfo)>,
-    bias: Option<(&'a str, &'a TensorInfo)>,
-    magnitude: Option<(&'a str, &'a TensorInfo)>,
+struct ModuleTensors {
+    a: Option<NamedTensor>,
+    b: Option<NamedTensor>,
+    e: Option<NamedTensor>,
+    bias: Option<NamedTensor>,
+    magnitude: Option<NamedTensor>,
 }
 
-/// One module to read: where its tensors are, with shapes already checked.
+impl ModuleTensors {
+    fn get_mut(&mut self, role: TensorRole) -> &mut Option<NamedTensor> {
+        match role {
+            TensorRole::A => &mut self.a,
+            TensorRole::B => &mut self.b,
+            TensorRole::E => &mut self.e,
+            TensorRole::Bias => &mut self.bias,
+            TensorRole::Magnitude => &mut self.magnitude,
+        }
+    }
+}
+
+/// One module to read: its tensors, whose shapes have been checked.
 struct ModulePlan {
     layer: usize,
     module: Module,
     path: String,
     rank: usize,
     scale: f32,
-    a: (String, TensorInfo),
-    b: (String, TensorInfo),
-    e: Option<(String, TensorInfo)>,
-    bias: Option<(String, TensorInfo)>,
-    magnitude: Option<(String, TensorInfo)>,
+    a: NamedTensor,
+    b: NamedTensor,
+    e: Option<NamedTensor>,
+    bias: Option<NamedTensor>,
+    magnitude: Option<NamedTensor>,
 }
 
-/// What to read, after config, header and model have been found to agree.
-struct ReadPlan {
-    steps: Vec<ModulePlan>,
+/// Plans the read of a file: matches its tensors with the config and the model, and collects what does not match.
+struct Planner<'a> {
+    config: &'a PeftConfig,
+    model: &'a ModelConfig,
+    problems: Vec<String>,
 }
 
-impl ReadPlan {
-    fn new(config: &PeftConfig, tensors: &BTreeMap<String, TensorInfo>, model: &ModelConfig) -> Result<Self> {
+impl Planner<'_> {
+    /// The modules to read, in the order of layers and modules. Errors: the file, the config and the model do not match.
+    fn plan(mut self, tensors: &BTreeMap<String, TensorInfo>) -> Result<Vec<ModulePlan>> {
+        let model = self.model;
         let places: HashMap<String, (usize, Module)> = (0..model.num_layers)
             .flat_map(|layer| Module::BLOCK.map(|module| (layer, module)))
             .chain([(model.num_layers, Module::LmHead)])
             .map(|(layer, module)| (module.path(layer), (layer, module)))
             .collect();
-        if config.targets("model.embed_tokens")? {
+        if self.config.targets("model.embed_tokens")? {
             return Err(Error::invalid(
                 "this adapter cannot be served: target_modules includes embed_tokens, and the embedding is shared by all \
                  adapters",
@@ -135,106 +158,163 @@ impl ReadPlan {
             .code("adapter_unsupported"));
         }
 
-        let mut problems = Vec::new();
+        let mut found = self.assign(tensors, &places)?;
+        let mut order: Vec<_> = places.iter().map(|(path, place)| (*place, path)).collect();
+        order.sort();
+        let mut plans = Vec::new();
+        let mut targeted = 0;
+        for (place, path) in order {
+            if self.config.targets(path)? {
+                targeted += 1;
+                plans.extend(self.plan_module(place, path, found.remove(&place).unwrap_or_default())?);
+            }
+        }
+        if targeted == 0 {
+            self.problems.insert(0, "target_modules matches no linear layer of this model".into());
+        } else if plans.is_empty() && self.problems.is_empty() {
+            self.problems.push("every module was pruned to rank 0, so the adapter has no effect".into());
+        }
+        fail_on(self.problems)?;
+        Ok(plans)
+    }
+
+    /// Assigns each tensor to its module. Errors: the file holds several adapters.
+    fn assign(
+        &mut self,
+        tensors: &BTreeMap<String, TensorInfo>,
+        places: &HashMap<String, (usize, Module)>,
+    ) -> Result<BTreeMap<(usize, Module), ModuleTensors>> {
         let mut found: BTreeMap<(usize, Module), ModuleTensors> = BTreeMap::new();
         let mut adapters = BTreeSet::new();
         for (name, info) in tensors {
-            // PEFT saves a copy of a targeted head's frozen weight, which is the base's own if the shape is.
-            if name == "base_model.model.lm_head.base_layer.weight" && config.targets("lm_head")? {
-                let (n, k) = Module::LmHead.shape(model);
+            // PEFT saves a copy of a targeted head's frozen weight. If its shape is right, it is taken to be the base's.
+            if name == "base_model.model.lm_head.base_layer.weight" && self.config.targets("lm_head")? {
+                let (n, k) = Module::LmHead.shape(self.model);
                 if info.shape != [n, k] {
-                    problems.push(wrong_shape(name, &info.shape, &[n, k]));
+                    self.problems.push(wrong_shape(name, &info.shape, &[n, k]));
                 }
                 continue;
             }
-            let Some((path, role, adapter)) = split(name, config.peft_type) else {
-                problems.push(unused(name, model));
+            let Some((path, role, adapter)) = split(name, self.config.peft_type) else {
+                self.problems.push(unused(name, self.model));
                 continue;
             };
-            let Some(place) = places.get(path).filter(|_| config.targets(path).unwrap_or(false)) else {
-                problems.push(unused(name, model));
+            let Some(place) = places.get(path).filter(|_| self.config.targets(path).unwrap_or(false)) else {
+                self.problems.push(unused(name, self.model));
                 continue;
             };
             adapters.insert(adapter);
-            let parts = found.entry(*place).or_default();
-            let part = match role {
-                TensorRole::A => &mut parts.a,
-                TensorRole::B => &mut parts.b,
-                TensorRole::E => &mut parts.e,
-                TensorRole::Bias => &mut parts.bias,
-                TensorRole::Magnitude => &mut parts.magnitude,
-            };
-            *part = Some((name, info));
+            *found.entry(*place).or_default().get_mut(role) = Some((name.clone(), info.clone()));
         }
         if adapters.len() > 1 {
             return Err(invalid(format!("the file holds the tensors of several adapters, {adapters:?}: keep one")));
         }
-
-        let mut steps = Vec::new();
-        let mut order: Vec<_> = places.iter().map(|(path, place)| (*place, path)).collect();
-        order.sort();
-        let mut targeted = 0;
-        for ((layer, module), path) in order {
-            if !config.targets(path)? {
-                continue;
-            }
-            targeted += 1;
-            let parts = found.remove(&(layer, module)).unwrap_or_default();
-            if let Some(step) = step(config, model, (layer, module), path, &parts, &mut problems)? {
-                steps.push(step);
-            }
-        }
-        if targeted == 0 {
-            problems.insert(0, "target_modules names no linear layer of this model".into());
-        } else if steps.is_empty() && problems.is_empty() {
-            problems.push("every module was pruned to rank 0: it changes nothing".into());
-        }
-        fail_on(problems)?;
-        Ok(Self { steps })
+        Ok(found)
     }
 
-    fn read(self, config: &PeftConfig, mut file: TensorFile) -> Result<(AdapterWeights, String)> {
-        let mut hash = Sha256::new();
-        hash.update(b"quiver adapter generation 1");
-        let mut problems = Vec::new();
-        let mut load = |(name, info): &(String, TensorInfo), hash: &mut Sha256| -> Result<FloatVec> {
-            let bytes = file.bytes(info)?;
-            hash_text(hash, &info.dtype.to_string());
-            for dim in &info.shape {
-                hash.update((*dim as u64).to_le_bytes());
-            }
-            hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update(&bytes);
-            // `step` has refused other dtypes.
-            let values = FloatVec::read(info.dtype, &bytes).ok_or_else(|| invalid(wrong_dtype(name, info)))?;
-            if let Some(at) = values.first_not_finite() {
-                problems.push(format!("{name} has a NaN or infinity at position {at}"));
-            }
-            Ok(values)
-        };
-        let mut modules = Vec::with_capacity(self.steps.len());
-        for step in &self.steps {
-            hash_text(&mut hash, &step.path);
-            hash.update((step.rank as u64).to_le_bytes());
-            hash.update(step.scale.to_le_bytes());
-            let mut a = load(&step.a, &mut hash)?;
-            let b = load(&step.b, &mut hash)?;
-            if let Some(e) = &step.e {
-                a = times_rows(&a, &load(e, &mut hash)?);
-            }
-            let bias = step.bias.as_ref().map(|bias| load(bias, &mut hash)).transpose()?;
-            let magnitude = step.magnitude.as_ref().map(|magnitude| load(magnitude, &mut hash)).transpose()?;
-            let (layer, module, rank, scale) = (step.layer, step.module, step.rank, step.scale);
-            modules.push(ModuleWeights { layer, module, rank, scale, a, b, bias, magnitude });
+    /// Checks the tensors of one targeted module. `None` if there is nothing to read, because the module was pruned away or a
+    /// problem was found.
+    fn plan_module(
+        &mut self,
+        (layer, module): (usize, Module),
+        path: &str,
+        tensors: ModuleTensors,
+    ) -> Result<Option<ModulePlan>> {
+        let config = self.config;
+        let before = self.problems.len();
+        let (n, k) = module.shape(self.model);
+        let (rank, scale) = config.rank_and_scale(path)?;
+        if !scale.is_finite() {
+            self.problems.push(format!("{path}: its scale, alpha over rank, is not a finite number"));
         }
-        fail_on(problems)?;
-        hash_text(&mut hash, if config.peft_type == PeftType::Lora { "lora" } else { "adalora" });
-        let id = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        Ok((AdapterWeights { modules }, id))
+        let ModuleTensors { a, b, e, bias, magnitude } = tensors;
+        let ada = config.peft_type == PeftType::AdaLora;
+        let expected = [
+            ("lora_A", &a, vec![rank, k], true, ""),
+            ("lora_B", &b, vec![n, rank], true, ""),
+            ("lora_E", &e, vec![rank, 1], ada, ""),
+            ("lora_B.bias", &bias, vec![n], config.lora_bias, "lora_bias"),
+            ("lora_magnitude_vector", &magnitude, vec![n], config.dora, "use_dora"),
+        ];
+        for (what, tensor, shape, required, option) in expected {
+            match tensor {
+                None if required => self.problems.push(format!("{path}: targeted, but {what} is missing")),
+                None => {}
+                Some((name, _)) if !required => {
+                    self.problems.push(format!("{name}: not used, since {option} is false"));
+                }
+                Some((name, info)) => {
+                    if info.shape != shape {
+                        self.problems.push(wrong_shape(name, &info.shape, &shape));
+                    }
+                    if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                        self.problems.push(wrong_dtype(name, info));
+                    }
+                }
+            }
+        }
+        Ok(match (a, b) {
+            (Some(a), Some(b)) if self.problems.len() == before && rank > 0 => {
+                Some(ModulePlan { layer, module, path: path.to_owned(), rank, scale, a, b, e, bias, magnitude })
+            }
+            _ => None,
+        })
     }
 }
 
-/// What a tensor is within its module.
+/// Reads planned modules, and hashes what it reads.
+struct ModuleReader {
+    file: TensorFile,
+    hash: Sha256,
+    problems: Vec<String>,
+}
+
+impl ModuleReader {
+    fn new(file: TensorFile) -> Self {
+        let hash = Sha256::new_with_prefix(b"quiver adapter generation 1");
+        Self { file, hash, problems: Vec::new() }
+    }
+
+    fn read(&mut self, plan: ModulePlan) -> Result<ModuleWeights> {
+        hash_text(&mut self.hash, &plan.path);
+        self.hash.update((plan.rank as u64).to_le_bytes());
+        self.hash.update(plan.scale.to_le_bytes());
+        let mut a = self.tensor(&plan.a)?;
+        let b = self.tensor(&plan.b)?;
+        if let Some(e) = &plan.e {
+            a = scale_rows(&a, &self.tensor(e)?);
+        }
+        let bias = plan.bias.map(|bias| self.tensor(&bias)).transpose()?;
+        let magnitude = plan.magnitude.map(|magnitude| self.tensor(&magnitude)).transpose()?;
+        let ModulePlan { layer, module, rank, scale, .. } = plan;
+        Ok(ModuleWeights { layer, module, rank, scale, a, b, bias, magnitude })
+    }
+
+    fn tensor(&mut self, (name, info): &NamedTensor) -> Result<FloatVec> {
+        let bytes = self.file.bytes(info)?;
+        hash_text(&mut self.hash, &info.dtype.to_string());
+        for dim in &info.shape {
+            self.hash.update((*dim as u64).to_le_bytes());
+        }
+        self.hash.update((bytes.len() as u64).to_le_bytes());
+        self.hash.update(&bytes);
+        // The planner has rejected other dtypes.
+        let values = FloatVec::read(info.dtype, &bytes).ok_or_else(|| invalid(wrong_dtype(name, info)))?;
+        if let Some(at) = values.first_not_finite() {
+            self.problems.push(format!("{name} has a NaN or infinity at position {at}"));
+        }
+        Ok(values)
+    }
+
+    /// The generation id of what was read. Errors: a value is not finite.
+    fn finish(mut self, peft_type: PeftType) -> Result<String> {
+        fail_on(self.problems)?;
+        hash_text(&mut self.hash, if peft_type == PeftType::Lora { "lora" } else { "adalora" });
+        Ok(self.hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// The role of a tensor in its module.
 enum TensorRole {
     A,
     B,
@@ -243,8 +323,8 @@ enum TensorRole {
     Magnitude,
 }
 
-/// `base_model.model.<path>.lora_A[.<adapter>].weight` -> path, role and adapter. PEFT strips the adapter's name when it
-/// saves; some trainers do not. AdaLoRA's tensors are parameters, without `.weight`.
+/// Splits `base_model.model.<path>.lora_A[.<adapter>].weight` into path, role and adapter. PEFT strips the adapter's name when
+/// it saves; some trainers do not. AdaLoRA's tensors are parameters, whose names do not end in `.weight`.
 fn split(name: &str, peft_type: PeftType) -> Option<(&str, TensorRole, &str)> {
     let (path, rest) = name.strip_prefix("base_model.model.")?.split_once(".lora_")?;
     if let Some(adapter) = rest.strip_prefix("magnitude_vector") {
@@ -270,56 +350,8 @@ fn split(name: &str, peft_type: PeftType) -> Option<(&str, TensorRole, &str)> {
     Some((path, role, adapter))
 }
 
-/// Checks the tensors of one targeted module. `None` when there is nothing to read: pruned away, or a problem noted.
-fn step(
-    config: &PeftConfig,
-    model: &ModelConfig,
-    (layer, module): (usize, Module),
-    path: &str,
-    parts: &ModuleTensors,
-    problems: &mut Vec<String>,
-) -> Result<Option<ModulePlan>> {
-    let before = problems.len();
-    let (n, k) = module.shape(model);
-    let (rank, scale) = config.rank_and_scale(path)?;
-    if !scale.is_finite() {
-        problems.push(format!("{path}: its scale, alpha over rank, is not a finite number"));
-    }
-    let ada = config.peft_type == PeftType::AdaLora;
-    let wanted = [
-        ("lora_A", parts.a, vec![rank, k], true, ""),
-        ("lora_B", parts.b, vec![n, rank], true, ""),
-        ("lora_E", parts.e, vec![rank, 1], ada, ""),
-        ("lora_B.bias", parts.bias, vec![n], config.lora_bias, "lora_bias"),
-        ("lora_magnitude_vector", parts.magnitude, vec![n], config.dora, "use_dora"),
-    ];
-    for (what, part, shape, needed, option) in wanted {
-        match part {
-            None if needed => problems.push(format!("{path}: targeted, but {what} is missing")),
-            None => {}
-            Some((name, _)) if !needed => problems.push(format!("{name}: not used, since {option} is false")),
-            Some((name, info)) => {
-                if info.shape != shape {
-                    problems.push(wrong_shape(name, &info.shape, &shape));
-                }
-                if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                    problems.push(wrong_dtype(name, info));
-                }
-            }
-        }
-    }
-    let own = |part: Option<(&str, &TensorInfo)>| part.map(|(name, info)| (name.to_owned(), info.clone()));
-    match (own(parts.a), own(parts.b)) {
-        (Some(a), Some(b)) if problems.len() == before && rank > 0 => {
-            let (e, bias, magnitude) = (own(parts.e), own(parts.bias), own(parts.magnitude));
-            Ok(Some(ModulePlan { layer, module, path: path.to_owned(), rank, scale, a, b, e, bias, magnitude }))
-        }
-        _ => Ok(None),
-    }
-}
-
-/// `A * E` row by row, in f32 as PEFT computes it.
-fn times_rows(a: &FloatVec, e: &FloatVec) -> FloatVec {
+/// Scales each row of A by its entry of E, in f32 as PEFT does.
+fn scale_rows(a: &FloatVec, e: &FloatVec) -> FloatVec {
     let (mut a, e) = (a.to_f32(), e.to_f32());
     let k = a.len() / e.len().max(1);
     for (row, factor) in a.chunks_mut(k.max(1)).zip(&e) {
@@ -334,7 +366,7 @@ fn hash_text(hash: &mut Sha256, text: &str) {
 }
 
 fn wrong_shape(name: &str, have: &[usize], want: &[usize]) -> String {
-    format!("{name} has the shape {have:?}, and by the config and the model it must be {want:?}")
+    format!("{name} has the shape {have:?}; the config and the model require {want:?}")
 }
 
 fn wrong_dtype(name: &str, info: &TensorInfo) -> String {
@@ -361,7 +393,7 @@ fn fail_on(mut problems: Vec<String>) -> Result<()> {
     if more > 0 {
         list += &format!("; and {more} more");
     }
-    Err(invalid(format!("the adapter does not fit: {list}")))
+    Err(invalid(format!("the adapter does not match its config or the model: {list}")))
 }
 
 fn missing(dir: &Path, what: &str) -> Error {
