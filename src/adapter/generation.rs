@@ -16,19 +16,19 @@ pub struct Generation {
     /// First 16 hex digits of the SHA-256 over its resolved configuration and tensors.
     pub id: String,
     /// Canonical path of its directory, which is read again after an eviction from host memory.
-    pub source: PathBuf,
+    pub(super) source: PathBuf,
     /// Largest rank of any module.
-    pub rank: usize,
+    pub(super) rank: usize,
     /// Number of modules that it targets.
-    pub modules: usize,
+    pub(super) modules: usize,
     /// Whether it can only be used alone and at weight 1 (DoRA).
     pub exclusive: bool,
     /// Bytes of its weights in host memory.
-    pub bytes: usize,
+    pub(super) bytes: usize,
     /// Bytes of its weights in a slot.
-    pub slot_bytes: usize,
+    pub(super) slot_bytes: usize,
     /// When it was loaded.
-    pub loaded_at: SystemTime,
+    pub(super) loaded_at: SystemTime,
     /// Unique in this process, also among generations of equal content. The tiers' tables are keyed by it.
     key: u64,
     pub(super) state: Arc<GenerationState>,

@@ -1,4 +1,4 @@
-//! Reading PEFT directories: right numbers, or refused by name.
+//! Reading PEFT directories: correct values, or an error that names the option or the tensor.
 
 use quiver::adapter::dummy;
 use quiver::adapter::peft;
@@ -62,7 +62,7 @@ fn ranks_and_scales() {
     assert_eq!(of("one-layer-regex"), [(1, O, 3, 5.0 / 3.0), (1, Gate, 3, 5.0 / 3.0)]);
     assert_eq!(of("lm-head"), [(2, LmHead, 4, 2.0)]);
     assert_eq!(of("r33"), [(0, K, 33, 1.0), (0, Up, 33, 1.0), (1, K, 33, 1.0), (1, Up, 33, 1.0)]);
-    // alpha / sqrt(r), with rank 2 on the first q, rank 7 on down, and alpha 32 on up.
+    // alpha / sqrt(r), with rank 2 for the first q, rank 7 for down, and alpha 32 for up.
     let root = |rank: usize, alpha: f64| (alpha / (rank as f64).sqrt()) as f32;
     let patterns = of("rslora-patterns");
     assert_eq!(patterns.len(), 14);
@@ -75,14 +75,14 @@ fn ranks_and_scales() {
         };
         assert_eq!((rank, scale), (want_rank, root(want_rank, alpha)), "{layer} {module:?}");
     }
-    // Pruned by AdaLoRA: down_proj is gone, the others keep ranks of their own.
+    // AdaLoRA has pruned away down_proj; the other modules have different ranks.
     let scale = (8.0 / (6.0 + 1e-5)) as f32;
     assert_eq!(of("adalora"), [(0, Q, 4, scale), (0, V, 6, scale), (1, Q, 2, scale), (1, V, 6, scale)]);
 }
 
-/// The dense update of each module, from the file's own tensors in f64 against what the ops will read.
+/// Compares the dense update of each module, computed in f64 from the file's tensors, with the one in the slot.
 #[test]
-fn slots_hold_the_files_numbers_at_their_places() {
+fn slots_hold_the_values_of_the_file_at_their_places() {
     let model = tiny_model();
     for name in SERVED {
         let file = Tensors::open(&fixture(name).join("adapter_model.safetensors"));
@@ -133,7 +133,7 @@ fn slots_hold_the_files_numbers_at_their_places() {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused_by_name() {
+fn unsupported_adapters_are_rejected_by_name() {
     for (name, option) in [("embed", "embed_tokens"), ("modules-to-save", "modules_to_save"), ("pissa", "\"pissa\"")] {
         let error = peft::read(&fixture(name), &tiny_model()).unwrap_err();
         assert_eq!(error.code, Some("adapter_unsupported"), "{name}");
@@ -148,7 +148,7 @@ fn the_shipped_adapters_fit_their_model() {
         let (weights, _) = peft::read(&dir, &smol_model()).unwrap();
         assert_eq!(weights.modules.len(), 210);
         assert!(weights.modules.iter().all(|m| m.rank == 8 && m.scale == 2.0));
-        // Kept in half precision, so half of what a slot takes.
+        // Half precision takes half the bytes of a slot.
         assert_eq!(weights.bytes() * 2, weights.slot_bytes());
         let error = peft::read(&dir, &tiny_model()).unwrap_err();
         assert!(error.message.contains("more"), "a long list is cut: {error}");
@@ -156,7 +156,7 @@ fn the_shipped_adapters_fit_their_model() {
 }
 
 #[test]
-fn refused_configs_name_the_option() {
+fn rejected_configs_name_the_option() {
     let draft = Draft::open(&fixture("qv-r4"));
     let cases: Vec<(&str, Value, &str)> = vec![
         ("use_dora", json!("yes"), "adapter_invalid"),
@@ -208,7 +208,7 @@ fn refused_configs_name_the_option() {
         let named = if value == json!("nothing") { "target_modules" } else { key };
         assert!(message.contains(named), "{key} {value}: {message}");
     }
-    // All of them at once, in one message.
+    // One message names all of them.
     let mut draft = draft.clone();
     draft.config["use_qalora"] = json!(true);
     draft.config["bias"] = json!("all");
@@ -238,7 +238,7 @@ fn options_without_effect_are_accepted_and_keep_the_generation() {
         draft.config[key] = value.clone();
         assert_eq!(outcome(&draft), Ok(id.clone()), "{key} {value}");
     }
-    // The whole file under an adapter's name, as some trainers write it.
+    // All tensors with an adapter's name, as some trainers write them.
     draft.rename(|name| name.replace(".weight", ".default.weight"));
     assert_eq!(outcome(&draft), Ok(id.clone()));
     draft.config["lora_alpha"] = json!(9);
@@ -250,7 +250,7 @@ fn options_without_effect_are_accepted_and_keep_the_generation() {
 }
 
 #[test]
-fn refused_tensors_are_named() {
+fn rejected_tensors_are_named() {
     const Q: &str = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     const B: &str = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight";
     type Case = (&'static str, fn(&mut Draft), &'static [&'static str]);
@@ -343,7 +343,7 @@ fn broken_files_are_refused() {
     }
 }
 
-/// PEFT's rules for which modules an adapter has.
+/// The targeted modules follow PEFT's rules.
 #[test]
 fn targets_follow_peft() {
     let all = Draft::open(&fixture("all-linear-r8"));
@@ -368,10 +368,10 @@ fn targets_follow_peft() {
     );
     assert_eq!(with(json!({"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]}), &|_| true), Ok(14));
     assert_eq!(with(json!({"layers_to_transform": []}), &|_| true), Ok(14));
-    // A full path is targeted whatever the layer limit says.
+    // A full path is targeted despite a layer limit.
     let path = "model.layers.1.mlp.up_proj";
     assert_eq!(with(json!({"target_modules": [path], "layers_to_transform": [0]}), &|n| n.contains(path)), Ok(1));
-    // Names match whole components only.
+    // Names match only whole components.
     assert!(with(json!({"target_modules": ["proj"]}), &|_| true).unwrap_err().contains("target_modules"));
     assert!(
         with(json!({"target_modules": "all-linear", "layers_to_transform": [0]}), &|_| true)
@@ -379,7 +379,7 @@ fn targets_follow_peft() {
             .contains("layers_to_transform")
     );
 
-    // The first pattern that matches wins, and a pattern matches the end of the path from a whole component on.
+    // The first pattern that matches wins. A pattern matches a suffix of the path that starts with a whole component.
     let scales = |alpha: Value| {
         let mut draft = all.clone();
         draft.config["alpha_pattern"] = alpha;
@@ -395,7 +395,7 @@ fn targets_follow_peft() {
 }
 
 #[test]
-fn adalora_must_be_whole() {
+fn adalora_must_be_complete() {
     let fixture = Draft::open(&fixture("adalora"));
     let e = "base_model.model.model.layers.0.self_attn.q_proj.lora_E";
     let mut draft = fixture.clone();
@@ -437,7 +437,7 @@ fn half_precision_is_widened_exactly() {
 }
 
 #[test]
-fn made_up_adapters_are_adapters() {
+fn dummy_adapters_can_be_read() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_model();
     let read = |name: &str, modules: &[Module], rank: usize| {

@@ -1,4 +1,4 @@
-//! The life of an adapter: files, registry, tiers.
+//! Adapters: their files, the registry and the tiers.
 
 mod files;
 mod reference;
@@ -52,7 +52,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny").join(name)
 }
 
-/// An adapter directory in the making: start from a fixture or from nothing, change it, write it.
+/// An adapter to write: based on a fixture or on nothing, and changed by the test.
 #[derive(Clone)]
 struct Draft {
     config: Value,
@@ -71,7 +71,7 @@ impl Draft {
         }
     }
 
-    /// A rank-8 adapter on q_proj of every layer, whose numbers follow from `seed`.
+    /// A rank-8 adapter that targets q_proj of every layer, with values determined by `seed`.
     fn small(model: &ModelConfig, seed: u32) -> Self {
         let mut draft = Self {
             config: json!({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}),
@@ -102,7 +102,7 @@ impl Draft {
             .tensors
             .iter()
             .map(|(n, (dtype, shape, bytes))| (n, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
-        // Renamed into place, as a trainer should: readers see the old file or the new one.
+        // Renamed into place, as a trainer should do it: readers see either the old file or the new one.
         let data = safetensors::serialize(views, None).unwrap();
         std::fs::write(dir.join("new"), data).unwrap();
         std::fs::rename(dir.join("new"), dir.join("adapter_model.safetensors")).unwrap();
@@ -115,7 +115,7 @@ fn small_number(seed: u32, layer: usize, i: usize) -> f32 {
     ((mixed >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.1
 }
 
-/// Slot bytes of [`Draft::small`].
+/// Bytes of [`Draft::small`] in a slot.
 fn small_bytes(model: &ModelConfig) -> usize {
     model.num_layers * 8 * (model.hidden_size + model.num_heads * model.head_dim) * 4
 }

@@ -1,4 +1,4 @@
-//! A plain f64 Llama over merged weights: what an adapter computes, with none of the server's code but its reader.
+//! A plain f64 Llama over merged weights, which shares only the reader of adapters with the server.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 
 use crate::{fixture, tiny_model};
 
-/// Dense tensors by name, as f64 with their shapes.
+/// Dense f64 tensors with their shapes, by name.
 pub struct Tensors(HashMap<String, (Vec<usize>, Vec<f64>)>);
 
 impl Tensors {

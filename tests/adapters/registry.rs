@@ -1,4 +1,4 @@
-//! Names, conflicts, confinement, the manifest.
+//! The registry: names, conflicts, allowed sources, the manifest.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -98,7 +98,7 @@ async fn replace_makes_a_generation_only_when_something_changed() {
     assert_eq!((same.generation, same.pinned), (first.generation.clone(), true));
     assert_eq!(registry.lease("a").unwrap().key(), key);
 
-    // The same content elsewhere is the same generation, read from the new place.
+    // The same content from another source has the same generation id and the new source.
     let moved = registry.load("a", &write_small(&dir.path().join("b"), 1), LoadOptions::REPLACE).await.unwrap();
     assert_eq!(moved.generation, first.generation);
     assert!(moved.source.ends_with("b"));
@@ -108,7 +108,7 @@ async fn replace_makes_a_generation_only_when_something_changed() {
     assert_eq!(registry.get("a").unwrap().generation, first.generation);
     let other = registry.load("a", &write_small(&dir.path().join("c"), 2), LoadOptions::REPLACE).await.unwrap();
     assert_ne!(other.generation, first.generation);
-    // And back: the id is of the content.
+    // Loading the first content again gives its generation id again.
     let back = registry.load("a", &source, LoadOptions::REPLACE).await.unwrap();
     assert_eq!(back.generation, first.generation);
     assert_eq!(registry.stats().host_bytes.load(Relaxed) as usize, back.bytes);
@@ -140,7 +140,7 @@ async fn one_load_a_name_at_a_time() {
     assert_eq!(registry.list().len(), 9);
 }
 
-/// Leases, loads, pins and unloads from many threads: no deadlock, and the counts come out even.
+/// Leases, loads, pins and unloads from many threads: no deadlock, and no lease is left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_threads_at_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -268,12 +268,12 @@ async fn a_restart_brings_the_same_adapters_back() {
     assert_eq!(after[1].generation, before[2].generation);
     drop(registry);
 
-    // What was away for one start is back at the next; the changed one is now as expected.
+    // A source that was missing at one start is restored at the next, and the changed one is now as expected.
     std::fs::rename(dir.path().join("away"), dir.path().join("gone")).unwrap();
     let registry = open(config());
     assert_eq!(registry.restore().await, Vec::<String>::new());
     assert_eq!(registry.list().len(), 4);
-    // Forgotten by an unload, even when it could not be restored.
+    // An unload also removes an entry that could not be restored.
     std::fs::remove_dir_all(dir.path().join("gone")).unwrap();
     let registry = open(config());
     assert_eq!(registry.restore().await.len(), 1);
@@ -293,7 +293,7 @@ async fn a_damaged_manifest_is_reported() {
         registry.load(name, &write_small(&dir.path().join(name), seed), LoadOptions::default()).await.unwrap();
     }
 
-    // One damaged entry costs that entry only.
+    // A damaged entry does not affect the others.
     let mut manifest: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
     manifest["adapters"][0]["source"] = Value::Null;
     std::fs::write(&path, manifest.to_string()).unwrap();
@@ -302,7 +302,7 @@ async fn a_damaged_manifest_is_reported() {
     assert!(problems.len() == 1 && problems[0].contains("entry 0 is damaged"), "{problems:?}");
     assert_eq!(registry.list().iter().map(|i| i.name.as_str()).collect::<Vec<_>>(), ["b"]);
 
-    // A file that is no manifest is set aside.
+    // A file that is not a manifest is moved aside.
     for broken in ["", "{\"adapters\": [{\"na", "[]", "{\"adapters\": 3}", "\u{0}"] {
         std::fs::write(&path, broken).unwrap();
         let registry = open(config());
@@ -316,7 +316,7 @@ async fn a_damaged_manifest_is_reported() {
     assert!(Registry::new(Arc::new(tiny_model()), unusable).is_err());
 }
 
-/// The start of the server: the shipped directory first, then the manifest, whose word is the last.
+/// At start-up, the adapters directory is loaded first, and the manifest then overrides it.
 #[tokio::test]
 async fn directory_and_manifest_together() {
     let dir = tempfile::tempdir().unwrap();
@@ -335,7 +335,7 @@ async fn directory_and_manifest_together() {
     for _ in 0..2 {
         let registry = open(config());
         registry.load_directory(&shipped).await.unwrap();
-        // Stopped before it restored: the manifest still has everything.
+        // If the server stops before the restore, the manifest still lists everything.
         let registry = {
             drop(registry);
             let registry = open(config());

@@ -1,4 +1,4 @@
-//! Disk, host memory and slots: budgets, eviction, leases.
+//! The tiers: budgets, eviction, leases.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::{Draft, registry, small_bytes, small_number, smol_model, tiny_model};
 
 const AMPLE: usize = 1 << 30;
 
-/// Registers adapters `0..n`, each with its own numbers.
+/// Loads adapters `0..n`, each with its own values.
 async fn load_small(registry: &Registry, model: &ModelConfig, dir: &Path, n: u32) {
     for seed in 0..n {
         let source = dir.join(seed.to_string());
@@ -26,7 +26,7 @@ async fn load_small(registry: &Registry, model: &ModelConfig, dir: &Path, n: u32
     }
 }
 
-/// Asks until the answer is not `Loading`.
+/// Acquires until the answer is not `Loading`.
 fn settle(tiers: &mut Tiers, lease: &Lease) -> Residency {
     let started = Instant::now();
     loop {
@@ -46,7 +46,7 @@ fn ready(tiers: &mut Tiers, lease: &Lease) -> u32 {
     }
 }
 
-/// The slot holds the numbers of `seed`, everywhere.
+/// Checks that all values in the slot are those of `seed`.
 fn check(tiers: &Tiers, model: &ModelConfig, slot: u32, seed: u32) {
     let n = model.num_heads * model.head_dim;
     for layer in 0..model.num_layers {
@@ -113,9 +113,9 @@ async fn full_while_all_slots_are_used_and_never_over_budget() {
     assert_eq!(registry.stats().slot_bytes.load(Relaxed) as usize, 2 * one);
 }
 
-/// What a waiting request will need comes while it waits, but not at the cost of another that waits.
+/// A prefetch loads the adapter of a waiting request, but does not evict one that another request waits for.
 #[tokio::test]
-async fn prefetch_takes_only_room_that_nobody_waits_for() {
+async fn prefetch_takes_only_room_that_no_request_waits_for() {
     let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
     let registry = registry(model.clone(), small_bytes(&model), AMPLE);
     load_small(&registry, &model, dir.path(), 2).await;
@@ -130,7 +130,7 @@ async fn prefetch_takes_only_room_that_nobody_waits_for() {
         registry.get(name).unwrap().level
     };
     assert_eq!(arrives(&mut tiers, "0", &a), "slot");
-    // Used once, so that nothing but its request keeps it there.
+    // Used once, so that only the lease protects it.
     assert_eq!(ready(&mut tiers, &a), 0);
     tiers.release(0);
     assert_eq!(arrives(&mut tiers, "1", &b), "host");
@@ -139,9 +139,9 @@ async fn prefetch_takes_only_room_that_nobody_waits_for() {
     assert!(matches!(tiers.acquire(&b), Residency::Ready(0)));
 }
 
-/// Two adapters that fit one at a time do not evict each other for ever, however the engine asks.
+/// Two adapters that fit only one at a time do not evict each other forever.
 #[tokio::test]
-async fn what_arrives_is_used_before_it_is_evicted() {
+async fn an_arrived_adapter_is_used_before_it_is_evicted() {
     let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
     let registry = registry(model.clone(), small_bytes(&model), AMPLE);
     load_small(&registry, &model, dir.path(), 2).await;
@@ -151,20 +151,20 @@ async fn what_arrives_is_used_before_it_is_evicted() {
     while registry.get("0").unwrap().level != "slot" {
         tiers.sweep();
     }
-    assert!(matches!(tiers.acquire(&b), Residency::Full), "it is still awaited");
+    assert!(matches!(tiers.acquire(&b), Residency::Full), "a request still waits for the other");
     assert!(matches!(tiers.acquire(&a), Residency::Ready(0)));
     tiers.release(0);
     assert_eq!(ready(&mut tiers, &b), 0);
     tiers.release(0);
 
-    // Nobody asks for it any more, though a request holds a lease: it does not block the others for ever.
+    // An adapter that is leased but no longer asked for does not block the others forever.
     assert!(matches!(tiers.acquire(&a), Residency::Loading));
     while registry.get("0").unwrap().level != "slot" {
         tiers.sweep();
     }
     let answers = (0..10_000).map(|_| tiers.acquire(&b)).take_while(|r| matches!(r, Residency::Full)).count();
     assert!((1..1000).contains(&answers), "{answers}");
-    // And with nobody holding a lease, not even for a moment.
+    // Without a lease, it does not block the others at all.
     let slot = ready(&mut tiers, &b);
     tiers.release(slot);
     assert!(matches!(tiers.acquire(&a), Residency::Loading));
@@ -251,12 +251,12 @@ async fn a_source_that_changed_or_went_fails_clearly() {
     std::fs::remove_dir_all(dir.path().join("1")).unwrap();
     let (changed, gone) = (registry.lease("0").unwrap(), registry.lease("1").unwrap());
     for lease in [&changed, &gone] {
-        let Residency::Failed(error) = settle(&mut tiers, lease) else { panic!("it must fail") };
+        let Residency::Failed(error) = settle(&mut tiers, lease) else { panic!("the load must fail") };
         assert_eq!(error.code, Some("adapter_source_changed"));
         assert!(error.message.contains(&lease.id), "{error}");
     }
     assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0, "a failed load holds no room");
-    // The right content again: the next request gets it.
+    // With the right content restored, the next request gets it.
     Draft::small(&model, 0).write(&dir.path().join("0"));
     ready(&mut tiers, &changed);
 }
@@ -271,7 +271,7 @@ async fn replace_and_unload_wait_for_leases() {
     let old = registry.lease("0").unwrap();
     let old_slot = ready(&mut tiers, &old);
 
-    // Replaced while it runs: the running request keeps its numbers, new ones get the new.
+    // Replaced while in use: the running request keeps its weights, and new requests get the new ones.
     Draft::small(&model, 9).write(&dir.path().join("0"));
     let info = registry.load("0", dir.path().join("0").to_str().unwrap(), LoadOptions::REPLACE).await.unwrap();
     assert_ne!(info.generation, old.id);
@@ -280,7 +280,7 @@ async fn replace_and_unload_wait_for_leases() {
     let new_slot = ready(&mut tiers, &new);
     check(&tiers, &model, old_slot, 0);
     check(&tiers, &model, new_slot, 9);
-    // The old one is held by a queued request too: it stays until the last lease ends.
+    // A queued request has a lease on the old generation too: it stays until the last lease ends.
     let second = old.clone();
     tiers.release(old_slot);
     drop(old);
@@ -293,7 +293,7 @@ async fn replace_and_unload_wait_for_leases() {
     assert!(tiers.pool().pairs(old_slot, 0, Site::Qkv).is_empty());
     assert_eq!(registry.stats().slot_bytes.load(Relaxed) as usize, one);
 
-    // Unloaded while it runs: everything is pending, and goes with the lease. The slot may be released after it.
+    // Unloaded while in use: all bytes are pending and are freed with the lease, even if the slot is released later.
     let gone = registry.unload("0").unwrap();
     assert_eq!((gone.freed_bytes, gone.pending_bytes), (0, 2 * one));
     assert_eq!(registry.lease("0").err().unwrap().code, Some("adapter_not_found"));
@@ -305,7 +305,7 @@ async fn replace_and_unload_wait_for_leases() {
     assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0);
     assert_eq!(registry.stats().host_bytes.load(Relaxed) as usize, one);
 
-    // Unloaded while idle: host memory goes at once, the slot at the next sweep.
+    // Unloaded while idle: host memory is freed at once, the slot at the next sweep.
     let lease = registry.lease("1").unwrap();
     let slot = ready(&mut tiers, &lease);
     tiers.release(slot);
@@ -316,7 +316,7 @@ async fn replace_and_unload_wait_for_leases() {
     tiers.sweep();
     assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0);
 
-    // Unloaded on its way into a slot.
+    // Unloaded while it is being loaded into a slot.
     load_small(&registry, &model, &dir.path().join("more"), 1).await;
     let lease = registry.lease("0").unwrap();
     assert!(matches!(tiers.acquire(&lease), Residency::Loading));
@@ -330,7 +330,7 @@ async fn replace_and_unload_wait_for_leases() {
     assert_eq!(registry.stats().host_bytes.load(Relaxed), 0);
 }
 
-/// A retired generation that a request still waits with is kept in memory: its files may be gone.
+/// A retired generation with a lease stays in host memory, because its files may be gone.
 #[tokio::test]
 async fn queued_requests_survive_a_replace_in_place() {
     let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
@@ -349,7 +349,7 @@ async fn queued_requests_survive_a_replace_in_place() {
     check(&tiers, &model, slot, 0);
 }
 
-/// A thousand registered, fifty fit.
+/// A thousand adapters are registered, and fifty fit into slots.
 #[tokio::test]
 async fn a_thousand_adapters_under_a_budget_for_fifty() {
     let (model, dir) = (tiny_model(), tempfile::tempdir().unwrap());
@@ -358,7 +358,7 @@ async fn a_thousand_adapters_under_a_budget_for_fifty() {
     load_small(&registry, &model, dir.path(), 1000).await;
     assert_eq!(registry.list().len(), 1000);
     let mut tiers = registry.tiers().unwrap();
-    // Batches of twenty running at once, over all of them twice, in an order that is not the order of loading.
+    // Twenty run at once. All are used twice, in another order than that of loading.
     let mut seen = HashSet::new();
     for step in 0..100u32 {
         let names: Vec<u32> = (0..20).map(|i| (step * 20 + i) * 379 % 1000).collect();
@@ -378,7 +378,7 @@ async fn a_thousand_adapters_under_a_budget_for_fifty() {
     assert!(registry.stats().disk_reads.load(Relaxed) > 0);
 }
 
-/// The same on SmolLM2's shape.
+/// The same with SmolLM2's shape.
 #[tokio::test]
 async fn many_adapters_of_a_real_shape() {
     let (model, dir) = (smol_model(), tempfile::tempdir().unwrap());
@@ -419,7 +419,7 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..Default::default() })]
 
-    /// Whatever the order: budgets hold, a used slot keeps its adapter, and in the end nothing is left behind.
+    /// In any order of operations: budgets hold, a slot in use keeps its adapter, and nothing is leaked.
     #[test]
     fn no_leak_and_no_eviction_under_use(ops in proptest::collection::vec(op(), 1..60)) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -435,7 +435,7 @@ proptest! {
             sources.insert(name, (source, name));
         }
         let mut next_seed = 100;
-        // Running requests: lease (dropped early in some), slot, seed.
+        // Running requests: lease (which some drop early), slot, seed.
         let mut running: Vec<(Option<Lease>, u32, u32)> = Vec::new();
         for op in ops {
             match op {
@@ -443,7 +443,7 @@ proptest! {
                     let Ok(lease) = registry.lease(&name.to_string()) else { continue };
                     match settle(&mut tiers, &lease) {
                         Residency::Ready(slot) => running.push((Some(lease), slot, sources[&name].1)),
-                        Residency::Full => prop_assert!(!running.is_empty(), "full, and nothing runs"),
+                        Residency::Full => prop_assert!(!running.is_empty(), "full, but no sequence runs"),
                         Residency::Failed(e) => prop_assert_eq!(e.code, Some("adapter_no_room")),
                         Residency::Loading => unreachable!(),
                     }

@@ -1,4 +1,4 @@
-//! Background work between and beside requests.
+//! Background work between the steps of requests and in idle time.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -10,12 +10,13 @@ use quiver::engine::{BackgroundTask, BackgroundWork, Engine};
 
 use crate::fake::{Answer, Bench, Fake, config, greedy, reference, request};
 
-/// Slices that sleep.
+/// Background work that sleeps.
 #[derive(Clone, Default)]
 struct Work {
     time: Duration,
-    /// Slices done, and those that there are.
+    /// Number of slices that ran.
     done: Arc<AtomicUsize>,
+    /// Number of slices that there are.
     limit: Option<usize>,
     panics: bool,
 }
@@ -26,27 +27,27 @@ impl BackgroundWork for Work {
             return false;
         }
         std::thread::sleep(self.time);
-        assert!(!self.panics, "as asked");
+        assert!(!self.panics, "requested by the test");
         self.done.fetch_add(1, Relaxed);
         true
     }
 }
 
 impl Work {
-    /// The engine has let go of its copy.
+    /// Whether the engine has dropped its copy.
     fn gone(&self) -> bool {
         Arc::strong_count(&self.done) == 1
     }
 }
 
-fn filler(work: &Work, share: f64, max_delay: Duration) -> Option<BackgroundTask> {
+fn task(work: &Work, share: f64, max_delay: Duration) -> Option<BackgroundTask> {
     Some(BackgroundTask { work: Box::new(work.clone()), share, max_delay })
 }
 
-fn bench(step: Duration, filler: Option<BackgroundTask>) -> Bench {
+fn bench(step: Duration, task: Option<BackgroundTask>) -> Bench {
     let mut fake = Fake::new(&config());
     fake.step = step;
-    Bench::beside(fake, &config(), filler)
+    Bench::with_background(fake, &config(), task)
 }
 
 fn read(counter: &AtomicU64) -> f64 {
@@ -58,7 +59,7 @@ const MS: Duration = Duration::from_millis(1);
 #[test]
 fn idle_time_is_used_back_to_back_and_ends_with_the_work() {
     let work = Work { limit: Some(100), ..Work::default() };
-    let mut bench = bench(Duration::ZERO, filler(&work, 0.0, Duration::ZERO));
+    let mut bench = bench(Duration::ZERO, task(&work, 0.0, Duration::ZERO));
     for _ in 0..100 {
         assert_eq!(bench.worker.tick(), Tick::Sliced);
     }
@@ -69,13 +70,13 @@ fn idle_time_is_used_back_to_back_and_ends_with_the_work() {
 #[test]
 fn a_request_goes_before_idle_work_and_its_answer_stays_the_same() {
     let work = Work::default();
-    let mut bench = bench(Duration::ZERO, filler(&work, 0.0, MS));
+    let mut bench = bench(Duration::ZERO, task(&work, 0.0, MS));
     assert_eq!(bench.worker.tick(), Tick::Sliced);
     let mut events = bench.submit(&[1, 2, 3], &[], greedy(20)).unwrap();
     for _ in 0..20 {
         assert_eq!(bench.worker.tick(), Tick::Stepped);
     }
-    assert_eq!(work.done.load(Relaxed), 1, "a share of nothing leaves idle time only");
+    assert_eq!(work.done.load(Relaxed), 1, "with a share of 0, slices run in idle time only");
     assert_eq!(bench.worker.tick(), Tick::Sliced);
     let mut answer = Answer::default();
     answer.take(&mut events);
@@ -86,7 +87,7 @@ fn a_request_goes_before_idle_work_and_its_answer_stays_the_same() {
 fn the_share_is_kept_while_requests_run() {
     for share in [0.1, 0.5] {
         let work = Work { time: MS, ..Work::default() };
-        let mut bench = bench(MS, filler(&work, share, 1000 * MS));
+        let mut bench = bench(MS, task(&work, share, 1000 * MS));
         let mut longest = Duration::ZERO;
         let _events = bench.submit(&[1, 2, 3], &[], greedy(150)).unwrap();
         for _ in 0..150 {
@@ -96,17 +97,17 @@ fn the_share_is_kept_while_requests_run() {
         }
         let stats = bench.engine.stats();
         let (serving, background) = (read(&stats.serving_micros), read(&stats.background_micros));
-        let (got, one_turn) = (background / (serving + background), longest.as_micros() as f64);
-        // It may be ahead by the slice that reached the share, and is never behind by a whole turn.
-        let off = one_turn / (serving + background);
+        let (got, one_tick) = (background / (serving + background), longest.as_micros() as f64);
+        // It may be ahead by the slice that reached the share, and is never behind by a whole tick.
+        let off = one_tick / (serving + background);
         assert!((share - off..=share + off).contains(&got), "{got} of {share}, give or take {off}");
     }
 }
 
 #[test]
-fn slices_longer_than_the_delay_wait_until_nobody_decodes() {
+fn slices_longer_than_the_delay_wait_until_no_sequence_decodes() {
     let work = Work { time: 20 * MS, ..Work::default() };
-    let mut bench = bench(MS, filler(&work, 1.0, 10 * MS));
+    let mut bench = bench(MS, task(&work, 1.0, 10 * MS));
     assert_eq!(bench.worker.tick(), Tick::Sliced);
     let _events = bench.submit(&[1; 100], &[], greedy(30)).unwrap();
     // The prompt takes four steps, the last of which gives the first token.
@@ -119,29 +120,29 @@ fn slices_longer_than_the_delay_wait_until_nobody_decodes() {
         assert_eq!(work.done.load(Relaxed), 4, "but not the next token");
     }
     assert_eq!(bench.worker.tick(), Tick::Stepped);
-    assert_eq!(work.done.load(Relaxed), 5, "nobody decodes any more");
+    assert_eq!(work.done.load(Relaxed), 5, "no sequence decodes any more");
     assert_eq!(bench.worker.tick(), Tick::Sliced);
 }
 
 #[test]
 fn a_panic_ends_the_work_and_not_the_engine() {
     let work = Work { panics: true, ..Work::default() };
-    let mut bench = bench(Duration::ZERO, filler(&work, 0.5, MS));
+    let mut bench = bench(Duration::ZERO, task(&work, 0.5, MS));
     assert_eq!(bench.worker.tick(), Tick::Idle);
-    assert!(work.gone(), "what it left is dropped");
+    assert!(work.gone(), "the task is dropped");
     assert_eq!(bench.answer(&[4, 5], &[], greedy(5)), reference(&[4, 5], &[], &greedy(5), 200));
 }
 
 #[test]
 fn a_share_is_from_0_to_1() {
-    let error = Engine::start(Fake::new(&config()), config(), filler(&Work::default(), 1.5, MS)).err().unwrap();
+    let error = Engine::start(Fake::new(&config()), config(), task(&Work::default(), 1.5, MS)).err().unwrap();
     assert!(error.message.contains("share"), "{error}");
 }
 
 #[tokio::test]
 async fn the_thread_slices_between_requests_and_ends_with_the_handle() {
     let work = Work { time: MS / 10, ..Work::default() };
-    let engine = Engine::start(Fake::new(&config()), config(), filler(&work, 0.3, MS)).unwrap();
+    let engine = Engine::start(Fake::new(&config()), config(), task(&work, 0.3, MS)).unwrap();
     for i in 0..20 {
         let (request, mut events) = request(&[i, 7], &[], greedy(20));
         engine.submit(request).unwrap();

@@ -1,5 +1,5 @@
-//! A model without a model: a row's logits are a hash of the adapters and of all tokens that the batch's block table leads
-//! to, so a wrong table, a stale block, a wrong position or a wrong slot changes what is generated.
+//! A fake runner: a row's logits are a hash of its adapters and of all tokens to which the batch's block table leads, so a wrong
+//! table, a stale block, a wrong position or a wrong slot changes the output.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -21,18 +21,18 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 pub const VOCAB: usize = 48;
 pub const EOS: u32 = 47;
-/// Rows a step whose logits report prompt tokens.
+/// Most rows of a step whose logits give prompt log-probabilities.
 pub const MAX_SCORED_ROWS: usize = 64;
 
-/// How the fake treats a generation.
+/// The state of a generation in the fake.
 #[derive(Debug, Clone, Default)]
 struct Residence {
     slot: u32,
     uses: usize,
-    /// Ticks until it is loaded.
+    /// Number of sweeps until it is loaded.
     loading: usize,
     last_used: usize,
-    /// Not used since it was loaded.
+    /// Whether it has not been used since it was loaded.
     fresh: bool,
 }
 
@@ -44,21 +44,22 @@ pub struct Fake {
     max_rows: usize,
     max_logits: usize,
     cells: Vec<Option<Cell>>,
-    /// Slots that exist.
+    /// Number of slots.
     pub slots: usize,
-    /// Ticks that a load takes.
+    /// Number of sweeps that a load takes.
     pub load_ticks: usize,
     /// Generations that cannot be loaded.
     pub broken: Vec<String>,
-    /// The step that panics, and the token whose rows give NaN.
+    /// The step that panics.
     pub panic_at: Option<usize>,
+    /// The token after which all logits of a sequence are NaN.
     pub poison: Option<u32>,
-    /// Time of a step.
+    /// Duration of a step.
     pub step: Duration,
     resident: HashMap<String, Residence>,
     clock: usize,
     pub steps: usize,
-    /// Rows of each step.
+    /// Number of rows of each step.
     pub rows: Vec<usize>,
 }
 
@@ -82,7 +83,7 @@ impl Fake {
         }
     }
 
-    /// Slot uses that were not released.
+    /// Number of slot uses that have not been released.
     pub fn uses(&self) -> usize {
         self.resident.values().map(|r| r.uses).sum()
     }
@@ -169,7 +170,7 @@ impl Runner for Fake {
 
     fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {
         self.steps += 1;
-        assert_ne!(self.panic_at, Some(self.steps), "as asked");
+        assert_ne!(self.panic_at, Some(self.steps), "requested by the test");
         self.check(batch);
         std::thread::sleep(self.step);
         self.rows.push(batch.tokens.len());
@@ -202,7 +203,7 @@ impl Runner for Fake {
     }
 }
 
-/// SplitMix64's finaliser over a running state.
+/// The finaliser of SplitMix64 over a running state.
 fn mix(state: u64, value: u64) -> u64 {
     let mut z = (state ^ value).wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -223,14 +224,14 @@ fn fake_logits(cells: &[Cell]) -> Vec<f32> {
     (0..VOCAB).map(logit).collect()
 }
 
-/// Logits after `tokens`, without any engine.
+/// The logits after `tokens`, computed without an engine.
 pub fn reference_logits(adapters: &[(Lease, f32)], tokens: &[u32]) -> Vec<f32> {
     let terms: Vec<_> = adapters.iter().map(|(lease, weight)| (lease.id.as_str(), *weight)).collect();
     let hash = terms_hash(&terms);
     fake_logits(&tokens.iter().zip(0..).map(|(token, position)| (*token, position, hash)).collect::<Vec<_>>())
 }
 
-/// What a request should come to.
+/// The outcome of a request.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Answer {
     pub prompt: Option<Vec<Option<Logprobs>>>,
@@ -242,7 +243,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// All events so far.
+    /// Takes all events so far.
     pub fn take(&mut self, events: &mut UnboundedReceiver<Event>) {
         while let Ok(event) = events.try_recv() {
             self.push(event);
@@ -275,7 +276,7 @@ impl Answer {
     }
 }
 
-/// The answer of a plain loop: no batch, no cache, no chunks.
+/// The answer of a plain loop without batching, caching or chunks.
 pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingParams, max_model_len: usize) -> Answer {
     let mut answer = Answer::default();
     let mut tokens = prompt.to_vec();
@@ -291,8 +292,8 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
     while answer.tokens.len() < params.max_tokens && tokens.len() < max_model_len {
         let index = answer.tokens.len();
         let masked = if index < params.min_tokens { &stops[..] } else { &[] };
-        let choice = SamplingMetadata { params, counts: &counts, masked, seed: params.seed.unwrap_or(0), index };
-        let sample = sampler::sample(&reference_logits(adapters, &tokens), &choice).expect("finite logits");
+        let metadata = SamplingMetadata { params, counts: &counts, masked, seed: params.seed.unwrap_or(0), index };
+        let sample = sampler::sample(&reference_logits(adapters, &tokens), &metadata).expect("finite logits");
         if stops.contains(&sample.id) {
             let own = params.stop_token_ids.contains(&sample.id).then_some(sample.id);
             answer.finished = Some((FinishReason::Stop, own));
@@ -328,7 +329,7 @@ pub fn config() -> EngineConfig {
     }
 }
 
-/// Greedy, and no end before `max_tokens`.
+/// Greedy sampling that does not end before `max_tokens`.
 pub fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams { temperature: 0.0, max_tokens, ignore_eos: true, ..SamplingParams::default() }
 }
@@ -343,7 +344,7 @@ pub fn request(
     (Request { id: "test".into(), prompt, params, adapters, arrived: Instant::now(), events }, receiver)
 }
 
-/// An engine without its thread, for tests that count turns.
+/// An engine without a thread, for tests that count ticks.
 pub struct Bench {
     pub engine: Engine,
     pub worker: Worker<Fake>,
@@ -355,12 +356,11 @@ impl Bench {
     }
 
     pub fn with(fake: Fake, config: &EngineConfig) -> Self {
-        Self::beside(fake, config, None)
+        Self::with_background(fake, config, None)
     }
 
-    /// With background work.
-    pub fn beside(fake: Fake, config: &EngineConfig, filler: Option<BackgroundTask>) -> Self {
-        let (engine, worker) = Engine::new(fake, config.clone(), filler).expect("limits agree");
+    pub fn with_background(fake: Fake, config: &EngineConfig, task: Option<BackgroundTask>) -> Self {
+        let (engine, worker) = Engine::new(fake, config.clone(), task).expect("limits agree");
         Self { engine, worker }
     }
 
@@ -374,25 +374,25 @@ impl Bench {
         self.engine.submit(request).map(|()| events)
     }
 
-    /// Runs until nothing is left to do.
+    /// Runs until the engine is idle.
     pub fn finish(&mut self) {
         for _ in 0..100_000 {
             if self.worker.tick() == Tick::Idle {
                 return self.assert_empty();
             }
         }
-        panic!("the engine does not come to an end");
+        panic!("the engine does not become idle");
     }
 
     pub fn assert_empty(&self) {
         let stats = self.engine.stats();
         let left = [&stats.running, &stats.waiting, &stats.open].map(|counter| counter.load(Relaxed));
-        assert_eq!(left, [0; 3], "nobody runs, waits or holds a place at the end");
+        assert_eq!(left, [0; 3], "no request runs, waits or holds a place at the end");
         assert_eq!(stats.used_blocks.load(Relaxed), 0, "all blocks are free at the end");
         assert_eq!(self.worker.runner().uses(), 0, "all slots are released at the end");
     }
 
-    /// Serves one request alone.
+    /// Serves one request to its end.
     pub fn answer(&mut self, prompt: &[u32], adapters: &[(Lease, f32)], params: SamplingParams) -> Answer {
         let mut events = self.submit(prompt, adapters, params).expect("accepted");
         self.finish();

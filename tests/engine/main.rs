@@ -1,4 +1,4 @@
-//! The engine on a fake model: scheduling, blocks, fairness, sampling, and the thread around them.
+//! The engine with a fake runner: scheduling, blocks, fairness, sampling, and the engine thread.
 
 mod background;
 mod fake;

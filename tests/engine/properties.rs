@@ -1,4 +1,4 @@
-//! Random workloads: every request ends, as a plain loop would have answered it, and nothing is left behind.
+//! Random workloads: every request ends as a plain loop would answer it, and no block, slot or place is leaked.
 
 use proptest::prelude::*;
 use quiver::adapter::Lease;
@@ -14,12 +14,12 @@ use crate::fake::{Answer, Bench, EOS, Fake, lease, reference};
 struct Job {
     /// Tick in which it arrives.
     at: usize,
-    /// Requests with equal `family` start alike, so that prefixes are shared.
+    /// Prompts of the same family have a common prefix.
     family: u32,
     prompt_len: usize,
     adapters: Vec<(usize, f32)>,
     params: SamplingParams,
-    /// Turns after its arrival at which the client goes.
+    /// Ticks after its arrival at which the client goes.
     cancel: Option<usize>,
 }
 
@@ -54,7 +54,7 @@ fn params() -> impl Strategy<Value = SamplingParams> {
 }
 
 fn job() -> impl Strategy<Value = Job> {
-    // 0 to 3 can be loaded, 4 cannot.
+    // Adapters 0 to 3 can be loaded, adapter 4 cannot.
     let adapter = prop_oneof![9 => 0_usize..4, 1 => Just(4)];
     let weight = prop_oneof![Just(1.0_f32), Just(0.5)];
     let adapters = prop_oneof![
@@ -105,10 +105,10 @@ fn run(world: &World) {
 
     let mut live: Vec<_> = world.jobs.iter().map(|job| (job, None, Answer::default())).collect();
     let last = world.jobs.iter().map(|job| job.at).max().unwrap_or(0);
-    let mut turns = 0;
+    let mut ticks = 0;
     loop {
         for (job, events, answer) in &mut live {
-            if job.at == turns {
+            if job.at == ticks {
                 let fits = {
                     let longest = (job.prompt_len + job.params.max_tokens).min(config.max_model_len) - 1;
                     longest.max(job.prompt_len).div_ceil(config.block_size) <= config.num_blocks
@@ -124,21 +124,21 @@ fn run(world: &World) {
                     }
                 }
             }
-            if job.cancel.is_some_and(|after| job.at + after == turns) {
+            if job.cancel.is_some_and(|after| job.at + after == ticks) {
                 *events = None;
             }
         }
-        let turn = bench.worker.tick();
+        let tick = bench.worker.tick();
         for (_, events, answer) in &mut live {
             if let Some(events) = events {
                 answer.take(events);
             }
         }
-        turns += 1;
-        if turn == Tick::Idle && turns > last {
+        ticks += 1;
+        if tick == Tick::Idle && ticks > last {
             break;
         }
-        assert!(turns < 20_000, "a request starves");
+        assert!(ticks < 20_000, "a request starves");
     }
     bench.assert_empty();
 

@@ -1,4 +1,4 @@
-//! The sampler against a plain one that sorts everything in f64.
+//! The sampler, compared with a plain one that sorts everything in f64.
 
 use proptest::prelude::*;
 use quiver::engine::request::SamplingParams;
@@ -76,7 +76,7 @@ fn draws_follow_the_distribution() {
             let counts = TokenCounts::new(params, &[]);
             let draws = 20_000;
             let mut got = vec![0_usize; len];
-            // Half over indices of one seed, half over seeds: both must be independent draws.
+            // Half the draws vary the index and half the seed: both must be independent.
             (0..draws / 2).for_each(|i| got[choose(&logits, params, &counts, &[], 42, i) as usize] += 1);
             (0..draws / 2).for_each(|i| got[choose(&logits, params, &counts, &[], i as u64, 3) as usize] += 1);
             let mut chi_square = 0.0;
@@ -99,14 +99,14 @@ fn draws_follow_the_distribution() {
 
 #[test]
 fn a_flat_nucleus_reaches_beyond_the_first_candidates() {
-    // 5,000 equal tokens: 90% of them are many times the first guess; ties go to the lowest ids.
+    // 90% of 5,000 equal tokens are many more than the first candidates. Ties go to the lowest ids.
     let params = SamplingParams { top_p: 0.9, ..SamplingParams::default() };
     let logits = vec![0.5; 5_000];
     let counts = TokenCounts::new(&params, &[]);
     let ids: Vec<_> = (0..4_000).map(|i| choose(&logits, &params, &counts, &[], 7, i)).collect();
     let last = *ids.iter().max().unwrap();
     assert!((4_450..=4_500).contains(&last), "{last}");
-    // top_p of 1 and nearly 1 keep everything.
+    // A top_p close to 1 keeps all tokens.
     let params = SamplingParams { top_p: 0.999_999_9, ..SamplingParams::default() };
     assert!((0..4_000).any(|i| choose(&logits, &params, &counts, &[], 7, i) > 4_900));
 }
@@ -144,8 +144,9 @@ fn bad_logits_are_errors() {
                 logits[at] = bad;
                 for params in [greedy(), SamplingParams::default()] {
                     let counts = TokenCounts::new(&params, &[]);
-                    let choice = SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
-                    assert!(sample(&logits, &choice).unwrap_err().message.contains("NaN"));
+                    let metadata =
+                        SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
+                    assert!(sample(&logits, &metadata).unwrap_err().message.contains("NaN"));
                 }
                 assert!(score(&logits, 0, 1).is_err());
             }
@@ -160,16 +161,16 @@ fn bad_logits_are_errors() {
 
 #[test]
 fn penalties_by_hand() {
-    // Prompt 0 and 1, generated 1 twice and 2 once.
+    // The prompt is 0 and 1; 1 was generated twice and 2 once.
     let logits = [2.0, 2.0, -2.0, 0.25];
     let after = |params: &SamplingParams| {
         let mut counts = TokenCounts::new(params, &[0, 1]);
         [1, 1, 2].into_iter().for_each(|id| counts.push(id));
         let params = SamplingParams { logprobs: Some(4), temperature: 0.0, ..params.clone() };
-        let choice = SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
-        let mut top = sample(&logits, &choice).unwrap().logprobs.unwrap().top;
+        let metadata = SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
+        let mut top = sample(&logits, &metadata).unwrap().logprobs.unwrap().top;
         top.sort_by_key(|(id, _)| *id);
-        // Logits up to the constant that token 3, which no penalty touches, gives.
+        // Logits up to a constant, which token 3 gives because no penalty applies to it.
         top.iter().map(|(_, logprob)| logprob - top[3].1 + 0.25).collect::<Vec<_>>()
     };
     let near = |got: Vec<f32>, want: [f32; 4]| {
@@ -201,7 +202,7 @@ fn temperature_is_not_in_the_logprobs() {
     let cold = plain(&logits, &SamplingParams { temperature: 0.01, logprobs: Some(2), ..SamplingParams::default() });
     let zero = plain(&logits, &SamplingParams { logprobs: Some(2), ..greedy() });
     assert_eq!(cold, zero);
-    // So cold that every other weight is zero.
+    // At this temperature all other weights underflow to 0.
     assert_eq!(plain(&logits, &SamplingParams { temperature: 1e-30, ..SamplingParams::default() }).id, zero.id);
 }
 
@@ -230,10 +231,10 @@ proptest! {
         seed: u64, len in 1_usize..700, temperature in 0.1_f32..3.0, top_p in 0.05_f32..=1.0, top_k in 0_usize..40,
         min_p in 0.0_f32..0.5,
     ) {
-        // Rounded, so that ties happen.
+        // Rounded, so that there are ties.
         let logits: Vec<f32> = noise(seed, len).iter().map(|l| (l * 8.0).round() / 8.0).collect();
         let params = SamplingParams { temperature, top_p, top_k, min_p, ..SamplingParams::default() };
-        // A little more generous than asked, against rounding at the edges.
+        // Slightly wider limits, because of rounding at the edges.
         let wider = SamplingParams { top_p: top_p + 1e-4, min_p: min_p * 0.999, ..params.clone() };
         let possible = distribution(&logits, &wider);
         let counts = TokenCounts::new(&params, &[]);

@@ -36,13 +36,13 @@ fn a_shared_prefix_is_computed_once() {
     assert_eq!(again.ids(), first.ids());
     assert_eq!(bench.worker.runner().rows.iter().sum::<usize>() - rows, 4);
 
-    // A longer prompt over the first one's output: its blocks are found too.
+    // A longer prompt that contains the first answer: the blocks of the answer are found too.
     let longer: Vec<u32> = prompt.iter().copied().chain(first.ids()).chain([1]).collect();
     let third = bench.answer(&longer, &[], greedy(3));
     assert_eq!(third.cached_tokens, 24);
     assert_eq!(third.ids(), reference(&longer, &[], &greedy(3), 200).ids());
 
-    // The last token of a prompt that ends with a block is computed all the same.
+    // The last token of a prompt is always computed, even if a block ends with it.
     assert_eq!(bench.answer(&prompt[..20], &[], greedy(1)).cached_tokens, 16);
     let stats = bench.engine.stats();
     assert_eq!((count(&stats.prefix_queries), count(&stats.prefix_hits)), (22 + 22 + 26 + 20, 20 + 24 + 16));
@@ -61,7 +61,7 @@ fn generations_and_weights_have_their_own_prefixes() {
         (vec![], 0),
         (half.clone(), 0),
         (two.clone(), 0),
-        // A comes back with the content it had: its keys and values are the same, bit for bit.
+        // The same content has the same keys and values, bit for bit.
         (one(&a_again), 16),
         (one(&b), 16),
         (vec![], 16),
@@ -132,7 +132,7 @@ fn logits_of_long_scored_prompts_stay_bounded() {
     let mut bench = Bench::new(&config);
     let prompt: Vec<u32> = (0..150).map(|i| i % 40).collect();
     let params = SamplingParams { prompt_logprobs: Some(2), ..greedy(2) };
-    // The fake refuses more rows than are allowed.
+    // The fake rejects a step with more logit rows.
     let answer = bench.answer(&prompt, &[], params.clone());
     assert_eq!(answer, reference(&prompt, &[], &params, 200));
     assert_eq!(bench.worker.runner().rows[..3], [64, 64, 22]);
@@ -163,12 +163,12 @@ fn sequences_end_at_stop_ids_and_limits() {
     assert_eq!(answer.ids(), free[..first]);
     assert_eq!(answer.finished, Some((FinishReason::Stop, Some(stop))));
 
-    // Masked until min_tokens are out, so that the text goes another way.
+    // The stop id is masked for the first `min_tokens` tokens, so the text continues differently.
     let later = SamplingParams { min_tokens: 10, ..stopping };
     let answer = bench.answer(&[9, 8, 7], &[], later);
     assert!(answer.tokens.len() >= 10 && !answer.ids().contains(&stop));
 
-    // The model's own end, and ignoring it.
+    // The model's end-of-sequence id, and ignoring it.
     let biased = SamplingParams { logit_bias: vec![(EOS, 100.0)], ignore_eos: false, ..greedy(4) };
     let answer = bench.answer(&[9], &[], biased.clone());
     assert_eq!((answer.ids(), answer.finished), (vec![], Some((FinishReason::Stop, None))));
@@ -220,7 +220,7 @@ fn a_bad_row_ends_its_own_request_only() {
 }
 
 #[test]
-fn a_cancelled_request_lets_go_at_once() {
+fn a_cancelled_request_releases_everything_at_once() {
     let mut bench = Bench::new(&config());
     let events = bench.submit(&[1; 20], &one(&lease("a", "a")), greedy(100)).unwrap();
     (0..5).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
@@ -231,7 +231,7 @@ fn a_cancelled_request_lets_go_at_once() {
 }
 
 #[test]
-fn a_dora_is_used_alone_and_whole() {
+fn a_dora_is_used_alone_and_at_weight_1() {
     let bench = Bench::new(&config());
     let values = || FloatVec::F32([1.0].into());
     let module = ModuleWeights {
@@ -256,7 +256,7 @@ fn a_dora_is_used_alone_and_whole() {
 #[test]
 fn a_queue_is_bounded() {
     let mut bench = Bench::new(&EngineConfig { max_running: 2, max_waiting: 3, ..config() });
-    // Two go to free seats, three wait.
+    // Two can run, three wait.
     let mut events: Vec<_> = (0..5).map(|_| bench.submit(&[1], &[], greedy(5)).unwrap()).collect();
     let error = bench.submit(&[1], &[], greedy(5)).unwrap_err();
     assert_eq!((error.kind, error.code), (ErrorKind::Overloaded, Some("queue_full")));
@@ -268,48 +268,48 @@ fn a_queue_is_bounded() {
     bench.finish();
 }
 
-/// Turns until each of `events` has a first token, from now.
-fn turns_to_first_token(bench: &mut Bench, events: &mut [UnboundedReceiver<Event>]) -> Vec<usize> {
+/// The number of ticks from now until each of `events` has a first token.
+fn ticks_to_first_token(bench: &mut Bench, events: &mut [UnboundedReceiver<Event>]) -> Vec<usize> {
     let mut found = vec![0; events.len()];
-    for turn in 1..5_000 {
+    for tick in 1..5_000 {
         bench.worker.tick();
         for (found, events) in found.iter_mut().zip(events.iter_mut()) {
             if *found == 0 && events.try_recv().is_ok() {
-                *found = turn;
+                *found = tick;
             }
         }
         if !found.contains(&0) {
             return found;
         }
     }
-    panic!("no first token within 5000 turns");
+    panic!("no first token within 5000 ticks");
 }
 
 #[test]
 fn a_busy_adapter_does_not_starve_another() {
     let config = EngineConfig { num_blocks: 1000, ..config() };
     let (busy, quiet) = (lease("busy", "busy"), lease("quiet", "quiet"));
-    // All seats taken by short answers with hundreds behind them: the newcomer gets the next seat.
+    // Short answers take all running places, with hundreds queued: the new adapter gets the next place.
     let mut bench = Bench::new(&config);
     let _busy: Vec<_> = (0..300).map(|i| bench.submit(&[i % 40; 10], &one(&busy), greedy(10)).unwrap()).collect();
     (0..30).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
     let mut events = [bench.submit(&[1; 10], &one(&quiet), greedy(1)).unwrap()];
-    let turns = turns_to_first_token(&mut bench, &mut events);
-    assert!(turns[0] <= 12, "{turns:?}");
+    let ticks = ticks_to_first_token(&mut bench, &mut events);
+    assert!(ticks[0] <= 12, "{ticks:?}");
 
-    // Seats are free but long prompts take every row of many steps: the newcomer gets its share of rows.
+    // There are free places, but long prompts take all rows of many steps: the new adapter gets its share of rows.
     let mut bench = Bench::new(&config);
     let long = |i: u32| (0..190).map(|t| (t * 7 + i) % 40).collect::<Vec<_>>();
     let _busy: Vec<_> = (0..6).map(|i| bench.submit(&long(i), &one(&busy), greedy(5)).unwrap()).collect();
     (0..3).for_each(|_| assert_eq!(bench.worker.tick(), Tick::Stepped));
     let mut events = [bench.submit(&[1; 10], &one(&quiet), greedy(1)).unwrap()];
-    let turns = turns_to_first_token(&mut bench, &mut events);
-    assert!(turns[0] <= 2, "{turns:?}");
+    let ticks = ticks_to_first_token(&mut bench, &mut events);
+    assert!(ticks[0] <= 2, "{ticks:?}");
 }
 
 #[test]
 fn busy_adapters_share_alike() {
-    // One asks with short prompts, one with long ones, in equal numbers of tokens: over time they get the same.
+    // Prompts of different lengths with the same total number of tokens: over time the adapters get the same service.
     let config = EngineConfig { num_blocks: 1000, prefix_cache: false, ..config() };
     let mut bench = Bench::new(&config);
     let adapters = [lease("short", "short"), lease("long", "long"), lease("none", "none")];
@@ -329,13 +329,13 @@ fn busy_adapters_share_alike() {
 }
 
 #[test]
-fn an_adapter_on_its_way_holds_up_nobody_and_gets_its_turn() {
+fn an_adapter_being_loaded_delays_no_other_and_gets_its_turn() {
     let config = EngineConfig { max_running: 2, ..config() };
     let mut fake = Fake::new(&config);
     (fake.slots, fake.load_ticks) = (1, 3);
     let mut bench = Bench::with(fake, &config);
     let (busy, other) = (lease("busy", "busy"), lease("other", "other"));
-    // The only slot is never unused: one of the busy adapter's requests always overlaps the next.
+    // The only slot is always in use, because the busy adapter's requests overlap.
     let mut busy_events = Vec::new();
     while busy_events.len() < 400 {
         busy_events.push(bench.submit(&[2; 3], &one(&busy), greedy(4)).unwrap());
@@ -343,11 +343,11 @@ fn an_adapter_on_its_way_holds_up_nobody_and_gets_its_turn() {
     (0..20).for_each(|_| assert_ne!(bench.worker.tick(), Tick::Idle));
     let mut events =
         [bench.submit(&[1; 3], &one(&other), greedy(2)).unwrap(), bench.submit(&[1; 3], &[], greedy(2)).unwrap()];
-    let turns = turns_to_first_token(&mut bench, &mut events);
+    let ticks = ticks_to_first_token(&mut bench, &mut events);
     let done = busy_events.iter_mut().filter_map(|e| e.try_recv().ok()).count();
-    assert!(turns[1] < 10, "the base does not wait: {turns:?}");
-    assert!(done <= 64 + 20, "passed over {done} times");
-    assert!(turns[0] > turns[1], "{turns:?}");
+    assert!(ticks[1] < 10, "the base does not wait: {ticks:?}");
+    assert!(done <= 64 + 20, "bypassed {done} times");
+    assert!(ticks[0] > ticks[1], "{ticks:?}");
     bench.finish();
 }
 
@@ -366,7 +366,7 @@ fn adapters_that_never_fit_together_are_refused() {
     assert!(first.failed.unwrap().contains("a, b"));
     assert_eq!(second.tokens.len(), 2);
 
-    // Two of them that take the only slot from each other before either has been refused often enough.
+    // Two requests that take the only slot from each other before either has been refused often enough.
     let mut fake = Fake::new(&config());
     (fake.slots, fake.load_ticks) = (1, 1);
     let mut bench = Bench::with(fake, &config());
@@ -388,11 +388,11 @@ fn many_more_adapters_than_slots_all_get_through() {
     let mut bench = Bench::with(fake, &config());
     let leases: Vec<_> = (0..300).map(|i| lease(&format!("a{i}"), &format!("a{i}"))).collect();
     let mut events: Vec<_> = leases.iter().map(|l| bench.submit(&[1, 2], &one(l), greedy(4)).unwrap()).collect();
-    let mut turns = 0;
+    let mut ticks = 0;
     while bench.worker.tick() != Tick::Idle {
-        turns += 1;
-        // Four at a time, loading and running: a dozen turns each would be 900.
-        assert!(turns < 1500, "adapters evict each other before they are used");
+        ticks += 1;
+        // Four at a time, loading and running: a dozen ticks each would be 900.
+        assert!(ticks < 1500, "adapters evict each other before they are used");
     }
     bench.assert_empty();
     for (lease, events) in leases.iter().zip(&mut events) {

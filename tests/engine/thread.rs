@@ -42,7 +42,7 @@ async fn many_clients_at_once() {
     for client in clients.collect::<Vec<_>>() {
         client.await.unwrap();
     }
-    // The counters follow within the step.
+    // The counters are updated at the end of the step.
     while engine.stats().running.load(Relaxed) + engine.stats().used_blocks.load(Relaxed) > 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -67,7 +67,7 @@ async fn a_broken_adapter_is_the_clients_error() {
 }
 
 #[tokio::test]
-async fn draining_finishes_what_was_taken() {
+async fn draining_finishes_accepted_requests() {
     let engine = start(|fake| fake.load_ticks = 20);
     let clients: Vec<_> = (0..20)
         .map(|i| {
@@ -85,7 +85,7 @@ async fn draining_finishes_what_was_taken() {
         assert_eq!(answer.tokens.len(), 30);
         assert!(answer.finished.is_some());
     }
-    // Again, and with nothing inside.
+    // Draining again, with no requests, returns at once.
     tokio::time::timeout(Duration::from_secs(60), engine.drain()).await.expect("drains");
 }
 
