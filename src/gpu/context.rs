@@ -32,8 +32,8 @@ pub(crate) struct Context {
     device: CudaDevice,
     /// See [`OpenOptions::deterministic`].
     pub deterministic: bool,
-    /// Streaming multiprocessors.
-    pub multiprocessors: usize,
+    /// Streaming sm_count.
+    pub sm_count: usize,
     /// Major number of the compute capability: 9 is Hopper.
     pub compute_major: usize,
     pub(super) kernels: Kernels,
@@ -67,7 +67,7 @@ impl Context {
         let context = Self {
             kernels: Kernels::load(stream.context())?,
             deterministic: options.deterministic,
-            multiprocessors: property(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            sm_count: property(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             compute_major: property(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as usize,
             arena: Mutex::default(),
             uploads: UploadCache::default(),

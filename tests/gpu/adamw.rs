@@ -25,7 +25,7 @@ fn optimiser_steps_equal_the_cpu() {
         for (what, [want, got]) in [("parameters", &params), ("m", &m), ("v", &v)] {
             assert_close(got, want, 1e-5, &format!("{what} of {n}"));
         }
-        // A value between two codes may go either way, once in a while.
+        // A value near the middle of two codes may be rounded either way.
         assert_close(&params8[1], &params8[0], 1e-4, &format!("parameters of {n} with 8 bits"));
         for (what, [want, got]) in [("m", &m8), ("v", &v8)] {
             let [want, got] = [want, got].map(|t| t.flatten_all().unwrap().to_vec1::<u8>().unwrap());

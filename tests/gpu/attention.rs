@@ -1,4 +1,4 @@
-//! Rotary embedding, append and paged attention on a GPU: against the CPU half and f64, and against themselves in other company.
+//! Append with RoPE and paged attention on a GPU: against the CPU half and f64, and against themselves in other batches.
 
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ const TOLERANCE: f64 = 4e-3;
 
 const CONTEXTS: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 500, 1030, 4100];
 
-/// A sequence with queries, keys and values of each position as they are after turning, and its cache blocks.
+/// A sequence with the rotated queries, keys and values of each position, and its KV blocks.
 struct Sequence {
     heads: Heads,
     qkv: Vec<bf16>,
@@ -64,10 +64,10 @@ impl Sequence {
     }
 }
 
-/// Sequences of these lengths whose blocks lie between one another's, and how many blocks that takes.
+/// Sequences of these lengths with interleaved KV blocks, and the number of blocks.
 fn sequences(heads: Heads, lens: &[usize]) -> (Vec<Sequence>, usize) {
     let blocks: usize = lens.iter().map(|len| len.div_ceil(BLOCK)).sum();
-    // A step that shares no factor with any of the counts walks through all blocks.
+    // The stride has no factor in common with any of the counts, so that it reaches all blocks.
     let mut ids = (0..blocks).map(|i| (i * 7919 % blocks) as u32);
     let sequence = |(seed, &len): (usize, &usize)| Sequence {
         heads,
@@ -84,7 +84,7 @@ fn sequences(heads: Heads, lens: &[usize]) -> (Vec<Sequence>, usize) {
 /// Positions of a sequence that a batch runs.
 type Part<'a> = (&'a Sequence, Range<usize>);
 
-/// A cache on the GPU, full of NaN that others left there, and the buffers to run steps on it.
+/// A KV cache on the GPU, full of NaN, and the buffers to run steps on it.
 struct Gpu {
     heads: Heads,
     cache: Tensor,
@@ -97,14 +97,14 @@ impl Gpu {
         let device = device();
         let shape = (blocks, block_len(heads, &device));
         let cache = Tensor::from_vec(vec![bf16::NAN; shape.0 * shape.1], shape, &device).unwrap();
-        // Turns nothing.
+        // Rotates by zero.
         let still = RopeTable::new(&vec![0.0; heads.dim / 2], 5000, &device).unwrap();
         let capacity = Capacity { rows: 6000, spans: 64, table: 1000 };
         let buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
         Self { heads, cache, still, buffers }
     }
 
-    /// The parts as a batch on the GPU, filled up to `rows`, with its rows of qkv, those that fill up being NaN.
+    /// The parts as a batch on the GPU, padded to `rows`, with its rows of qkv; padding rows are NaN.
     fn batch(&mut self, parts: &[Part], rows: Option<usize>) -> (Batch, Tensor) {
         let (mut batch, mut qkv) = (Batch::default(), Vec::new());
         for (sequence, positions) in parts {
@@ -127,7 +127,7 @@ impl Gpu {
         }
     }
 
-    /// Runs a step; each part's rows of the output, then those that fill up.
+    /// Runs a step. Returns each part's rows of the output, then the padding rows.
     fn step(&mut self, parts: &[Part], rows: Option<usize>) -> Vec<Vec<f32>> {
         let (batch, qkv) = self.batch(parts, rows);
         append(&self.cache, &qkv, &batch, &self.still, self.heads).unwrap();
@@ -223,7 +223,7 @@ fn odd_groups_match_f64() {
     }
 }
 
-/// Sequences of these lengths, run whole with some of them decoding, and then their last rows decoded.
+/// Runs sequences of these lengths whole, some of them decoding, and then decodes their last rows.
 fn check_f64(heads: Heads, lens: &[usize]) {
     let (sequences, blocks) = sequences(heads, lens);
     let mut gpu = Gpu::new(heads, blocks);
@@ -238,7 +238,7 @@ fn check_f64(heads: Heads, lens: &[usize]) {
             }
         }
     };
-    // Every third sequence decodes, one of the others has its first rows in the cache.
+    // Every third sequence decodes. Of the others, every second one has its first rows in the cache.
     let first = |i: usize, len: usize| {
         if i % 3 == 2 {
             len - 1
@@ -287,7 +287,7 @@ fn chunks_change_no_bit() {
 }
 
 #[test]
-fn filled_up_steps_equal_plain_ones() {
+fn padded_steps_equal_plain_ones() {
     for heads in SHAPES {
         let lens = [1, 17, 4100, 500, 1030];
         let (sequences, blocks) = sequences(heads, &lens);

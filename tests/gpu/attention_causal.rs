@@ -1,4 +1,4 @@
-//! Training's attention on a GPU: against the CPU half, against itself, and beside other sequences.
+//! Training's attention on a GPU: against the CPU half, against itself, and among other sequences.
 
 use std::ops::Range;
 
@@ -25,7 +25,7 @@ fn qkv(seed: u64, rows: usize, heads: Heads) -> Vec<bf16> {
     random(seed, rows * heads.qkv_width()).iter().map(|x| bf16::from_f32(x.to_f32() * 2.5)).collect()
 }
 
-/// Output, logarithms and gradient.
+/// The output, the logarithms of the softmax sums, and the gradient.
 fn attend(qkv: &Tensor, dout: &Tensor, lens: &[usize], heads: Heads) -> [Tensor; 3] {
     let sequences = sequences(lens);
     let (out, lse) = causal(qkv, &sequences, heads).unwrap();
@@ -69,7 +69,7 @@ fn attention_equals_the_cpu() {
                 x.narrow(1, first * dim, count * dim).unwrap().narrow(0, rows.start, rows.len()).unwrap()
             };
             assert_close(&part(&got, 0..rows), &part(&want, 0..rows), 8e-3, &format!("{heads:?}: {what}"));
-            // No sequence is farther off than its part of all, the smallest gradients being differences of larger numbers.
+            // Each sequence's error is bounded by its share of all rows: the smallest gradients are differences of larger numbers.
             let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
             let all = norm(&values(&part(&want, 0..rows)));
             for range in sequences(&lens) {
@@ -99,7 +99,7 @@ fn attention_has_the_same_bits_again_and_beside_others() {
             let again = run(&x, &d, &lens);
             assert!(first.iter().zip(&again).all(|(a, b)| bits(a) == bits(b)), "{heads:?}: again");
         }
-        // The third sequence with others before and behind it.
+        // The third sequence, with others before and after it.
         let rows = sequences(&lens)[2].clone();
         let of = |values: &[bf16], width: usize| values[rows.start * width..rows.end * width].to_vec();
         let before = 33;

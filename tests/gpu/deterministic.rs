@@ -7,7 +7,7 @@ use quiver::gpu::{self, DeviceChoice, OpenOptions};
 
 use crate::smollm2::SmolLm2;
 
-/// Tokens decoded in a crowd have the bits that they have alone, and that they have as a prompt.
+/// Tokens have the same bits when decoded among other sequences, decoded alone, and run as a prompt.
 #[test]
 fn no_company_and_no_cut_of_the_prompt_changes_a_bit() {
     let options = OpenOptions { deterministic: true };
@@ -17,7 +17,7 @@ fn no_company_and_no_cut_of_the_prompt_changes_a_bit() {
         server.load(name, &Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name));
     }
     let adapters: [&[(&str, f32)]; 4] = [&[], &[("qa", 1.0)], &[("writing", 1.0)], &[("code", 0.5), ("qa", 0.5)]];
-    // From one row to more than a step's products take at once.
+    // From one row to more than a fused product takes at once.
     let prompts: Vec<Vec<u32>> =
         [1usize, 2, 17, 64, 65, 130, 300].map(|n| (0..n as u32).map(|i| (i * 7919 + 13) % 49_000).collect()).to_vec();
     let params =

@@ -1,5 +1,5 @@
-//! DoRA's gains on a GPU: against f64 and the CPU half, beside rows of other adapters and of none, and in recorded steps
-//! while slots change hands.
+//! DoRA's gains on a GPU: against f64 and the CPU half, in batches with rows of other adapters and of none, and in captured steps
+//! while slots get new adapters.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,10 +26,10 @@ use crate::quant::{codebook, source};
 
 /// Relative error of a result that is rounded to bf16 after the sum and after the gain, each by no more than 2^-8 of itself.
 const BF16: f64 = 1.0 / 128.0;
-/// Of one in f32, whose gains take a product of bf16 values with the base.
+/// The same of an f32 result, whose gains come from a product of bf16 values with the base.
 const F32: f64 = 1e-4;
 
-/// Makes a matrix `[n, k]` of a seed.
+/// Makes a random matrix `[n, k]` from a seed.
 type Make = fn(usize, usize, u64) -> Source<'static>;
 
 fn dense(n: usize, k: usize, seed: u64) -> Source<'static> {
@@ -44,7 +44,7 @@ fn of_codebook(n: usize, k: usize, seed: u64) -> Source<'static> {
     codebook(n, k, 64, seed)
 }
 
-/// Shapes, and a base for them: widths of no power of two, and vectors that do not end at a multiple of eight.
+/// Shapes, each with a kind of base: widths that are no powers of two, and vectors that do not end at a multiple of eight.
 fn models() -> Vec<(ModelConfig, Make)> {
     vec![
         (model(64, 96, (4, 2, 12), 97), dense as Make),
@@ -53,7 +53,7 @@ fn models() -> Vec<(ModelConfig, Make)> {
     ]
 }
 
-/// One decoder block over made-up matrices, the same on every device.
+/// One decoder block of random matrices, the same on every device.
 fn base(config: &ModelConfig, of: Make, device: &Device) -> Weights {
     let matrix = |site: Site| {
         let seed = 50 + 10 * site as u64;
@@ -85,7 +85,7 @@ fn base(config: &ModelConfig, of: Make, device: &Device) -> Weights {
     }
 }
 
-/// With magnitudes, of either sign and zero, and a delta about as large as the base; one row of each B is zero.
+/// A DoRA adapter with magnitudes of either sign and zero, and a delta about as large as the base; one row of each B is zero.
 fn dora(model: &ModelConfig, seed: u64, modules: &[(Module, usize)]) -> AdapterWeights {
     let modules: Vec<_> = modules.iter().map(|&(module, rank)| (module, rank, false)).collect();
     let mut adapter = adapter(model, seed, &modules);
@@ -102,7 +102,7 @@ fn dora(model: &ModelConfig, seed: u64, modules: &[(Module, usize)]) -> AdapterW
     adapter
 }
 
-/// Slots 0, 2 and 4 have gains: of all modules, of some with ranks that are padded, and with high ranks.
+/// Slots 0, 2 and 4 have gains: for all modules, for some modules with padded ranks, and with high ranks.
 fn adapters(model: &ModelConfig) -> Vec<AdapterWeights> {
     use Module::*;
     vec![
@@ -210,8 +210,8 @@ fn matches_f64_and_the_cpu() {
     }
 }
 
-/// A row's bits are the same alone, among others, in a fixed step, and in large pieces, whether others have gains or not;
-/// rows without gains have those that they have without anyone's.
+/// A row's bits are the same alone, among others, in a fixed step, and in large pieces, whether other rows have gains or not. Rows
+/// without gains have the bits of a step without any gains.
 #[test]
 fn a_row_does_not_depend_on_its_company() {
     let (model, of) = models().swap_remove(0);
@@ -235,7 +235,7 @@ fn a_row_does_not_depend_on_its_company() {
     }
 }
 
-/// Gains belong to the slot's adapter, are made once, and no step goes without them or adds them up.
+/// Gains belong to the slot's adapter and are computed once. No step runs without them or applies them twice.
 #[test]
 fn a_slot_is_named_only_with_gains_of_its_own() {
     let (model, of) = models().swap_remove(1);
@@ -259,7 +259,7 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     }
 }
 
-/// A model, its cache and what runs its steps, on one device.
+/// A model with its KV cache, slots and steps, on one device.
 struct Served {
     model: Decoder,
     kv: KvCache,
@@ -281,7 +281,7 @@ impl Served {
         Self { model, kv, pool, steps }
     }
 
-    /// Logits of a step of one row for each of `slots`, every one the first of its sequence, with a token of its own.
+    /// Logits of a step with one row for each of `slots`: the first row of a sequence, with its own token.
     fn decode(&mut self, slots: &[(u32, Option<u32>)]) -> Vec<Vec<f32>> {
         let mut batch = Batch::default();
         for (i, (token, slot)) in slots.iter().enumerate() {
@@ -297,9 +297,9 @@ impl Served {
     }
 }
 
-/// Recorded steps serve whatever adapter is in a slot, with gains or without, and rows are those that they are one by one.
+/// Captured steps serve whatever adapter is in a slot, with gains or without, and their rows are equal to those of steps of one row.
 #[test]
-fn recorded_steps_see_slots_change_hands() {
+fn captured_steps_see_slots_change_hands() {
     let (mut gpu, mut cpu) = (Served::new(&device()), Served::new(&Device::Cpu));
     let config = gpu.model.config().clone();
     let read = |name: &str, factor: f32| {
@@ -314,7 +314,7 @@ fn recorded_steps_see_slots_change_hands() {
     for served in [&mut gpu, &mut cpu] {
         assert_eq!(served.pool.load(&plain, &config).unwrap(), 0);
     }
-    // The first step of a size that has gains is recorded, the others are replays.
+    // The first step of a bucket with gains is captured, the others are replays.
     let mut seen: Vec<Vec<f32>> = Vec::new();
     for (name, factor) in [("dora", 2.0), ("dora", 0.5), ("qv-r4", 1.0), ("dora", 1.0), ("r33", 1.0), ("dora", 3.0)] {
         let adapter = read(name, factor);

@@ -1,4 +1,4 @@
-//! Whole training jobs on a GPU, of each kind of adapter, against the same on the CPU.
+//! Whole training jobs of each kind of adapter, on a GPU against the CPU.
 
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -18,10 +18,10 @@ use quiver::train::trainer::Trainer;
 
 use crate::common::{device, relative_error};
 
-/// Nats by which a step's loss may be off: activations and their gradients are bf16.
+/// Largest difference of a step's loss, in nats: activations and their gradients are bf16.
 const LOSS: f64 = 0.003;
-/// Relative error of what a job has learnt. AdamW turns small gradients, and what rounding makes of them, into steps as large
-/// as those of others.
+/// Relative error of the trained deltas. AdamW turns small gradients, rounding errors included, into steps as large as those of
+/// large gradients.
 const LEARNT: f64 = 0.06;
 
 fn spec(lora: LoraConfig) -> JobSpec {
@@ -47,7 +47,7 @@ fn lora() -> LoraConfig {
     LoraConfig { r: 4, alpha: 8.0, ..LoraConfig::default() }
 }
 
-/// What a job came to.
+/// The result of a job.
 struct Outcome {
     /// Of each step.
     losses: Vec<f64>,
@@ -56,7 +56,7 @@ struct Outcome {
     last: AdapterWeights,
 }
 
-/// Runs a job on sequences in which every token follows from the one before.
+/// Runs a job on sequences in which every token is determined by the previous one.
 fn run(spec: &JobSpec, device: &Device) -> Outcome {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny/base");
     let files = ModelFiles { name: "tiny".into(), format: ModelFormat::HuggingFace(fixtures) };
@@ -108,7 +108,7 @@ fn delta(m: &ModuleWeights) -> Vec<f32> {
     (0..b.len() / m.rank * k).map(value).collect()
 }
 
-/// Deltas of all modules that `like` has, zeros where a budget has left none.
+/// Deltas of all modules of `like`, zeros where AdaLoRA's budget has left none.
 fn deltas(of: &AdapterWeights, like: &AdapterWeights) -> Vec<f32> {
     let own = |m: &ModuleWeights| of.modules.iter().find(|o| (o.layer, o.module) == (m.layer, m.module)).map(delta);
     like.modules.iter().flat_map(|m| own(m).unwrap_or_else(|| vec![0.0; delta(m).len()])).collect()
@@ -144,7 +144,7 @@ fn a_lora_is_that_of_the_cpu() {
 fn a_dora_is_that_of_the_cpu() {
     let (cpu, gpu) = compare("dora", LoraConfig { use_dora: true, ..lora() }, 12);
     let (start, own_start) = (magnitudes(&cpu.first), magnitudes(&gpu.first));
-    // Rows of `down` do not end where a block of NF4 does: a GPU has them in bf16.
+    // Rows of `down` do not end at a block of NF4, so that a GPU stores them in bf16.
     let norms = relative_error(&own_start, &wide(&start));
     assert!(!start.is_empty() && norms < 1e-3, "norms of the base: {norms}");
     let moved = |last: &AdapterWeights| magnitudes(last).iter().zip(&start).map(|(m, s)| m - s).collect::<Vec<_>>();

@@ -1,4 +1,4 @@
-//! Low-rank deltas on a GPU, against f64 and against themselves in other company; and adapters on their way there.
+//! LoRA deltas on a GPU, against f64 and against themselves in other batches; and the loading of adapters.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::common::{device, random, relative_error};
 
 /// Relative error of a result that is rounded to bf16 once: no value is off by more than 2^-8 of itself.
 const BF16: f64 = 1.0 / 256.0;
-/// Of one in f32: x·Aᵀ is rounded to 16 bits, sums are f32.
+/// The same of an f32 result: x·Aᵀ is rounded to 16 bits, sums are f32.
 const F32: f64 = 5e-5;
 
 /// One decoder block of these widths.
@@ -69,7 +69,7 @@ pub fn adapter(model: &ModelConfig, seed: u64, modules: &[(Module, usize, bool)]
     AdapterWeights { modules: modules.iter().enumerate().map(module).collect() }
 }
 
-/// All ranks that the tests use, mixed over modules, some of which have biases and some are not there.
+/// All ranks that the tests use, mixed over modules; some modules have biases, and some are missing.
 fn adapters(model: &ModelConfig) -> Vec<AdapterWeights> {
     use Module::*;
     let all = |rank: usize| -> Vec<(Module, usize, bool)> {
@@ -120,8 +120,8 @@ pub fn shape(model: &ModelConfig, site: Site) -> (usize, usize) {
     (modules.iter().map(|m| m.shape(model).0).sum(), modules[0].shape(model).1)
 }
 
-/// `y` with the deltas of layer 0 or the head; `bucket` makes it a fixed step, whose further rows are NaN. The result has
-/// bf16 or f32 values, all widened.
+/// `y` with the deltas of layer 0 or the head, in bf16 or f32, widened to f32. `bucket` makes it a fixed step, whose padding rows are
+/// NaN.
 pub fn run(
     model: &ModelConfig,
     pool: &SlotPool,
@@ -154,7 +154,7 @@ pub fn run(
     let adapters = Adapters { segments, slots: pool, step: Some(&step), logits: false };
     add_delta(&y, &x, &adapters, if site == Site::Head { model.num_layers } else { 0 }, site).unwrap();
     let y: Vec<f32> = y.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-    assert!(y[rows.rows * n..].iter().all(|v| v.is_nan()), "rows that fill up are nobody's");
+    assert!(y[rows.rows * n..].iter().all(|v| v.is_nan()), "padding rows are left alone");
     y[..rows.rows * n].to_vec()
 }
 
@@ -186,7 +186,7 @@ pub fn reference(
     y
 }
 
-/// A pool that holds the adapters, slot `i` the `i`th.
+/// A pool whose slot `i` holds adapter `i`.
 pub fn pool(model: &ModelConfig, adapters: &[AdapterWeights]) -> SlotPool {
     let mut pool = SlotPool::new(&device(), model, 512 << 20).unwrap();
     for (i, adapter) in adapters.iter().enumerate() {
@@ -195,7 +195,7 @@ pub fn pool(model: &ModelConfig, adapters: &[AdapterWeights]) -> SlotPool {
     pool
 }
 
-/// Segments of the given lengths and terms, back to back; no terms: rows of the base model.
+/// Consecutive segments of the given lengths and terms; without terms, they are rows of the base model.
 pub fn segments(parts: &[(usize, &[(u32, f32)])]) -> (usize, Vec<Segment>) {
     let (mut row, mut segments) = (0, Vec::new());
     for (rows, terms) in parts {
@@ -323,7 +323,7 @@ fn a_row_does_not_depend_on_its_company() {
     }
 }
 
-/// What one row holds, be it NaN, stays in that row.
+/// NaN in one row does not spread to others.
 #[test]
 fn a_broken_row_breaks_no_other() {
     let model = MODELS[2]();
@@ -343,7 +343,7 @@ fn a_broken_row_breaks_no_other() {
     }
 }
 
-/// A step after a slot was given to another adapter computes that one's delta, without anything else being told.
+/// Once a slot holds another adapter, the next step computes that adapter's delta.
 #[test]
 fn a_slot_given_to_another_computes_the_other() {
     let model = MODELS[2]();
@@ -358,11 +358,11 @@ fn a_slot_given_to_another_computes_the_other() {
         assert_eq!(run(&pool), run(&alone[i]), "adapter {i}");
         pool.remove(0);
     }
-    // Nobody may name a slot that is free.
+    // A batch must not name a free slot.
     assert!(quiver::lora::delta::work(&one, &pool).is_err());
 }
 
-/// An adapter that does not fit is refused, and the room of those that went is whole again.
+/// An adapter that does not fit is refused, and the memory of removed adapters is one piece again.
 #[test]
 fn a_full_arena_takes_the_next_once_others_go() {
     let model = MODELS[2]();
@@ -381,8 +381,8 @@ fn a_full_arena_takes_the_next_once_others_go() {
     assert_eq!(pool.load(&adapter, &model).unwrap(), slots[1]);
 }
 
-/// From disk through the loader threads into an arena that holds two or three of six, over and over: each time the
-/// delta is that of the adapter asked for.
+/// Adapters go from disk through the loader threads into slots that hold two or three of six, over and over. Each time the delta is
+/// that of the requested adapter.
 #[tokio::test]
 async fn adapters_come_and_go_while_steps_run() {
     let model = tiny();

@@ -26,7 +26,7 @@ fn losses_equal_the_cpu() {
         let farthest = got.nll.iter().zip(&want.nll).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
         assert_eq!(got.nll.len(), targets.len());
         assert!(farthest < 1e-4, "[{vocab}, {hidden}]: {farthest}");
-        // Of two ids about as likely, either may come first.
+        // Of two ids with about equal logits, either may come first.
         let other = got.correct.iter().zip(&want.correct).filter(|(a, b)| a != b).count();
         assert!(other * 200 <= targets.len(), "[{vocab}, {hidden}]: {other} of {}", targets.len());
         let (dx, want_dx) = (got.dx.unwrap(), want.dx.unwrap());
@@ -43,7 +43,7 @@ fn losses_equal_the_cpu() {
     }
 }
 
-/// A head that makes the row's own id the likeliest.
+/// With the unit matrix as the head, each row's own number is its likeliest id.
 #[test]
 fn likeliest_ids_are_correct() {
     let n = 64;

@@ -1,4 +1,4 @@
-//! The CUDA halves of the ops, and the model on a GPU: one binary, since each has the size of all kernels. Needs a GPU.
+//! The CUDA halves of the ops, and the model on a GPU. Needs a GPU. It is one binary, since each binary contains all kernels.
 
 mod adamw;
 mod attention;

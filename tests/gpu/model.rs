@@ -1,4 +1,4 @@
-//! SmolLM2 with three adapters on a GPU against the same on the CPU, in mixed batches and recorded steps.
+//! SmolLM2 with three adapters on a GPU against the CPU, in mixed batches and captured steps.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,7 +53,7 @@ fn log_probabilities_match_the_cpus() {
     let gpu = run(&with_adapters(SmolLm2::start(&device(), 1 << 30)), &params);
     let (mut sum, mut count, mut worst, mut equal) = (0f64, 0, 0f32, 0);
     for (cpu, gpu) in cpu.iter().zip(&gpu) {
-        // Of the output, as far as both took the same way.
+        // The output counts as far as both chose the same tokens.
         let same = cpu.tokens.iter().zip(&gpu.tokens).take_while(|(a, b)| a == b).count();
         equal += usize::from(same == cpu.tokens.len());
         let of =
@@ -83,7 +83,7 @@ fn a_mixed_batch_of_decode_rows_is_one_by_one_bit_for_bit() {
     for ((adapter, ids), together) in prompts().iter().zip(&together) {
         let adapters: &[(&str, f32)] = if adapter == "base" { &[] } else { &[(adapter, 1.0)] };
         let alone = server.submit(ids, params.clone(), adapters).collect();
-        // The first token comes from the prompt's step, whose products depend on its size; so may all that follows.
+        // The first token comes from the prompt's step, whose products depend on the step's size; so may all that follow.
         if alone.logprobs[0] == together.logprobs[0] {
             assert_eq!(&alone, together, "{adapter}");
         } else {

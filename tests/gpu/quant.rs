@@ -1,4 +1,4 @@
-//! Products with resident weights on a GPU, their exact values, and rows whatever the batch.
+//! Quantised matrices on a GPU: their exact values, and products, whose rows do not depend on the batch.
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -7,7 +7,7 @@ use safetensors::SafeTensors;
 
 use crate::common::{self, assert_close, both, device, random, relative_error};
 
-/// Error of a product whose activations and result are bf16, and of codebook values on top, with room for chance.
+/// Relative error of a product whose activations and result are bf16, codebook values included, with room for chance.
 const BOUND: f64 = 6e-3;
 
 const CODECS: [Codec; 11] = [
@@ -136,7 +136,7 @@ fn products_match_float64_and_rows_stand_alone() {
     check(&QMatrix::pack(&stack, &device()).expect("packs"), "stacked");
 }
 
-/// Every size of product kernel, those for narrow matrices in every format and the others in three, few enough for
+/// Every variant of the product kernels, for narrow matrices in every format and for others in three formats. Few enough products for
 /// `compute-sanitizer`.
 #[test]
 fn smallest_products() {
@@ -153,13 +153,13 @@ fn smallest_products() {
     }
 }
 
-/// Products of all sizes of batch against f64, and their rows against each other bit for bit.
+/// Compares products of all batch sizes with f64, and their rows with one another bit for bit.
 fn check(w: &QMatrix, what: &str) {
     let (n, k) = (w.n(), w.k());
     let x = random(11, 257 * k);
     let most = if n > 7000 { 70 } else { 257 };
     let want = reference(w, &x, most);
-    // On Hopper; above, cuBLAS takes weights that were turned to bf16.
+    // The largest fused product on Hopper; larger ones go through cuBLAS with dequantised weights.
     let packed = most.min(192);
     let all = product(w, &x, packed, DType::BF16);
     for m in [1, 2, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129, 191, 257].into_iter().filter(|m| *m <= most) {
@@ -173,7 +173,7 @@ fn check(w: &QMatrix, what: &str) {
         let error = relative_error(&y, &want[..m * n]);
         assert!(error < BOUND, "{what} [{n}, {k}] for {m} rows in f32: {error}");
     }
-    // Other rows' values do not matter, even if they are not numbers.
+    // Other rows have no influence, even if they are NaN.
     let mut other = x[..packed * k].to_vec();
     for (row, values) in other.chunks_exact_mut(k).enumerate() {
         if row % 3 == 1 {
@@ -190,8 +190,8 @@ fn check(w: &QMatrix, what: &str) {
     }
 }
 
-/// A layer that bitsandbytes quantised, double quantisation and all: the GPU's bf16 values are its own bit for bit. They are
-/// read through a product with the unit matrix, which is exact and has too many rows for the fused kernels.
+/// A layer that bitsandbytes quantised, with double quantisation: the GPU's bf16 values are equal to those of bitsandbytes bit for bit.
+/// They are read through a product with the unit matrix, which is exact and has too many rows for the fused kernels.
 #[test]
 fn nf4_decodes_as_bitsandbytes_does() {
     let file = SafeTensors::deserialize(include_bytes!("../fixtures/nf4/bnb_nf4_dq.safetensors")).expect("the fixture");

@@ -1,4 +1,4 @@
-//! Sampling on the device against the CPU's, row by row on the same logits.
+//! Sampling on a GPU against the engine's sampler, row by row on the same logits.
 
 use candle_core::Tensor;
 use quiver::Result;
@@ -12,7 +12,7 @@ use crate::common::device;
 
 const VOCABS: [usize; 8] = [1, 7, 64, 1000, 1023, 49_152, 50_257, 128_256];
 
-/// One row's logits and what is asked of them.
+/// One row's logits and its sampling parameters.
 #[derive(Debug, Clone)]
 struct Case {
     logits: Vec<f32>,
@@ -49,7 +49,7 @@ impl Case {
         }
     }
 
-    /// Logits after edits, in plain words.
+    /// The logits after bias, penalties and masks, computed in the plainest way.
     fn edited(&self) -> Vec<f32> {
         let params = &self.params;
         let mut logits = self.logits.clone();
@@ -108,7 +108,7 @@ impl Case {
         (possible, kept)
     }
 
-    /// Compares what the device gave.
+    /// Compares the device's answer.
     fn check(&self, got: &Result<SampledToken>) {
         let want = self.on_cpu();
         let (got, want) = match (got, &want) {
@@ -148,7 +148,7 @@ impl Case {
 /// The device's answers for rows of one vocabulary.
 fn on_device(cases: &[Case]) -> Vec<Result<SampledToken>> {
     let vocab = cases[0].logits.len();
-    // A row more in front, so that the rows do not start where memory does.
+    // One more row in front, so that the rows do not start at the start of the memory.
     let logits = std::iter::once(vec![f32::NAN; vocab]).chain(cases.iter().map(|case| case.logits.clone()));
     let logits: Vec<f32> = logits.flatten().collect();
     let logits = Tensor::from_vec(logits, (cases.len() + 1, vocab), &device()).unwrap();
@@ -318,7 +318,7 @@ fn bad_rows_fail_alone() {
             let at = rng.random_range(0..vocab);
             cases[3 * i].logits[at] = bad;
         }
-        // A masked one does no harm, unless it is all there is.
+        // A masked NaN does no harm, unless nothing else is left.
         cases[1] = Case { masked: vec![vocab as u32 - 1], ..cases[1].clone() };
         cases[1].logits[vocab - 1] = f32::NAN;
         cases[2].logits.fill(f32::NEG_INFINITY);
@@ -338,7 +338,7 @@ fn penalties_of_a_whole_prompt() {
     check(&(0..3).map(|_| case(&mut rng)).collect::<Vec<_>>());
 }
 
-/// Everything a sample has, to the bit.
+/// All values of a sample, as bits.
 fn bits(sample: &Result<SampledToken>) -> Result<(u32, Vec<(u32, u32)>), String> {
     let SampledToken { id, logprobs } = sample.as_ref().map_err(|e| e.message.clone())?;
     let own = logprobs.iter().map(|l| (l.rank, l.logprob.to_bits()));

@@ -39,7 +39,7 @@ enum Region {
     DecodeWork,
     PrefillWork,
     AdapterWork,
-    /// As [`Region::AdapterWork`], once only the rows whose logits are wanted are left.
+    /// As [`Region::AdapterWork`], for the last layer, where only the rows with requested logits are left.
     LogitAdapterWork,
     BlockTables,
 }
@@ -82,7 +82,7 @@ pub struct StepBuffers {
 /// Where regions start, in words, and where the last one ends.
 struct Regions([usize; Region::ALL.len() + 1]);
 
-/// What launches depend on beside the worklists.
+/// What launches depend on in addition to the worklists.
 struct StepShape {
     /// Rows, padding included.
     rows: usize,
@@ -179,7 +179,7 @@ impl StepBuffers {
         Ok(self.describe(&shape, &work))
     }
 
-    /// The shape of a batch's step. Errors: the batch is larger than the capacity or the bucket.
+    /// Determines the shape of a batch's step. Errors: the batch is larger than the capacity or the bucket.
     fn check(&self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<StepShape> {
         let gained = delta::gained(&batch.segments, slots)?;
         let shape = StepShape {
@@ -209,7 +209,7 @@ impl StepBuffers {
         Ok(shape)
     }
 
-    /// Where the step's metadata lie on the device.
+    /// The addresses of the step's metadata on the device.
     fn describe(&self, shape: &StepShape, work: &StepWork) -> DeviceStep {
         let at = |region: Region| address(&self.words) + 4 * self.regions.range(region).start as u64;
         // A fixed step's launches depend on the room for work instead.

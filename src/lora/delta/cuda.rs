@@ -274,7 +274,7 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
     let entry: [Arg; 4] = [table.entries.into(), slots.entry(layer, site).into(), k.into(), splits.into()];
     // Enough thread blocks for all items of a few adapters, at least one per SM; any number does all the work.
     let grid = |pieces: &SegmentPieces, items: usize| {
-        let (least, most) = (gpu.multiprocessors, pieces.blocks * gpu.multiprocessors);
+        let (least, most) = (gpu.sm_count, pieces.blocks * gpu.sm_count);
         LaunchGrid::new(items.clamp(least, most), THREADS)
     };
     for (pieces, kernels) in lists() {
@@ -293,7 +293,7 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
     }
     if step.gains {
         let args: [Arg; 6] = [work.words.into(), table.address.into(), to.into(), entry[0], entry[1], n.into()];
-        let grid = LaunchGrid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * gpu.multiprocessors), THREADS);
+        let grid = LaunchGrid::new((rows * n.div_ceil(GAIN_COLUMNS)).min(8 * gpu.sm_count), THREADS);
         // SAFETY: as above.
         unsafe { gpu.launch(kernels.gain.get(y.dtype()), grid, &args)? };
     }

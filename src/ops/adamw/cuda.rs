@@ -17,7 +17,7 @@ const SUMS: usize = 1024;
 kernel_set!(AdamwKernels { adamw, adamw8bit, squares });
 
 impl AdamwFactors {
-    /// The kernels' `FACTORS`.
+    /// The kernels' `FACTORS`, in their order.
     fn args(&self) -> [Arg; 9] {
         let Self { grad_scale, first, second, keep, step_size, root_correction, eps } = *self;
         [grad_scale, first.old, first.new, second.old, second.new, keep, step_size, root_correction, eps].map(Arg::from)
@@ -47,7 +47,7 @@ pub fn step8(params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, factors: &
     let args =
         [&[values(params)?, values(grads)?], &moments[..], &[address(&maps).into(), count.into()], &factors.args()];
     let grid = LaunchGrid::new(count.div_ceil(VALUES8), 256);
-    // SAFETY: as above, and moments of whole blocks, which keep words aligned.
+    // SAFETY: as above, and the moments are whole blocks, which keeps their words aligned.
     unsafe { gpu.launch(&gpu.kernels::<AdamwKernels>()?.adamw8bit, grid, &args.concat())? };
     Ok(())
 }
@@ -57,7 +57,7 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f32> {
     let (count, gpu) = (x.elem_count(), Context::of_tensor(x)?);
     let blocks = count.div_ceil(VALUES).min(SUMS);
     let (sums, to) = gpu.output::<f32>(blocks)?;
-    // SAFETY: `count` values, aligned, and a sum for each block.
+    // SAFETY: `count` values, aligned, and a sum for each thread block.
     unsafe {
         let squares = &gpu.kernels::<AdamwKernels>()?.squares;
         gpu.launch(squares, LaunchGrid::new(blocks, 256), &[values(x)?, count.into(), to.into()])?
@@ -69,7 +69,10 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f32> {
 fn values(x: &Tensor) -> Result<Arg> {
     let at = input::<f32>(x)?;
     if !at.is_multiple_of(16) || x.elem_count() > i32::MAX as usize {
-        return Err(Error::internal(format!("{:?} at {at:#x}: parameters are aligned to 4 and below 2^31", x.shape())));
+        return Err(Error::internal(format!(
+            "{:?} at {at:#x}: needs alignment to 16 bytes, and fewer than 2^31 values",
+            x.shape()
+        )));
     }
     Ok(at.into())
 }

@@ -95,16 +95,16 @@ pub fn prefill_work(batch: &Batch, deterministic: bool) -> Vec<u32> {
     words
 }
 
-/// As [`super::append`], in one launch. The caller has checked the shapes.
+/// As [`super::append`], which has checked the shapes, in one launch.
 pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, heads: Heads) -> Result<()> {
     let (step, rows) = (uploaded(batch)?, batch.rows());
     table.check(&batch.positions)?;
     if table.head_dim() != heads.dim {
         return Err(Error::internal(format!("a rotary table of width {} for {heads:?}", table.head_dim())));
     }
-    // 16 bytes of both halves of a head at once, where they are aligned.
     let gpu = Context::of_tensor(qkv)?;
     let kernels = gpu.kernels::<AttentionKernels>()?;
+    // A thread takes 16 bytes of each half of a head where these are aligned.
     let vectors = heads.dim.is_multiple_of(16);
     let (kernel, pairs) = if vectors { (&kernels.rope_append_8, 8) } else { (&kernels.rope_append_1, 1) };
     let pieces = (heads.query + 2 * heads.kv) * (heads.dim / 2 / pairs);
@@ -119,12 +119,12 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
         heads.kv.into(),
         heads.dim.into(),
     ];
-    // SAFETY: shapes as the contract; slots are of the cache and positions of the table.
+    // SAFETY: shapes as in the contract; the cache has the slots and the table the positions.
     unsafe { gpu.launch(kernel, grid, &args) }
 }
 
-/// As [`super::attention`]. The caller has checked shapes and spans. Errors: rows left out between spans, a span of several rows in
-/// a fixed step, a head too wide.
+/// As [`super::attention`], which has checked shapes and spans. Errors: rows between spans that belong to none, a span of several
+/// rows in a fixed step, a head that is too wide.
 pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> Result<Tensor> {
     let (step, rows) = (uploaded(batch)?, batch.rows());
     let covered: usize = batch.spans.iter().map(|s| s.rows.len()).sum();
@@ -152,10 +152,10 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
 }
 
 fn uploaded(batch: &Batch) -> Result<&DeviceStep> {
-    batch.step.as_ref().ok_or_else(|| Error::internal("a batch that was not copied to the GPU"))
+    batch.step.as_ref().ok_or_else(|| Error::internal("the batch was not copied to the GPU"))
 }
 
-/// What the launches for decode rows and for prefill have in common.
+/// One call of [`attention`]: what the launches for decode rows and for prefill have in common.
 struct PagedAttention<'a> {
     gpu: &'a Context,
     kernels: &'a AttentionKernels,
@@ -168,7 +168,7 @@ struct PagedAttention<'a> {
     qkv: u64,
     /// Address of the layer's KV cache.
     cache: u64,
-    /// Of the scores, for powers of two.
+    /// Scale of the scores, for exponentials with base 2.
     scale: f32,
     /// Address of the output.
     to: u64,
@@ -197,7 +197,7 @@ impl PagedAttention<'_> {
         if units == 0 {
             return Ok(());
         }
-        let blocks = if step.fixed { units.min(DECODE_BLOCKS_PER_SM * self.gpu.multiprocessors) } else { units };
+        let blocks = if step.fixed { units.min(DECODE_BLOCKS_PER_SM * self.gpu.sm_count) } else { units };
         let partial = if self.fast {
             let workspace = self.gpu.get_or_init(|_| Ok(Workspace::default()))?;
             workspace.reserve(self.gpu, (room + entries) * query, dim)?
@@ -220,8 +220,8 @@ impl PagedAttention<'_> {
             dim.into(),
         ];
         let args = &args[..args.len() - usize::from(self.fast)];
-        // SAFETY: shapes as the contract, items and blocks of `decode_work` and the caller; the workspace is as large as `room`
-        // needs, and kernels that use it follow one another.
+        // SAFETY: shapes as in the contract; items are `decode_work`'s, and KV blocks the caller's; the workspace is as large as
+        // `room` needs, and the kernels that use it follow one another.
         unsafe { self.gpu.launch(kernel, LaunchGrid::new(blocks, THREADS), args)? };
         if self.fast && entries > 0 {
             let kernel = if dim == 64 { &self.kernels.attn_merge_64 } else { &self.kernels.attn_merge_128 };
@@ -261,7 +261,7 @@ impl PagedAttention<'_> {
             dim.into(),
         ];
         let args = &args[..args.len() - usize::from(fast)];
-        // SAFETY: shapes as the contract, spans and blocks of `prefill_work` and the caller.
+        // SAFETY: shapes as in the contract; spans are `prefill_work`'s, and KV blocks the caller's.
         unsafe { self.gpu.launch(kernel, LaunchGrid { shared, ..LaunchGrid::new(blocks, THREADS) }, args) }
     }
 }

@@ -23,7 +23,7 @@ pub fn dropout(x: &Tensor, op: &Dropout) -> Result<Tensor> {
         op.scale.into(),
         to.into(),
     ];
-    // SAFETY: shapes as the kernel's contract; the seed is a 64-bit number, as an address is.
+    // SAFETY: shapes as in the kernel's contract; the seed is a 64-bit number, as an address is.
     unsafe { gpu.launch(&gpu.kernels::<DropoutKernels>()?.dropout, LaunchGrid::new(n.div_ceil(512), 256), &args)? };
     Ok(y)
 }

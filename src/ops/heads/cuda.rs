@@ -34,7 +34,7 @@ pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm
         heads.dim.into(),
     ];
     let gpu = Context::of_tensor(qkv)?;
-    // SAFETY: shapes as the kernel's contract, checked by `super::bias_and_qk_norm` and above.
+    // SAFETY: shapes as in the kernel's contract, checked by `super::bias_and_qk_norm` and above.
     unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.finish_heads, grid(rows, touched), &args)? };
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The CUDA half: logits and gradients by cuBLAS, a chunk of targets at a time, and between them `kernels/loss.cu`.
+//! The CUDA half: a chunk of targets at a time, cuBLAS computes the logits, `kernels/loss.cu` turns them into gradients, and cuBLAS
+//! multiplies these by the head.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
@@ -11,7 +12,7 @@ use crate::gpu::kernels::{LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, input};
 use crate::ops::quant::QMatrix;
 
-/// Targets of a chunk: their logits are half a gigabyte for a vocabulary of 128 thousand.
+/// Targets of a chunk: with a vocabulary of 128 thousand, their logits take half a gigabyte.
 const CHUNK: usize = 1024;
 
 kernel_set!(LossKernels { copy_rows_2, copy_rows_16, cross_entropy_1, cross_entropy_4 });
@@ -25,7 +26,7 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradien
     }
     let gpu = Context::of_tensor(x)?;
     let kernels = gpu.kernels::<LossKernels>()?;
-    // They live until the results are read, after all copies.
+    // These live until the results are read, by when all copies are done.
     let rows: Vec<u32> = targets.iter().map(|t| t.row).collect();
     let words: Vec<u32> = targets.iter().flat_map(|t| [t.row, t.id, t.scale.to_bits(), 0]).collect();
     let (rows, words) = (gpu.device().clone_htod(&rows)?, gpu.device().clone_htod(&words)?);
@@ -63,7 +64,8 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradien
         // SAFETY: `m` rows of logits, as many targets with ids of them, and two results for each.
         unsafe { gpu.launch(kernel, LaunchGrid::new(m, LOSS_THREADS), &args)? };
         let Some(dx) = &dx else { continue };
-        // The logits are bf16 gradients now, each row in the first half of its place; those of `x` take its place.
+        // The logits have become bf16 gradients, each row in the first half of its logits' memory. The gradient of the chunk's
+        // rows of `x` overwrites these rows.
         let product = BlasProduct {
             m,
             n: hidden,
@@ -84,7 +86,7 @@ pub fn cross_entropy(head: &QMatrix, x: &Tensor, targets: &[LossTarget], gradien
     Ok(Loss { nll, correct, dx })
 }
 
-/// Which side of a copy of rows the list is about.
+/// The side of a copy that the list of rows refers to.
 enum RowCopy {
     /// Rows `rows[i]` of `from` become rows `i` of `to`.
     Gather,

@@ -16,7 +16,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let gpu = Context::of_tensor(x)?;
     let (y, to) = gpu.output::<bf16>((t, n))?;
     let args = [input::<f32>(x)?.into(), input::<f32>(weight)?.into(), eps.into(), n.into(), to.into()];
-    // SAFETY: shapes as the kernel's contract, checked by `shape`.
+    // SAFETY: shapes as in the kernel's contract, checked by `shape`.
     unsafe { gpu.launch(&gpu.kernels::<NormKernels>()?.rms_norm, grid, &args)? };
     Ok(y)
 }
@@ -60,7 +60,7 @@ pub fn rms_norm_backward(
     ];
     // Training has many long rows: with few threads a block, each keeping all it can, several blocks hide each other's waits.
     let grid = LaunchGrid::new(t, n.div_ceil(NORM_VALUES_PER_THREAD).next_multiple_of(32));
-    // SAFETY: shapes as the kernel's contract.
+    // SAFETY: shapes as in the kernel's contract.
     unsafe { gpu.launch(&gpu.kernels::<NormKernels>()?.rms_norm_backward, grid, &args)? };
     Ok(dx)
 }

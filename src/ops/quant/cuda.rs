@@ -34,7 +34,7 @@ const NARROW: usize = 33 * 128;
 /// 8.5e-4 instead of 1.4e-3.
 const NF4_FACTOR: f32 = 1.436_752;
 
-/// Rows of one source, repacked, in device memory.
+/// Rows of one source or several, packed into tiles in device memory.
 pub struct TilePart {
     gpu: Arc<Context>,
     kernels: Arc<QuantKernels>,
@@ -87,20 +87,22 @@ impl TilePart {
             factor: 1.0 / NF4_FACTOR,
             zero: tiles.zero,
         };
-        // The host's copy goes now, and the copies above may still read it.
+        // The copies above may still read the host's data, which is dropped now.
         gpu.stream().synchronize().map_err(|e| Error::internal(format!("copying weights: {e}")))?;
         Ok(part)
     }
 
+    /// Rows.
     pub fn n(&self) -> usize {
         self.n
     }
 
+    /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         4 * (self.words.len() + self.pairs.as_ref().map_or(0, |p| p.len() + 16))
     }
 
-    /// The kernels' `WEIGHTS_ARGS`.
+    /// The kernels' `WEIGHTS_ARGS`: the first arguments of all kernels that read the matrix.
     fn args(&self) -> Vec<Arg> {
         let pairs = self.pairs.as_ref().map_or(0, address);
         vec![
@@ -130,7 +132,7 @@ impl TilePart {
         unsafe { self.gpu.launch(self.kernels.dequantise(self.format), grid, &args) }
     }
 
-    /// Writes the values of rows `ids[i] - offset` that are this part's to `out [rows, k]` f32.
+    /// Writes rows `ids[i] - offset` to `out [rows, k]` f32, except ids of other parts.
     fn gather(&self, ids: u64, rows: usize, offset: usize, out: u64) -> Result<()> {
         let grid = LaunchGrid::new_2d(self.tiles().div_ceil(8), rows, 256);
         let mut args = self.args();
@@ -142,7 +144,7 @@ impl TilePart {
     /// `y[:, column..column + n] = x [m, k] · Wᵀ` for up to [`fused_rows`] rows, `y` with `ldy` columns, bf16 or f32.
     fn product(&self, x: u64, m: usize, y: u64, ldy: usize, dtype: DType) -> Result<()> {
         let few = match slices(self.n) {
-            // Without slices the wide product is faster, unless all activations fit beside the small one's rings.
+            // Without slices the wide product is faster, unless shared memory holds all activations next to the small product's rings.
             1 if fused_rows(&self.gpu) > SMALL_ROWS => (NEAR_BYTES / (2 * self.k)).clamp(1, NEAR_ROWS),
             _ => SMALL_ROWS,
         };
@@ -250,7 +252,7 @@ fn slices(n: usize) -> usize {
     }
 }
 
-/// An upper bound of the bytes that a product of up to `rows` rows with a matrix `[n, k]` needs beside its result: activations in
+/// An upper bound of the bytes that a product of up to `rows` rows with a matrix `[n, k]` needs in addition to its result: activations in
 /// the order of the products, their sums over groups of 16, and sums of up to four thread blocks.
 pub fn workspace_bytes(n: usize, k: usize, rows: usize) -> usize {
     let rows = rows.min(FUSED_ROWS).next_multiple_of(64);
@@ -258,7 +260,7 @@ pub fn workspace_bytes(n: usize, k: usize, rows: usize) -> usize {
     rows * k.next_multiple_of(INPUTS) * 9 / 4 + sums
 }
 
-/// Rows up to which products are taken with the packed weights: `quant_wide.cu` needs Hopper's own instructions.
+/// Most rows of a fused product: `quant_wide.cu` needs instructions that only Hopper has.
 fn fused_rows(gpu: &Context) -> usize {
     if gpu.compute_major == 9 { FUSED_ROWS } else { SMALL_ROWS }
 }
@@ -285,7 +287,7 @@ impl QMatrix {
         }
         let gpu = &parts[0].gpu;
         let at_once = fused_rows(gpu);
-        // Rows of other lengths are not aligned for the kernels' loads.
+        // The kernels' loads need aligned rows.
         let fused = k % 8 == 0 && (m <= at_once || dtype == DType::F32 || gpu.deterministic);
         if !fused {
             return Ok(x.matmul(&self.dequantised(parts)?.t()?)?.to_dtype(dtype)?);

@@ -16,7 +16,7 @@ pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, di
     let ((rows, width), dim) = (x.dims2()?, table.head_dim());
     let gpu = Context::of_tensor(x)?;
     let kernels = gpu.kernels::<RopeKernels>()?;
-    // 16 bytes of both halves of a head at once, where they are aligned.
+    // A thread takes 16 bytes of each half of a head where these are aligned.
     let vectors = dim % 16 == 0 && width % 8 == 0;
     let (kernel, pairs) = if vectors { (&kernels.rope_turn_8, 8) } else { (&kernels.rope_turn_1, 1) };
     let pieces = heads * (dim / 2 / pairs);
@@ -31,7 +31,7 @@ pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, di
         direction.sign().into(),
     ];
     let grid = LaunchGrid::new_2d(rows, pieces.div_ceil(ROPE_THREADS), ROPE_THREADS);
-    // SAFETY: shapes as the contract, and positions of the table, by the caller's checks.
+    // SAFETY: shapes as in the contract, and positions of the table, by the caller's checks.
     unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(())
 }

@@ -20,7 +20,7 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     let (y, to) = gpu.output::<bf16>((t, n))?;
     let (kernel, grid) = choose(t, n, &kernels.swiglu_2, &kernels.swiglu_8);
     let args = [input::<bf16>(gate_up)?.into(), n.into(), to.into()];
-    // SAFETY: shapes as the kernel's contract.
+    // SAFETY: shapes as in the kernel's contract.
     unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(y)
 }
@@ -33,7 +33,7 @@ pub fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<Tensor> {
     let (dx, to) = gpu.output::<bf16>((t, 2 * n))?;
     let (kernel, grid) = choose(t, n, &kernels.swiglu_backward_2, &kernels.swiglu_backward_8);
     let args = [input::<bf16>(gate_up)?.into(), input::<bf16>(dh)?.into(), n.into(), to.into()];
-    // SAFETY: shapes as the kernel's contract.
+    // SAFETY: shapes as in the kernel's contract.
     unsafe { gpu.launch(kernel, grid, &args)? };
     Ok(dx)
 }

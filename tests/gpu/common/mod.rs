@@ -1,4 +1,4 @@
-//! What the tests on a GPU share.
+//! Devices, random values and comparisons for the GPU tests.
 
 use std::cell::OnceCell;
 
@@ -27,7 +27,7 @@ pub fn random(seed: u64, len: usize) -> Vec<bf16> {
     (0..len).map(|_| bf16::from_f32(next())).collect()
 }
 
-/// `‖got - want‖ / ‖want‖`; NaN if anything is.
+/// `‖got - want‖ / ‖want‖`; NaN if any value is.
 pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
@@ -35,7 +35,7 @@ pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     error / norm(&mut want.iter().copied()).max(f64::MIN_POSITIVE)
 }
 
-/// One rounding of a result to bf16: 2^-9 / sqrt(3) of the values, with room for chance.
+/// Relative error of one rounding to bf16: 2^-9 / sqrt(3), with room for chance.
 pub const ROUNDED: f64 = 3e-3;
 
 /// The same values on the CPU as f32 and on the GPU as bf16.

@@ -60,7 +60,7 @@ impl ByWidth {
     }
 }
 
-/// As [`super::super::causal`], whose checks were made. Errors: a head that is too wide or of odd width.
+/// As [`super::super::causal`], whose checks were made. Errors: a head of odd width or that is too wide.
 pub fn causal(qkv: &Tensor, sequences: &[Range<usize>], heads: Heads) -> Result<(Tensor, Tensor)> {
     let gpu = Context::of_tensor(qkv)?;
     let kernels = gpu.kernels::<CausalKernels>()?;
@@ -97,7 +97,7 @@ pub fn causal_backward(
     let lanes = if heads.dim.is_multiple_of(8) { (heads.dim / 8).next_power_of_two() } else { 32 };
     let grid = LaunchGrid::new(rows.div_ceil(DELTA_THREADS / lanes), DELTA_THREADS);
     let args = [input::<bf16>(out)?.into(), dout, heads.dim.into(), rows.into(), lanes.into(), delta_at.into()];
-    // SAFETY: shapes as the contract, by the caller's checks.
+    // SAFETY: shapes as in the contract, by the caller's checks.
     unsafe { gpu.launch(&kernels.delta, grid, &args)? };
     let (dqkv, to) = gpu.output::<bf16>(qkv.dims2()?)?;
     let inputs = [input::<bf16>(qkv)?.into(), dout, input::<f32>(lse)?.into(), delta_at.into()];
@@ -133,7 +133,7 @@ impl<'a> CausalAttention<'a> {
         Ok(Self { gpu, sequences, heads, group, fast })
     }
 
-    /// Launches `kernel(inputs, work, kv_heads, group, scale, outputs)` with `more` bytes of shared memory beside the tiles'.
+    /// Launches `kernel(inputs, work, kv_heads, group, scale, outputs)` with `more` bytes of shared memory in addition to the tiles'.
     fn launch(
         &self,
         kernels: &ByWidth,
