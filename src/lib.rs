@@ -1,12 +1,15 @@
 //! quiver: one 4-bit base model stays resident, and each request picks its own LoRA adapter.
 //!
-//! The modules are listed in the order in which a request meets them: [`server`] parses it, resolves its adapter and
-//! turns text into tokens; [`engine`] schedules it beside the others and builds flat batches; [`model`] runs a batch
-//! through the decoder, whose arithmetic lives in [`ops`]; [`adapter`] keeps the adapters and their memory. [`train`] makes
-//! new ones on the same weights, [`eval`] says how good they are, [`merge`] writes one into its base, and [`mod@bench`] loads
-//! any server.
+//! A request passes through the modules in this order: [`server`] parses it, resolves its adapter and turns text into tokens;
+//! [`engine`] schedules it with the other requests and builds flat batches; [`model`] runs a batch through the decoder, whose
+//! arithmetic is in [`ops`] and, for adapters, in [`lora`]. [`adapter`] loads adapters and moves them between disk, host memory
+//! and slots. [`train`] computes new adapters on the same weights, and [`finetune`] runs jobs from a file of examples to a
+//! published model. [`runtime`] loads the model and starts the engine, which all commands share. [`eval`] measures quality,
+//! [`merge`] merges an adapter into its base, and [`mod@bench`] loads any server.
+//!
+//! Imports go only down: `tests/layers.rs` holds the order of the modules.
 
-// The reader of these docs is a developer of this program, who has the private items too.
+// The readers of these docs are developers of this program, who see private items too.
 #![allow(rustdoc::private_intra_doc_links)]
 
 pub mod adapter;

@@ -1,4 +1,4 @@
-//! Calls the command line, and shows its error as one line.
+//! Runs the command line and prints its error on one line.
 
 use std::process::ExitCode;
 

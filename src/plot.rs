@@ -1,17 +1,14 @@
-//! Line charts as SVG text.
-//!
-//! plotters draws them: axes with round numbers, legends and markers are more code than they look, and its SVG back end alone
-//! brings no font or image library.
+//! Line charts as SVG text, drawn by plotters. Its SVG back end needs no font or image library.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::{Error, Result};
 
-/// Size of a chart, pixels.
+/// Width and height of a chart, pixels.
 const SIZE: (u32, u32) = (640, 360);
 
-/// Colours of lines, told apart by the colour-blind too (Okabe and Ito, 2008).
+/// Colours of the lines, a palette for colour-blind readers (Okabe and Ito, 2008).
 const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -22,27 +19,27 @@ const COLORS: [RGBColor; 7] = [
     RGBColor(90, 90, 90),
 ];
 
-/// One chart.
+/// A chart.
 #[derive(Debug, Clone, Default)]
 pub struct Chart {
-    /// Above it.
+    /// Title above the chart.
     pub title: String,
-    /// Under it.
+    /// Label of the x axis.
     pub x: String,
-    /// Beside it.
+    /// Label of the y axis.
     pub y: String,
     /// The x axis is logarithmic.
     pub log_x: bool,
-    /// The y axis begins at the lowest point, not at zero.
+    /// The y axis starts at the lowest point, not at zero.
     pub tight: bool,
-    /// Points without lines between them.
+    /// Draw points without lines between them.
     pub dots: bool,
     /// Name and points of each line.
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
 }
 
 impl Chart {
-    /// Draws it. Errors: plotters refuses, which it has no reason to.
+    /// Draws the chart as SVG; an empty chart without points. Errors: plotters fails.
     pub fn svg(&self) -> Result<String> {
         let mut text = String::new();
         let area = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
@@ -81,7 +78,7 @@ impl Chart {
         for (i, (name, points)) in self.lines.iter().enumerate() {
             let color = COLORS[i % COLORS.len()];
             let placed = || points.iter().map(|&(x, y)| (place(x), y));
-            // Many marks would hide their line.
+            // Many large marks would hide the line.
             let marks = if self.dots || points.len() > 40 { 2 } else { 4 };
             if !self.dots {
                 chart.draw_series(LineSeries::new(placed(), color.stroke_width(2)))?;
@@ -94,7 +91,7 @@ impl Chart {
         if self.lines.len() > 1 {
             chart
                 .configure_series_labels()
-                // Throughput and latency rise, losses fall.
+                // Throughput and latency rise, losses fall: the legend is where the lines are not.
                 .position(if self.tight { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight })
                 .background_style(WHITE.mix(0.8))
                 .border_style(BLACK.mix(0.2))
@@ -104,7 +101,7 @@ impl Chart {
     }
 }
 
-/// Short: no digits that say nothing.
+/// Formats an axis value with few digits.
 fn number(value: f64) -> String {
     let digits = match value.abs() {
         v if !(1e-9..10.0).contains(&v) => 0,

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread;
 
 use safetensors::{Dtype, View, serialize_to_file};
 use serde_json::json;
@@ -12,6 +14,24 @@ use crate::{Error, Result};
 
 /// `lora_alpha` over the rank.
 const SCALE: usize = 2;
+
+/// Writes an adapter of each of the ranks to `dir/dummy-0000`, `dir/dummy-0001`, ..., on all cores. Errors: `dir` cannot be written.
+pub(crate) fn write_all(dir: &Path, model: &ModelConfig, modules: &[Module], ranks: &[usize]) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        loop {
+            let i = next.fetch_add(1, Relaxed);
+            let Some(&rank) = ranks.get(i) else { return Ok(()) };
+            write(&dir.join(format!("dummy-{i:04}")), model, modules, rank)?;
+        }
+    };
+    let failed = |_| Error::internal("a writing thread panicked");
+    thread::scope(|scope| {
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(ranks.len());
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().map_err(failed)?)
+    })
+}
 
 /// Writes a bf16 adapter of one rank that targets these modules. Both matrices are random, seeded by the directory's name. A
 /// preserves the magnitude of its input and B is small, so that outputs change but stay close to the base's. Errors: `dir`

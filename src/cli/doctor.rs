@@ -1,14 +1,14 @@
-//! `quiver doctor`: what this machine is, and which models fit.
+//! `quiver doctor`: describes this machine and lists which models fit.
 
 use bytesize::ByteSize;
 
 use crate::runtime::memory::HostMemory;
 use crate::{Result, gpu};
 
-/// Bits a weight costs in memory, scales and the parts that stay wider included.
+/// Bits of memory per weight, including scales and tensors that are not quantised to 4 bits.
 const BITS_PER_WEIGHT: f64 = 5.0;
 
-/// Share of memory that a model may take, for the rest is keys, values, adapters and the system.
+/// Share of memory for a model. The KV cache, adapters and the system need the rest.
 const MODEL_SHARE: f64 = 0.7;
 
 /// Prints the report.
@@ -31,7 +31,7 @@ pub fn run() -> Result<()> {
     println!("memory   {} in total, {} free", ByteSize(memory.total), ByteSize(memory.free));
     println!("gpu      {}", gpu::describe());
     println!();
-    println!("In 4 bits, in {:.0}% of memory:", MODEL_SHARE * 100.0);
+    println!("4-bit models that fit in {:.0}% of memory:", MODEL_SHARE * 100.0);
     for (name, billions) in [
         ("SmolLM2-135M", 0.135),
         ("SmolLM2-1.7B", 1.7),
@@ -48,7 +48,7 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// The instruction sets that matter to the kernels and that this processor has.
+/// The instruction sets of this CPU that the kernels use.
 fn simd() -> Vec<&'static str> {
     let mut found = Vec::new();
     #[cfg(target_arch = "x86_64")]

@@ -13,30 +13,30 @@ use crate::runtime::Runtime;
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 use crate::{Error, Result};
 
-/// What to evaluate on what.
+/// Arguments of `quiver eval`.
 #[derive(Debug, Args)]
-pub struct EvalArgs {
-    /// Held-out examples, in any format that can be trained on
+pub(super) struct EvalArgs {
+    /// Held-out examples, in the formats of `quiver train`
     file: PathBuf,
-    /// Evaluate these, separated by commas, with "base" for the base alone [default: the base and all loaded adapters]
+    /// Evaluate only these adapters, separated by commas; "base" is the base alone [default: the base and all loaded adapters]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     only: Vec<String>,
-    /// Stop after this many examples
+    /// Use only this many examples
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Tokens of a generated answer; 0 generates none and gives the loss alone
+    /// Longest generated answer, tokens; 0 generates no answers and measures the loss only
     #[arg(long, value_name = "TOKENS", default_value_t = 64)]
     max_tokens: usize,
-    /// Of generated answers; 0 takes the likeliest token
+    /// Temperature of generated answers; 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
-    /// Of generated answers, at a temperature above 0
+    /// Seed of generated answers, for a temperature above 0
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How prompts of Alpaca files end
+    /// Ending of Alpaca prompts
     #[arg(long, value_enum, default_value = "colon")]
     alpaca_ending: AlpacaEnding,
-    /// Write the scores here, as JSON
+    /// Write the scores to this file, as JSON
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -48,7 +48,7 @@ const BASE: &str = "base";
 
 impl EvalArgs {
     /// Evaluates and prints a table.
-    pub fn run(self) -> Result<()> {
+    pub(super) fn run(self) -> Result<()> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return Err(Error::invalid(format!("--temperature must be 0 or more, not {}", self.temperature)));
         }
@@ -105,10 +105,11 @@ impl EvalArgs {
     }
 }
 
+/// Header of the table, in Markdown.
 const HEAD: &str = "| model | loss | perplexity | token accuracy | exact match | F1 | BLEU | ROUGE-1 | ROUGE-2 | ROUGE-L |\n\
                     |---|---|---|---|---|---|---|---|---|---|";
 
-/// Shares in percent.
+/// Row of the table, with shares in percent.
 fn row(name: &str, scores: &EvalScores) -> String {
     let percent = |share: f64| format!("{:.1}", 100.0 * share);
     let text = scores.text.as_ref().map(|t| [t.exact_match, t.f1, t.bleu, t.rouge1, t.rouge2, t.rouge_l].map(percent));

@@ -1,4 +1,4 @@
-//! The command line: one subcommand a file.
+//! The command line, one file per subcommand. It parses arguments and prints; the other modules do the work.
 
 mod adapter;
 mod bench;
@@ -27,7 +27,7 @@ use crate::{Error, Result, hub};
 #[command(
     version,
     arg_required_else_help = true,
-    after_help = "`quiver serve` alone gets a small default model and answers on http://127.0.0.1:8000."
+    after_help = "`quiver serve` without arguments downloads a small default model and serves it on http://127.0.0.1:8000."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -42,39 +42,40 @@ enum Subcommands {
                       (shown in brackets) and a key of the TOML file given by --config, in this order of precedence."
     )]
     Serve(Box<ServeConfig>),
-    /// Make an adapter from a file of examples
+    /// Train an adapter on a file of examples
     #[command(
-        long_about = "Make an adapter from a file of examples, without a server.\n\nSettings are those of the fine-tuning API, \
-                      with the same choices for what is left out."
+        long_about = "Train an adapter on a file of examples, without a server.\n\nThe settings and their defaults are those of \
+                      the fine-tuning API."
     )]
     Train(Box<train::TrainArgs>),
-    /// Find the learning rate, rank and linears that learn best, in short runs trained together
+    /// Find the best learning rate, rank and target modules in short runs that are trained together
     Sweep(Box<sweep::SweepArgs>),
     /// Download a model ahead of time
-    Pull(Pull),
-    /// Look after the adapters of a running server
+    Pull(PullArgs),
+    /// Manage the adapters of a running server
     Adapter(adapter::AdapterArgs),
-    /// Measure speed
+    /// Run benchmarks
     Bench(bench::BenchArgs),
-    /// Measure how good the base and its adapters are on a file
+    /// Measure the quality of the base and its adapters on a file
     Eval(Box<eval::EvalArgs>),
-    /// Write the base with an adapter merged into it, and measure what that costs
+    /// Merge an adapter into the base, and measure the loss of quality
     #[command(
-        long_about = "Write the base with an adapter merged into it, and measure what that costs.\n\nFor programs that cannot \
-                      serve an adapter beside its base, which loses nothing. In 16 bits merging loses next to nothing, in 4 \
-                      bits most of what the adapter learned."
+        long_about = "Merge an adapter into the base, and measure the loss of quality.\n\nFor programs that cannot serve an \
+                      unmerged adapter. Merging into 16 bits loses almost nothing, merging into 4 bits most of what the \
+                      adapter learned."
     )]
     Merge(Box<merge::MergeArgs>),
-    /// Say what this machine can run
+    /// Describe this machine and the models that fit
     Doctor,
 }
 
+/// Arguments of `quiver pull`.
 #[derive(Debug, clap::Args)]
-struct Pull {
+struct PullArgs {
     /// The alias smollm2-135m-instruct, or hf:org/name[@revision][/file]
     #[arg(default_value = "smollm2-135m-instruct")]
     model: String,
-    /// Where downloaded models are kept [default: ~/.cache/quiver]
+    /// Directory of downloaded models [default: ~/.cache/quiver]
     #[arg(long, env = "QUIVER_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
 }
@@ -94,8 +95,8 @@ pub fn run() -> Result<()> {
     }
 }
 
-/// Parses the arguments; wrong ones, `--help` and `--version` end the process as clap does. With `serve --config FILE`
-/// the arguments are parsed again with the file's values as defaults.
+/// Parses the arguments. On invalid ones, `--help` and `--version`, clap ends the process. With `serve --config FILE`, the
+/// arguments are parsed again with the file's values as defaults.
 fn parse(args: Vec<OsString>) -> Result<Cli> {
     let mut command = Cli::command();
     let mut matches = command.clone().get_matches_from(&args);
@@ -111,7 +112,7 @@ fn parse(args: Vec<OsString>) -> Result<Cli> {
         if let Some(error) = wrong {
             return Err(error);
         }
-        // The arguments alone were right, so what is wrong now stands in the file.
+        // The arguments were valid without the file, so the error is in the file.
         matches = command.try_get_matches_from(&args).map_err(|e| {
             Error::invalid(format!("config file {}: {}", file.display(), e.to_string().trim_start_matches("error: ")))
         })?;
@@ -119,7 +120,7 @@ fn parse(args: Vec<OsString>) -> Result<Cli> {
     Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit()))
 }
 
-impl Pull {
+impl PullArgs {
     fn run(self) -> Result<()> {
         let files = hub::resolve(&self.model, &self.cache_dir.unwrap_or_else(hub::default_cache), true)?;
         println!("{}", files.path().display());

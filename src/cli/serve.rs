@@ -1,4 +1,4 @@
-//! `quiver serve`: bind, load, announce, serve, drain.
+//! `quiver serve`: binds the port, loads the model, serves, and drains at the end.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,11 +19,11 @@ use crate::server::{self, App, HttpConfig, Serving};
 use crate::{Error, Result};
 
 /// Serves until SIGTERM or ctrl-C.
-pub fn run(config: ServeConfig) -> Result<()> {
+pub(super) fn run(config: ServeConfig) -> Result<()> {
     start_logs(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(config));
-    // A load that is still running on a blocking thread must not hold up the end.
+    // A load that still runs on a blocking thread must not delay the exit.
     runtime.shutdown_background();
     result
 }
@@ -35,10 +35,10 @@ async fn serve(config: ServeConfig) -> Result<()> {
         max_body: config.max_body,
         max_file: config.max_file,
     })?;
-    // Without a place of their own, files and jobs last as long as the server.
-    let passing = tempfile::Builder::new().prefix("quiver-").tempdir()?;
-    let store = Arc::new(Store::open(config.state_dir.as_deref().unwrap_or(passing.path()))?);
-    // Before the model, so that a port in use shows at once and /health answers while it loads.
+    // Without --state-dir, files and jobs last as long as the server.
+    let temporary = tempfile::Builder::new().prefix("quiver-").tempdir()?;
+    let store = Arc::new(Store::open(config.state_dir.as_deref().unwrap_or(temporary.path()))?);
+    // Bound before the load, so that a port in use fails at once and /health answers while the model loads.
     let listener = bind(&config).await?;
     let address = listener.local_addr()?;
     let mut server = tokio::spawn(server::serve(listener, app.clone(), stop_signal(), config.drain_timeout));
@@ -75,7 +75,7 @@ fn announce(config: &ServeConfig, loaded: &LoadedModel, address: SocketAddr) {
     let kernels = if base.device.is_cuda() { "CUDA" } else { kernel_name() };
     println!("model     {}: weights {}, {kernels} kernels", base.files.name, ByteSize(base.weight_bytes as u64));
     println!(
-        "memory    KV cache {} ({} tokens, {} a sequence), adapter slots {}, adapters on the host {}",
+        "memory    KV cache {} ({} tokens, {} per sequence), adapter slots {}, adapters in host memory {}",
         ByteSize(plan.kv_bytes as u64),
         plan.kv_blocks * KvCache::BLOCK_SIZE,
         plan.max_model_len,
@@ -94,15 +94,16 @@ fn announce(config: &ServeConfig, loaded: &LoadedModel, address: SocketAddr) {
     );
 }
 
+/// Binds the listener. Errors: a message that says what to do.
 async fn bind(config: &ServeConfig) -> Result<TcpListener> {
     let (host, port) = (config.host.as_str(), config.port);
     TcpListener::bind((host, port)).await.map_err(|e| {
         Error::invalid(match e.kind() {
             std::io::ErrorKind::AddrInUse => {
-                format!("port {port} on {host} is in use: stop what listens there, or choose another with --port")
+                format!("port {port} on {host} is in use: stop the other program, or choose another port with --port")
             }
             std::io::ErrorKind::PermissionDenied => {
-                format!("port {port} needs more rights: choose one above 1023 with --port")
+                format!("no permission to listen on port {port}: choose a port above 1023 with --port")
             }
             _ => format!("cannot listen on {host}:{port}: {e}"),
         })
@@ -118,6 +119,7 @@ async fn stop_signal() {
     });
 }
 
+/// Waits for SIGTERM or ctrl-C.
 #[cfg(unix)]
 async fn signal() {
     use tokio::signal::unix::{SignalKind, signal};
@@ -126,7 +128,7 @@ async fn signal() {
             Ok(mut terminate) => {
                 terminate.recv().await;
             }
-            // Without it only ctrl-C stops the server.
+            // Without a SIGTERM handler, only ctrl-C stops the server.
             Err(_) => std::future::pending().await,
         }
     };
@@ -136,9 +138,10 @@ async fn signal() {
     }
 }
 
+/// Waits for ctrl-C.
 #[cfg(not(unix))]
 async fn signal() {
-    // Without a signal to wait for there is nothing left but to run on.
+    // If ctrl-C cannot be caught, the server runs until it is killed.
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending().await
     }

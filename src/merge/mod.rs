@@ -4,6 +4,7 @@
 //! Rounding to the grid of a 4-bit base would lose most of what the adapter learned, because small changes round back to the
 //! old code. Rounding to 16 bits loses next to nothing. Tensors are computed one at a time from the resident base.
 
+mod compare;
 mod gguf;
 mod safetensors;
 
@@ -20,6 +21,7 @@ use crate::lora::weights::{AdapterWeights, ModuleWeights};
 use crate::model::weights::Weights;
 use crate::ops::quant::{self, QMatrix};
 use crate::{Error, Result, files};
+pub(crate) use compare::{MergeLosses, compare};
 
 /// The format that a merged model is written in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
