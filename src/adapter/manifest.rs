@@ -29,8 +29,10 @@ pub(super) struct Manifest {
 impl Manifest {
     /// The manifest of a state directory, which is created if it does not exist.
     pub(super) fn open(state_dir: &Path) -> Result<Self> {
-        std::fs::create_dir_all(state_dir)
-            .map_err(|e| Error::invalid(format!("the state directory {} cannot be used: {e}", state_dir.display())))?;
+        std::fs::create_dir_all(state_dir).map_err(|e| {
+            let message = format!("the state directory {} cannot be used: {e}", state_dir.display());
+            Error::invalid(message).path(state_dir).caused_by(e)
+        })?;
         Ok(Self { path: state_dir.join("adapters.json") })
     }
 
@@ -63,8 +65,9 @@ impl Manifest {
     /// Replaces the manifest by one with these entries.
     pub(super) fn write(&self, entries: &[ManifestEntry]) -> Result<()> {
         let text = format!("{:#}\n", json!({"version": 1, "adapters": entries}));
-        files::replace(&self.path, |made| std::fs::write(made, text))
-            .map_err(|e| Error::internal(format!("{} cannot be written: {e}", self.path.display())))
+        files::replace(&self.path, |made| std::fs::write(made, text)).map_err(|e| {
+            Error::internal(format!("{} cannot be written: {e}", self.path.display())).path(&self.path).caused_by(e)
+        })
     }
 
     fn set_aside(&self, why: &str) -> String {

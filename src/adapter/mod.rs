@@ -6,7 +6,7 @@
 //! 2. **Registered.** `registry.rs` publishes the weights under a name as a [`Generation`] (`generation.rs`), stores them in
 //!    host memory, and lists the name in the manifest (`manifest.rs`), from which a restart restores it. The weights of a
 //!    training checkpoint are loaded without a name first, and published by `finetune/publish.rs`.
-//! 3. **Leased.** `server/select.rs` chooses the adapters of a request and takes a [`Lease`] (`lease.rs`) on each.
+//! 3. **Leased.** `server/select_adapter.rs` chooses the adapters of a request and takes a [`Lease`] (`lease.rs`) on each.
 //! 4. **Staged.** When the request is queued or scheduled, the engine asks `tiers.rs` for the generation. Loader threads
 //!    (`loader.rs`) take the weights from host memory (`host_tier.rs`), or read them from disk again, and stage them for a slot.
 //! 5. **In a slot.** The staged weights move into a slot of the pool (`lora/slots.rs`), whose index the batch carries.

@@ -241,7 +241,8 @@ impl Registry {
     /// Loads every subdirectory of `dir` that holds an adapter, under the subdirectory's name, unless the name is taken. The
     /// adapter root does not apply, because the operator chose `dir`.
     pub async fn load_directory(&self, dir: &Path) -> Result<Vec<(String, Result<AdapterInfo>)>> {
-        let unreadable = |e: std::io::Error| Error::invalid(format!("{} cannot be read: {e}", dir.display()));
+        let unreadable =
+            |e: std::io::Error| Error::invalid(format!("{} cannot be read: {e}", dir.display())).path(dir).caused_by(e);
         let mut found = Vec::new();
         for entry in std::fs::read_dir(dir).map_err(unreadable)? {
             let entry = entry.map_err(unreadable)?;
@@ -435,7 +436,7 @@ impl Registry {
         };
         let (source, weights, id) = tokio::task::spawn_blocking(read)
             .await
-            .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")))?
+            .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")).caused_by(e))?
             .map_err(|e| e.param("source"))?;
 
         let slot_bytes = slots::slot_bytes(&weights, &self.0.model, &self.0.config.device)?;

@@ -27,7 +27,9 @@ impl SourceRoots {
         let canonical = |given: &Path| match given.canonicalize() {
             Ok(real) => Ok((given.to_owned(), real)),
             Err(e) => Err(Error::invalid(format!("the adapter root {} cannot be used: {e}", given.display()))
-                .param("adapter_root")),
+                .param("adapter_root")
+                .path(given)
+                .caused_by(e)),
         };
         Ok(Self { adapters: adapters.map(canonical).transpose()?, checkpoints: checkpoints.map(Path::to_owned) })
     }

@@ -7,12 +7,12 @@ use super::record::JobRecord;
 use super::store::Store;
 use super::tensorboard;
 use crate::adapter::peft;
+use crate::error::{AtPath, Error, Result};
 use crate::lora::weights::AdapterWeights;
 use crate::runtime::Runtime;
 use crate::train::job::{Job, ReportFn};
 use crate::train::spec::JobSpec;
 use crate::train::state;
-use crate::{Error, Result};
 
 /// The parts of a server that jobs use.
 pub struct JobContext {
@@ -30,8 +30,9 @@ impl JobContext {
     /// Reads a job's files and chooses its settings. Blocks. Errors: as [`prepare::prepare`]; a file cannot be read.
     pub(crate) fn read(&self, record: &JobRecord) -> Result<Prepared> {
         let content = |id: &str, param: &str| {
-            let unreadable = |e| Error::invalid(format!("file {id:?} cannot be read: {e}")).param(param);
-            std::fs::read(self.store.file_path(id)).map_err(unreadable)
+            let path = self.store.file_path(id);
+            let message = |e: &std::io::Error| format!("file {id:?} cannot be read: {e}");
+            std::fs::read(&path).map_err(|e| Error::invalid(message(&e)).param(param).path(path).caused_by(e))
         };
         let train = content(&record.training_file, "training_file")?;
         let valid = record.validation_file.as_ref().map(|id| content(id, "validation_file")).transpose()?;
@@ -55,7 +56,7 @@ impl JobContext {
         let spec = record.spec.clone().unwrap_or(spec);
         let dir = self.store.job_dir(&record.id);
         let Runtime { base, codec, .. } = &*self.runtime;
-        std::fs::create_dir_all(&dir)?;
+        std::fs::create_dir_all(&dir).at(&dir)?;
         Ok(Job {
             id: record.id.clone(),
             provenance: prepare::provenance(base.name(), &base.fingerprint, codec, &train)?,

@@ -11,7 +11,6 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::error::ErrorKind;
 use crate::{Error, Result};
 
 /// Kind of an object.
@@ -65,7 +64,7 @@ impl Store {
     /// Opens the store in `dir`, or creates it. Errors: the directory cannot be used; another process uses it.
     pub fn open(dir: &Path) -> Result<Self> {
         let fail = |e: &dyn std::fmt::Display| {
-            Error::invalid(format!("the state directory {} cannot be used for training: {e}", dir.display()))
+            Error::invalid(format!("the state directory {} cannot be used for training: {e}", dir.display())).path(dir)
         };
         for part in ["files", "jobs"] {
             std::fs::create_dir_all(dir.join(part)).map_err(|e| fail(&e))?;
@@ -101,7 +100,9 @@ impl Store {
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let store = self.clone();
-        tokio::task::spawn_blocking(move || work(&store)).await.map_err(|e| Error::internal(e.to_string()))?
+        tokio::task::spawn_blocking(move || work(&store))
+            .await
+            .map_err(|e| Error::internal(e.to_string()).caused_by(e))?
     }
 
     /// Adds an object, or replaces the one with that id. `parent` is the job of an event, checkpoint, step or validation, and
@@ -218,11 +219,12 @@ impl Store {
 }
 
 fn read<T: DeserializeOwned>(doc: &str) -> Result<T> {
-    serde_json::from_str(doc).map_err(|e| Error::internal(format!("an object in the state directory is damaged: {e}")))
+    serde_json::from_str(doc)
+        .map_err(|e| Error::internal(format!("an object in the state directory is damaged: {e}")).caused_by(e))
 }
 
 fn failed(e: rusqlite::Error) -> Error {
-    Error::new(ErrorKind::Internal, format!("the state directory cannot be read or written: {e}"))
+    Error::internal(format!("the state directory cannot be read or written: {e}")).caused_by(e)
 }
 
 #[cfg(test)]
@@ -230,6 +232,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn objects_survive_and_lists_are_paged() {

@@ -58,8 +58,9 @@ pub(super) fn write(dir: &Path, progress: &JobProgress, tensors: &HashMap<String
     let metadata = HashMap::from([(PROGRESS.to_owned(), text)]);
     let serialize =
         |temporary: &Path| safetensors::serialize_to_file(tensors, Some(metadata), temporary).map_err(io::Error::other);
-    files::replace(&path(dir), serialize)
-        .map_err(|e| Error::internal(format!("the job's state cannot be written to {}: {e}", dir.display())))
+    files::replace(&path(dir), serialize).map_err(|e| {
+        Error::internal(format!("the job's state cannot be written to {}: {e}", dir.display())).path(dir).caused_by(e)
+    })
 }
 
 /// Reads the state. Errors: it does not exist or is damaged.
@@ -77,7 +78,7 @@ pub(super) fn read(dir: &Path, device: &Device) -> Result<(JobProgress, HashMap<
 pub fn remove(dir: &Path) -> Result<()> {
     match fs::remove_file(path(dir)) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::internal(format!("{} cannot be removed: {e}", path(dir).display())))
+            Err(Error::internal(format!("{} cannot be removed: {e}", path(dir).display())).path(path(dir)).caused_by(e))
         }
         _ => Ok(()),
     }

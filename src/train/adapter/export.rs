@@ -43,8 +43,9 @@ impl AdapterExport {
             let bytes = safetensors::serialize(&self.tensors, metadata).map_err(io::Error::other)?;
             fs::write(temporary.join("adapter_model.safetensors"), bytes)
         };
-        files::replace(dir, write)
-            .map_err(|e| Error::internal(format!("the adapter cannot be written to {}: {e}", dir.display())))
+        files::replace(dir, write).map_err(|e| {
+            Error::internal(format!("the adapter cannot be written to {}: {e}", dir.display())).path(dir).caused_by(e)
+        })
     }
 }
 
