@@ -211,9 +211,9 @@ impl TrainBlock<'_> {
         for (segment, shrunk) in self.rows.segments.iter().zip(&shrunk) {
             let (Some(shrunk), Some(pairs)) = (shrunk, segment.adapter.site(self.layer, site)) else { continue };
             let (y, scale) = (segment.rows_of(&y)?, segment.adapter.scale);
-            for (i, part) in pairs.modules.iter().enumerate() {
-                let y = y.narrow(1, part.offset, part.n)?;
-                gemm(&y, 1.0, &segment.columns_of(shrunk, i)?, &part.b.t()?, scale)?;
+            for (i, module) in pairs.modules.iter().enumerate() {
+                let y = y.narrow(1, module.offset, module.n)?;
+                gemm(&y, 1.0, &segment.columns_of(shrunk, i)?, &module.b.t()?, scale)?;
             }
         }
         let x = x.clone();
@@ -254,10 +254,10 @@ impl TrainBlock<'_> {
             let (Some(shrunk), Some(pairs)) = (shrunk, segment.adapter.site(self.layer, site)) else { continue };
             let (dy, scale) = (segment.rows_of(&dy)?, segment.adapter.scale);
             let dshrunk = shrunk.zeros_like()?;
-            for (i, part) in pairs.modules.iter().enumerate() {
-                let dy = dy.narrow(1, part.offset, part.n)?;
-                gemm(&segment.columns_of(&dshrunk, i)?, 0.0, &dy, &part.b, scale)?;
-                gemm(&part.db, 1.0, &dy.t()?, &segment.columns_of(shrunk, i)?, scale)?;
+            for (i, module) in pairs.modules.iter().enumerate() {
+                let dy = dy.narrow(1, module.offset, module.n)?;
+                gemm(&segment.columns_of(&dshrunk, i)?, 0.0, &dy, &module.b, scale)?;
+                gemm(&module.db, 1.0, &dy.t()?, &segment.columns_of(shrunk, i)?, scale)?;
             }
             let x = segment.rows_of(&saved.x)?;
             let dx = segment.rows_of(&dx)?;
@@ -299,9 +299,9 @@ impl TrainBlock<'_> {
             let Some(pairs) = segment.adapter.site(self.layer, site) else { continue };
             let products = (segment.rows_of(y)?.to_dtype(DType::F32)? * segment.rows_of(dy)?.to_dtype(DType::F32)?)?;
             let sums = products.sum_keepdim(0)?;
-            for part in &pairs.modules {
-                let Some(magnitude) = &part.magnitude else { continue };
-                let sums = (sums.narrow(1, part.offset, part.n)? * &magnitude.inverse_norm)?;
+            for module in &pairs.modules {
+                let Some(magnitude) = &module.magnitude else { continue };
+                let sums = (sums.narrow(1, module.offset, module.n)? * &magnitude.inverse_norm)?;
                 magnitude.grad.slice_set(&(&magnitude.grad + sums.t()?)?, 0, 0)?;
             }
         }

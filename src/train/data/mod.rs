@@ -20,7 +20,7 @@ use crate::text::codec::TextCodec;
 use crate::{Error, Result};
 
 /// A text to train on, as tokens.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Example {
     /// All tokens, prompt and completion.
     pub tokens: Vec<u32>,
@@ -76,34 +76,18 @@ const MAX_LISTED: usize = 10;
 /// `Invalid`, code `invalid_training_file`: the file is empty or not UTF-8; records are wrong (the first ten are listed with
 /// their line, their key and what is allowed); no token would be trained on.
 pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<Dataset> {
-    let bad = |message: String| Error::invalid(message).code("invalid_training_file");
-    let text = std::str::from_utf8(bytes).map_err(|e| {
-        let line = bytes[..e.valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
-        bad(format!("line {line}: not UTF-8"))
-    })?;
-    let records = records(text.trim_start_matches('\u{feff}')).map_err(bad)?;
-    if records.is_empty() {
-        return Err(bad("the file is empty: it needs at least one record".into()));
-    }
-    // The first record that is valid JSON gives the format. If there is none, every record is reported as invalid JSON.
-    let first = records.iter().find_map(|(place, record)| Some((place, record.as_ref().ok()?)));
-    let (format, read_as) = match first {
-        Some((place, first)) => {
-            let format = DataFormat::of(first).map_err(|e| bad(format!("{place}: {e}")))?;
-            (format, format!(" (read as {}, the format of the first)", format.name()))
-        }
-        None => (DataFormat::Text, String::new()),
-    };
+    let records = records(utf8(bytes)?)?;
+    let format = format_of(&records)?;
     let mut data = Dataset {
         examples: Vec::new(),
-        format,
-        alpaca_ending: (format == DataFormat::Alpaca).then_some(options.alpaca_ending),
+        format: format.unwrap_or(DataFormat::Text),
+        alpaca_ending: (format == Some(DataFormat::Alpaca)).then_some(options.alpaca_ending),
         statistics: DatasetStatistics { records: records.len(), ..DatasetStatistics::default() },
     };
     let mut errors = Vec::new();
     for (place, record) in records {
         let read = |record: Value| {
-            let record = format.read(&record, options.alpaca_ending)?;
+            let record = data.format.read(&record, options.alpaca_ending)?;
             tokens::examples(&record, codec, options.train_on_inputs)
         };
         match record.and_then(read) {
@@ -111,40 +95,76 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
             Err(e) => errors.push(format!("{place}: {e}")),
         }
     }
+    let records = data.statistics.records;
     if !errors.is_empty() {
-        let more = errors.len().saturating_sub(MAX_LISTED);
-        let records = data.statistics.records;
-        let mut message = format!("{} of {records} records are wrong{read_as}:", errors.len());
-        errors.truncate(MAX_LISTED);
-        errors.iter().for_each(|error| message.extend(["\n", error]));
-        if more > 0 {
-            message.push_str(&format!("\nand {more} more"));
-        }
-        return Err(bad(message));
+        return Err(wrong_records(errors, records, format));
     }
     if data.examples.is_empty() {
-        return Err(bad(format!(
-            "nothing to train on: none of {} records has an answer of weight 1 that begins within {} tokens",
-            data.statistics.records, options.max_length
+        return Err(invalid_file(format!(
+            "nothing to train on: none of {records} records has an answer of weight 1 that begins within {} tokens",
+            options.max_length
         )));
     }
     Ok(data)
 }
 
+fn invalid_file(message: String) -> Error {
+    Error::invalid(message).code("invalid_training_file")
+}
+
+/// The text of a file, without a byte order mark.
+fn utf8(bytes: &[u8]) -> Result<&str> {
+    let text = std::str::from_utf8(bytes).map_err(|e| {
+        let line = bytes[..e.valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
+        invalid_file(format!("line {line}: not UTF-8"))
+    })?;
+    Ok(text.trim_start_matches('\u{feff}'))
+}
+
+/// The format of the first record that is valid JSON; `None` if there is none.
+fn format_of(records: &[NumberedRecord]) -> Result<Option<DataFormat>> {
+    let first = records.iter().find_map(|(place, record)| Some((place, record.as_ref().ok()?)));
+    let format = first.map(|(place, first)| DataFormat::of(first).map_err(|e| invalid_file(format!("{place}: {e}"))));
+    format.transpose()
+}
+
+/// The error of a file with wrong records: lists the first of them and counts the others.
+fn wrong_records(mut errors: Vec<String>, records: usize, format: Option<DataFormat>) -> Error {
+    let read_as = format.map_or(String::new(), |f| format!(" (read as {}, the format of the first)", f.name()));
+    let mut message = format!("{} of {records} records are wrong{read_as}:", errors.len());
+    let more = errors.len().saturating_sub(MAX_LISTED);
+    errors.truncate(MAX_LISTED);
+    errors.iter().for_each(|error| message.extend(["\n", error]));
+    if more > 0 {
+        message.push_str(&format!("\nand {more} more"));
+    }
+    invalid_file(message)
+}
+
 /// The place of a record in the file, for messages, and the record.
 type NumberedRecord = (String, Result<Value>);
 
-/// Splits a file into records. The error concerns the file as a whole.
-fn records(text: &str) -> Result<Vec<NumberedRecord>, String> {
-    if text.trim_start().starts_with('[') {
-        let list: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("the file is not valid JSON: {e}"))?;
-        return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("record {}", i + 1), Ok(v))).collect());
+/// Splits a file into records, at least one. Errors concern the file as a whole; a record may be an error of its own.
+fn records(text: &str) -> Result<Vec<NumberedRecord>> {
+    let records = if text.trim_start().starts_with('[') { array_records(text)? } else { line_records(text) };
+    match records.is_empty() {
+        true => Err(invalid_file("the file is empty: it needs at least one record".into())),
+        false => Ok(records),
     }
+}
+
+fn array_records(text: &str) -> Result<Vec<NumberedRecord>> {
+    let list: Vec<Value> =
+        serde_json::from_str(text).map_err(|e| invalid_file(format!("the file is not valid JSON: {e}")))?;
+    Ok(list.into_iter().enumerate().map(|(i, v)| (format!("record {}", i + 1), Ok(v))).collect())
+}
+
+fn line_records(text: &str) -> Vec<NumberedRecord> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     // The place of the record gives the line.
     let reason = |e: serde_json::Error| e.to_string().replace("at line 1 column", "at column");
     let read = |line| serde_json::from_str(line).map_err(|e| Error::invalid(format!("not valid JSON: {}", reason(e))));
-    Ok(lines.map(|(i, line)| (format!("line {}", i + 1), read(line))).collect())
+    lines.map(|(i, line)| (format!("line {}", i + 1), read(line))).collect()
 }
 
 impl Dataset {
