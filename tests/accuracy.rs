@@ -1,5 +1,5 @@
-//! SmolLM2 (Q4_1) against float32 answers of transformers and PEFT on the dequantised weights, for the base and for three
-//! adapters, all in one engine and mixed batches. `fixtures/smollm2-peft/expected.json` says what they are.
+//! SmolLM2 (Q4_1) against transformers and PEFT in float32 on the dequantised weights: the base and three adapters, in mixed batches of
+//! one engine. The expected answers are in `fixtures/smollm2-peft/expected.json`.
 
 #[path = "common/smollm2.rs"]
 mod smollm2;
@@ -11,12 +11,12 @@ use quiver::engine::request::SamplingParams;
 use serde::Deserialize;
 use smollm2::SmolLm2;
 
-/// What transformers and PEFT gave for one prompt in float32.
+/// The answers of transformers and PEFT for one prompt, in float32.
 #[derive(Deserialize)]
 struct Expected {
-    /// The chat prompt as ids.
+    /// Token ids of the chat prompt.
     prompt_ids: Vec<u32>,
-    /// Log-probability of each prompt token but the first.
+    /// Log-probability of each prompt token, except the first.
     token_logprobs: Vec<f32>,
     /// The greedy reply.
     greedy_ids: Vec<u32>,
@@ -44,7 +44,7 @@ fn log_probabilities_and_greedy_text_match_float32() {
                 ..Default::default()
             };
             let adapters: &[(&str, f32)] = if adapter == "base" { &[] } else { &[(&adapter, 1.0)] };
-            // All are submitted before any is read, so that the engine mixes them.
+            // All requests are submitted before any reply is read, so that the engine mixes them.
             let reply = server.submit(&want.prompt_ids, params, adapters);
             runs.push((format!("{adapter}/{prompt}"), want, reply));
         }
@@ -72,7 +72,7 @@ fn log_probabilities_and_greedy_text_match_float32() {
 }
 
 #[test]
-fn agrees_with_candle_transformers_own_quantised_llama() {
+fn agrees_with_the_quantised_llama_of_candle_transformers() {
     use candle_core::quantized::gguf_file::Content;
     use candle_core::{Device, Tensor};
     use candle_transformers::models::quantized_llama::ModelWeights;
@@ -83,7 +83,7 @@ fn agrees_with_candle_transformers_own_quantised_llama() {
     let server = SmolLm2::start(&candle_core::Device::Cpu, 1 << 30);
     let params = SamplingParams { temperature: 0.0, max_tokens: 1, logprobs: Some(20), ..Default::default() };
     let (mut sum, mut count) = (0f64, 0);
-    // One prompt: candle's product is scalar for this format.
+    // One prompt only, since candle's product is scalar for this format.
     for (name, prompt) in expected()["base"].iter().take(1) {
         let ids = &prompt.prompt_ids;
         let input = Tensor::new(&ids[..], &Device::Cpu).and_then(|t| t.unsqueeze(0)).expect("a tensor");
@@ -99,8 +99,8 @@ fn agrees_with_candle_transformers_own_quantised_llama() {
             count += 1;
         }
     }
-    // candle rounds activations to 8 bits, which costs about 0.07 nats on this model; a wrong rotation, head or row order
-    // costs whole nats.
+    // candle rounds activations to 8 bits, which costs about 0.07 nats on this model. A wrong rotation, head or row order would
+    // cost whole nats.
     let mean = sum / f64::from(count);
     println!("mean |difference| to candle-transformers: {mean:.4} nats");
     assert!(mean < 0.25, "mean {mean}");

@@ -1,4 +1,4 @@
-//! A thousand tenants on one SmolLM2: every reply is its own adapter's, while slots hold fifty at a time.
+//! A thousand tenants on one SmolLM2 with slots for fifty adapters: every reply comes from the tenant's own adapter.
 
 #[path = "common/smollm2.rs"]
 mod smollm2;
@@ -14,7 +14,7 @@ const TENANTS: usize = 1000;
 const HIDDEN: usize = 576;
 const RANK: usize = 8;
 
-/// Writes a rank-8 adapter on one layer's output projection, different for each tenant and strong enough to change text.
+/// Writes a rank-8 adapter for one layer's output projection. It differs for each tenant and is strong enough to change the text.
 fn write_tenant(dir: &Path, tenant: usize) {
     let layer = tenant % 30;
     let values = |count: usize, salt: usize| -> Vec<f32> {
@@ -37,7 +37,7 @@ fn write_tenant(dir: &Path, tenant: usize) {
 }
 
 #[test]
-fn a_thousand_adapters_serve_from_room_for_fifty() {
+fn a_thousand_adapters_share_slots_for_fifty() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let slot_bytes = 2 * RANK * HIDDEN * size_of::<f32>();
     let server = SmolLm2::start(&candle_core::Device::Cpu, 50 * slot_bytes);
@@ -55,11 +55,11 @@ fn a_thousand_adapters_serve_from_room_for_fifty() {
     };
     let mixed: Vec<_> = (0..TENANTS).map(submit).collect();
     let mixed: Vec<_> = mixed.into_iter().map(|reply| reply.collect()).collect();
-    // One by one, in another order, for a sample: the same bits.
+    // A sample of the requests, one by one and in another order, gives the same bits.
     for tenant in (0..TENANTS).rev().step_by(37) {
         assert_eq!(submit(tenant).collect(), mixed[tenant], "tenant {tenant}");
     }
-    // Every adapter answers in its own way: log-probabilities of the same prompt differ between tenants.
+    // The log-probabilities of the same prompt differ between tenants.
     let mut seen: Vec<u32> =
         mixed.iter().map(|m| m.logprobs[0].as_ref().expect("asked for").logprob.to_bits()).collect();
     seen.sort_unstable();

@@ -1,4 +1,4 @@
-//! NF4 against matrices that bitsandbytes quantised.
+//! NF4 against matrices quantised by bitsandbytes.
 
 use half::{bf16, f16};
 use quiver::ops::quant::nf4::{self, Nf4};
@@ -23,7 +23,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 #[test]
-fn maps_are_bit_equal() {
+fn maps_equal_those_of_bitsandbytes() {
     let file = SafeTensors::deserialize(MAPS).unwrap();
     assert_eq!(bits(&floats(&file, "signed")), bits(nf4::dynamic_map()));
     let file = SafeTensors::deserialize(FILE).unwrap();
@@ -31,7 +31,7 @@ fn maps_are_bit_equal() {
 }
 
 #[test]
-fn decodes_bit_equal_and_encodes_to_the_same_codes() {
+fn decodes_to_the_same_bits_and_encodes_to_the_same_codes() {
     let file = SafeTensors::deserialize(FILE).unwrap();
     for (name, round) in [
         ("odd_rows_bf16", (|v| bf16::from_f32(v).to_f32()) as fn(f32) -> f32),
@@ -56,8 +56,8 @@ fn decodes_bit_equal_and_encodes_to_the_same_codes() {
         assert_eq!(ours.codes, codes, "{name}");
         assert_eq!(bits(&ours.nested_absmax), bits(&nested), "{name}");
         assert_eq!(ours.offset.to_bits(), offset.to_bits(), "{name}");
-        // The fixture comes from bitsandbytes' CPU build, which finds the 8-bit code of a maximum in a coarse table and
-        // is off by one in 12 of 992. Ours is the nearest, as its CUDA build's: never further from the true maximum.
+        // The fixture comes from the CPU build of bitsandbytes, which looks up the 8-bit code of a maximum in a coarse table: 12
+        // of 992 codes are off by one. Our code is the nearest, like that of its CUDA build, so never further from the maximum.
         let mut different = 0;
         for (b, (ours, theirs)) in ours.scales().iter().zip(&scales).enumerate() {
             let max = source[b * nf4::BLOCK..][..nf4::BLOCK].iter().fold(0f32, |m, v| m.max(v.abs()));
@@ -69,7 +69,7 @@ fn decodes_bit_equal_and_encodes_to_the_same_codes() {
 }
 
 #[test]
-fn zeros_stay_close_to_zero_and_short_blocks_work() {
+fn zeros_take_the_code_of_zero_and_blocks_may_be_short() {
     let mut values = vec![0.0f32; 64];
     values.extend((0..37).map(|i| i as f32 * 0.1 - 2.0));
     let q = Nf4::quantize(&values);
@@ -79,7 +79,7 @@ fn zeros_stay_close_to_zero_and_short_blocks_work() {
 }
 
 #[test]
-fn blocks_of_a_large_matrix_are_quantised_as_alone() {
+fn blocks_of_a_large_matrix_equal_the_same_blocks_alone() {
     let values: Vec<f32> = (0..64 * 2500 + 37).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
     let whole = Nf4::quantize(&values);
     for block in [0, 1023, 1024, 2047, 2048, 2499, 2500] {
