@@ -18,12 +18,18 @@ use super::kernels::{KernelSet, Kernels};
 use super::uploads::UploadCache;
 use crate::{Error, Result};
 
-/// The contexts of all open devices, and the only static of the CUDA half: candle's devices have no room for data of ours, but
-/// each has an id of its own, by which an op finds the context of its tensors.
-///
-/// A context stays here as long as anything refers to it or to its device. [`Context::open`] drops the others, so that at
-/// most the contexts of the last devices outlive their use.
-static CONTEXTS: RwLock<Vec<(DeviceId, Arc<Context>)>> = RwLock::new(Vec::new());
+/// All open devices: the only static of the CUDA half. Candle's devices have no room for data of ours, but each has an id of its
+/// own, by which an op finds the context of its tensors.
+static REGISTRY: Registry = Registry { contexts: RwLock::new(Vec::new()), exclusive: Mutex::new(()) };
+
+struct Registry {
+    /// A context stays here as long as anything refers to it or to its device. [`Context::open`] drops the others, so that
+    /// contexts outlive their use only until the next device is opened.
+    contexts: RwLock<Vec<(DeviceId, Arc<Context>)>>,
+    /// Held while a device is opened, contexts are dropped, or a graph is captured. The first two may synchronise the whole GPU
+    /// (cuBLAS handles and modules come and go), which would invalidate a capture on another device's stream.
+    exclusive: Mutex<()>,
+}
 
 /// What belongs to one opened GPU: its kernels, its properties, and the state that ops keep on it.
 ///
@@ -32,7 +38,7 @@ pub(crate) struct Context {
     device: CudaDevice,
     /// See [`OpenOptions::deterministic`].
     pub deterministic: bool,
-    /// Streaming sm_count.
+    /// Number of streaming multiprocessors (SMs).
     pub sm_count: usize,
     /// Major number of the compute capability: 9 is Hopper.
     pub compute_major: usize,
@@ -54,6 +60,7 @@ impl Context {
     /// Opens a GPU: a stream of its own, no event tracking (everything runs on that stream, and events break graph
     /// capture), and all kernels loaded. Errors: the machine has no such GPU, or the driver refuses the kernels.
     pub(super) fn open(ordinal: usize, options: OpenOptions) -> Result<CudaDevice> {
+        let _exclusive = Self::exclusive();
         drop_unused();
         // A machine without a driver fails in `init`, one without this GPU in `new`.
         let no_gpu = |e: String| Error::invalid(format!("there is no usable GPU {ordinal}: {e}; use --device cpu"));
@@ -75,15 +82,21 @@ impl Context {
             device: device.clone(),
         };
         keep_pool_memory(ordinal)?;
-        CONTEXTS.write().unwrap_or_else(PoisonError::into_inner).push((device.id(), Arc::new(context)));
+        let mut contexts = REGISTRY.contexts.write().unwrap_or_else(PoisonError::into_inner);
+        contexts.push((device.id(), Arc::new(context)));
         Ok(device)
     }
 
     /// The context of a device. Errors: it was not opened by [`super::open`].
     pub fn of(device: &CudaDevice) -> Result<Arc<Self>> {
-        let contexts = CONTEXTS.read().unwrap_or_else(PoisonError::into_inner);
+        let contexts = REGISTRY.contexts.read().unwrap_or_else(PoisonError::into_inner);
         let found = contexts.iter().find(|(id, _)| *id == device.id());
         found.map(|(_, context)| context.clone()).ok_or_else(|| Error::internal("the GPU was not opened by gpu::open"))
+    }
+
+    /// Keeps others from opening devices, dropping contexts and capturing graphs while the guard lives.
+    pub(super) fn exclusive() -> MutexGuard<'static, ()> {
+        REGISTRY.exclusive.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The context of a tensor's device. Errors: the tensor is on the CPU, or as [`Context::of`].
@@ -189,9 +202,9 @@ impl Drop for Context {
     }
 }
 
-/// Drops contexts that nothing refers to.
+/// Drops contexts that nothing refers to. The caller holds [`Context::exclusive`].
 fn drop_unused() {
-    let mut contexts = CONTEXTS.write().unwrap_or_else(PoisonError::into_inner);
+    let mut contexts = REGISTRY.contexts.write().unwrap_or_else(PoisonError::into_inner);
     let (unused, used): (Vec<_>, Vec<_>) = contexts.drain(..).partition(|(_, context)| context.is_unused());
     *contexts = used;
     // Dropping waits for the devices' streams: not under the lock, which every op takes.

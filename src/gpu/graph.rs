@@ -27,7 +27,8 @@ struct CapturedGraph {
     /// What a replay writes. Dropped before the graph, which may own it.
     output: Tensor,
     graph: CudaGraph,
-    _tensors: ArenaTensors,
+    /// The outputs of the step's ops.
+    tensors: ArenaTensors,
 }
 
 // SAFETY: two threads must not use one graph at once; these move with their owner, and `replay` needs `&mut`.
@@ -51,6 +52,7 @@ impl<K: Hash + Eq> GraphCache<K> {
     /// allocates once is there.
     pub fn capture(&mut self, key: K, step: impl FnOnce() -> Result<Tensor>) -> Result<()> {
         let stream = self.context.stream();
+        let _exclusive = Context::exclusive();
         stream.synchronize().map_err(driver_error("waiting before a capture"))?;
         stream
             .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
@@ -63,7 +65,7 @@ impl<K: Hash + Eq> GraphCache<K> {
         let graph = graph.map_err(driver_error("capturing a CUDA graph"))?;
         let graph = graph.ok_or_else(|| Error::internal("capturing a step gave no CUDA graph"))?;
         graph.upload().map_err(driver_error("uploading a CUDA graph"))?;
-        self.captured.insert(key, CapturedGraph { output, graph, _tensors: tensors });
+        self.captured.insert(key, CapturedGraph { output, graph, tensors });
         Ok(())
     }
 }
@@ -71,9 +73,10 @@ impl<K: Hash + Eq> GraphCache<K> {
 impl<K> Drop for GraphCache<K> {
     fn drop(&mut self) {
         let _ = self.context.stream().synchronize();
+        self.captured.values_mut().for_each(|captured| drop(std::mem::take(&mut captured.tensors)));
         self.captured.clear();
-        // Errors from here on concern memory that goes with the graphs: a graph that was never replayed has no memory yet,
-        // so that freeing its output fails. Such an error would otherwise show at the next, unrelated call.
+        // A graph that was never replayed has no memory yet, so that freeing an output which it owns fails. The memory goes
+        // with the graph all the same, and the error would otherwise show at the next, unrelated call.
         let _ = self.context.driver().check_err();
     }
 }
