@@ -1,4 +1,4 @@
-//! The load generator: its statistics against a small server that behaves as told, and once against the real one.
+//! The load generator against a fake server with known behaviour, and the benchmarks against the real server and engine.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -41,7 +41,7 @@ fn plan(traffic: &Traffic, count: usize) -> Vec<PlannedRequest> {
 }
 
 #[test]
-fn gaps_have_the_rate_and_the_variation_that_were_asked_for() {
+fn gaps_have_the_configured_rate_and_variation() {
     for cv in [0.0, 0.5, 1.0, 2.0, 4.0] {
         let due: Vec<f64> =
             plan(&traffic(Arrivals::Open { rate: 20.0, cv }), 200_000).iter().map(|p| p.due.as_secs_f64()).collect();
@@ -51,7 +51,7 @@ fn gaps_have_the_rate_and_the_variation_that_were_asked_for() {
         assert!((mean * 20.0 - 1.0).abs() < 0.03, "cv {cv}: mean {mean}");
         assert!((deviation / mean - cv).abs() < 0.05 * cv.max(0.01), "cv {cv}: deviation {deviation}");
         if cv == 1.0 {
-            // Memoryless: as many gaps beyond the mean as an exponential has.
+            // Memoryless: the share of gaps above the mean is that of an exponential distribution.
             let beyond = gaps.iter().filter(|g| **g > mean).count() as f64 / gaps.len() as f64;
             assert!((beyond - (-1.0f64).exp()).abs() < 0.01, "{beyond}");
         }
@@ -63,7 +63,7 @@ fn gaps_have_the_rate_and_the_variation_that_were_asked_for() {
 }
 
 #[test]
-fn adapters_have_the_popularity_that_was_asked_for() {
+fn adapters_have_the_configured_popularity() {
     const N: usize = 10;
     let shares = |popularity| {
         let traffic = Traffic { adapters: N, popularity, ..traffic(Arrivals::Closed { clients: 1 }) };
@@ -86,7 +86,7 @@ fn adapters_have_the_popularity_that_was_asked_for() {
     close(Popularity::Power(1.0), [0.1; N]);
     close(Popularity::Zipf(1.2), normalised(|i| (i + 1.0).powf(-1.2)));
     close(Popularity::Geometric(1.5), normalised(|i| 1.5f64.powf(-i)));
-    // What numpy.random.power(0.3) is below 0.1.
+    // The share of numpy.random.power(0.3) below 0.1.
     assert!((shares(Popularity::Power(0.3))[0] - 0.1f64.powf(0.3)).abs() < 0.01);
     assert_eq!(shares(Popularity::One)[1..], [0.0; N - 1]);
     let distinct =
@@ -98,7 +98,7 @@ fn adapters_have_the_popularity_that_was_asked_for() {
 }
 
 #[test]
-fn lengths_are_drawn_as_asked_for() {
+fn lengths_have_the_configured_distribution() {
     let lengths = |text: &str| {
         let output = text.parse().expect(text);
         let mut drawn: Vec<usize> = plan(&Traffic { output, ..traffic(Arrivals::Closed { clients: 1 }) }, 20_000)
@@ -114,7 +114,7 @@ fn lengths_are_drawn_as_asked_for() {
     assert!((uniform.iter().sum::<usize>() as f64 / 20_000.0 - 260.0).abs() < 5.0);
     let skewed = lengths("lognormal:100:1:400");
     assert!(skewed[10_000].abs_diff(100) < 5 && skewed[0] >= 1 && skewed[19_999] == 400);
-    // A standard deviation of the logarithm: 16% are beyond e times the median.
+    // One standard deviation of the logarithm: 16% are above e times the median.
     let beyond = skewed.iter().filter(|n| **n > 272).count();
     assert!(beyond.abs_diff(3173) < 300, "{beyond}");
     for wrong in ["0", "", "9..8", "0..4", "lognormal:1:2", "lognormal:1:-2:5", "x"] {
@@ -134,7 +134,7 @@ fn lengths_are_drawn_as_asked_for() {
 }
 
 #[test]
-fn figures_are_what_their_definitions_say() {
+fn statistics_follow_their_definitions() {
     assert_eq!(jain(&[3.0, 3.0, 3.0]), 1.0);
     assert_eq!(jain(&[4.0, 0.0, 0.0, 0.0]), 0.25);
     assert!((jain(&[1.0, 2.0, 3.0]) - 36.0 / 42.0).abs() < 1e-12);
@@ -144,21 +144,21 @@ fn figures_are_what_their_definitions_say() {
     assert_eq!(Quantiles::of([]), Quantiles::default());
 }
 
-// --- A server that does as it is told ---
+// --- A fake server ---
 
-/// How a fake server behaves.
+/// Behaviour of a fake server.
 #[derive(Clone, Default)]
-struct Manner {
-    /// Between tokens.
+struct FakeBehaviour {
+    /// Time between tokens.
     gap: Duration,
-    /// From when, after the first request, and for how long nothing is answered.
+    /// Start, after the first request, and length of a time without answers.
     stall: Option<(Duration, Duration)>,
-    /// The answers to requests in turn, over and over: `ok`, a status, or how to break.
+    /// Answers to requests, in turn and repeated: `ok`, a status, or a kind of failure.
     answers: &'static [&'static str],
 }
 
 struct Fake {
-    manner: Manner,
+    behaviour: FakeBehaviour,
     start: std::sync::OnceLock<Instant>,
     bodies: std::sync::Mutex<Vec<Value>>,
 }
@@ -171,19 +171,19 @@ async fn complete(State(fake): State<Arc<Fake>>, body: String) -> Response {
         bodies.push(body.clone());
         bodies.len() - 1
     };
-    if let Some((from, length)) = fake.manner.stall {
+    if let Some((from, length)) = fake.behaviour.stall {
         let now = start.elapsed();
         if now >= from && now < from + length {
             tokio::time::sleep(from + length - now).await;
         }
     }
-    let answers = fake.manner.answers;
+    let answers = fake.behaviour.answers;
     let answer = if answers.is_empty() { "ok" } else { answers[number % answers.len()] };
     if let Ok(status) = answer.parse::<u16>() {
         return (StatusCode::from_u16(status).expect("a status"), [("retry-after", "1")]).into_response();
     }
     let tokens = body["max_tokens"].as_u64().expect("max_tokens");
-    let gap = fake.manner.gap;
+    let gap = fake.behaviour.gap;
     let chunks = stream::iter(0..tokens).then(move |_| async move {
         tokio::time::sleep(gap).await;
         json!({"choices": [{"text": " a"}]}).to_string()
@@ -200,9 +200,9 @@ async fn complete(State(fake): State<Arc<Fake>>, body: String) -> Response {
     .into_response()
 }
 
-/// Starts a fake server on threads of its own, so that it keeps time whatever the test does.
-fn fake(manner: Manner) -> (TargetServer, Arc<Fake>) {
-    let fake = Arc::new(Fake { manner, start: Default::default(), bodies: Default::default() });
+/// Starts a fake server on threads of its own, so that its timing does not depend on the test.
+fn fake(behaviour: FakeBehaviour) -> (TargetServer, Arc<Fake>) {
+    let fake = Arc::new(Fake { behaviour, start: Default::default(), bodies: Default::default() });
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.set_nonblocking(true).expect("it can be");
     let url = format!("http://{}", listener.local_addr().expect("an address"));
@@ -231,7 +231,7 @@ fn fake(manner: Manner) -> (TargetServer, Arc<Fake>) {
     (target, fake)
 }
 
-/// Runs traffic in a runtime of one thread.
+/// Runs traffic on a single-threaded runtime.
 fn measure(
     target: &TargetServer,
     traffic: &Traffic,
@@ -248,14 +248,14 @@ fn measure(
 
 #[test]
 fn replies_are_timed_and_counted() {
-    let (target, fake) = fake(Manner { gap: Duration::from_millis(20), ..Manner::default() });
+    let (target, fake) = fake(FakeBehaviour { gap: Duration::from_millis(20), ..FakeBehaviour::default() });
     let traffic = Traffic { adapters: 2, popularity: Popularity::Distinct, ..traffic(Arrivals::Closed { clients: 3 }) };
     let (run, s) = measure(&target, &traffic, Some(12), None);
     assert_eq!((s.requests, s.completed, s.failures(), s.unfinished), (12, 12, 0, 0));
     assert_eq!((s.first_ms.count, s.between_ms.count, s.whole_ms.count), (12, 12 * 4, 12));
     assert!(run.records.iter().all(|r| (r.input, r.output) == (8, 5)));
     assert!((s.output_per_s * s.seconds - 60.0).abs() < 1e-6 && (s.input_per_s * s.seconds - 96.0).abs() < 1e-6);
-    // Sleeps last at least as long as asked for; how much longer depends on the machine.
+    // Sleeps last at least as long as requested; the rest depends on the machine.
     assert!(s.first_ms.p50 >= 20.0 && s.between_ms.p50 >= 19.0 && s.whole_ms.p50 >= 100.0, "{s:?}");
     assert!(s.token_ms.p50 >= 19.0 && s.whole_ms.p50 < 2000.0, "{s:?}");
     assert_eq!((s.slo_attained, s.fairness.adapters.len(), s.offered_per_s), (1.0, 2, None));
@@ -276,12 +276,13 @@ fn replies_are_timed_and_counted() {
 
 #[test]
 fn failures_are_counted_by_kind() {
-    let (target, _) = fake(Manner { answers: &["ok", "429", "500", "cut", "error", "ok"], ..Manner::default() });
+    let (target, _) =
+        fake(FakeBehaviour { answers: &["ok", "429", "500", "cut", "error", "ok"], ..FakeBehaviour::default() });
     let (run, s) = measure(&target, &traffic(Arrivals::Closed { clients: 12 }), Some(12), None);
     let expected = [("http 429", 2), ("http 500", 2), ("broken", 2), ("error", 2)];
     assert_eq!(s.failed, BTreeMap::from(expected.map(|(kind, n)| (kind.to_owned(), n))));
     assert_eq!((s.completed, s.first_ms.count), (4, 4));
-    assert!((s.slo_attained - 4.0 / 12.0).abs() < 1e-9, "what failed did not meet the objective");
+    assert!((s.slo_attained - 4.0 / 12.0).abs() < 1e-9, "failed requests did not meet the objective");
     assert!(
         run.records.iter().filter(|r| r.failure.as_deref() == Some("http 429")).all(|r| r.retry_after == Some(1.0))
     );
@@ -295,26 +296,26 @@ fn failures_are_counted_by_kind() {
 }
 
 #[test]
-fn a_stall_is_charged_for_every_request_that_was_due_in_it() {
+fn a_stall_counts_for_every_request_that_was_due_in_it() {
     let stall = Some((Duration::from_millis(500), Duration::from_millis(1500)));
-    let (target, _) = fake(Manner { stall, ..Manner::default() });
+    let (target, _) = fake(FakeBehaviour { stall, ..FakeBehaviour::default() });
     let (_, open) = measure(&target, &traffic(Arrivals::Open { rate: 50.0, cv: 0.0 }), None, Some(2.5));
-    // 60% of the requests were due while nothing was answered, a tenth of them in its first fifth.
+    // 60% of the requests were due during the stall, a tenth of them in its first fifth.
     assert!(open.requests >= 120 && open.failures() == 0, "{open:?}");
     assert!(open.whole_ms.p90 > 1000.0 && open.whole_ms.p50 > 50.0, "{:?}", open.whole_ms);
-    // One client that waits for each reply sees the stall once, and would call the server fast.
-    let (target, _) = fake(Manner { stall, ..Manner::default() });
+    // A closed-loop client measures the stall only once.
+    let (target, _) = fake(FakeBehaviour { stall, ..FakeBehaviour::default() });
     let (_, closed) = measure(&target, &traffic(Arrivals::Closed { clients: 1 }), None, Some(2.5));
     assert!(closed.whole_ms.p90 < 500.0 && closed.whole_ms.max > 1000.0, "{:?}", closed.whole_ms);
 }
 
 #[test]
-fn a_generator_that_is_late_says_so_and_counts_it() {
-    let (target, _) = fake(Manner::default());
+fn a_late_generator_warns_and_counts_its_delay() {
+    let (target, _) = fake(FakeBehaviour::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let traffic = traffic(Arrivals::Open { rate: 100.0, cv: 0.0 });
     let run = runtime.block_on(async {
-        // The only thread of the generator is away for half of the time.
+        // The generator's only thread is blocked for half of the time.
         tokio::spawn(async {
             tokio::time::sleep(Duration::from_millis(200)).await;
             std::thread::sleep(Duration::from_millis(500));
@@ -326,13 +327,15 @@ fn a_generator_that_is_late_says_so_and_counts_it() {
     let s = Summary::of(&run, traffic.arrivals, 6.0);
     assert!(s.lag_ms.p99 > 300.0, "{:?}", s.lag_ms);
     assert!(s.warning.as_ref().is_some_and(|w| w.contains("late")), "{:?}", s.warning);
-    assert!(run.records.iter().all(|r| r.end >= r.lag), "latency counts from when a request was due");
+    assert!(run.records.iter().all(|r| r.end >= r.lag), "latency counts from the time a request was due");
 }
 
 #[test]
-fn a_run_that_is_broken_off_keeps_what_it_has() {
-    let (target, _) =
-        fake(Manner { stall: Some((Duration::from_millis(300), Duration::from_secs(30))), ..Manner::default() });
+fn an_interrupted_run_keeps_its_records() {
+    let (target, _) = fake(FakeBehaviour {
+        stall: Some((Duration::from_millis(300), Duration::from_secs(30))),
+        ..FakeBehaviour::default()
+    });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let traffic = traffic(Arrivals::Open { rate: 50.0, cv: 0.0 });
     let run = runtime.block_on(async {
@@ -352,8 +355,8 @@ fn a_run_that_is_broken_off_keeps_what_it_has() {
 
 // --- Verdicts ---
 
-/// An overload of 9 seconds at 10 requests a second: every other is refused, the rest have their first token after `first(due)`.
-/// `memory` in MiB.
+/// Verdict of a 9-second overload at 10 requests per second: every other request is refused with `refusal`, the others have their
+/// first token after `first(due)`. `memory` is in MiB.
 fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, memory: [u64; 9]) -> Verdict {
     let record = |i: usize| {
         let due = i as f64 / 10.0;
@@ -386,7 +389,7 @@ fn overloaded(first: fn(f64) -> f64, refusal: &str, retry_after: Option<f64>, me
 
 #[test]
 fn overload_is_judged() {
-    // A cache that fills, and then requests that come and go.
+    // A cache that fills, then steady use.
     let full = [200, 400, 900, 1000, 1010, 990, 1000, 1020, 1000];
     let verdict = overloaded(|_| 2.0, "http 429", Some(1.0), full);
     assert!(verdict.faults.is_empty(), "{verdict:?}");
@@ -405,7 +408,7 @@ fn overload_is_judged() {
     }
 }
 
-// --- The real one ---
+// --- The real server and engine ---
 
 #[test]
 fn the_real_server_is_started_measured_soaked_and_stopped() {
@@ -424,7 +427,7 @@ fn the_real_server_is_started_measured_soaked_and_stopped() {
             .expect("it runs");
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{args:?}: {said}");
-        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err(), "the server is still there");
+        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err(), "the server still runs");
         BenchReport::read(&dir.path().join(out)).expect("a report")
     };
     let page = dir.path().join("page.html");
@@ -452,7 +455,7 @@ fn the_real_server_is_started_measured_soaked_and_stopped() {
         assert!(s.adapter_misses.is_some() && s.resident_bytes[1].is_some_and(|bytes| bytes > 50 << 20));
     }
     let html = std::fs::read_to_string(&page).expect("a page");
-    // Throughput and latency over clients, and a timeline of two charts for each run.
+    // Throughput and latency over the number of clients, and two charts over time for each run.
     assert_eq!(html.matches("<svg").count(), 6);
     assert_eq!(report::charts(&[report]).len(), 2);
 
@@ -494,10 +497,10 @@ fn the_engine_is_measured_by_mix_rank_and_batch() {
     );
     assert!(rows.iter().all(|row| row["bandwidth"].as_f64() > Some(0.0)), "{rows:?}");
     let bytes = |i: usize| rows[i]["step_bytes"][0].as_f64().expect("bytes");
-    // Each of the shipped adapters takes as much; with two sequences both are read.
+    // The project's adapters have the same size; two sequences read both.
     let one = bytes(2) - bytes(0);
     assert!(one > 4e6 && (bytes(3) - bytes(1) - 2.0 * one).abs() < 1.0, "{rows:?}");
-    // A second sequence adds its keys and values alone: 30 layers of 2 x 192 numbers a token, 5.5 tokens on average.
+    // A second sequence adds only its keys and values: 30 layers of 2 x 192 numbers per token, 5.5 tokens on average.
     let kept = bytes(1) - bytes(0);
     assert!((kept - 30.0 * 384.0 * 4.0 * 5.5).abs() < 1.0, "{kept}");
     let refused = bench("9");

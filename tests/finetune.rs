@@ -1,5 +1,5 @@
-//! From examples to a served adapter, with the real binary, model and trainer: through the API, with the real `openai` client,
-//! across a kill, and from the command line.
+//! From examples to a served adapter, with the binary and the default model: through the API, with the `openai` client, across
+//! a kill, and from the command line.
 
 #[path = "common/process.rs"]
 mod process;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use process::Server;
 use serde_json::{Value, json};
 
-/// Answers that no base gives: a step or two show in the loss.
+/// Examples with answers that the base does not give, so that a few steps change the loss.
 fn examples() -> String {
     let lines = (0..8).map(|i| {
         let prompt = format!("Q: What is the code word{}?\nA:", ["", " today", " now", " again"][i % 4]);
@@ -37,7 +37,7 @@ fn upload(server: &Server) -> String {
     reply["id"].as_str().expect("an id").to_owned()
 }
 
-/// The job once `holds`.
+/// Waits until `holds` is true of the job, and returns the job.
 fn wait(server: &Server, job: &str, holds: impl Fn(&Value) -> bool) -> Value {
     let start = Instant::now();
     loop {
@@ -63,7 +63,7 @@ fn the_openai_python_client_fine_tunes() {
 }
 
 #[test]
-fn a_job_survives_a_kill_and_serving_goes_on_beside_it() {
+fn a_job_survives_a_kill_while_the_server_answers() {
     let state = tempfile::tempdir().expect("a temporary directory");
     let flags = ["--state-dir", state.path().to_str().expect("UTF-8")];
     let server = Server::start(&flags);
@@ -83,7 +83,7 @@ fn a_job_survives_a_kill_and_serving_goes_on_beside_it() {
     while checkpoints(&server).as_array().is_none_or(Vec::is_empty) {
         thread::sleep(Duration::from_millis(20));
     }
-    // Killed, not stopped.
+    // Kills the server, without a shutdown.
     drop(server);
 
     let server = Server::start(&flags);
@@ -97,7 +97,7 @@ fn a_job_survives_a_kill_and_serving_goes_on_beside_it() {
 }
 
 #[test]
-fn a_run_of_the_command_line_that_was_killed_goes_on_with_its_figures() {
+fn a_killed_quiver_train_resumes_with_its_metrics() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (file, out) = (dir.path().join("train.jsonl"), dir.path().join("adapter"));
     std::fs::write(&file, examples()).expect("written");
@@ -109,7 +109,7 @@ fn a_run_of_the_command_line_that_was_killed_goes_on_with_its_figures() {
     };
     let mut killed = command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the binary runs");
     let start = Instant::now();
-    // What a run goes on from is written after the checkpoint itself.
+    // The state to resume from is written after the checkpoint.
     while !out.join("checkpoints/state.safetensors").exists() {
         assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint");
         thread::sleep(Duration::from_millis(5));
@@ -125,11 +125,11 @@ fn a_run_of_the_command_line_that_was_killed_goes_on_with_its_figures() {
     assert_eq!(rows.iter().map(|row| row[0].parse().unwrap()).collect::<Vec<usize>>(), (1..=12).collect::<Vec<_>>());
     assert!(rows.iter().all(|row| row[3].parse::<f64>().is_ok()), "a held-out loss each: {csv}");
     assert!(text.contains("| 1 |") && text.contains("| 12 |"), "{text}");
-    assert!(!out.join("checkpoints/state.safetensors").exists(), "nothing is left to go on with");
+    assert!(!out.join("checkpoints/state.safetensors").exists(), "the state to resume from is removed");
 }
 
 #[test]
-fn the_command_line_makes_an_adapter_that_is_served() {
+fn quiver_train_writes_an_adapter_that_is_served() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (file, out) = (dir.path().join("train.jsonl"), dir.path().join("adapter"));
     std::fs::write(&file, examples()).expect("written");
@@ -153,5 +153,5 @@ fn the_command_line_makes_an_adapter_that_is_served() {
     let prompt = "Q: What is the code word?\nA:";
     assert_ne!(server.complete(Some("made"), prompt, 4), server.complete(None, prompt, 4));
     let (ok, text) = train(&["--max-steps", "4"]);
-    assert!(!ok && text.contains("--resume"), "what is there is not overwritten: {text}");
+    assert!(!ok && text.contains("--resume"), "existing checkpoints are not overwritten: {text}");
 }

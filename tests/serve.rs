@@ -1,4 +1,4 @@
-//! The real binary with the real model, over real sockets, as a user meets it.
+//! The binary with the default model over HTTP, as a user runs it.
 
 #[path = "common/process.rs"]
 mod process;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use process::Server;
 use serde_json::{Value, json};
 
-/// Where adapters of the project lie.
+/// Directory of one of the project's adapters.
 fn adapter_dir(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name)
 }
@@ -51,7 +51,7 @@ fn adapters_are_replaced_and_unloaded_while_requests_run() {
     let code = server.complete(Some("code"), PROMPTS[0], 16);
     assert_eq!(server.complete(Some("tenant"), PROMPTS[0], 16), qa);
 
-    // A long stream keeps its generation while the name moves on under it.
+    // A long stream keeps its generation while another one gets its name.
     let body = json!({"adapter": "tenant", "prompt": PROMPTS[0], "max_tokens": 120, "temperature": 0, "ignore_eos": true, "stream": true});
     let reply = ureq::post(format!("{}/v1/completions", server.url)).send_json(&body).expect("a stream");
     let mut lines = BufReader::new(reply.into_body().into_reader()).lines();
@@ -66,7 +66,7 @@ fn adapters_are_replaced_and_unloaded_while_requests_run() {
     let opening = next().expect("a first chunk");
     let second = put("code");
     assert_ne!(first, second);
-    assert_eq!(server.complete(Some("tenant"), PROMPTS[0], 16), code, "new requests meet the new generation");
+    assert_eq!(server.complete(Some("tenant"), PROMPTS[0], 16), code, "new requests use the new generation");
     let mut text = opening["choices"][0]["text"].as_str().expect("text").to_owned();
     while let Some(chunk) = next() {
         assert_eq!(chunk["adapter_generation"], json!(first));
@@ -74,7 +74,7 @@ fn adapters_are_replaced_and_unloaded_while_requests_run() {
     }
     assert!(text.starts_with(&qa), "the stream ended on another generation: {text:?}");
 
-    // Back to the first content: the same generation, and no key or value of the second.
+    // Back to the first content: the same generation, and nothing of the second one's KV cache.
     assert_eq!(put("qa"), first);
     assert_eq!(server.complete(Some("tenant"), PROMPTS[0], 16), qa);
     let (status, reply) = server.call("DELETE", "/admin/adapters/tenant", Value::Null);

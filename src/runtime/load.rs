@@ -15,21 +15,21 @@ use crate::text::codec::TextCodec;
 use crate::{Result, gpu, hub};
 
 /// A base model in memory, with its tokenizer and chat template.
-pub struct BaseModel {
+pub(crate) struct BaseModel {
     /// Files it was read from.
-    pub files: ModelFiles,
+    pub(crate) files: ModelFiles,
     /// Converts text to tokens and back.
-    pub codec: TextCodec,
+    pub(crate) codec: TextCodec,
     /// Its matrices.
-    pub weights: Weights,
+    pub(crate) weights: Weights,
     /// Device that holds the weights.
-    pub device: Device,
+    pub(crate) device: Device,
 }
 
 impl BaseModel {
     /// Applies the settings of the process (device, threads), then finds, downloads if needed, and reads the model. Shows
     /// progress. Blocks.
-    pub fn load(config: &BaseConfig) -> Result<Self> {
+    pub(crate) fn load(config: &BaseConfig) -> Result<Self> {
         let device = gpu::open(config.device, OpenOptions { deterministic: config.deterministic })?;
         if let Some(threads) = config.threads {
             pool::set_threads(threads);

@@ -11,16 +11,16 @@ use crate::{Error, Result, gpu};
 
 /// Bytes of host memory.
 #[derive(Debug, Clone, Copy)]
-pub struct HostMemory {
+pub(crate) struct HostMemory {
     /// In total.
-    pub total: u64,
+    pub(crate) total: u64,
     /// Not in use.
-    pub free: u64,
+    pub(crate) free: u64,
 }
 
 impl HostMemory {
     /// Reads the memory of this machine, or a container's limit if there is one.
-    pub fn read() -> Self {
+    pub(crate) fn read() -> Self {
         let system = sysinfo::System::new_with_specifics(
             sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
         );
@@ -33,17 +33,17 @@ impl HostMemory {
 
 /// Size of the KV cache and of a step.
 #[derive(Debug, Clone)]
-pub struct MemoryPlan {
+pub(crate) struct MemoryPlan {
     /// Longest sequence, prompt and output, in tokens.
-    pub max_model_len: usize,
+    pub(crate) max_model_len: usize,
     /// Rows of a step.
-    pub max_batch_tokens: usize,
+    pub(crate) max_batch_tokens: usize,
     /// Sequences that run at once.
-    pub max_running: usize,
+    pub(crate) max_running: usize,
     /// Blocks of the KV cache.
-    pub kv_blocks: usize,
+    pub(crate) kv_blocks: usize,
     /// Bytes of these blocks.
-    pub kv_bytes: usize,
+    pub(crate) kv_bytes: usize,
 }
 
 impl MemoryPlan {

@@ -5,7 +5,7 @@
 //! module lies below both: a job scores its probes on the runtime's engine and publishes to its registry.
 
 mod load;
-pub mod memory;
+pub(crate) mod memory;
 mod progress;
 
 use std::path::PathBuf;
@@ -25,11 +25,12 @@ use crate::engine::{BackgroundTask, Engine, EngineConfig};
 use crate::hub::ModelFiles;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
+use crate::model::weights::Weights;
 use crate::text::codec::TextCodec;
 use crate::train::job::Command;
 use crate::train::trainer::Trainer;
 use crate::{Error, Result};
-pub use load::BaseModel;
+pub(crate) use load::BaseModel;
 use memory::MemoryPlan;
 
 /// A running engine with its model, adapters and trainer.
@@ -65,43 +66,12 @@ pub struct BaseInfo {
 }
 
 impl BaseInfo {
-    /// The name in responses.
-    pub fn name(&self) -> &str {
-        &self.names[0]
-    }
-}
-
-/// A base model and its adapters in memory, with a plan for the rest of the memory. The engine does not run yet.
-pub struct LoadedModel {
-    /// The base model.
-    pub base: BaseInfo,
-    /// The adapters.
-    pub registry: Registry,
-    /// Sizes of the KV cache and of a step.
-    pub plan: MemoryPlan,
-    codec: TextCodec,
-    model: Arc<Decoder>,
-    tiers: Tiers,
-}
-
-impl Runtime {
-    /// Loads the model and starts the engine, for commands that train nothing.
-    pub async fn load(config: &ServeConfig) -> Result<Self> {
-        LoadedModel::load(config, None).await?.start(config).await
-    }
-}
-
-impl LoadedModel {
-    /// Reads the base and its adapters and plans memory. Heavy work runs on blocking threads. Adapters may also be loaded from
-    /// below `checkpoint_root`, where fine-tuning jobs write them.
-    pub async fn load(config: &ServeConfig, checkpoint_root: Option<PathBuf>) -> Result<Self> {
-        let settings = config.base.clone();
-        let BaseModel { files, codec, weights, device } = blocking(move || BaseModel::load(&settings)).await?;
+    fn new(config: &ServeConfig, files: ModelFiles, device: Device, weights: &Weights) -> Self {
         let names = match &config.served_model_name[..] {
             [] => vec![files.name.clone()],
             names => names.to_vec(),
         };
-        let base = BaseInfo {
+        Self {
             names,
             files,
             shape: Arc::new(weights.config.clone()),
@@ -109,36 +79,65 @@ impl LoadedModel {
             device,
             weight_bytes: weights.bytes(),
             step_bytes: weights.step_bytes(),
-        };
-        let registry = Registry::new(
-            base.shape.clone(),
-            RegistryConfig {
-                device: base.device.clone(),
-                adapter_root: config.adapter_root.clone(),
-                checkpoint_root,
-                state_dir: config.state_dir.clone(),
-                host_budget: config.host_adapter_memory,
-                slot_budget: config.adapter_memory,
-                reserved_names: base.names.clone(),
-            },
-        )?;
+        }
+    }
+
+    /// The name in responses.
+    pub fn name(&self) -> &str {
+        &self.names[0]
+    }
+
+    /// Refuses a tokenizer with more ids than the model has embeddings.
+    fn check_tokenizer(&self, codec: &TextCodec) -> Result<()> {
+        let (ids, embeddings) = (codec.vocab_size(), self.shape.vocab_size);
+        if ids <= embeddings {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "the tokenizer has {ids} ids but the model only {embeddings} embeddings: they do not belong together"
+        )))
+    }
+}
+
+/// A base model and its adapters in memory, with a plan for the rest of the memory. The engine does not run yet.
+pub(crate) struct LoadedModel {
+    /// The base model.
+    pub(crate) base: BaseInfo,
+    /// The adapters.
+    pub(crate) registry: Registry,
+    /// Sizes of the KV cache and of a step.
+    pub(crate) plan: MemoryPlan,
+    codec: TextCodec,
+    model: Arc<Decoder>,
+    tiers: Tiers,
+}
+
+impl Runtime {
+    /// Loads the model and starts the engine, for commands that train nothing.
+    pub(crate) async fn load(config: &ServeConfig) -> Result<Self> {
+        LoadedModel::load(config, None).await?.start(config).await
+    }
+}
+
+impl LoadedModel {
+    /// Reads the base and its adapters and plans memory. Heavy work runs on blocking threads. Adapters may also be loaded from
+    /// below `checkpoint_root`, where fine-tuning jobs write them.
+    pub(crate) async fn load(config: &ServeConfig, checkpoint_root: Option<PathBuf>) -> Result<Self> {
+        let settings = config.base.clone();
+        let BaseModel { files, codec, weights, device } = blocking(move || BaseModel::load(&settings)).await?;
+        let base = BaseInfo::new(config, files, device, &weights);
+        let registry = Registry::new(base.shape.clone(), registry_config(config, &base, checkpoint_root))?;
         load::load_adapters(config, &registry).await?;
         let model = Arc::new(Decoder::new(weights)?);
-        if codec.vocab_size() > base.shape.vocab_size {
-            return Err(Error::invalid(format!(
-                "the tokenizer has {} ids but the model only {} embeddings: they do not belong together",
-                codec.vocab_size(),
-                base.shape.vocab_size
-            )));
-        }
-        // The slots take their memory here, before the plan shares out what is left.
+        base.check_tokenizer(&codec)?;
+        // The slots take their memory here, before the plan divides the rest.
         let tiers = registry.tiers()?;
         let plan = MemoryPlan::new(config, &base.shape, &base.device)?;
         Ok(Self { base, registry, plan, codec, model, tiers })
     }
 
     /// Allocates the KV cache, captures CUDA graphs on a GPU, and starts the engine with the trainer as its background task.
-    pub async fn start(self, config: &ServeConfig) -> Result<Runtime> {
+    pub(crate) async fn start(self, config: &ServeConfig) -> Result<Runtime> {
         let Self { base, registry, plan, codec, model, tiers } = self;
         let (trainer, commands) = channel();
         let training = BackgroundTask {
@@ -160,6 +159,19 @@ impl LoadedModel {
         let runner = blocking(move || runner(model, tiers, &plan, &device)).await?;
         let engine = Engine::start(runner, limits, Some(training))?;
         Ok(Runtime { base, codec: Arc::new(codec), registry, engine, trainer })
+    }
+}
+
+/// Limits and directories of the adapters.
+fn registry_config(config: &ServeConfig, base: &BaseInfo, checkpoint_root: Option<PathBuf>) -> RegistryConfig {
+    RegistryConfig {
+        device: base.device.clone(),
+        adapter_root: config.adapter_root.clone(),
+        checkpoint_root,
+        state_dir: config.state_dir.clone(),
+        host_budget: config.host_adapter_memory,
+        slot_budget: config.adapter_memory,
+        reserved_names: base.names.clone(),
     }
 }
 

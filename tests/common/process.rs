@@ -1,4 +1,4 @@
-//! `quiver serve` as a process of its own.
+//! `quiver serve` as a child process.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// A running `quiver serve`; killed when dropped.
+/// A running `quiver serve`, killed on drop.
 pub struct Server {
     pub process: Child,
     pub url: String,
@@ -35,7 +35,7 @@ impl Server {
         server
     }
 
-    /// Sends JSON; the status and the reply.
+    /// Sends JSON and returns the status and the reply.
     pub fn call(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
         let request = ureq::http::Request::builder()
             .method(method)
@@ -50,7 +50,7 @@ impl Server {
         (reply.status().as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
-    /// Greedy completion text of `prompt` under an adapter (or the base).
+    /// Greedy completion of `prompt` with an adapter, or with the base alone.
     pub fn complete(&self, adapter: Option<&str>, prompt: &str, tokens: usize) -> String {
         let mut body = json!({"prompt": prompt, "max_tokens": tokens, "temperature": 0});
         if let Some(adapter) = adapter {
@@ -69,7 +69,8 @@ impl Drop for Server {
     }
 }
 
-/// A Python that has the `openai` package; none, with a word about it, unless QUIVER_TEST_PYTHON names one.
+/// A Python with the `openai` package: `QUIVER_TEST_PYTHON`, which must have it, or `python3`. If that lacks it, prints that the
+/// test is skipped.
 pub fn python_with_openai() -> Option<String> {
     let python = std::env::var("QUIVER_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
     let has_client = Command::new(&python).args(["-c", "import openai"]).stderr(Stdio::null()).status();

@@ -1,4 +1,4 @@
-//! The default model with the project's adapters in an engine of its own, without HTTP.
+//! The default model in an engine, without HTTP.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,23 +16,23 @@ use quiver::model::kv::KvCache;
 use quiver::model::weights::Weights;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-/// Fetches the default model into the user's cache, once.
+/// Downloads the default model into the user's cache, unless it is there.
 pub fn files() -> ModelFiles {
     hub::resolve("smollm2-135m-instruct", &hub::default_cache(), false).expect("the default model can be fetched")
 }
 
-/// An engine over SmolLM2, and its adapters.
+/// An engine that runs SmolLM2, and its adapters.
 pub struct SmolLm2 {
     /// Runs requests.
     pub engine: Engine,
-    /// Holds adapters.
+    /// The adapters.
     pub registry: Registry,
-    /// For calls that are async.
+    /// Runs async calls.
     runtime: tokio::runtime::Runtime,
 }
 
 impl SmolLm2 {
-    /// Loads the model on a device, with `slot_budget` bytes of adapter slots and no adapter.
+    /// Loads the model on a device, with `slot_budget` bytes for adapter slots and no adapters.
     pub fn start(device: &Device, slot_budget: usize) -> Self {
         let weights = Weights::load(&files(), None, device, |_| {}).expect("the model loads");
         let config = RegistryConfig {
@@ -77,7 +77,7 @@ impl SmolLm2 {
         self.runtime.block_on(self.registry.load(name, source, LoadOptions::REPLACE)).expect("the adapter loads");
     }
 
-    /// Starts a request; the reply is read later.
+    /// Submits a request, whose reply is read later.
     pub fn submit(&self, prompt: &[u32], params: SamplingParams, adapters: &[(&str, f32)]) -> Reply {
         let (events, receiver) = unbounded_channel();
         let lease = |(name, weight): &(&str, f32)| (self.registry.lease(name).expect("loaded"), *weight);
@@ -94,24 +94,24 @@ impl SmolLm2 {
     }
 }
 
-/// Events on their way.
+/// A reply that is still being generated.
 pub struct Reply(UnboundedReceiver<Event>);
 
-/// A whole reply.
+/// A complete reply.
 #[derive(Debug, PartialEq)]
 pub struct Collected {
-    /// Of prompt tokens, where asked for.
+    /// Log-probabilities of the prompt tokens, if requested.
     pub prompt: Vec<Option<Logprobs>>,
-    /// Output ids.
+    /// Generated token ids.
     pub tokens: Vec<u32>,
-    /// Of output tokens, where asked for.
+    /// Log-probabilities of the generated tokens, if requested.
     pub logprobs: Vec<Option<Logprobs>>,
-    /// Why it ended.
+    /// Reason of its end.
     pub reason: FinishReason,
 }
 
 impl Reply {
-    /// Waits for the end. Panics if the request failed.
+    /// Waits for the end of the reply. Panics if the request failed.
     pub fn collect(mut self) -> Collected {
         let (mut prompt, mut tokens, mut logprobs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
