@@ -4,17 +4,17 @@
 //!
 //! | file | what it is |
 //! |---|---|
-//! | [`settings`] | the settings of a request, as a [`JobSpec`](crate::train::spec::JobSpec) |
+//! | `settings` | the settings of a request, as a [`JobSpec`](crate::train::spec::JobSpec) |
 //! | [`jobs`] | the handle to all jobs: create, pause, resume, cancel |
-//! | [`record`] | the record of a job, and the objects of OpenAI's API |
+//! | `record` | the record of a job, and the objects of OpenAI's API |
 //! | [`store`] | files, jobs and their events on disk |
 //! | `manager` | the thread that changes the states of jobs, and their queue |
-//! | [`prepare`] | a job's files, parsed, with its final settings |
+//! | `prepare` | a job's files, parsed, with its final settings |
 //! | [`context`] | what jobs need of the server, and the `Job` for the trainer |
 //! | `reports` | what the manager does with the reports of the trainer |
 //! | `gauges` | figures of jobs for the metrics page |
 //! | `publish` | publishing a checkpoint once trainer and server agree on its probe |
-//! | [`tensorboard`], [`history`], [`results`] | the metrics files of a job |
+//! | `tensorboard`, `history`, `results` | the metrics files of a job |
 //! | `local` | a job without a server, for `quiver train` |
 //! | `sweep` | the files of a sweep, for `quiver sweep` |
 //!

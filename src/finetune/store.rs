@@ -2,7 +2,7 @@
 //! directories next to it.
 //!
 //! With SQLite, a process that is killed leaves either the old or the new state, and the state is easy to inspect (`sqlite3
-//! training.sqlite "select doc from objects"`). Every call blocks: async code uses [`Store::run`].
+//! training.sqlite "select doc from objects"`). Every call blocks: async code uses `Store::run`.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -67,7 +67,7 @@ pub enum JobReport {
     Paused,
     /// The job has stopped and its state is removed.
     Cancelled,
-    /// The job has ended. Its last checkpoint is its result. The receiver removes its state ([`super::state::remove`]).
+    /// The job has ended. Its last checkpoint is its result. The receiver removes its state (`state::remove`).
     Succeeded,
     /// The job has ended with an error.
     Failed(Error),

@@ -15,8 +15,8 @@
 //! | `block` | a decoder block with what its backward needs, and its backward |
 //! | [`optim`] | learning-rate schedule, gradient clipping, AdamW |
 //! | `writer` | the thread that writes files and delivers reports |
-//! | [`state`] | the state of a job on disk, from which it resumes |
-//! | [`sweep`] | short runs of several settings, compared |
+//! | `state` | the state of a job on disk, from which it resumes |
+//! | `sweep` | short runs of several settings, compared |
 
 pub mod adapter;
 mod block;

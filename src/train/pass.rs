@@ -16,7 +16,7 @@ use crate::ops::norm::rms_norm_backward;
 pub struct JobBatch {
     pub batch: TrainBatch,
     pub adapter: Arc<TrainableAdapter>,
-    /// As [`TrainSegment::dropout`].
+    /// As `TrainSegment::dropout`.
     pub dropout: Option<(f32, u64)>,
 }
 

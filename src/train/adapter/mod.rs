@@ -1,6 +1,6 @@
 //! The adapter of a training job: its parameters, and everything that is computed from them.
 //!
-//! - [`params`]: the trained values and their gradients, in flat buffers.
+//! - `params`: the trained values and their gradients, in flat buffers.
 //! - `init`: initial values of a pair.
 //! - `trainable`: the adapter as a pass uses it, with a place for each gradient.
 //! - `dora`, `adalora`: what these two methods add to LoRA.
