@@ -2,7 +2,8 @@
 //!
 //! The life of an adapter:
 //!
-//! 1. **Read.** `peft.rs` reads and checks a PEFT directory; `peft_config.rs` interprets its `adapter_config.json`.
+//! 1. **Read.** `source.rs` checks that the directory may be read. `peft.rs` reads and checks it; `peft_config.rs` interprets its
+//!    `adapter_config.json`.
 //! 2. **Registered.** `registry.rs` publishes the weights under a name as a [`Generation`] (`generation.rs`), stores them in
 //!    host memory, and lists the name in the manifest (`manifest.rs`), from which a restart restores it. The weights of a
 //!    training checkpoint are loaded without a name first, and published by `finetune/publish.rs`.
