@@ -39,7 +39,7 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// The `kind` label of metrics.
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Invalid => "invalid",
             Self::Unauthorized => "unauthorized",
@@ -107,27 +107,27 @@ impl Error {
     }
 
     /// Names the file or directory concerned, without changing the message.
-    pub fn path(mut self, path: impl Into<PathBuf>) -> Self {
+    pub(crate) fn path(mut self, path: impl Into<PathBuf>) -> Self {
         self.path = Some(path.into());
         self
     }
 
     /// Names the file or directory concerned, also at the start of the message.
-    pub fn in_file(mut self, path: impl Into<PathBuf>) -> Self {
+    pub(crate) fn in_file(mut self, path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         self.message = format!("{}: {}", path.display(), self.message);
         self.path(path)
     }
 
     /// Keeps the error that caused this one.
-    pub fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+    pub(crate) fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(Arc::from(source.into()));
         self
     }
 
     /// The message as a client may see it. An internal error tells it only where the log has the details: `reference` is
     /// what the log line carries too, such as `request id 7`.
-    pub fn public_message(&self, reference: &str) -> Cow<'_, str> {
+    pub(crate) fn public_message(&self, reference: &str) -> Cow<'_, str> {
         match self.kind {
             ErrorKind::Internal => format!("internal error; the server's log has the details under {reference}").into(),
             _ => self.message.as_str().into(),
@@ -176,7 +176,7 @@ impl From<std::io::Error> for Error {
 }
 
 /// Adds the path to the error of a file operation.
-pub trait AtPath<T> {
+pub(crate) trait AtPath<T> {
     /// The value, or an internal error that concerns `path`.
     fn at(self, path: impl Into<PathBuf>) -> Result<T>;
 }

@@ -151,3 +151,23 @@ pub(super) async fn llama_cpp_list(State(app): State<SharedApp>) -> Result<Json<
     let entry = |(id, info): (usize, &AdapterInfo)| json!({"id": id, "path": info.source, "scale": 0.0, "task_name": info.name, "prompt_prefix": ""});
     Ok(Json(app.serving()?.registry.list().iter().enumerate().map(entry).collect()))
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::to_bytes;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn vllms_body_hides_internal_errors() {
+        let body = async |error: Error| {
+            let bytes = to_bytes(vllm_answer(Err(error)).into_body(), 1 << 10).await.unwrap();
+            serde_json::from_slice::<Value>(&bytes).unwrap()["error"].take()
+        };
+        let shown = body(Error::invalid("'lora_name' is missing")).await;
+        assert_eq!((&shown["message"], &shown["code"]), (&json!("'lora_name' is missing"), &json!(400)));
+        let hidden = body(Error::internal("/secret")).await;
+        assert_eq!((&hidden["type"], &hidden["code"]), (&json!("InternalServerError"), &json!(500)));
+        assert!(hidden["message"].as_str().unwrap().starts_with("internal error;"), "{hidden}");
+    }
+}

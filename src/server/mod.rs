@@ -135,7 +135,7 @@ impl App {
 }
 
 /// All routes with their keys, limits, logs and request ids.
-pub fn router(app: SharedApp) -> Router {
+fn router(app: SharedApp) -> Router {
     let inference = Router::new()
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat_completions))

@@ -56,7 +56,7 @@ impl TextCodec {
     ///
     /// # Errors
     /// `Invalid` on `prompt` if it is empty and the model has no such token.
-    pub fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+    pub(crate) fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         let mut ids = self.encode(text, add_special_tokens)?;
         if ids.is_empty() {
             ids.extend(self.bos);
@@ -91,7 +91,7 @@ impl TextCodec {
     }
 
     /// The tokenizer as JSON, and the source of the template. They determine the tokens of a prompt.
-    pub fn sources(&self) -> Result<(String, Option<String>)> {
+    pub(crate) fn sources(&self) -> Result<(String, Option<String>)> {
         let tokenizer = self.tokenizer.to_string(false).map_err(|e| Error::internal(e.to_string()).caused_by(e))?;
         Ok((tokenizer, self.template.as_ref().map(ChatTemplate::source).transpose()?))
     }

@@ -5,7 +5,7 @@ use std::sync::{Mutex, OnceLock};
 
 use serde_json::{Value, json};
 
-use crate::harness::{BROKEN, Server};
+use crate::harness::{BROKEN, Server, eventually};
 use crate::trainer::BREAKS;
 
 /// All log lines of this process.
@@ -95,6 +95,7 @@ fn an_internal_error_of_a_job_is_hidden_from_its_record() {
     let failed = server.wait(&id, "failed");
     assert_eq!(failed["error"]["code"], "training_failed");
     check(&failed["error"]["message"], &format!("job {id}"), &[BROKEN]);
-    let messages = server.messages(&id);
-    assert_eq!(messages[0], format!("The job failed: {}", failed["error"]["message"].as_str().unwrap()));
+    // The event follows the record.
+    let event = format!("The job failed: {}", failed["error"]["message"].as_str().unwrap());
+    eventually("the event says the same", || server.messages(&id)[0] == event);
 }
