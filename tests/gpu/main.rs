@@ -6,6 +6,8 @@ mod attention_causal;
 mod common;
 mod deterministic;
 mod dora;
+mod dropout;
+mod gemm;
 mod heads;
 mod jobs;
 mod lora;
