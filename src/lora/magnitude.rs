@@ -16,7 +16,7 @@ use crate::{Error, Result};
 const ROWS: usize = 1024;
 
 /// The squared norms of a matrix's rows `[1, n]`, f32. Errors: a failure of the device.
-pub fn row_squares(weight: &QMatrix) -> Result<Tensor> {
+pub(crate) fn row_squares(weight: &QMatrix) -> Result<Tensor> {
     let ids: Vec<u32> = (0..weight.n() as u32).collect();
     let squares = ids.chunks(ROWS).map(|ids| Ok(quant::gather_rows(weight, ids, None)?.sqr()?.sum(1)?));
     Ok(Tensor::cat(&squares.collect::<Result<Vec<_>>>()?, 0)?.reshape((1, weight.n()))?)
@@ -24,7 +24,7 @@ pub fn row_squares(weight: &QMatrix) -> Result<Tensor> {
 
 /// The norms of the rows of `W + scale·B·A`, `[1, n]`: from `squares [1, n]`, the squared norms of the rows of W, `A [rank, k]`,
 /// `B [n, rank]`, and `crossed [rank, n] = A·Wᵀ`. All f32. Errors: shapes that do not fit.
-pub fn changed_norms(squares: &Tensor, a: &Tensor, b: &Tensor, crossed: &Tensor, scale: f32) -> Result<Tensor> {
+pub(crate) fn changed_norms(squares: &Tensor, a: &Tensor, b: &Tensor, crossed: &Tensor, scale: f32) -> Result<Tensor> {
     let scale = f64::from(scale);
     let inner = ((crossed.t()? * (2.0 * scale))? + (b.matmul(&a.matmul(&a.t()?)?)? * (scale * scale))?)?;
     Ok((squares + (inner * b)?.sum_keepdim(1)?.t()?)?.sqrt()?)
@@ -41,12 +41,12 @@ pub struct Magnitude {
 
 impl Magnitude {
     /// The magnitudes of a module's `n` output rows.
-    pub fn new(values: Vec<f32>) -> Self {
+    pub(super) fn new(values: Vec<f32>) -> Self {
         Self { values, gains: OnceLock::new() }
     }
 
     /// The number of output rows.
-    pub fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.values.len()
     }
 }

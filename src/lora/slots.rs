@@ -80,7 +80,7 @@ pub fn slot_bytes(weights: &AdapterWeights, model: &ModelConfig, device: &Device
 /// Stages adapters for a pool's slots: converts their weights to the form in which the pool's device takes them. Loader threads have
 /// clones.
 #[derive(Clone)]
-pub enum SlotStager {
+pub(crate) enum SlotStager {
     /// For the CPU, as [`SlotWeights`].
     Host,
     /// For a GPU, as an image in pinned memory.
@@ -88,14 +88,14 @@ pub enum SlotStager {
 }
 
 /// An adapter's weights, ready for a slot.
-pub enum StagedWeights {
+pub(crate) enum StagedWeights {
     Host(SlotWeights),
     Gpu(AdapterImage),
 }
 
 impl SlotStager {
     /// Stages an adapter. On a GPU, waits for a staging buffer. Errors: no memory.
-    pub fn stage(&self, weights: &AdapterWeights, model: &ModelConfig) -> Result<StagedWeights> {
+    pub(crate) fn stage(&self, weights: &AdapterWeights, model: &ModelConfig) -> Result<StagedWeights> {
         match self {
             Self::Host => Ok(StagedWeights::Host(SlotWeights::from_adapter(weights, model))),
             Self::Gpu(staging) => staging.image(weights, model).map(StagedWeights::Gpu),
@@ -135,12 +135,13 @@ impl SlotPool {
     }
 
     /// The stager of its adapters.
-    pub fn stager(&self) -> SlotStager {
+    pub(crate) fn stager(&self) -> SlotStager {
         self.gpu.as_ref().map_or(SlotStager::Host, |gpu| SlotStager::Gpu(gpu.slots.staging().clone()))
     }
 
     /// The slots' memory on a GPU; `None` on the CPU.
-    pub fn device_slots(&self) -> Option<&DeviceSlots> {
+    #[cfg(feature = "cuda")]
+    pub(super) fn device_slots(&self) -> Option<&DeviceSlots> {
         self.gpu.as_ref().map(|gpu| &gpu.slots)
     }
 
@@ -160,7 +161,7 @@ impl SlotPool {
     }
 
     /// Reserves a free slot, and on a GPU a range of the arena, for an adapter of `bytes`. `None` if there is no room.
-    pub fn reserve(&mut self, bytes: usize) -> Option<u32> {
+    pub(crate) fn reserve(&mut self, bytes: usize) -> Option<u32> {
         let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         let range = match &mut self.gpu {
             Some(_) if free == SLOTS => return None,
@@ -176,7 +177,7 @@ impl SlotPool {
 
     /// Puts weights into a reserved slot. On a GPU this starts the upload; the slot is usable once [`SlotPool::is_ready`]. Errors: a
     /// slot that is not reserved, a failure of the GPU.
-    pub fn upload(&mut self, slot: u32, staged: StagedWeights) -> Result<()> {
+    pub(crate) fn upload(&mut self, slot: u32, staged: StagedWeights) -> Result<()> {
         let held = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
         match (held, staged, &mut self.gpu) {
             (Some(held), StagedWeights::Host(weights), None) => {
@@ -189,7 +190,7 @@ impl SlotPool {
     }
 
     /// Whether a slot's upload is complete. Does not wait. Errors: the upload failed.
-    pub fn is_ready(&mut self, slot: u32) -> Result<bool> {
+    pub(crate) fn is_ready(&mut self, slot: u32) -> Result<bool> {
         match &mut self.gpu {
             Some(gpu) => gpu.slots.arrived(slot),
             None => Ok(true),

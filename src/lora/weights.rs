@@ -44,7 +44,7 @@ pub enum FloatVec {
 
 impl FloatVec {
     /// Reads little-endian bytes. `None` for any other dtype.
-    pub fn read(dtype: Dtype, bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn read(dtype: Dtype, bytes: &[u8]) -> Option<Self> {
         let halves = || bytes.chunks_exact(2).map(|c| [c[0], c[1]]);
         match dtype {
             Dtype::F32 => {
@@ -75,7 +75,7 @@ impl FloatVec {
     }
 
     /// The index of the first NaN or infinity.
-    pub fn first_not_finite(&self) -> Option<usize> {
+    pub(crate) fn first_not_finite(&self) -> Option<usize> {
         match self {
             Self::F32(v) => v.iter().position(|x| !x.is_finite()),
             Self::F16(v) => v.iter().position(|x| !x.is_finite()),
@@ -102,7 +102,7 @@ impl AdapterWeights {
     }
 
     /// Whether any module has DoRA's magnitudes. Such an adapter is exclusive: it cannot be mixed with others or weighted.
-    pub fn has_magnitudes(&self) -> bool {
+    pub(crate) fn has_magnitudes(&self) -> bool {
         self.modules.iter().any(|m| m.magnitude.is_some())
     }
 

@@ -16,9 +16,9 @@ use crate::{Error, Result};
 mod cuda;
 
 /// Values of a block of 8-bit moments, which share a scale.
-pub const BLOCK: usize = ADAMW_BLOCK;
+const BLOCK: usize = ADAMW_BLOCK;
 /// Bytes of a block of 8-bit moments: the codes, then their scale as f32, little-endian.
-pub const BLOCK_BYTES: usize = BLOCK + 4;
+const BLOCK_BYTES: usize = BLOCK + 4;
 /// Values of a task.
 const TASK: usize = 16 * BLOCK;
 

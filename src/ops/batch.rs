@@ -101,7 +101,7 @@ impl Batch {
     }
 
     /// Whether only `logit_rows` go on after the last attention. Captured steps compute the logits of all rows.
-    pub fn selects_logits(&self) -> bool {
+    pub(crate) fn selects_logits(&self) -> bool {
         !self.step.as_ref().is_some_and(|step| step.fixed) && self.logit_rows.len() < self.tokens.len()
     }
 

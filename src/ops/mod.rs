@@ -15,7 +15,7 @@ pub mod gemm;
 pub mod heads;
 pub mod loss;
 pub mod norm;
-pub mod pool;
+pub(crate) mod pool;
 pub mod quant;
 #[cfg(test)]
 pub(crate) mod reference;

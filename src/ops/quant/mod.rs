@@ -38,7 +38,7 @@ use transposed::COLUMNS;
 pub use transposed::matmul_transposed;
 
 /// The name of the instruction set that the CPU's products use on this machine, for `doctor`.
-pub fn kernel_name() -> &'static str {
+pub(crate) fn kernel_name() -> &'static str {
     Isa::best().name()
 }
 

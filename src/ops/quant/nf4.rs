@@ -16,7 +16,7 @@ pub const BLOCK: usize = 64;
 const TASK: usize = 1024;
 
 /// Absolute maxima that share a scale.
-pub const NESTED_BLOCK: usize = 256;
+pub(crate) const NESTED_BLOCK: usize = 256;
 
 /// The 16 values of NF4: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
 pub const CODEBOOK: [f32; 16] = [
@@ -45,7 +45,7 @@ pub fn dynamic_map() -> &'static [f32; 256] {
 }
 
 /// The unsigned 8-bit map of bitsandbytes, for AdamW's second moments.
-pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
+pub(crate) fn unsigned_dynamic_map() -> &'static [f32; 256] {
     static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic(false));
     &MAP
 }
