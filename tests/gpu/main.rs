@@ -19,4 +19,5 @@ mod rope;
 mod sample;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
+mod step_buffers;
 mod swiglu;

@@ -166,16 +166,16 @@ impl StepBuffers {
         Ok(Self { gpu, words, staging, capacity, regions })
     }
 
-    /// Copies a batch's metadata to the device. A bucket makes it a fixed step, padded to the bucket's rows. The results of
-    /// the step before must have been read back, since this overwrites what that step reads. Errors: the batch is larger than
-    /// the capacity or the bucket.
+    /// Copies a batch's metadata to the device, in the order of its stream. A bucket makes it a fixed step, padded to the
+    /// bucket's rows. Waits until the copy before has been made, which may be queued behind an earlier step: steps without
+    /// logits follow one another without being read back. Errors: the batch is larger than the capacity or the bucket.
     pub fn upload(&mut self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<DeviceStep> {
         let shape = self.check(batch, slots, bucket)?;
         let work = StepWork::new(batch, slots, bucket, self.gpu.deterministic)?;
         let host = self.staging.as_mut_slice()?;
         self.regions.fill(host, batch, &work, shape.rows)?;
         let used = self.regions.range(Region::BlockTables).start + batch.block_tables.len();
-        self.gpu.device().memcpy_htod(&host[..used], &mut self.words.slice_mut(..used))?;
+        self.staging.upload(&self.gpu, used, &mut self.words)?;
         Ok(self.describe(&shape, &work))
     }
 
