@@ -20,9 +20,9 @@ use crate::{Error, Result};
 
 /// All open devices: the only static of the CUDA half. Candle's devices have no room for data of ours, but each has an id of its
 /// own, by which an op finds the context of its tensors.
-static REGISTRY: Registry = Registry { contexts: RwLock::new(Vec::new()), exclusive: Mutex::new(()) };
+static REGISTRY: DeviceRegistry = DeviceRegistry { contexts: RwLock::new(Vec::new()), exclusive: Mutex::new(()) };
 
-struct Registry {
+struct DeviceRegistry {
     /// A context stays here as long as anything refers to it or to its device. [`Context::open`] drops the others, so that
     /// contexts outlive their use only until the next device is opened.
     contexts: RwLock<Vec<(DeviceId, Arc<Context>)>>,

@@ -31,7 +31,7 @@ pub struct Bucket {
 
 /// The regions of the buffer, in order.
 #[derive(Debug, Clone, Copy)]
-enum Region {
+enum StepRegion {
     Tokens,
     Positions,
     SlotMapping,
@@ -39,12 +39,12 @@ enum Region {
     DecodeWork,
     PrefillWork,
     AdapterWork,
-    /// As [`Region::AdapterWork`], for the last layer, where only the rows with requested logits are left.
+    /// As [`StepRegion::AdapterWork`], for the last layer, where only the rows with requested logits are left.
     LogitAdapterWork,
     BlockTables,
 }
 
-impl Region {
+impl StepRegion {
     const ALL: [Self; 9] = [
         Self::Tokens,
         Self::Positions,
@@ -80,7 +80,7 @@ pub struct StepBuffers {
 }
 
 /// Where regions start, in words, and where the last one ends.
-struct Regions([usize; Region::ALL.len() + 1]);
+struct Regions([usize; StepRegion::ALL.len() + 1]);
 
 /// What launches depend on in addition to the worklists.
 struct StepShape {
@@ -113,8 +113,8 @@ impl StepWork {
 
 impl Regions {
     fn new(capacity: Capacity) -> Self {
-        let mut starts = [0; Region::ALL.len() + 1];
-        for (i, region) in Region::ALL.into_iter().enumerate() {
+        let mut starts = [0; StepRegion::ALL.len() + 1];
+        for (i, region) in StepRegion::ALL.into_iter().enumerate() {
             // 16-byte loads are allowed from every region's start.
             starts[i + 1] = starts[i] + region.words(capacity).next_multiple_of(4);
         }
@@ -122,18 +122,18 @@ impl Regions {
     }
 
     /// The words of a region.
-    fn range(&self, region: Region) -> Range<usize> {
+    fn range(&self, region: StepRegion) -> Range<usize> {
         self.0[region as usize]..self.0[region as usize + 1]
     }
 
     /// Words of all regions.
     fn len(&self) -> usize {
-        self.0[Region::ALL.len()]
+        self.0[StepRegion::ALL.len()]
     }
 
     /// Writes a step's metadata into `to`, its rows padded to `rows`. Errors: a region is too small.
     fn fill(&self, to: &mut [u32], batch: &Batch, work: &StepWork, rows: usize) -> Result<()> {
-        let mut write = |region: Region, words: &mut dyn Iterator<Item = u32>| {
+        let mut write = |region: StepRegion, words: &mut dyn Iterator<Item = u32>| {
             for (to, word) in to[self.range(region)].iter_mut().zip(&mut *words) {
                 *to = word;
             }
@@ -143,16 +143,16 @@ impl Regions {
             }
         };
         let padding = |value: u32| repeat_n(value, rows - batch.tokens.len());
-        write(Region::Tokens, &mut batch.tokens.iter().copied().chain(padding(0)))?;
-        write(Region::Positions, &mut batch.positions.iter().copied().chain(padding(0)))?;
-        write(Region::SlotMapping, &mut batch.slot_mapping.iter().copied().chain(padding(u32::MAX)))?;
+        write(StepRegion::Tokens, &mut batch.tokens.iter().copied().chain(padding(0)))?;
+        write(StepRegion::Positions, &mut batch.positions.iter().copied().chain(padding(0)))?;
+        write(StepRegion::SlotMapping, &mut batch.slot_mapping.iter().copied().chain(padding(u32::MAX)))?;
         let span = |s: &Span| [s.rows.start, s.rows.len(), s.context_len, s.table.start].map(|word| word as u32);
-        write(Region::Spans, &mut batch.spans.iter().flat_map(span))?;
-        write(Region::DecodeWork, &mut work.decode.iter().copied())?;
-        write(Region::PrefillWork, &mut work.prefill.iter().copied())?;
-        write(Region::AdapterWork, &mut work.adapters.iter().copied())?;
-        write(Region::LogitAdapterWork, &mut work.logit_adapters.iter().copied())?;
-        write(Region::BlockTables, &mut batch.block_tables.iter().copied())
+        write(StepRegion::Spans, &mut batch.spans.iter().flat_map(span))?;
+        write(StepRegion::DecodeWork, &mut work.decode.iter().copied())?;
+        write(StepRegion::PrefillWork, &mut work.prefill.iter().copied())?;
+        write(StepRegion::AdapterWork, &mut work.adapters.iter().copied())?;
+        write(StepRegion::LogitAdapterWork, &mut work.logit_adapters.iter().copied())?;
+        write(StepRegion::BlockTables, &mut batch.block_tables.iter().copied())
     }
 }
 
@@ -174,7 +174,7 @@ impl StepBuffers {
         let work = StepWork::new(batch, slots, bucket, self.gpu.deterministic)?;
         let host = self.staging.as_mut_slice()?;
         self.regions.fill(host, batch, &work, shape.rows)?;
-        let used = self.regions.range(Region::BlockTables).start + batch.block_tables.len();
+        let used = self.regions.range(StepRegion::BlockTables).start + batch.block_tables.len();
         self.staging.upload(&self.gpu, used, &mut self.words)?;
         Ok(self.describe(&shape, &work))
     }
@@ -211,30 +211,30 @@ impl StepBuffers {
 
     /// The addresses of the step's metadata on the device.
     fn describe(&self, shape: &StepShape, work: &StepWork) -> DeviceStep {
-        let at = |region: Region| address(&self.words) + 4 * self.regions.range(region).start as u64;
+        let at = |region: StepRegion| address(&self.words) + 4 * self.regions.range(region).start as u64;
         // A fixed step's launches depend on the room for work instead.
-        let list = |region: Region, words: &[u32]| {
+        let list = |region: StepRegion, words: &[u32]| {
             let room = self.regions.range(region).len();
             Worklist { words: at(region), len: if shape.fixed { room } else { words.len() } }
         };
-        let list_if = |present: bool, region: Region, words: &[u32]| match present {
+        let list_if = |present: bool, region: StepRegion, words: &[u32]| match present {
             true => list(region, words),
             false => Worklist { words: at(region), len: 0 },
         };
         DeviceStep {
             rows: shape.rows,
             fixed: shape.fixed,
-            tokens: at(Region::Tokens),
-            positions: at(Region::Positions),
-            slot_mapping: at(Region::SlotMapping),
-            spans: at(Region::Spans),
-            decode: list(Region::DecodeWork, &work.decode),
+            tokens: at(StepRegion::Tokens),
+            positions: at(StepRegion::Positions),
+            slot_mapping: at(StepRegion::SlotMapping),
+            spans: at(StepRegion::Spans),
+            decode: list(StepRegion::DecodeWork, &work.decode),
             // A fixed step has decode rows only.
-            prefill: list_if(!shape.fixed, Region::PrefillWork, &work.prefill),
+            prefill: list_if(!shape.fixed, StepRegion::PrefillWork, &work.prefill),
             gains: shape.gains,
-            lora: list_if(shape.adapters, Region::AdapterWork, &work.adapters),
-            lora_logits: list_if(shape.adapters, Region::LogitAdapterWork, &work.logit_adapters),
-            block_tables: at(Region::BlockTables),
+            lora: list_if(shape.adapters, StepRegion::AdapterWork, &work.adapters),
+            lora_logits: list_if(shape.adapters, StepRegion::LogitAdapterWork, &work.logit_adapters),
+            block_tables: at(StepRegion::BlockTables),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The CUDA half: cuBLAS, which sees row-major matrices as transposed ones.
+//! The CUDA half: cuBLAS, to which row-major matrices are transposed column-major ones.
 
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
@@ -7,7 +7,7 @@ use candle_core::{CudaStorage, Layout, Result};
 use super::Gemm;
 use crate::gpu::address;
 
-/// A view as cuBLAS takes it.
+/// A view of a matrix as cuBLAS takes it.
 struct View {
     address: u64,
     dtype: sys::cudaDataType,
@@ -18,7 +18,7 @@ struct View {
 }
 
 impl View {
-    /// Errors: neither rows nor columns are contiguous, a dtype that products do not have.
+    /// The view of a tensor. Errors: neither rows nor columns are contiguous, or a dtype other than bf16 and f32.
     fn new(storage: &CudaStorage, layout: &Layout) -> Result<Self> {
         let (start, (rows, columns)) = (layout.start_offset() as u64, layout.shape().dims2()?);
         let (address, dtype) = match &storage.slice {
@@ -26,7 +26,7 @@ impl View {
             CudaStorageSlice::BF16(values) => (address(values) + 2 * start, sys::cudaDataType::CUDA_R_16BF),
             _ => candle_core::bail!("gemm takes bf16 and f32 tensors"),
         };
-        // The stride of a dimension of one element is of no account, but cuBLAS checks it.
+        // The stride of a dimension of one element has no effect, but cuBLAS checks it.
         let (stride, transposed) = match *layout.stride() {
             [stride, 1] => (stride.max(columns), false),
             [1, stride] => (stride.max(rows), true),
@@ -50,7 +50,8 @@ pub fn gemm(
     b: (&CudaStorage, &Layout),
 ) -> Result<()> {
     let ((m, n), (_, k)) = (c.1.shape().dims2()?, a.1.shape().dims2()?);
-    let blas = c.0.device.cublas_handle();
+    let device = &c.0.device;
+    let blas = device.cublas_handle();
     let (c, a, b) = (View::new(c.0, c.1)?, View::new(a.0, a.1)?, View::new(b.0, b.1)?);
     if c.transposed && m > 1 {
         candle_core::bail!("gemm into a matrix whose rows are not contiguous");
@@ -58,6 +59,7 @@ pub fn gemm(
     if a.dtype != b.dtype {
         candle_core::bail!("gemm of {:?} and {:?}", a.dtype, b.dtype);
     }
+    device.cuda_stream().context().bind_to_thread().map_err(candle_core::Error::wrap)?;
     // SAFETY: views of live tensors, whose elements are inside them; `c` is held for writing. The transposed product is
     // `cᵀ [n, m] = bᵀ · aᵀ`.
     unsafe {
