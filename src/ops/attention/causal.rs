@@ -412,7 +412,7 @@ mod tests {
                     // About 80 of the values, each with two passes in f64.
                     let at: Vec<usize> = (0..part.len()).step_by((part.len() / 80).max(1) | 1).collect();
                     let expected = gradient(&part, at.iter().copied(), loss);
-                    // One of a few values may be small beside the others.
+                    // A single value may be much smaller than the others.
                     let scale = got.iter().fold(0f32, |m, d| m.max(d.abs())).max(1e-3);
                     for (i, expected) in at.into_iter().zip(expected) {
                         let error = (f64::from(got[i]) - expected).abs();
