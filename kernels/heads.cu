@@ -1,11 +1,11 @@
 // Biases and QK norm: adds the projections' biases, and takes RMS norms of query and key heads, in place (launched from
 // src/ops/heads/cuda.rs). One warp per head; the sums over a head have an order fixed by dim.
 //
-//   finish_heads(qkv bf16 [T, (heads + 2 kv_heads) dim], bias f32 [(heads + 2 kv_heads) dim] or null, q_norm and k_norm f32 [dim], both
+//   bias_and_qk_norm(qkv bf16 [T, (heads + 2 kv_heads) dim], bias f32 [(heads + 2 kv_heads) dim] or null, q_norm and k_norm f32 [dim], both
 //                null or neither, eps, heads, kv_heads, touched, dim)
 //     x += bias; then for each query (key) head: x /= sqrt(mean(x^2) + eps), x *= q_norm (k_norm). Computed in f32, rounded once. Only the
 //     first `touched` heads of each row are read and written. dim is even, at most 256. Grid: (T, touched / 8 rounded up), 256 threads.
-//   finish_heads_backward(dqkv, x, q_norm, k_norm, eps, heads, kv_heads, dim)
+//   qk_norm_backward(dqkv, x, q_norm, k_norm, eps, heads, kv_heads, dim)
 //     dqkv and x have the shape of qkv; x is the input of the norms. Replaces the gradient of the norms' outputs in dqkv by that of their
 //     inputs, for query and key heads. Grid: (T, (heads + kv_heads) / 8 rounded up), 256 threads.
 
@@ -14,7 +14,7 @@
 constexpr int PAIRS = MAX_HEAD_DIM / 64;  // pairs of values that a lane keeps
 
 extern "C" __global__ void __launch_bounds__(256)
-finish_heads(bf16 *qkv, const float *bias, const float *q_norm, const float *k_norm,
+bias_and_qk_norm(bf16 *qkv, const float *bias, const float *q_norm, const float *k_norm,
              float eps, int heads, int kv_heads, int touched, int dim) {
     const int head = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     pdl_wait();
@@ -54,7 +54,7 @@ finish_heads(bf16 *qkv, const float *bias, const float *q_norm, const float *k_n
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-finish_heads_backward(bf16 *dqkv, const bf16 *qkv, const float *q_norm, const float *k_norm,
+qk_norm_backward(bf16 *dqkv, const bf16 *qkv, const float *q_norm, const float *k_norm,
                       float eps, int heads, int kv_heads, int dim) {
     const int head = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     pdl_wait();

@@ -8,7 +8,7 @@
 //                       slots u32 [T], table, heads, kv_heads, dim)
 //     Rotates queries and keys in place, and writes keys and values to the cache at slot = 16 block + token; not where slot is ~0.
 //     Grid: (T, (heads + 2 kv_heads) dim / 2 / pairs / 128 rounded up), 128 threads.
-//   rope_turn_8 / _1 (x bf16 [T][width], positions u32 [T], table, heads, width, dim, side)
+//   apply_rope_8 / _1 (x bf16 [T][width], positions u32 [T], table, heads, width, dim, side)
 //     Rotates the first `heads` heads of each row in place, forward (side 1) or back (-1).
 //     Grid: (T, heads dim / 2 / pairs / 128 rounded up), 128 threads.
 #include "common.cuh"
@@ -96,7 +96,7 @@ __device__ __forceinline__ void rope_append(bf16 *qkv, bf16 *cache, const uint32
 
 // PAIRS: pairs of dimensions of a thread, 8 or 1.
 template <int PAIRS>
-__device__ __forceinline__ void rope_turn(bf16 *x, const uint32_t *positions, const float *table, int heads, int width, int dim,
+__device__ __forceinline__ void apply_rope(bf16 *x, const uint32_t *positions, const float *table, int heads, int width, int dim,
                                           float side) {
     const int half = dim / 2, per_head = half / PAIRS;
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
@@ -120,8 +120,8 @@ __device__ __forceinline__ void rope_turn(bf16 *x, const uint32_t *positions, co
         rope_append<PAIRS>(qkv, cache, positions, slots, table, heads, kv_heads, dim);                                     \
     }                                                                                                                      \
     extern "C" __global__ void __launch_bounds__(ROPE_THREADS)                                                             \
-        rope_turn_##PAIRS(bf16 *x, const uint32_t *positions, const float *table, int heads, int width, int dim, float side) { \
-        rope_turn<PAIRS>(x, positions, table, heads, width, dim, side);                                                    \
+        apply_rope_##PAIRS(bf16 *x, const uint32_t *positions, const float *table, int heads, int width, int dim, float side) { \
+        apply_rope<PAIRS>(x, positions, table, heads, width, dim, side);                                                    \
     }
 ROPE(8)
 ROPE(1)

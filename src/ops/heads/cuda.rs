@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// Heads of a thread block, one a warp.
 const WARPS: usize = 8;
 
-kernel_set!(HeadKernels { finish_heads, finish_heads_backward });
+kernel_set!(HeadKernels { bias_and_qk_norm, qk_norm_backward });
 
 /// As [`super::bias_and_qk_norm`], whose checks were made, `qkv` bf16.
 pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm>, heads: Heads) -> Result<()> {
@@ -35,7 +35,7 @@ pub fn bias_and_qk_norm(qkv: &Tensor, bias: Option<&Tensor>, norm: Option<QkNorm
     ];
     let gpu = Context::of_tensor(qkv)?;
     // SAFETY: shapes as in the kernel's contract, checked by `super::bias_and_qk_norm` and above.
-    unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.finish_heads, grid(rows, touched), &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.bias_and_qk_norm, grid(rows, touched), &args)? };
     Ok(())
 }
 
@@ -55,7 +55,7 @@ pub fn qk_norm_backward(dqkv: &Tensor, qkv_raw: &Tensor, norm: QkNorm, heads: He
     let grid = grid(dqkv.dim(0)?, heads.query + heads.kv);
     let gpu = Context::of_tensor(dqkv)?;
     // SAFETY: as above.
-    unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.finish_heads_backward, grid, &args)? };
+    unsafe { gpu.launch(&gpu.kernels::<HeadKernels>()?.qk_norm_backward, grid, &args)? };
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use crate::gpu::constants::ROPE_THREADS;
 use crate::gpu::kernels::{LaunchGrid, kernel_set};
 use crate::gpu::{Context, address, input};
 
-kernel_set!(RopeKernels { rope_turn_1, rope_turn_8 });
+kernel_set!(RopeKernels { apply_rope_1, apply_rope_8 });
 
 /// As [`super::rotate`], whose checks were made.
 pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<()> {
@@ -18,7 +18,7 @@ pub fn rotate(x: &Tensor, heads: usize, positions: &[u32], table: &RopeTable, di
     let kernels = gpu.kernels::<RopeKernels>()?;
     // A thread takes 16 bytes of each half of a head where these are aligned.
     let vectors = dim % 16 == 0 && width % 8 == 0;
-    let (kernel, pairs) = if vectors { (&kernels.rope_turn_8, 8) } else { (&kernels.rope_turn_1, 1) };
+    let (kernel, pairs) = if vectors { (&kernels.apply_rope_8, 8) } else { (&kernels.apply_rope_1, 1) };
     let pieces = heads * (dim / 2 / pairs);
     let positions = gpu.upload(positions)?;
     let args = [
