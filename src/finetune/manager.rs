@@ -311,11 +311,13 @@ impl JobManager {
         let message = error.public_message(&format!("job {id}")).into_owned();
         let event = format!("The job failed: {message}");
         let failed = JobError { code: error.code.unwrap_or("training_failed").to_owned(), message, param: error.param };
+        // Before the status: a client that polls for the end then finds every event.
+        self.add_event(id, "error", &event, None)?;
         self.update(id, |record| {
             record.end(JobStatus::Failed);
             record.error = Some(failed);
         })?;
-        self.add_event(id, "error", &event, None)
+        Ok(())
     }
 
     /// Changes a job in the store and on the metrics page.

@@ -143,12 +143,13 @@ impl JobManager {
             result_files.push(id);
         }
         self.add_event(id, "info", &format!("New fine-tuned model created: {model}"), None)?;
+        // Before the status: a client that polls for the end then finds every event.
+        self.add_event(id, "info", "The job has successfully completed", None)?;
         self.update(id, |record| {
             record.end(JobStatus::Succeeded);
             record.fine_tuned_model = Some(model);
             record.result_files = result_files;
         })?;
-        self.add_event(id, "info", "The job has successfully completed", None)?;
         // Last: a job that has not ended and has no state would start from the beginning after a kill.
         self.remove_state(id);
         Ok(())
