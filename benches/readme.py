@@ -35,9 +35,12 @@ def ms(value):
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
+LONG = {"pp512": "prompt of 512 tokens", "tg128": "128 tokens of output"}
+
+
 def compare_table(compare):
     median = compare["median"]
-    rows = [[name, f"{theirs:.1f}", f"{median['quiver'][name]:.1f}", f"{median['quiver'][name] / theirs:.2f}"]
+    rows = [[LONG.get(name, name), f"{theirs:.1f}", f"{median['quiver'][name]:.1f}", f"{median['quiver'][name] / theirs:.2f}"]
             for name, theirs in median["llama.cpp"].items()]
     return table(["tok/s", "llama.cpp", "quiver", "ratio"], rows)
 
@@ -104,7 +107,7 @@ def gpu_summary(folder):
             theirs, ours = peer["step_ms"][kind].get(str(batch)), steps.get(kind, {}).get(batch)
             row += [theirs or "", f"{ours:.2f}" if ours else ""]
         rows.append(row)
-    row = ["prompts, tok/s"]
+    row = ["prefill, tok/s"]
     for kind, _ in kinds:
         best = max(prompts.get(kind, {0: 0}).values())
         row += [f"{peer['prompt_tok_s'][kind]:,}", f"{round(best, -2):,.0f}" if best else ""]
@@ -113,7 +116,7 @@ def gpu_summary(folder):
     gpu = os.path.basename(folder)[11:].upper()
     text = [f"### Llama-3.1-8B shape on one {gpu}\n",
             f"4 bits (quiver: NF4), rank 16 on all seven linears, 512 tokens in, 128 steps, engine without HTTP. {peer['name']}: {peer['setting']}. "
-            f"[Raw runs](../{os.path.relpath(folder, ROOT)}).\n", table(head, rows)]
+            "[Raw runs](.).\n", table(head, rows)]
     write(os.path.join(folder, "summary.md"), "\n".join(text))
 
 
@@ -128,13 +131,13 @@ def cpu_summary(folder):
     machine = some["machine"]
     where = f"{machine['threads']} threads of {machine['cpu']}, {machine['memory'] / 2**30:.0f} GiB, {machine['system']}"
     short = [f"### SmolLM2-135M-Instruct on {machine['threads']} threads of {machine['cpu']}\n",
-             f"Q4_1, 98 MB. [Raw runs](../{os.path.relpath(folder, ROOT)}).\n"]
+             "Q4_1, 98 MB. [Raw runs](.).\n"]
     if compare:
         short += [f"llama.cpp's server (build 11434) and quiver with the same file and adapters, {compare['threads']} threads, in alternating rounds; "
                   f"medians of {len(compare['samples']['quiver'])}:\n", compare_table(compare)]
     for name, key in (("growth", "throughput-over-adapters"), ("load", "first-token-over-rate")):
         if os.path.exists(os.path.join(folder, key + ".svg")):
-            short.append(f"![{TITLES[name]}](../{os.path.relpath(folder, ROOT)}/{key}.svg)\n")
+            short.append(f"![{TITLES[name]}]({key}.svg)\n")
     write(os.path.join(folder, "summary.md"), "\n".join(short))
 
     readme = os.path.join(folder, "README.md")
@@ -152,7 +155,10 @@ def cpu_summary(folder):
                   ["SLO", "share of all requests whose first text came within 6 s"],
                   ["Jain", "Jain's fairness index of the speed that the requests of each adapter saw"],
                   ["misses", "adapters that had to be brought into a slot"],
-                  ["lag", "how late the load generator sent requests"]]),
+                  ["lag", "how late the load generator sent requests"],
+                  ["rate", "requests a second that the Poisson process aims at; a short run reaches another rate"],
+                  ["alpha", "exponent of the power law over adapters"],
+                  ["cv", "coefficient of variation of the times between arrivals"]]),
            "The JSON files hold every request. `quiver bench page FOLDER/*.json --out page.html` makes a page of plots from them.\n"]
     if compare:
         same = table(["adapter", "prompts with the same greedy text on both servers"],
@@ -261,8 +267,10 @@ def readme():
              for f in glob.glob(os.path.join(ROOT, "benches/results/*"))), reverse=True)]
     texts = [table(parts[0], parts[1:])]
     for path in sorted(latest.values(), reverse=True):
+        folder = "../" + os.path.relpath(os.path.dirname(path), ROOT)
         with open(path) as f:
-            texts.append(f.read().strip())
+            # Links of a folder's own page, from here.
+            texts.append(re.sub(r"\]\((?!http)([^)]*)\)", lambda link: f"]({folder}/{link[1]})".replace("/.)", ")"), f.read().strip()))
     between(os.path.join(ROOT, "docs/benchmarks.md"), "\n\n".join(texts))
 
 
