@@ -5,7 +5,7 @@
 //   qkv, dqkv: bf16 [T][heads + 2 kv_heads][dim], each row's query heads, then its keys, then its values; rotated by RoPE.
 //   out, dout: bf16 [T][heads][dim].
 //   lse: f32 [T][heads], the natural logarithm of the sum of exponentials.
-//   delta: f32 [T][heads], the dot product of out and dout.
+//   delta: f32 [T][heads], the dot product of out and dout: FlashAttention's D, not LoRA's delta.
 //   work: one item per tile of each sequence, {first row of the sequence, its length, first position of the tile, 0}.
 //   group: query heads of a KV head.
 //   scale: log2(e) / sqrt(dim).

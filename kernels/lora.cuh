@@ -10,10 +10,17 @@
 //   lora_gain [_f32] (work, table, y, entries, entry, n)
 //     _small takes the first list of the worklist, _large the second one, lora_gain both. _f32: y is f32, else bf16.
 //
+// Words of the worklist.
+//   worklist
+//   └── list            the small one for short segments, the large one for long ones
+//       ├── term        one adapter of one segment
+//       │   └── unit    8 (small) or 64 (large) rows and 16 ranks of a term; an item of shrink is a unit, or one split of k of it
+//       └── chunk       8 (small) or 32 (large) rows of a segment, with all its terms; an item of expand is a chunk and 4 column tiles
+//   A segment is consecutive rows with the same weighted adapters. An item is the work that a thread block takes at a time.
+//
 // Arguments.
-//   work: the worklist, 32-bit words at a 16-byte address, written by src/lora/delta/cuda.rs. It starts with two List headers: one of the
-//     segments taken 8 rows at a time, and one of those taken 64 (shrink) or 32 (expand) rows at a time. Then the address of the h
-//     workspace (words 32 and 33), then the arrays that the headers point to.
+//   work: the worklist, 32-bit words at a 16-byte address, written by src/lora/delta/cuda.rs. It starts with the List headers of the small
+//     list and the large one. Then the address of the h workspace (words 32 and 33), then the arrays that the headers point to.
 //   table: SlotEntry [slots][entries]. A launch reads entry `entry` of each slot, which is of one layer and site.
 //   x: bf16 [rows, k], k a multiple of 8. y: bf16 or f32 [rows, n0 + n1 + n2], the modules' outputs side by side.
 //   splits, width: k is cut into `splits` of `width` inputs. kind: the site, as in List::units. n: n0 + n1 + n2.
@@ -40,12 +47,12 @@ constexpr int STAGES = 4;  // of a warp's pipeline of weights
 // A list of the worklist: its terms and chunks.
 struct alignas(16) List {
     uint32_t terms;         // The number of terms.
-    uint32_t chunks;        // The number of chunks, which expand takes.
+    uint32_t chunks;        // The number of chunks.
     uint32_t split_planes;  // Whether each split of k has its own item of shrink and plane of h.
     uint32_t plane;         // Values between planes of h.
     uint32_t term_at;       // Word of the first Term.
     uint32_t chunk_at;      // Word of the first Chunk.
-    uint32_t starts_at;     // Word of [site][terms + 1]: the units of shrink before each term. A unit is 8 or 64 rows and 16 ranks.
+    uint32_t starts_at;     // Word of [site][terms + 1]: the number of units before each term.
     uint32_t unused;
     uint32_t units[8];      // Units by site: 0 to 4 for qkv, o, gate_up, down, head.
 };
@@ -60,7 +67,7 @@ struct alignas(16) Term {
     uint32_t unused[2];
 };
 
-// Some rows of a segment, as many as expand takes at a time.
+// Some rows of a segment, at most 8 in the small list and 32 in the large one.
 struct alignas(16) Chunk {
     uint32_t row, rows;
     uint32_t term, terms;  // The segment's terms, one after another.
