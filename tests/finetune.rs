@@ -120,7 +120,7 @@ fn a_killed_quiver_train_resumes_with_its_metrics() {
     let output = command().arg("--resume").output().expect("the binary runs");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains("12 steps") && !text.contains(", 0 done"), "{text}");
-    let csv = std::fs::read_to_string(out.join("training_metrics.csv")).expect("figures");
+    let csv = std::fs::read_to_string(out.join("training_metrics.csv")).expect("metrics");
     let rows: Vec<Vec<&str>> = csv.lines().skip(1).map(|row| row.split(',').collect()).collect();
     assert_eq!(rows.iter().map(|row| row[0].parse().unwrap()).collect::<Vec<usize>>(), (1..=12).collect::<Vec<_>>());
     assert!(rows.iter().all(|row| row[3].parse::<f64>().is_ok()), "a held-out loss each: {csv}");

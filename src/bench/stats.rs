@@ -117,7 +117,7 @@ pub struct Summary {
     pub lag_ms: Quantiles,
     /// CPUs that the generator kept busy, on average.
     pub generator_cpus: f64,
-    /// Why the generator may have distorted the figures.
+    /// Why the generator may have distorted the results.
     pub warning: Option<String>,
     /// Adapters that the server loaded into slots during the run, if it reports them.
     pub adapter_misses: Option<u64>,
@@ -207,7 +207,7 @@ impl Fairness {
     }
 }
 
-/// Explains why the generator may have distorted the figures, if it may.
+/// Explains why the generator may have distorted the results, if it may.
 fn warning(lag: &Quantiles, cpus: f64) -> Option<String> {
     if lag.p99 > MAX_LAG_MS {
         return Some(format!(

@@ -1,4 +1,4 @@
-//! What fine-tuning jobs need of the server.
+//! The server's handles that jobs use: runtime, store, limits.
 
 use std::sync::Arc;
 

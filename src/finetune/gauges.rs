@@ -1,4 +1,4 @@
-//! Figures of jobs for the metrics page.
+//! Metrics of jobs for the metrics page.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use super::record::{JobRecord, JobStatus};
 /// Number of ended jobs that stay on the metrics page.
 const SHOWN_ENDED: usize = 50;
 
-/// Figures of one job.
+/// Metrics of one job.
 #[derive(Debug, Clone)]
 pub struct JobGauge {
     pub id: String,
@@ -25,7 +25,7 @@ pub struct JobGauge {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Figures of all jobs on the page, by id; clones share them.
+/// Metrics of all jobs on the page, by id; clones share them.
 #[derive(Clone, Default)]
 pub(super) struct JobGauges(Arc<Mutex<BTreeMap<String, JobGauge>>>);
 
@@ -53,7 +53,7 @@ impl JobGauges {
         }
     }
 
-    /// Changes the figures of a job, if it is on the page.
+    /// Changes the metrics of a job, if it is on the page.
     pub(super) fn update(&self, id: &str, change: impl FnOnce(&mut JobGauge)) {
         if let Some(gauge) = self.lock().get_mut(id) {
             change(gauge);
@@ -61,7 +61,7 @@ impl JobGauges {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, JobGauge>> {
-        // Figures are complete between statements, so those of a thread that panicked can be used.
+        // Metrics are complete between statements, so those of a thread that panicked can be used.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! The figures of a job without a store, in a file of JSON lines.
+//! The metrics of a job without a store, in a file of JSON lines.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -12,7 +12,7 @@ use crate::{Error, Result, files};
 /// Name of the file in a job's directory.
 const HISTORY: &str = "metrics.jsonl";
 
-/// The figures of all runs of a job, in memory and in the file, from which a resumed run reads those of the runs before.
+/// The metrics of all runs of a job, in memory and in a file. A resumed run reads the metrics of earlier runs from the file.
 pub struct MetricsHistory {
     path: PathBuf,
     /// Of all steps, in order.
@@ -48,7 +48,7 @@ impl MetricsHistory {
         Self { path: dir.join(HISTORY), steps: Vec::new(), validations: Vec::new() }
     }
 
-    /// Adds the figures of a report. [`JobReport::Started`] reads the figures of earlier runs up to the step from which the job
+    /// Adds the metrics of a report. [`JobReport::Started`] reads the metrics of earlier runs up to the step from which the job
     /// continues, and discards the rest. Errors: the file cannot be read or written.
     pub fn add(&mut self, report: &JobReport) -> Result<()> {
         let line = match *report {
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_run_keeps_the_figures_up_to_its_first_step() {
+    fn a_resumed_run_keeps_the_metrics_up_to_its_first_step() {
         let dir = tempfile::tempdir().unwrap();
         let valid =
             |step| JobReport::Validation(Validation { step, valid_loss: 1.25, valid_mean_token_accuracy: 0.75 });

@@ -41,7 +41,7 @@ impl Jobs {
         Ok(Self { context, manager: sender, gauges })
     }
 
-    /// What jobs need of the server.
+    /// The server's handles that jobs use.
     pub(crate) fn context(&self) -> &Arc<JobContext> {
         &self.context
     }
@@ -67,7 +67,7 @@ impl Jobs {
         let _ = self.ask(ManagerMessage::Stop).await;
     }
 
-    /// Figures for the metrics page.
+    /// The jobs' gauges for the metrics page.
     pub(crate) fn gauges(&self) -> Vec<JobGauge> {
         self.gauges.all()
     }

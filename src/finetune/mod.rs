@@ -12,7 +12,7 @@
 //! | `prepare` | a job's files, parsed, with its final settings |
 //! | [`context`] | what jobs need of the server, and the `Job` for the trainer |
 //! | `reports` | what the manager does with the reports of the trainer |
-//! | `gauges` | figures of jobs for the metrics page |
+//! | `gauges` | metrics of jobs for the metrics page |
 //! | `publish` | publishing a checkpoint once trainer and server agree on its probe |
 //! | `tensorboard`, `history`, `results` | the metrics files of a job |
 //! | `local` | a job without a server, for `quiver train` |

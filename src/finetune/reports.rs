@@ -1,4 +1,4 @@
-//! What the job manager does with the reports of the trainer: it keeps figures, publishes checkpoints and ends jobs.
+//! Handles the trainer's reports in the job manager: stores metrics, publishes checkpoints and ends jobs.
 
 use serde_json::{Value, json};
 
@@ -38,7 +38,7 @@ impl JobManager {
     }
 
     fn started(&self, id: &str, steps: usize, done: usize, parameters: usize) -> Result<()> {
-        let tokens = self.discard_figures_after(id, done)?;
+        let tokens = self.discard_metrics_after(id, done)?;
         self.update(id, |record| {
             (record.steps, record.done, record.trained_tokens) = (steps, done, tokens);
             if record.status == JobStatus::Queued {
@@ -50,8 +50,8 @@ impl JobManager {
         self.add_event(id, "info", &message, None)
     }
 
-    /// Deletes the figures of steps after `done`, which will run again. Returns the number of tokens of those up to `done`.
-    fn discard_figures_after(&self, id: &str, done: usize) -> Result<u64> {
+    /// Deletes the metrics of steps after `done`, which will run again. Returns the number of tokens of those up to `done`.
+    fn discard_metrics_after(&self, id: &str, done: usize) -> Result<u64> {
         let mut tokens = 0;
         for m in self.store().all::<StepMetrics>(ObjectKind::Step, id)? {
             if m.step <= done {
@@ -132,7 +132,7 @@ impl JobManager {
         let (id, model) = (&record.id, record.model_id(None));
         let dir = self.store().job_dir(id).join(format!("step-{}", record.done));
         self.publisher.publish(&model, &dir)?;
-        // In the adapter's directory too, so that the figures go with it.
+        // In the adapter's directory too, so that the metrics go with it.
         results::write(&dir, &self.store().all(ObjectKind::Step, id)?, &self.store().all(ObjectKind::Validation, id)?)?;
         let mut result_files = Vec::new();
         for (written, name) in [(results::CSV, "step_metrics.csv"), (results::PLOT, results::PLOT)] {

@@ -1,4 +1,4 @@
-//! The results of a job besides its adapter: its figures as CSV, and a plot of its losses.
+//! The results of a job besides its adapter: its metrics as CSV, and a plot of its losses.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use crate::Result;
 use crate::plot::Chart;
 use crate::train::job::{StepMetrics, Validation};
 
-/// File name of the figures.
+/// File name of the metrics.
 pub const CSV: &str = "training_metrics.csv";
 /// File name of the plot.
 pub const PLOT: &str = "loss.svg";
@@ -37,7 +37,7 @@ pub fn loss_chart(title: &str, mut lines: Vec<(String, Vec<(f64, f64)>)>) -> Cha
     Chart { title: title.to_owned(), x, y, tight: true, lines, ..Chart::default() }
 }
 
-/// Figures of all steps, with the columns of OpenAI's API first.
+/// Metrics of all steps, with the columns of OpenAI's API first.
 fn csv(steps: &[StepMetrics], validations: &[Validation]) -> String {
     let mut csv = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,learning_rate,grad_norm,tokens,\
                    trained_tokens,seconds\n"

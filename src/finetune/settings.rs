@@ -69,7 +69,7 @@ struct SettingGroups<'a> {
 }
 
 impl<'a> SettingGroups<'a> {
-    /// Errors: unknown fields, by name.
+    /// Finds the objects in a request. Errors: unknown fields, by name.
     fn of(body: &Fields<'a>) -> Result<Self> {
         let (lora, training) = (body.object("lora")?, body.object("training")?);
         lora.iter().try_for_each(|lora| fields::check_only(lora, &LORA))?;

@@ -24,9 +24,9 @@ pub(crate) enum ObjectKind {
     Event,
     /// A checkpoint of a job.
     Checkpoint,
-    /// Figures of an optimiser step of a job.
+    /// Metrics of an optimiser step of a job.
     Step,
-    /// Figures of a validation of a job.
+    /// Metrics of a validation of a job.
     Validation,
 }
 

@@ -1,4 +1,4 @@
-//! Figures of a running job as a TensorBoard event file.
+//! Metrics of a running job as a TensorBoard event file.
 //!
 //! The format is written here without a crate: an event is a few bytes of protobuf in a frame with checksums, and the crates for
 //! it depend on an image library or a second protobuf implementation.
@@ -12,7 +12,7 @@ use crate::train::job::{JobReport, ReportFn};
 /// TensorBoard reads every file with `tfevents` in its name. A job has one file, to which a resumed run appends.
 const EVENTS: &str = "events.out.tfevents.quiver";
 
-/// Wraps `report` such that figures also go to an event file in `dir`. Training continues if the file cannot be written.
+/// Wraps `report` such that metrics also go to an event file in `dir`. Training continues if the file cannot be written.
 pub fn with_events(dir: &Path, mut report: impl FnMut(JobReport) + Send + 'static) -> ReportFn {
     let (path, mut broken) = (dir.join(EVENTS), false);
     Box::new(move |received| {

@@ -73,7 +73,7 @@ pub enum JobReport {
     Failed(Error),
 }
 
-/// Figures of an optimiser step.
+/// Metrics of an optimiser step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// Number of the step, from 1.
@@ -93,7 +93,7 @@ pub struct StepMetrics {
     pub seconds: f64,
 }
 
-/// Figures of a validation.
+/// Metrics of a validation.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
     /// Number of optimiser steps done before it.

@@ -68,7 +68,7 @@ impl Optimizer {
     }
 }
 
-/// Figures of one optimiser step.
+/// Metrics of one optimiser step.
 #[derive(Debug, Clone, Copy)]
 pub struct OptimizerStep {
     pub learning_rate: f32,
