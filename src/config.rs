@@ -159,8 +159,8 @@ pub struct ServeConfig {
     )]
     pub train_share: f64,
 
-    /// Training targets delays below this between two tokens of an answer, seconds. This is a prediction and not a bound: work
-    /// predicted to take longer waits until no request waits for a token [default: 0.25; 0.05 on a GPU]
+    /// Target for the longest training-induced gap between two tokens, seconds (predicted, not guaranteed) [default: 0.25; 0.05
+    /// on a GPU]
     #[arg(long, env = "QUIVER_TRAIN_MAX_DELAY", value_name = "SECONDS", value_parser = seconds, help_heading = "Training")]
     pub train_max_delay: Option<Duration>,
 
@@ -187,7 +187,8 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_PORT", default_value_t = 8000, help_heading = "HTTP")]
     pub port: u16,
 
-    /// API key for inference; may be repeated. Without one, inference is open to all
+    /// API key for inference, models, files, fine-tuning, /tokenize, /detokenize and /lora-adapters; may be repeated. Without
+    /// one, these routes are open to all
     #[arg(
         long,
         env = "QUIVER_API_KEY",
@@ -199,7 +200,8 @@ pub struct ServeConfig {
     )]
     pub api_key: Vec<String>,
 
-    /// Key for the admin routes. Without one, they accept only clients on this machine
+    /// Key for the admin routes: /admin/adapters, /v1/load_lora_adapter and /v1/unload_lora_adapter. Without one, they accept only
+    /// clients on this machine
     #[arg(
         long,
         env = "QUIVER_ADMIN_KEY",

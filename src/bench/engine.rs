@@ -101,7 +101,7 @@ pub(crate) struct CaseResult {
 }
 
 /// Header of the table, in Markdown.
-pub(crate) const HEAD: &str = "| batch | adapters | rank | of | ms a step | tok/s | MB a step | of bandwidth | prompt ms | prompt tok/s |\n\
+pub(crate) const HEAD: &str = "| batch | adapters | rank | adapters registered | ms a step | tok/s | MB a step | % of bandwidth | prompt ms | prompt tok/s |\n\
      |---|---|---|---|---|---|---|---|---|---|";
 
 impl EngineBench {

@@ -18,7 +18,7 @@ const RETRY_AFTER: &str = "1";
 /// An error on its way to the client. Boxed, so that results of handlers stay small.
 #[derive(Debug)]
 pub(super) struct ErrorResponse {
-    /// What went wrong.
+    /// The error that is reported.
     pub(super) error: Box<Error>,
     /// `adapter` label of the metrics: empty until the request's adapter is known.
     pub(super) adapter: String,

@@ -1,4 +1,4 @@
-//! What every request passes through: request id, log line, keys, error counts.
+//! The layers around all routes: request id, log line, keys, error counts.
 
 use std::any::Any;
 use std::net::SocketAddr;
@@ -79,7 +79,7 @@ fn require_key<'a>(headers: &HeaderMap, keys: impl IntoIterator<Item = &'a [u8; 
     if found.into() { Ok(()) } else { refuse(format!("invalid key for {what}")) }
 }
 
-/// Inference routes: one of the API keys, where there are any.
+/// For all routes but the admin and open ones: requires one of the API keys, if there are any.
 pub(super) async fn require_api_key(
     State(app): State<SharedApp>,
     request: Request,
@@ -133,7 +133,7 @@ pub(super) async fn count_errors(State(app): State<SharedApp>, request: Request,
     response
 }
 
-/// Answers a path that is no route.
+/// Answers an unknown path.
 pub(super) async fn unknown_route(method: Method, uri: Uri) -> ErrorResponse {
     Error::not_found(format!("no such route: {method} {}", uri.path())).code("unknown_route").into()
 }

@@ -286,7 +286,7 @@ impl ResponseBuilder {
     }
 }
 
-/// What has been sent of a streamed choice.
+/// The parts of a streamed choice that have been sent.
 #[derive(Debug, Default, Clone)]
 pub(super) struct StreamedChoice {
     /// Its first chunk has been sent.

@@ -1,4 +1,4 @@
-//! Turns the engine's events into text: whole characters only, cut at stop strings, with each token beside its text.
+//! Turns the engine's events into text: whole characters only, cut at stop strings, each token with its text.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -47,7 +47,7 @@ pub(super) struct FinishDetails {
     pub(super) cached_tokens: usize,
 }
 
-/// What is new in the output of one sequence.
+/// The new part of one sequence's output.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct OutputDelta {
     /// Log-probabilities of the prompt, in the first delta, if asked for.
@@ -62,7 +62,7 @@ pub(super) struct OutputDelta {
 
 /// A sequence that the engine has admitted.
 pub(super) struct RunningSequence {
-    /// What the engine reports of it.
+    /// The engine's events for it.
     pub(super) events: UnboundedReceiver<Event>,
     /// Its clocks and counters.
     pub(super) metrics: SequenceMetrics,

@@ -42,7 +42,7 @@ pub(super) struct Metrics {
     vllm: VllmMetrics,
 }
 
-/// What a scrape reads from the running server.
+/// The state of the running server that a scrape reads.
 pub(super) struct ScrapeInput<'a> {
     /// `model_name` label.
     pub(super) model: &'a str,
