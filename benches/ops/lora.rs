@@ -35,7 +35,7 @@ pub fn bench(c: &mut Criterion) {
         let each = rows / adapters;
         let segments: Vec<Segment> =
             (0..adapters).map(|i| Segment { rows: i * each..(i + 1) * each, terms: vec![(i as u32, 1.0)] }).collect();
-        let adapters = Adapters { segments: &segments, slots: &slots, step: None, logits: false };
+        let adapters = Adapters { segments: &segments, slots: &slots, step: None, logit_rows_only: false };
         // Elements are multiply-adds.
         group.throughput(Throughput::Elements((rows * RANK * (3 * HIDDEN + HEADS.qkv_width())) as u64));
         group.bench_function(BenchmarkId::new(name, rows), |b| {

@@ -8,8 +8,8 @@ use std::time::SystemTime;
 use super::host_tier::HostTier;
 use crate::lora::weights::AdapterWeights;
 
-/// One immutable version of an adapter, identified by the hash of its content. Its weights lie in the tiers, which drop
-/// them once the last lease and the registry's own reference are gone.
+/// One immutable version of an adapter, identified by the hash of its content. Its weights are held by
+/// the tiers until the last lease and the registry's reference are gone.
 pub struct Generation {
     /// The name under which it was loaded.
     pub name: String,
@@ -32,7 +32,7 @@ pub struct Generation {
     /// Unique in this process, also among generations of equal content. The tiers' tables are keyed by it.
     key: u64,
     pub(super) state: Arc<GenerationState>,
-    /// Holds its weights, and drops them with it.
+    /// Host memory, from which its weights are removed when the generation is dropped.
     host: Arc<HostTier>,
 }
 

@@ -382,7 +382,7 @@ impl PeftOptions {
             one => one.as_u64().map(|i| vec![i as usize]),
         };
         let list: Vec<usize> = list.ok_or_else(|| must(key, "be a layer index or a list of them", value))?;
-        // To PEFT, an empty list is no limit.
+        // In PEFT, an empty list means no limit.
         Ok((!list.is_empty()).then_some(list))
     }
 

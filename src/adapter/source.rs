@@ -22,7 +22,7 @@ pub(super) struct SourceRoots {
 }
 
 impl SourceRoots {
-    /// Errors: the adapter root cannot be used.
+    /// Finds the canonical path of the adapter root. Errors: the adapter root cannot be used.
     pub(super) fn new(adapters: Option<&Path>, checkpoints: Option<&Path>) -> Result<Self> {
         let canonical = |given: &Path| match given.canonicalize() {
             Ok(real) => Ok((given.to_owned(), real)),

@@ -60,7 +60,7 @@ pub struct TierStats {
     pub host_bytes: AtomicU64,
     /// Bytes of adapters in slots or on their way into one.
     pub slot_bytes: AtomicU64,
-    /// Generations retired or dropped so far. When it changes, [`Tiers::sweep`] looks for slots to free.
+    /// Generations retired or dropped so far. When it changes, [`Tiers::update_slots`] looks for slots to free.
     pub(super) retirements: AtomicU64,
 }
 
@@ -143,7 +143,7 @@ impl Tiers {
     /// Asks for a generation in a slot, and starts to load it if it is in none; see [`Residency`]. Never waits. Each `Ready`
     /// counts one use, which [`Tiers::release`] ends.
     pub fn acquire(&mut self, lease: &Lease) -> Residency {
-        self.sweep();
+        self.update_slots();
         self.clock += 1;
         let key = lease.key();
         if let Some(resident) = self.residents.get_mut(&key) {
@@ -185,7 +185,7 @@ impl Tiers {
     /// Puts finished loads into their slots and frees the slots of retired generations without leases. Cheap when there is
     /// nothing to do. [`Tiers::acquire`] calls it too, so the engine needs it only in steps without an acquire and while
     /// idle.
-    pub fn sweep(&mut self) {
+    pub fn update_slots(&mut self) {
         self.put_finished_loads();
         self.check_arrivals();
         self.free_retired();

@@ -29,7 +29,7 @@ pub struct BackgroundTask {
 }
 
 impl BackgroundTask {
-    /// Errors: an invalid share.
+    /// Checks the share. Errors: it is not from 0 to 1.
     pub(super) fn check(&self) -> Result<()> {
         if (0.0..=1.0).contains(&self.share) {
             return Ok(());

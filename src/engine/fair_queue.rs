@@ -44,23 +44,24 @@ pub(super) struct SlotWait {
     pub(super) refused_in: Option<u64>,
     /// Whether it was refused at least once because the slots were full.
     pub(super) contended: bool,
-    /// Since then: requests with other adapters that were admitted, plus refusals while no running sequence used a slot.
+    /// Since `contended` was set: requests with other adapters that were admitted, plus refusals while no running sequence used a
+    /// slot.
     pub(super) bypassed: usize,
     /// Refusals in a row because the slots were full, while no running sequence used a slot.
-    pub(super) hopeless: usize,
+    pub(super) consecutive_full_refusals: usize,
 }
 
 impl SlotWait {
     /// Notes a refusal because adapters are being loaded. `slots_unused`: no running sequence uses a slot.
     pub(super) fn refused_loading(&mut self, slots_unused: bool) {
-        self.hopeless = 0;
+        self.consecutive_full_refusals = 0;
         self.bypassed += usize::from(self.contended && slots_unused);
     }
 
     /// Notes a refusal because the slots are full.
     pub(super) fn refused_full(&mut self, slots_unused: bool) {
         self.contended = true;
-        self.hopeless = if slots_unused { self.hopeless + 1 } else { 0 };
+        self.consecutive_full_refusals = if slots_unused { self.consecutive_full_refusals + 1 } else { 0 };
         self.bypassed += usize::from(slots_unused);
     }
 }

@@ -56,7 +56,7 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// Errors: a limit is 0, or two limits contradict each other.
+    /// Checks the limits. Errors: a limit is 0, or two limits contradict each other.
     fn check(&self) -> Result<()> {
         let limits = [
             ("block_size", self.block_size),

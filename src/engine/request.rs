@@ -26,7 +26,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Added to logits, by token id.
     pub logit_bias: Vec<(u32, f32)>,
-    /// The same seed, prompt and parameters give the same tokens under any load. Without a seed, the engine draws one.
+    /// The same seed, prompt and parameters give the same tokens under any load, where a row's bits do not depend on the batch
+    /// (see [`crate::ops`]). Without a seed, the engine draws one.
     pub seed: Option<u64>,
     /// Most tokens to generate.
     pub max_tokens: usize,

@@ -15,7 +15,7 @@ use crate::ops::batch::Batch;
 /// Runs steps for the engine thread: the model with its KV cache and adapter slots, or a fake in tests of the scheduler.
 ///
 /// A step runs in two halves, [`Runner::launch`] and [`Runner::collect`], so that the engine can prepare the next step while a
-/// GPU runs this one. Between the two, the engine may acquire, prefetch and sweep adapters and build the next batch. It must
+/// GPU runs this one. Between the two, the engine may acquire and prefetch adapters, update the slots and build the next batch. It must
 /// not release a slot or free a KV block that the step in flight uses. At most one step is in flight: the next launch must come
 /// after the logits of this step have been collected and sampled, because it overwrites the step's buffers.
 pub trait Runner: Send + 'static {
@@ -28,9 +28,9 @@ pub trait Runner: Send + 'static {
     /// Ends one use of a slot.
     fn release(&mut self, slot: u32);
 
-    /// Moves arrived adapters into their slots and frees those of retired ones. Called after every step and at intervals
+    /// Puts loaded adapters into their slots and frees the slots of retired ones. Called after every step and at intervals
     /// while idle.
-    fn sweep(&mut self) {}
+    fn update_slots(&mut self) {}
 
     /// Enqueues a step, which writes the batch's keys and values to the KV cache. On a GPU it may return before the step has
     /// run, and nothing is synchronised.
@@ -85,8 +85,8 @@ impl Runner for ModelRunner {
         self.tiers.release(slot);
     }
 
-    fn sweep(&mut self) {
-        self.tiers.sweep();
+    fn update_slots(&mut self) {
+        self.tiers.update_slots();
     }
 
     fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {

@@ -8,8 +8,8 @@
 //!   served queue's fits. If an adapter is not in a slot, other queues may go first; if the slots are full, at most
 //!   [`MAX_BYPASS`] times.
 //! * **Preemption.** When decoding runs out of blocks, the newest sequence of the most served queue gives up its blocks and
-//!   returns to the front of its queue with all its tokens, which are computed again later. A row's logits do not depend on
-//!   the batch, so preemption does not change the output.
+//!   returns to the front of its queue with all its tokens, which are computed again later. Preemption does not change
+//!   the output where a row's bits do not depend on the batch: on the CPU, and on a GPU in deterministic mode.
 
 use super::block_pool::BlockPool;
 use super::fair_queue::{AdapterQueue, FairQueues, QueueId, SlotWait};
@@ -34,7 +34,7 @@ const MAX_BYPASS: usize = 64;
 const MAX_REFUSALS: usize = 16;
 
 /// Refusals in a row, with all slots unused, after which a request's adapters are considered not to fit together.
-const MAX_HOPELESS: usize = 1024;
+const MAX_FULL_REFUSALS: usize = 1024;
 
 /// Largest lead of one queue over another, in full steps.
 const MAX_LEAD_STEPS: usize = 16;
@@ -295,7 +295,7 @@ impl Scheduler {
             }
             Err(SlotRefusal::Full) => {
                 queue.slots.refused_full(slots_unused);
-                if queue.slots.hopeless < MAX_HOPELESS {
+                if queue.slots.consecutive_full_refusals < MAX_FULL_REFUSALS {
                     return Admission::NoSlot;
                 }
                 let names: Vec<_> = sequence.request.adapters.iter().map(|(lease, _)| lease.name.as_str()).collect();

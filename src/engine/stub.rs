@@ -1,4 +1,4 @@
-//! What the engine uses of `cuda`, in a build without it: types without values.
+//! Stand-ins for `cuda` in builds without the feature: uninhabited types.
 
 use candle_core::{Device, Tensor};
 
@@ -9,7 +9,7 @@ use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
 use crate::ops::batch::Batch;
 
-/// Has no values.
+/// Uninhabited.
 pub enum Steps {}
 
 impl Steps {

@@ -109,7 +109,7 @@ impl<R: Runner> Worker<R> {
             self.time_slicer.run_after_step(began.elapsed(), decoding, &self.stats);
             Tick::Stepped
         };
-        self.runner.sweep();
+        self.runner.update_slots();
         tick
     }
 

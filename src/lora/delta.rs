@@ -1,8 +1,8 @@
-//! Adds the adapters' deltas to a base product: shrink `h = x·Aᵀ`, expand `y += scale·h·Bᵀ`, segment by segment of a flat batch
-//! (LoRA, Hu et al., 2021; segments as in Punica, Chen et al., 2023).
+//! Adds the adapters' deltas to a base product: shrink computes `h = weight · scale · x·Aᵀ`, expand adds `h·Bᵀ`, segment by segment of
+//! a flat batch (LoRA, Hu et al., 2021; segments as in Punica, Chen et al., 2023).
 //!
-//! This file is the CPU half. Shrink computes the intermediate values of all segments in parallel, then expand adds all deltas. Both
-//! sum in an order that depends on shapes alone, so a row's bits do not depend on its neighbours or its segment.
+//! This file is the CPU half. Shrink computes `h` of all segments in parallel, then expand adds all deltas. Both sum in an order that
+//! depends on shapes alone, so a row's bits do not depend on its neighbours or its segment.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -22,7 +22,7 @@ use crate::ops::simd::{self, LANES, Lanes, SimdKernel};
 use crate::{Error, Result};
 
 #[cfg(feature = "cuda")]
-pub use cuda::{gained, work, work_words};
+pub use cuda::{has_dora_gains, work, work_words};
 
 /// The adapters of a step's rows.
 #[derive(Clone, Copy)]
@@ -33,8 +33,8 @@ pub struct Adapters<'a> {
     pub slots: &'a SlotPool,
     /// On a GPU, the step's metadata in device memory.
     pub step: Option<&'a DeviceStep>,
-    /// Whether the rows are the logit rows alone, and `segments` is [`crate::ops::batch::Batch::logit_segments`].
-    pub logits: bool,
+    /// Whether the rows are the logit rows alone. Then `segments` is [`crate::ops::batch::Batch::logit_segments`].
+    pub logit_rows_only: bool,
 }
 
 /// One adapter's pair for one module, as the CPU's op reads it.
@@ -89,7 +89,7 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
     }
     // One delta for each pair of each segment, and its place among the intermediate values.
     let mut deltas = Vec::new();
-    let mut hidden = 0;
+    let mut shrunk_len = 0;
     let mut end = 0;
     for segment in segments {
         if segment.rows.start < end || segment.rows.end > rows || segment.rows.is_empty() {
@@ -111,16 +111,16 @@ fn add_pairs<'a>(y: &Tensor, x: &Tensor, segments: &[Segment], pairs: impl Fn(u3
                     pair,
                     weight: weight * pair.scale,
                     gains,
-                    hidden,
+                    shrunk_start: shrunk_len,
                 });
-                hidden += segment.rows.len() * pair.rank;
+                shrunk_len += segment.rows.len() * pair.rank;
             }
         }
     }
     if deltas.is_empty() {
         return Ok(());
     }
-    Ok(y.inplace_op2(x, &AddDelta { deltas, hidden })?)
+    Ok(y.inplace_op2(x, &AddDelta { deltas, shrunk_len })?)
 }
 
 impl<'a> Adapters<'a> {
@@ -159,15 +159,15 @@ struct SegmentDelta<'a> {
     weight: f32,
     /// DoRA's gains of the pair's columns.
     gains: Option<&'a [f32]>,
-    /// Where `weight · x·Aᵀ [rows, rank]` starts among the intermediate values.
-    hidden: usize,
+    /// Where its `h = weight · scale · x·Aᵀ [rows, rank]` starts among the intermediate values.
+    shrunk_start: usize,
 }
 
 struct AddDelta<'a> {
     /// In the order of segments, and of terms within a segment.
     deltas: Vec<SegmentDelta<'a>>,
-    /// The number of intermediate values.
-    hidden: usize,
+    /// The number of intermediate values: the sizes of all deltas' `h`.
+    shrunk_len: usize,
 }
 
 impl InplaceOp2 for AddDelta<'_> {
@@ -179,16 +179,16 @@ impl InplaceOp2 for AddDelta<'_> {
         let n = l1.shape().dims2()?.1;
         let y = SharedMut::new(cpu::slice_mut("lora-add-delta", s1, l1)?);
         let x = cpu::slice("lora-add-delta", s2, l2)?;
-        let mut hidden = vec![0.0; self.hidden];
-        self.shrink(x, &mut hidden);
-        self.expand(&hidden, y, n);
+        let mut shrunk = vec![0.0; self.shrunk_len];
+        self.shrink(x, &mut shrunk);
+        self.expand(&shrunk, y, n);
         Ok(())
     }
 }
 
 impl AddDelta<'_> {
-    /// Computes `hidden = weight · x · Aᵀ` of every delta.
-    fn shrink(&self, x: &[f32], hidden: &mut [f32]) {
+    /// Computes `h = weight · scale · x·Aᵀ` of every delta.
+    fn shrink(&self, x: &[f32], shrunk: &mut [f32]) {
         let mut tasks = Vec::new();
         let mut multiply_adds = 0;
         for delta in &self.deltas {
@@ -197,15 +197,15 @@ impl AddDelta<'_> {
                 tasks.extend(chunks(0..delta.pair.rank, RANKS).map(|ranks| (delta, rows.clone(), ranks)));
             }
         }
-        let hidden = SharedMut::new(hidden);
+        let shrunk = SharedMut::new(shrunk);
         cpu::for_each(tasks.len(), multiply_adds, |task| {
             let (delta, rows, ranks) = tasks[task].clone();
-            simd::run(Shrink { delta, rows, ranks, x, hidden });
+            simd::run(Shrink { delta, rows, ranks, x, shrunk });
         });
     }
 
-    /// Adds `hidden · Bᵀ + weight · bias` of every delta to `y`. A task adds all deltas of its rows and columns, in order.
-    fn expand(&self, hidden: &[f32], y: SharedMut<f32>, n: usize) {
+    /// Adds `h·Bᵀ + weight · scale · bias` of every delta to `y`. A task adds all deltas of its rows and columns, in order.
+    fn expand(&self, shrunk: &[f32], y: SharedMut<f32>, n: usize) {
         let mut tasks = Vec::new();
         let mut multiply_adds = 0;
         for deltas in self.deltas.chunk_by(|a, b| a.rows == b.rows) {
@@ -220,7 +220,7 @@ impl AddDelta<'_> {
                 let Range { start, end } = delta.pair.offset..delta.pair.offset + delta.pair.n;
                 let columns = columns.start.max(start)..columns.end.min(end);
                 if !columns.is_empty() {
-                    simd::run(Expand { delta, rows: rows.clone(), columns, hidden, y, n });
+                    simd::run(Expand { delta, rows: rows.clone(), columns, shrunk, y, n });
                 }
             }
         });
@@ -232,13 +232,13 @@ fn chunks(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>
     range.clone().step_by(step).map(move |start| start..(start + step).min(range.end))
 }
 
-/// Shrink of some rows and ranks of one delta: `weight · x · Aᵀ`.
+/// Shrink of some rows and ranks of one delta: `h = weight · scale · x·Aᵀ`.
 struct Shrink<'a> {
     delta: &'a SegmentDelta<'a>,
     rows: Range<usize>,
     ranks: Range<usize>,
     x: &'a [f32],
-    hidden: SharedMut<f32>,
+    shrunk: SharedMut<f32>,
 }
 
 impl SimdKernel for Shrink<'_> {
@@ -293,24 +293,24 @@ impl Shrink<'_> {
         }
         for r in 0..R {
             let x: L = simd::load_part(&x[r][tail..]);
-            let at = self.delta.hidden + (start + r - self.delta.rows.start) * width + rank;
-            // SAFETY: ranks of one row of a delta, inside its intermediate values; each belongs to one task.
-            let hidden = unsafe { self.hidden.slice(at, C) };
+            let at = self.delta.shrunk_start + (start + r - self.delta.rows.start) * width + rank;
+            // SAFETY: ranks of one row of a delta, inside its `h`; each belongs to one task.
+            let shrunk = unsafe { self.shrunk.slice(at, C) };
             for c in 0..C {
                 let sum = x.mul_add(simd::load_part(&a[c][tail..]), sum[r][c]).sum();
-                hidden[c] = self.delta.weight * sum;
+                shrunk[c] = self.delta.weight * sum;
             }
         }
     }
 }
 
-/// Expand of some rows and columns of one delta: `y += hidden · Bᵀ + weight · bias`, then `y`'s gains.
+/// Expand of some rows and columns of one delta: `y += h·Bᵀ + weight · scale · bias`, then `y *= gains`.
 struct Expand<'a> {
     delta: &'a SegmentDelta<'a>,
     rows: Range<usize>,
     /// Columns of `y`.
     columns: Range<usize>,
-    hidden: &'a [f32],
+    shrunk: &'a [f32],
     y: SharedMut<f32>,
     /// Width of `y`.
     n: usize,
@@ -345,11 +345,11 @@ impl Expand<'_> {
         self.tail::<L, R>(start, column);
     }
 
-    /// The intermediate values of a row.
+    /// The `h` of a row.
     #[inline(always)]
-    fn hidden(&self, row: usize) -> &[f32] {
-        let at = self.delta.hidden + (row - self.delta.rows.start) * self.delta.pair.rank;
-        &self.hidden[at..at + self.delta.pair.rank]
+    fn shrunk(&self, row: usize) -> &[f32] {
+        let at = self.delta.shrunk_start + (row - self.delta.rows.start) * self.delta.pair.rank;
+        &self.shrunk[at..at + self.delta.pair.rank]
     }
 
     /// `R` rows by `C` vectors of columns from `column` on. The sum over ranks starts from the bias, and is added to `y` at once.
@@ -357,7 +357,7 @@ impl Expand<'_> {
     fn tile<L: Lanes, const R: usize, const C: usize>(&self, start: usize, column: usize) {
         let LoraPair { offset, n, rank, ref b, ref bias, .. } = *self.delta.pair;
         let first = column - offset;
-        let hidden: [&[f32]; R] = std::array::from_fn(|r| &self.hidden(start + r)[..rank]);
+        let shrunk: [&[f32]; R] = std::array::from_fn(|r| &self.shrunk(start + r)[..rank]);
         let mut sum = [[L::splat(0.0); C]; R];
         if let Some(bias) = bias {
             let bias = bias[first..].as_chunks::<LANES>().0;
@@ -375,7 +375,7 @@ impl Expand<'_> {
                 at[c] = L::load(&b[c]);
             }
             for r in 0..R {
-                let h = L::splat(hidden[r][j]);
+                let h = L::splat(shrunk[r][j]);
                 for c in 0..C {
                     sum[r][c] = h.mul_add(at[c], sum[r][c]);
                 }
@@ -408,10 +408,10 @@ impl Expand<'_> {
             if let Some(bias) = bias {
                 sum = simd::load_part::<L>(&bias[first..first + width]).mul(L::splat(self.delta.weight));
             }
-            let hidden = self.hidden(row);
+            let shrunk = self.shrunk(row);
             for j in 0..rank {
                 let b: L = simd::load_part(&b[j * n + first..j * n + first + width]);
-                sum = L::splat(hidden[j]).mul_add(b, sum);
+                sum = L::splat(shrunk[j]).mul_add(b, sum);
             }
             let at = row * self.n + column;
             // SAFETY: as in `tile`.

@@ -11,8 +11,9 @@
 //!   GPU it holds an image, one block of 16-bit values per site, in one arena (`image.rs`, `cuda/slots.rs`). Which adapters stay
 //!   resident is decided above, in `adapter::tiers`.
 //! - **Delta**: [`delta::add_delta`] is where an adapter is applied. After the base product `y = x·Wᵀ` of each site, it adds
-//!   `weight · scale · B(A·x)` to each row for the slots of the row's segment (`ops::batch::Segment`). Shrink computes `h = x·Aᵀ` of all
-//!   segments, expand adds `h·Bᵀ`: one launch of each, whatever adapters the batch mixes (Punica, Chen et al., 2023).
+//!   `weight · scale · B(A·x)` to each row for the slots of the row's segment (`ops::batch::Segment`). Shrink computes
+//!   `h = weight · scale · x·Aᵀ` of all segments, expand adds `h·Bᵀ`. In a decode step, one launch of each serves any mix of adapters
+//!   (Punica, Chen et al., 2023).
 //! - **Gains**: under DoRA (Liu et al., 2024), an adapter also scales each output row by its gain, `magnitude / ‖W + s·B·A‖`. Gains depend
 //!   on the base, so they are computed once per slot, before a step first uses it: [`magnitude`] on the CPU, `cuda/gains.rs` on a GPU.
 //!

@@ -1,4 +1,18 @@
 //! Slots: the resident adapters, which batches name by index.
+//!
+//! ```text
+//! SlotPool ─┬─ ReservedSlot, one for each slot in use: SlotWeights on the CPU, a range of SlotMemory on a GPU
+//!           └─ GpuSlots, on a GPU ─┬─ RangeAllocator: the free ranges of SlotMemory
+//!                                  └─ DeviceSlots ─┬─ SlotMemory: one allocation with the AdapterImages of all slots
+//!                                                  ├─ table: a row of SlotEntry for each slot; SlotTable describes it to kernels
+//!                                                  ├─ SlotUpload, one for each copy under way: owns the AdapterImage
+//!                                                  ├─ SlotGains: the slots with DoRA's gains or magnitudes
+//!                                                  └─ PinnedStaging: pinned buffers, shared with SlotStager
+//!
+//! SlotStager::stage ──> StagedWeights: SlotWeights or AdapterImage ──SlotPool::upload──> slot
+//! ```
+//!
+//! `cuda/slots.rs` has the types below `DeviceSlots`.
 
 mod allocator;
 
@@ -111,7 +125,7 @@ pub struct SlotPool {
     gpu: Option<GpuSlots>,
 }
 
-/// A slot in use.
+/// A slot in use: reserved, or with weights.
 #[derive(Default)]
 struct ReservedSlot {
     /// On the CPU, the weights, once they were put into the slot. Empty on a GPU.

@@ -1,4 +1,4 @@
-//! What slots use of `cuda`, in a build without it: types without values.
+//! Stand-ins for `cuda` in builds without the feature: uninhabited types.
 
 pub mod slots {
     //! Slots in a GPU's memory.
@@ -13,13 +13,13 @@ pub mod slots {
     use crate::lora::BaseMatrices;
     use crate::lora::weights::AdapterWeights;
 
-    /// Has no values.
+    /// Uninhabited.
     pub enum DeviceSlots {}
 
-    /// Has no values.
+    /// Uninhabited.
     pub enum AdapterImage {}
 
-    /// Has no values.
+    /// Uninhabited.
     pub enum PinnedStaging {}
 
     /// There is no table.

@@ -19,7 +19,7 @@ use crate::ops::norm::add_rms_norm;
 use crate::ops::quant::QMatrix;
 use crate::ops::swiglu::swiglu;
 
-/// What serving and training do differently in a decoder block. A hook may keep what its methods see for a backward pass.
+/// The operations of a decoder block that differ between serving and training. A hook may keep what its methods see for a backward pass.
 pub trait BlockHook {
     /// `x [T, k] -> [T, n]`: `x·Wᵀ` plus the deltas of the rows' adapters, times DoRA's gains.
     fn linear(&mut self, weight: &Arc<QMatrix>, x: &Tensor, site: Site) -> Result<Tensor>;
@@ -56,7 +56,7 @@ pub struct BlockActivations {
     /// Input of SwiGLU `[T, 2·intermediate]`.
     pub gate_up: Tensor,
     /// Input of the last product `[T, intermediate]`.
-    pub hidden: Tensor,
+    pub mlp_activation: Tensor,
 }
 
 impl<'a> DecoderBlock<'a> {
@@ -70,10 +70,11 @@ impl<'a> DecoderBlock<'a> {
     /// Runs the block on the residual stream and its norm, each `[T, hidden]`. Returns both for what follows the block, or
     /// `None` if no row goes on.
     pub fn forward(&self, hook: &mut impl BlockHook, residual: Tensor, x: Tensor) -> Result<Option<(Tensor, Tensor)>> {
-        let Some(BlockActivations { residual, hidden, .. }) = self.forward_before_down(hook, residual, x)? else {
+        let Some(BlockActivations { residual, mlp_activation, .. }) = self.forward_before_down(hook, residual, x)?
+        else {
             return Ok(None);
         };
-        self.forward_down(hook, &residual, &hidden).map(Some)
+        self.forward_down(hook, &residual, &mlp_activation).map(Some)
     }
 
     /// [`Self::forward`] up to the last product.
@@ -91,18 +92,18 @@ impl<'a> DecoderBlock<'a> {
         let o = hook.linear(o, &attended, Site::O)?;
         let (residual, normed) = add_rms_norm(&residual, &o, ffn_norm, self.eps)?;
         let gate_up = hook.linear(gate_up, &normed, Site::GateUp)?;
-        let hidden = swiglu(&gate_up)?;
-        Ok(Some(BlockActivations { residual, gate_up, hidden }))
+        let mlp_activation = swiglu(&gate_up)?;
+        Ok(Some(BlockActivations { residual, gate_up, mlp_activation }))
     }
 
-    /// The rest of [`Self::forward`], from the `residual` and `hidden` of [`BlockActivations`].
+    /// The rest of [`Self::forward`], from the `residual` and `mlp_activation` of [`BlockActivations`].
     pub fn forward_down(
         &self,
         hook: &mut impl BlockHook,
         residual: &Tensor,
-        hidden: &Tensor,
+        mlp_activation: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        let down = hook.linear(&self.weights.down, hidden, Site::Down)?;
+        let down = hook.linear(&self.weights.down, mlp_activation, Site::Down)?;
         add_rms_norm(residual, &down, self.next_norm, self.eps)
     }
 }

@@ -64,8 +64,9 @@ impl Decoder {
     }
 
     /// Runs a step: writes the rows' keys and values to the cache and returns logits `[logit_rows, vocab]` f32. A row's
-    /// logits depend, bit for bit, on its own sequence and adapters only. Errors: a batch that contradicts itself, the cache
-    /// or the model. After an error, the cache may hold some of the step's keys.
+    /// logits depend, bit for bit, on its own sequence and adapters only, as far as the ops keep a row's bits independent of the
+    /// batch (see [`crate::ops`]). Errors: a batch that contradicts itself, the cache or the model. After an error, the cache
+    /// may hold some of the step's keys.
     pub fn forward(&self, batch: &Batch, kv: &mut KvCache, slots: &SlotPool) -> Result<Tensor> {
         self.check(batch)?;
         let Weights { config, layers, norm, head, .. } = &self.weights;
@@ -74,7 +75,7 @@ impl Decoder {
             return no_logits();
         }
         let logit_segments = batch.logit_segments();
-        let adapters = Adapters { segments: &batch.segments, slots, step: batch.step.as_ref(), logits: false };
+        let adapters = Adapters { segments: &batch.segments, slots, step: batch.step.as_ref(), logit_rows_only: false };
         let (rope, heads, last) = (&self.rope, config.heads(), layers.len() - 1);
         let mut hook =
             ServingHook { batch, logit_segments: &logit_segments, adapters, kv, rope, heads, layer: 0, last };
@@ -156,7 +157,7 @@ impl BlockHook for ServingHook<'_> {
             return Ok(Some((attended, residual)));
         }
         let rows = Tensor::new(self.batch.logit_rows.as_slice(), qkv.device())?;
-        (self.adapters.segments, self.adapters.logits) = (self.logit_segments, true);
+        (self.adapters.segments, self.adapters.logit_rows_only) = (self.logit_segments, true);
         Ok(Some((attended.index_select(&rows, 0)?, residual.index_select(&rows, 0)?)))
     }
 }

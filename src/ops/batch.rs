@@ -102,7 +102,7 @@ impl Batch {
 
     /// Whether only `logit_rows` go on after the last attention. Captured steps compute the logits of all rows.
     pub(crate) fn selects_logits(&self) -> bool {
-        !self.step.as_ref().is_some_and(|step| step.fixed) && self.logit_rows.len() < self.tokens.len()
+        !self.step.as_ref().is_some_and(|step| step.captured) && self.logit_rows.len() < self.tokens.len()
     }
 
     /// The segments over the `logit_rows` alone, numbered among these.
@@ -121,7 +121,7 @@ pub struct DeviceStep {
     /// Rows, the padding rows of a captured step's bucket included.
     pub rows: usize,
     /// Whether the step is captured, or replayed, as a CUDA graph. The launches of such a step depend on `rows` alone.
-    pub fixed: bool,
+    pub captured: bool,
     /// `u32 [rows]` token ids.
     pub tokens: u64,
     /// `u32 [rows]` positions.
@@ -161,5 +161,5 @@ pub struct Capacity {
     /// Sequences.
     pub spans: usize,
     /// Block ids of all sequences together.
-    pub table: usize,
+    pub block_table_len: usize,
 }

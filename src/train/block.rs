@@ -1,8 +1,8 @@
-//! A decoder block in training: what the backward pass needs of the forward, and the backward pass itself.
+//! A decoder block in training: the values that the forward pass saves, and the backward pass.
 //!
 //! The forward is [`crate::model::block`]'s, as in serving. Its input is always kept (gradient checkpointing, Chen et al.,
-//! 2016), and its activations where there is memory for them. Else the backward computes them again, except for the last
-//! product: no gradient needs its result unless DoRA scales it.
+//! 2016), and its activations where there is memory for them. Otherwise the backward pass recomputes them, except the
+//! down projection, whose output only DoRA's gradient needs.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -61,7 +61,7 @@ pub struct SavedActivations {
     gate_up: Tensor,
 }
 
-/// What the backward of a linear with adapters needs.
+/// The values that the backward of a linear layer with adapters reads.
 struct SavedLinear {
     /// The input.
     x: Tensor,
@@ -71,7 +71,7 @@ struct SavedLinear {
     before_gain: Option<Tensor>,
 }
 
-/// What the backward of attention needs besides its output.
+/// The values that the backward of attention reads, except the output of attention.
 struct SavedAttention {
     /// After RoPE.
     qkv: Tensor,
@@ -158,7 +158,7 @@ impl TrainBlock<'_> {
         let mut hook = TrainingHook::new(self);
         let activations = hook.forward_before_down(residual, x)?;
         let block = self.model.block(self.layer);
-        let (residual, x) = block.forward_down(&mut hook, &activations.residual, &activations.hidden)?;
+        let (residual, x) = block.forward_down(&mut hook, &activations.residual, &activations.mlp_activation)?;
         Ok((hook.saved(activations)?, residual, x))
     }
 
@@ -168,12 +168,12 @@ impl TrainBlock<'_> {
         let x = rms_norm(residual, &weights.attn_norm, self.model.config().rms_norm_eps)?;
         let mut hook = TrainingHook::new(self);
         let activations = hook.forward_before_down(residual, x)?;
-        let hidden = &activations.hidden;
+        let mlp_activation = &activations.mlp_activation;
         if self.has_gain(Site::Down) {
-            hook.linear(&weights.down, hidden, Site::Down)?;
+            hook.linear(&weights.down, mlp_activation, Site::Down)?;
         } else {
-            let shrunk = self.shrink(hidden, Site::Down)?;
-            hook.linears.push(SavedLinear { x: hidden.clone(), shrunk, before_gain: None });
+            let shrunk = self.shrink(mlp_activation, Site::Down)?;
+            hook.linears.push(SavedLinear { x: mlp_activation.clone(), shrunk, before_gain: None });
         }
         hook.saved(activations)
     }
@@ -218,7 +218,7 @@ impl TrainBlock<'_> {
         }
         let x = x.clone();
         match self.has_gain(site) {
-            true => Ok((self.gained(&y, site)?, SavedLinear { x, shrunk, before_gain: Some(y) })),
+            true => Ok((self.apply_gains(&y, site)?, SavedLinear { x, shrunk, before_gain: Some(y) })),
             false => Ok((y, SavedLinear { x, shrunk, before_gain: None })),
         }
     }
@@ -245,7 +245,7 @@ impl TrainBlock<'_> {
         let dy = match &saved.before_gain {
             Some(before_gain) => {
                 self.magnitudes_backward(before_gain, &dy, site)?;
-                self.gained(&dy, site)?
+                self.apply_gains(&dy, site)?
             }
             None => dy,
         };
@@ -280,8 +280,8 @@ impl TrainBlock<'_> {
     }
 
     /// `y`, or its gradient, times DoRA's gains.
-    fn gained(&self, y: &Tensor, site: Site) -> Result<Tensor> {
-        let gained = |segment: &TrainSegment| {
+    fn apply_gains(&self, y: &Tensor, site: Site) -> Result<Tensor> {
+        let apply = |segment: &TrainSegment| {
             let y = segment.rows_of(y)?;
             match segment.adapter.site(self.layer, site).and_then(|pairs| pairs.gain.as_ref()) {
                 // A gain is close to 1, where bf16 has 8 bits.
@@ -289,7 +289,7 @@ impl TrainBlock<'_> {
                 None => Ok(y),
             }
         };
-        let pieces = self.rows.segments.iter().map(gained).collect::<Result<Vec<_>>>()?;
+        let pieces = self.rows.segments.iter().map(apply).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&pieces, 0)?)
     }
 

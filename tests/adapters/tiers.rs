@@ -125,7 +125,7 @@ async fn prefetch_takes_only_room_that_no_request_waits_for() {
         tiers.prefetch(lease);
         let started = Instant::now();
         while registry.get(name).unwrap().level != "slot" && started.elapsed() < Duration::from_millis(500) {
-            tiers.sweep();
+            tiers.update_slots();
         }
         registry.get(name).unwrap().level
     };
@@ -149,7 +149,7 @@ async fn an_arrived_adapter_is_used_before_it_is_evicted() {
     let mut tiers = registry.tiers().unwrap();
     assert!(matches!(tiers.acquire(&a), Residency::Loading));
     while registry.get("0").unwrap().level != "slot" {
-        tiers.sweep();
+        tiers.update_slots();
     }
     assert!(matches!(tiers.acquire(&b), Residency::Full), "a request still waits for the other");
     assert!(matches!(tiers.acquire(&a), Residency::Ready(0)));
@@ -160,7 +160,7 @@ async fn an_arrived_adapter_is_used_before_it_is_evicted() {
     // An adapter that is leased but no longer asked for does not block the others forever.
     assert!(matches!(tiers.acquire(&a), Residency::Loading));
     while registry.get("0").unwrap().level != "slot" {
-        tiers.sweep();
+        tiers.update_slots();
     }
     let answers = (0..10_000).map(|_| tiers.acquire(&b)).take_while(|r| matches!(r, Residency::Full)).count();
     assert!((1..1000).contains(&answers), "{answers}");
@@ -170,7 +170,7 @@ async fn an_arrived_adapter_is_used_before_it_is_evicted() {
     assert!(matches!(tiers.acquire(&a), Residency::Loading));
     drop(a);
     while registry.get("0").unwrap().level != "slot" {
-        tiers.sweep();
+        tiers.update_slots();
     }
     assert!(matches!(tiers.acquire(&b), Residency::Loading));
 }
@@ -284,12 +284,12 @@ async fn replace_and_unload_wait_for_leases() {
     let second = old.clone();
     tiers.release(old_slot);
     drop(old);
-    tiers.sweep();
+    tiers.update_slots();
     check(&tiers, &model, old_slot, 0);
     assert_eq!(registry.stats().host_bytes.load(Relaxed) as usize, 3 * one);
     drop(second);
     assert_eq!(registry.stats().host_bytes.load(Relaxed) as usize, 2 * one);
-    tiers.sweep();
+    tiers.update_slots();
     assert!(tiers.pool().pairs(old_slot, 0, Site::Qkv).is_empty());
     assert_eq!(registry.stats().slot_bytes.load(Relaxed) as usize, one);
 
@@ -299,13 +299,13 @@ async fn replace_and_unload_wait_for_leases() {
     assert_eq!(registry.lease("0").err().unwrap().code, Some("adapter_not_found"));
     check(&tiers, &model, new_slot, 9);
     drop(new);
-    tiers.sweep();
+    tiers.update_slots();
     check(&tiers, &model, new_slot, 9);
     tiers.release(new_slot);
     assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0);
     assert_eq!(registry.stats().host_bytes.load(Relaxed) as usize, one);
 
-    // Unloaded while idle: host memory is freed at once, the slot at the next sweep.
+    // Unloaded while idle: host memory is freed at once, the slot at the next update.
     let lease = registry.lease("1").unwrap();
     let slot = ready(&mut tiers, &lease);
     tiers.release(slot);
@@ -313,7 +313,7 @@ async fn replace_and_unload_wait_for_leases() {
     let gone = registry.unload("1").unwrap();
     assert_eq!((gone.freed_bytes, gone.pending_bytes), (one, one));
     assert_eq!(registry.stats().host_bytes.load(Relaxed), 0);
-    tiers.sweep();
+    tiers.update_slots();
     assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0);
 
     // Unloaded while it is being loaded into a slot.
@@ -324,7 +324,7 @@ async fn replace_and_unload_wait_for_leases() {
     drop(lease);
     let started = Instant::now();
     while registry.stats().slot_bytes.load(Relaxed) > 0 {
-        tiers.sweep();
+        tiers.update_slots();
         assert!(started.elapsed() < Duration::from_secs(30));
     }
     assert_eq!(registry.stats().host_bytes.load(Relaxed), 0);
@@ -401,7 +401,7 @@ enum Op {
     Pin(u32, bool),
     Replace(u32),
     Unload(u32),
-    Sweep,
+    UpdateSlots,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -412,7 +412,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..6u32, any::<bool>()).prop_map(|(n, p)| Op::Pin(n, p)),
         1 => (0..6u32).prop_map(Op::Replace),
         1 => (0..6u32).prop_map(Op::Unload),
-        1 => Just(Op::Sweep),
+        1 => Just(Op::UpdateSlots),
     ]
 }
 
@@ -466,7 +466,7 @@ proptest! {
                     sources.insert(name, (source, next_seed));
                 }
                 Op::Unload(name) => drop(registry.unload(&name.to_string())),
-                Op::Sweep => tiers.sweep(),
+                Op::UpdateSlots => tiers.update_slots(),
                 Op::Release(_) | Op::DropLease(_) => {}
             }
             prop_assert!(registry.stats().slot_bytes.load(Relaxed) as usize <= budget);
@@ -481,7 +481,7 @@ proptest! {
             prop_assert_eq!(info.leases, 0);
             registry.unload(&info.name).unwrap();
         }
-        tiers.sweep();
+        tiers.update_slots();
         prop_assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0);
         prop_assert_eq!(registry.stats().host_bytes.load(Relaxed), 0);
     }

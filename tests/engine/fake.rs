@@ -29,7 +29,7 @@ pub const MAX_SCORED_ROWS: usize = 64;
 struct Residence {
     slot: u32,
     uses: usize,
-    /// Number of sweeps until it is loaded.
+    /// Calls of `update_slots` until it is loaded.
     loading: usize,
     last_used: usize,
     /// Whether it has not been used since it was loaded.
@@ -46,7 +46,7 @@ pub struct Fake {
     cells: Vec<Option<Cell>>,
     /// Number of slots.
     pub slots: usize,
-    /// Number of sweeps that a load takes.
+    /// Calls of `update_slots` that a load takes.
     pub load_ticks: usize,
     /// Generations that cannot be loaded.
     pub broken: Vec<String>,
@@ -198,7 +198,7 @@ impl Runner for Fake {
         Ok(step.into_logits())
     }
 
-    fn sweep(&mut self) {
+    fn update_slots(&mut self) {
         self.resident.values_mut().for_each(|r| r.loading = r.loading.saturating_sub(1));
     }
 }

@@ -99,7 +99,7 @@ impl Gpu {
         let cache = Tensor::from_vec(vec![bf16::NAN; shape.0 * shape.1], shape, &device).unwrap();
         // Rotates by zero.
         let still = RopeTable::new(&vec![0.0; heads.dim / 2], 5000, &device).unwrap();
-        let capacity = Capacity { rows: 6000, spans: 64, table: 1000 };
+        let capacity = Capacity { rows: 6000, spans: 64, block_table_len: 1000 };
         let buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
         Self { heads, cache, still, buffers }
     }
@@ -174,7 +174,7 @@ fn append_equals_the_cpu() {
         let want: Vec<f64> = host.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect();
 
         let device = device();
-        let capacity = Capacity { rows: filled, spans: 4, table: 4 };
+        let capacity = Capacity { rows: filled, spans: 4, block_table_len: 4 };
         let mut buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
         for bucket in [None, Some(Bucket { rows: filled, adapters: false, gains: false })] {
             batch.step = Some(buffers.upload(&batch, &SlotPool::default(), bucket).unwrap());
@@ -353,9 +353,10 @@ fn work_fits_its_room() {
                 let rows = rows.min(len);
                 batch.push(&vec![0; rows], len - rows, &vec![0; len.div_ceil(BLOCK)], BLOCK, &[]);
             }
-            let capacity = Capacity { rows: batch.rows(), spans: batch.spans.len(), table: batch.block_tables.len() };
-            for fixed in [None, Some(batch.rows())] {
-                assert!(decode_work(&batch, fixed, false).len() <= decode_words(capacity), "{lens:?}");
+            let capacity =
+                Capacity { rows: batch.rows(), spans: batch.spans.len(), block_table_len: batch.block_tables.len() };
+            for captured_rows in [None, Some(batch.rows())] {
+                assert!(decode_work(&batch, captured_rows, false).len() <= decode_words(capacity), "{lens:?}");
             }
             assert!(prefill_work(&batch, false).len() <= prefill_words(capacity), "{lens:?}");
         }

@@ -11,7 +11,7 @@ use quiver::arch::{Module, Site};
 use quiver::engine::cuda::Steps;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::BaseMatrices;
-use quiver::lora::delta::{Adapters, add_delta, gained};
+use quiver::lora::delta::{Adapters, add_delta, has_dora_gains};
 use quiver::lora::slots::SlotPool;
 use quiver::lora::weights::{AdapterWeights, FloatVec};
 use quiver::model::decoder::Decoder;
@@ -160,7 +160,7 @@ fn on_cpu(pool: &SlotPool, base: &QMatrix, site: Site, layer: usize, rows: &Rows
         Tensor::from_vec(values, (rows.rows, width), &Device::Cpu).unwrap()
     };
     let (x, y) = (tensor(&rows.x, base.k()), tensor(&rows.y, base.n()));
-    let adapters = Adapters { segments, slots: pool, step: None, logits: false };
+    let adapters = Adapters { segments, slots: pool, step: None, logit_rows_only: false };
     adapters.pairs(layer, site).try_for_each(|pair| pair.prepare_gains(base)).unwrap();
     add_delta(&y, &x, &adapters, layer, site).unwrap();
     y.flatten_all().unwrap().to_vec1().unwrap()
@@ -210,7 +210,7 @@ fn matches_f64_and_the_cpu() {
     }
 }
 
-/// A row's bits are the same alone, among others, in a fixed step, and in large pieces, whether other rows have gains or not. Rows
+/// A row's bits are the same alone, among others, in a captured step, and in the large list, whether other rows have gains or not. Rows
 /// without gains have the bits of a step without any gains.
 #[test]
 fn a_row_does_not_depend_on_its_company() {
@@ -247,7 +247,7 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let run = |pool: &SlotPool| run(&model, pool, Site::Qkv, &rows, &one, DType::BF16, Some(4));
     for i in [0, 1, 2, 4, 0, 3, 2] {
         assert_eq!(pool.load(&all[i], &model).unwrap(), 0);
-        assert_eq!(gained(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
+        assert_eq!(has_dora_gains(&one, &pool).is_err(), i % 2 == 0, "adapter {i}");
         (0..2).for_each(|_| pool.prepare_gains(0, &base).unwrap());
         assert_eq!(run(&pool), run(&alone[i]), "adapter {i}");
         pool.remove(0);
@@ -255,7 +255,7 @@ fn a_slot_is_named_only_with_gains_of_its_own() {
     let slot = pool.load(&all[0], &model).unwrap();
     pool.prepare_gains(slot, &base).unwrap();
     for terms in [vec![(slot, 0.5)], vec![(slot, 1.0), (slot, 1.0)]] {
-        assert!(gained(&[Segment { rows: 0..1, terms }], &pool).is_err());
+        assert!(has_dora_gains(&[Segment { rows: 0..1, terms }], &pool).is_err());
     }
 }
 

@@ -12,7 +12,7 @@ use quiver::adapter::tiers::Residency;
 use quiver::arch::{ModelConfig, RopeScaling};
 use quiver::arch::{Module, Site};
 use quiver::engine::cuda::{Bucket, StepBuffers};
-use quiver::lora::delta::{Adapters, add_delta, gained};
+use quiver::lora::delta::{Adapters, add_delta, has_dora_gains};
 use quiver::lora::slots::SlotPool;
 use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use quiver::ops::batch::Capacity;
@@ -120,7 +120,7 @@ pub fn shape(model: &ModelConfig, site: Site) -> (usize, usize) {
     (modules.iter().map(|m| m.shape(model).0).sum(), modules[0].shape(model).1)
 }
 
-/// `y` with the deltas of layer 0 or the head, in bf16 or f32, widened to f32. `bucket` makes it a fixed step, whose padding rows are
+/// `y` with the deltas of layer 0 or the head, in bf16 or f32, widened to f32. `bucket` makes it a captured step, whose padding rows are
 /// NaN.
 pub fn run(
     model: &ModelConfig,
@@ -147,11 +147,11 @@ pub fn run(
         segments: segments.to_vec(),
         ..Batch::default()
     };
-    let capacity = Capacity { rows: all, spans: segments.len().max(1), table: 1 };
+    let capacity = Capacity { rows: all, spans: segments.len().max(1), block_table_len: 1 };
     let mut buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
-    let gains = gained(segments, pool).unwrap();
+    let gains = has_dora_gains(segments, pool).unwrap();
     let step = buffers.upload(&batch, pool, bucket.map(|rows| Bucket { rows, adapters: true, gains })).unwrap();
-    let adapters = Adapters { segments, slots: pool, step: Some(&step), logits: false };
+    let adapters = Adapters { segments, slots: pool, step: Some(&step), logit_rows_only: false };
     add_delta(&y, &x, &adapters, if site == Site::Head { model.num_layers } else { 0 }, site).unwrap();
     let y: Vec<f32> = y.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     assert!(y[rows.rows * n..].iter().all(|v| v.is_nan()), "padding rows are left alone");
@@ -281,7 +281,7 @@ fn matches_f64_and_leaves_other_rows() {
     }
 }
 
-/// A row's bits are the same alone, among others, in a fixed step, and in large pieces.
+/// A row's bits are the same alone, among others, in a captured step, and in the large list.
 #[test]
 fn a_row_does_not_depend_on_its_company() {
     for model in [MODELS[0](), MODELS[3]()] {
@@ -300,7 +300,7 @@ fn a_row_does_not_depend_on_its_company() {
                         assert_eq!(out, eager[row * n..(row + 1) * n], "{site:?}, row {row} of {count}");
                     }
                 }
-                // Large pieces, with splits of k apart and, of many rows, summed by one block; a fixed step of each.
+                // The large list: planes of h by split of k, or, with many rows, one block that sums all splits; each also as a captured step.
                 for parts in [[70, 3, 200, 1, 9, 33], [100, 8, 400, 1, 240, 2]] {
                     let terms: [&[(u32, f32)]; 6] =
                         [&[(0, 1.0)], &[(3, 1.0)], &[(3, 0.5), (2, 1.0)], &[], &[(1, 1.0)], &[(5, 1.0), (6, 1.0)]];
@@ -308,8 +308,8 @@ fn a_row_does_not_depend_on_its_company() {
                     let (count, segments) = segments(&parts);
                     let rows = Rows::new(&model, site, count);
                     let large = run(&model, &pool, site, &rows, &segments, dtype, None);
-                    let fixed = run(&model, &pool, site, &rows, &segments, dtype, Some(count + 20));
-                    assert_eq!(large, fixed, "{site:?} {count}");
+                    let captured = run(&model, &pool, site, &rows, &segments, dtype, Some(count + 20));
+                    assert_eq!(large, captured, "{site:?} {count}");
                     for segment in &segments {
                         for row in [segment.rows.start, segment.rows.end - 1] {
                             let alone = [Segment { rows: 0..1, terms: segment.terms.clone() }];
@@ -362,7 +362,7 @@ fn a_slot_given_to_another_computes_the_other() {
     assert!(quiver::lora::delta::work(&one, &pool).is_err());
 }
 
-/// An adapter that does not fit is refused, and the memory of removed adapters is one piece again.
+/// An adapter that does not fit is refused, and the memory of removed adapters is one free range again.
 #[test]
 fn a_full_arena_takes_the_next_once_others_go() {
     let model = MODELS[2]();

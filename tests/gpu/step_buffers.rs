@@ -16,7 +16,7 @@ fn steps_ahead_of_the_gpu_keep_their_metadata() {
     let device = device();
     let rows = 512;
     let embedding = QMatrix::pack(&[source(Codec::BF16, 4096, 64, 1)], &device).unwrap();
-    let capacity = Capacity { rows, spans: 1, table: rows / 16 };
+    let capacity = Capacity { rows, spans: 1, block_table_len: rows / 16 };
     let mut buffers = StepBuffers::new(device.as_cuda_device().unwrap(), capacity).unwrap();
     let blocks: Vec<u32> = (0..rows as u32 / 16).collect();
     let tokens = |step: u32| (0..rows as u32).map(|i| (i * 7 + step * 1013) % 4096).collect::<Vec<_>>();

@@ -1,4 +1,4 @@
-//! How steps run on a GPU: their metadata in device memory, and decode steps as captured CUDA graphs.
+//! The CUDA half of the engine: step metadata in device memory, and decode steps as captured CUDA graphs.
 
 mod step_buffers;
 mod steps;

@@ -1,4 +1,4 @@
-//! A step's metadata in device memory, at addresses that never change, so that a captured graph reads each step's own.
+//! A step's metadata in device memory, at addresses that never change, so that a captured graph reads the current step's metadata.
 //!
 //! Everything is 32-bit words in one buffer, filled on the host and copied at once. The block tables, the only long region, come
 //! last, so that the copy ends where they end.
@@ -65,7 +65,7 @@ impl StepRegion {
             Self::DecodeWork => attention::decode_words(capacity),
             Self::PrefillWork => attention::prefill_words(capacity),
             Self::AdapterWork | Self::LogitAdapterWork => delta::work_words(capacity),
-            Self::BlockTables => capacity.table,
+            Self::BlockTables => capacity.block_table_len,
         }
     }
 }
@@ -82,12 +82,12 @@ pub struct StepBuffers {
 /// Where regions start, in words, and where the last one ends.
 struct Regions([usize; StepRegion::ALL.len() + 1]);
 
-/// What launches depend on in addition to the worklists.
+/// The properties of a step on which its launches depend, in addition to the worklists.
 struct StepShape {
     /// Rows, padding included.
     rows: usize,
-    /// Whether the step runs as a graph.
-    fixed: bool,
+    /// Whether the step is captured or replayed as a graph.
+    captured: bool,
     adapters: bool,
     gains: bool,
 }
@@ -166,7 +166,7 @@ impl StepBuffers {
         Ok(Self { gpu, words, staging, capacity, regions })
     }
 
-    /// Copies a batch's metadata to the device, in the order of its stream. A bucket makes it a fixed step, padded to the
+    /// Copies a batch's metadata to the device, in the order of its stream. A bucket makes it a captured step, padded to the
     /// bucket's rows. Waits until the copy before has been made, which may be queued behind an earlier step: steps without
     /// logits follow one another without being read back. Errors: the batch is larger than the capacity or the bucket.
     pub fn upload(&mut self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<DeviceStep> {
@@ -181,14 +181,14 @@ impl StepBuffers {
 
     /// Determines the shape of a batch's step. Errors: the batch is larger than the capacity or the bucket.
     fn check(&self, batch: &Batch, slots: &SlotPool, bucket: Option<Bucket>) -> Result<StepShape> {
-        let gained = delta::gained(&batch.segments, slots)?;
+        let gains = delta::has_dora_gains(&batch.segments, slots)?;
         let shape = StepShape {
             rows: bucket.map_or(batch.tokens.len(), |b| b.rows),
-            fixed: bucket.is_some(),
+            captured: bucket.is_some(),
             adapters: bucket.is_none_or(|b| b.adapters),
-            gains: bucket.map_or(gained, |b| b.gains),
+            gains: bucket.map_or(gains, |b| b.gains),
         };
-        let adapters_fit = (shape.adapters || batch.segments.is_empty()) && (shape.gains || !gained);
+        let adapters_fit = (shape.adapters || batch.segments.is_empty()) && (shape.gains || !gains);
         if shape.rows < batch.tokens.len() || !adapters_fit {
             return Err(Error::internal(format!(
                 "{} rows, with {} adapter segments, in {bucket:?}",
@@ -196,8 +196,8 @@ impl StepBuffers {
                 batch.segments.len()
             )));
         }
-        let Capacity { rows, spans, table } = self.capacity;
-        if shape.rows > rows || batch.spans.len() > spans || batch.block_tables.len() > table {
+        let Capacity { rows, spans, block_table_len } = self.capacity;
+        if shape.rows > rows || batch.spans.len() > spans || batch.block_tables.len() > block_table_len {
             return Err(Error::internal(format!(
                 "a step of {} rows, {} sequences and {} block ids exceeds {:?}",
                 shape.rows,
@@ -212,10 +212,10 @@ impl StepBuffers {
     /// The addresses of the step's metadata on the device.
     fn describe(&self, shape: &StepShape, work: &StepWork) -> DeviceStep {
         let at = |region: StepRegion| address(&self.words) + 4 * self.regions.range(region).start as u64;
-        // A fixed step's launches depend on the room for work instead.
+        // A captured step's launches depend on the room for work instead.
         let list = |region: StepRegion, words: &[u32]| {
             let room = self.regions.range(region).len();
-            Worklist { words: at(region), len: if shape.fixed { room } else { words.len() } }
+            Worklist { words: at(region), len: if shape.captured { room } else { words.len() } }
         };
         let list_if = |present: bool, region: StepRegion, words: &[u32]| match present {
             true => list(region, words),
@@ -223,14 +223,14 @@ impl StepBuffers {
         };
         DeviceStep {
             rows: shape.rows,
-            fixed: shape.fixed,
+            captured: shape.captured,
             tokens: at(StepRegion::Tokens),
             positions: at(StepRegion::Positions),
             slot_mapping: at(StepRegion::SlotMapping),
             spans: at(StepRegion::Spans),
             decode: list(StepRegion::DecodeWork, &work.decode),
-            // A fixed step has decode rows only.
-            prefill: list_if(!shape.fixed, StepRegion::PrefillWork, &work.prefill),
+            // A captured step has decode rows only.
+            prefill: list_if(!shape.captured, StepRegion::PrefillWork, &work.prefill),
             gains: shape.gains,
             lora: list_if(shape.adapters, StepRegion::AdapterWork, &work.adapters),
             lora_logits: list_if(shape.adapters, StepRegion::LogitAdapterWork, &work.logit_adapters),

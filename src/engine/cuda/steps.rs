@@ -1,5 +1,5 @@
-//! How a step runs on a GPU: decode steps replay captured graphs, and steps with prompts run launch by launch. On a device opened
-//! as deterministic, all steps run launch by launch.
+//! Runs steps on a GPU: replays captured graphs for decode steps, and launches kernel by kernel for steps with prompts. On a device
+//! opened as deterministic, all steps are launched kernel by kernel.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::model::kv::KvCache;
 use crate::ops::batch::{Batch, Capacity};
 use crate::ops::quant;
 
-/// Rows of the buckets: a decode step takes the smallest that fits it.
+/// Batch sizes captured as CUDA graphs; a decode step is padded to the next one.
 const ROWS: [usize; 13] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 
 /// The device's side of the runner.
@@ -34,11 +34,17 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// Steps of up to `rows` rows of `spans` sequences with `table` KV blocks in all. `None` on the CPU, which needs nothing
+    /// Steps of up to `rows` rows of `spans` sequences with `block_table_len` KV blocks in all. `None` on the CPU, which needs nothing
     /// of this. Errors: no memory.
-    pub fn on(device: &Device, model: &ModelConfig, rows: usize, spans: usize, table: usize) -> Result<Option<Self>> {
+    pub fn on(
+        device: &Device,
+        model: &ModelConfig,
+        rows: usize,
+        spans: usize,
+        block_table_len: usize,
+    ) -> Result<Option<Self>> {
         match device {
-            Device::Cuda(device) => Self::new(device, model, Capacity { rows, spans, table }).map(Some),
+            Device::Cuda(device) => Self::new(device, model, Capacity { rows, spans, block_table_len }).map(Some),
             _ => Ok(None),
         }
     }
@@ -46,7 +52,8 @@ impl Steps {
     fn new(device: &CudaDevice, model: &ModelConfig, capacity: Capacity) -> Result<Self> {
         let gpu = Context::of(device)?;
         let max_rows = ROWS.into_iter().find(|&rows| rows >= capacity.spans).unwrap_or(ROWS[ROWS.len() - 1]);
-        let decode = Capacity { rows: max_rows, spans: max_rows.min(capacity.spans), table: capacity.table };
+        let decode =
+            Capacity { rows: max_rows, spans: max_rows.min(capacity.spans), block_table_len: capacity.block_table_len };
         Ok(Self {
             decode: StepBuffers::new(device, decode)?,
             mixed: StepBuffers::new(device, capacity)?,
@@ -98,7 +105,7 @@ impl Steps {
         let bucket = Bucket {
             rows: ROWS.into_iter().find(|&bucket| bucket >= rows).unwrap_or(self.max_rows),
             adapters: !batch.segments.is_empty(),
-            gains: delta::gained(&batch.segments, slots)?,
+            gains: delta::has_dora_gains(&batch.segments, slots)?,
         };
         let step = self.decode.upload(batch, slots, Some(bucket))?;
         let logits = match self.graphs.replay(&bucket)? {

@@ -1,5 +1,5 @@
-//! DoRA's gains of adapters in slots. An image arrives with magnitudes, since gains depend on the base; before the slot's first
-//! step they become gains on the engine's stream, and stay with the slot.
+//! DoRA's gains of adapters in slots. An upload contains magnitudes. Before the slot's first step they are turned into gains, which
+//! need the base's weights, on the engine's stream; the gains stay with the slot.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -14,7 +14,7 @@ use crate::lora::magnitude::{changed_norms, row_squares};
 use crate::ops::quant;
 use crate::{Error, Result};
 
-/// Which slots have gains, and what new gains are made from.
+/// The slots with gains or magnitudes, and the base's norms from which gains are computed.
 #[derive(Default)]
 pub struct SlotGains {
     /// DoRA adapters in slots.
@@ -32,7 +32,7 @@ struct DoraSlot {
     pending: Vec<usize>,
 }
 
-/// What the norms of a site's changed rows are computed from, all f32.
+/// The terms from which the norms of a site's changed rows are computed, all f32.
 struct NormTerms<'a> {
     /// A of all modules, `[Σ rank, k]`.
     a: Tensor,

@@ -1,8 +1,8 @@
-//! Slots in a GPU's memory: one allocation for all weights, a table of where each slot's are, and uploads on a stream of their own.
+//! Slots in a GPU's memory: one allocation for all weights, a table of the slots' addresses, and uploads on a stream of their own.
 //!
-//! Memory and table never move, so that a captured graph serves whatever adapters are loaded later. An upload is one copy
-//! out of pinned memory on its own stream, which first waits for what the engine has launched so far: that may still read
-//! the memory's last owner. The slot's user polls until both the weights and the row of the table are there.
+//! Memory and table never move, so that a captured graph serves all adapters that are loaded later. An upload copies from pinned
+//! memory on its own stream. The stream first waits for everything that the engine has launched, which may still read the adapter
+//! that previously occupied this memory. The slot's user polls until both the weights and the table's row have arrived.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -69,9 +69,9 @@ pub struct DeviceSlots {
     ranks: HashMap<u32, [usize; 5]>,
     gains: SlotGains,
     sites: [SiteShape; 5],
-    /// Where shrink leaves its results for expand; the last is the current one. Each step's worklist names its address, so
-    /// that it may change from step to step. Smaller ones stay, since an earlier worklist may still name them.
-    hidden: Mutex<Vec<CudaSlice<f32>>>,
+    /// Buffers for `h`, which shrink writes and expand reads; the last one is current. A step's worklist contains its address, so it
+    /// may change from step to step. Smaller buffers stay, since an earlier worklist may still contain their addresses.
+    shrunk: Mutex<Vec<CudaSlice<f32>>>,
 }
 
 /// A copy that is under way.
@@ -115,7 +115,7 @@ impl DeviceSlots {
             ranks: HashMap::new(),
             gains: SlotGains::default(),
             sites,
-            hidden: Mutex::default(),
+            shrunk: Mutex::default(),
         })
     }
 
@@ -179,7 +179,7 @@ impl DeviceSlots {
     }
 
     /// Whether the rows of a slot that is ready have gains. Errors: they were not prepared.
-    pub fn gained(&self, slot: u32) -> Result<bool> {
+    pub fn has_gains(&self, slot: u32) -> Result<bool> {
         self.gains.of(slot)
     }
 
@@ -203,14 +203,14 @@ impl DeviceSlots {
         self.sites.iter().map(|site| splits(site.k)).max().unwrap_or(1)
     }
 
-    /// The address of room for so many intermediate values; 0 for none.
-    pub fn hidden(&self, values: usize) -> Result<u64> {
-        let mut hidden = self.hidden.lock().unwrap_or_else(PoisonError::into_inner);
-        if hidden.last().map_or(0, CudaSlice::len) < values {
+    /// The address of a buffer for `values` values of `h`; 0 if `values` is 0 and there is none.
+    pub fn shrunk(&self, values: usize) -> Result<u64> {
+        let mut shrunk = self.shrunk.lock().unwrap_or_else(PoisonError::into_inner);
+        if shrunk.last().map_or(0, CudaSlice::len) < values {
             // SAFETY: expand reads only what shrink has written.
-            hidden.push(unsafe { self.gpu.device().alloc(values.next_power_of_two())? });
+            shrunk.push(unsafe { self.gpu.device().alloc(values.next_power_of_two())? });
         }
-        Ok(hidden.last().map_or(0, address))
+        Ok(shrunk.last().map_or(0, address))
     }
 }
 

@@ -1,8 +1,9 @@
 //! The CUDA half: see `kernels/lora.cuh`.
 //!
-//! A step's worklist says which rows have which slots. A launch takes shapes from its site and everything else from the
-//! worklist and the slot table. Segments are cut into small pieces or large ones. Decode steps have only small pieces, and so
-//! need one launch each of shrink and expand.
+//! A step's worklist gives the slots of the rows. It has two lists: the small one for short segments, the large one for long ones.
+//! A segment has one term for each of its adapters. Shrink takes units of a term, expand takes chunks of the segment; the rows of
+//! both depend on the list. A launch takes its shapes from the site and everything else from the worklist and the slot table.
+//! Decode steps use only the small list, and so need one launch each of shrink and expand.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
@@ -21,7 +22,7 @@ use crate::lora::slots::SlotPool;
 use crate::ops::batch::{Capacity, Segment};
 use crate::{Error, Result};
 
-/// Steps of up to this many rows have no large pieces: when several pieces read an adapter's weights, these come from the L2
+/// Steps of up to this many rows do not use the large list: when several chunks read an adapter's weights, these come from the L2
 /// cache, and a second pair of launches would cost more.
 const SMALL_STEP: usize = 256;
 
@@ -31,36 +32,36 @@ const TERMS: usize = 8;
 /// Threads of a thread block.
 const THREADS: usize = 32 * LORA_WARPS;
 
-/// How the segments of a list are cut into pieces.
-struct SegmentPieces {
-    /// Rows of an item of shrink.
+/// The row counts of a list's units and chunks.
+struct ListTiling {
+    /// Rows of a unit, which shrink takes.
     shrink_rows: usize,
-    /// Rows of a chunk, which is an item of expand.
+    /// Rows of a chunk, which expand takes.
     expand_rows: usize,
     /// Most thread blocks per SM that a launch asks for; an SM of Hopper holds as many of the usual kernels.
     blocks: usize,
 }
 
-impl SegmentPieces {
-    /// Most pieces of up to `each` rows in a step of `rows`: with small pieces, each row may have an adapter of its own.
+impl ListTiling {
+    /// Most units or chunks of up to `each` rows in a step of `rows`. In the small list, each row may have an adapter of its own.
     fn most(&self, rows: usize, each: usize) -> usize {
-        if self.shrink_rows == PIECES[0].shrink_rows { rows } else { rows.div_ceil(each) }
+        if self.shrink_rows == LISTS[0].shrink_rows { rows } else { rows.div_ceil(each) }
     }
 }
 
-/// In the order of the lists in the worklist.
-const PIECES: [SegmentPieces; 2] = [
-    SegmentPieces { shrink_rows: SHRINK_SMALL_ROWS, expand_rows: EXPAND_SMALL_ROWS, blocks: LORA_SMALL_BLOCKS_PER_SM },
-    SegmentPieces { shrink_rows: SHRINK_LARGE_ROWS, expand_rows: EXPAND_LARGE_ROWS, blocks: LORA_LARGE_BLOCKS_PER_SM },
+/// The small list and the large one, in the order of the worklist.
+const LISTS: [ListTiling; 2] = [
+    ListTiling { shrink_rows: SHRINK_SMALL_ROWS, expand_rows: EXPAND_SMALL_ROWS, blocks: LORA_SMALL_BLOCKS_PER_SM },
+    ListTiling { shrink_rows: SHRINK_LARGE_ROWS, expand_rows: EXPAND_LARGE_ROWS, blocks: LORA_LARGE_BLOCKS_PER_SM },
 ];
 
-/// The kernels, shrink and expand in the order of [`PIECES`].
+/// The kernels, shrink and expand in the order of [`LISTS`].
 struct LoraKernels {
-    pieces: [PieceKernels; 2],
+    lists: [ListKernels; 2],
     gain: ByDtype,
 }
 
-struct PieceKernels {
+struct ListKernels {
     shrink: KernelHandle,
     expand: ByDtype,
 }
@@ -70,14 +71,11 @@ impl KernelSet for LoraKernels {
         let by_dtype = |name: &str| -> Result<ByDtype> {
             Ok(ByDtype { bf16: kernels.get(name)?, f32: kernels.get(&format!("{name}_f32"))? })
         };
-        let pieces = |shrink: &str, expand: &str| -> Result<PieceKernels> {
-            Ok(PieceKernels { shrink: kernels.get(shrink)?, expand: by_dtype(expand)? })
+        let list = |shrink: &str, expand: &str| -> Result<ListKernels> {
+            Ok(ListKernels { shrink: kernels.get(shrink)?, expand: by_dtype(expand)? })
         };
         Ok(Self {
-            pieces: [
-                pieces("lora_shrink_small", "lora_expand_small")?,
-                pieces("lora_shrink_large", "lora_expand_large")?,
-            ],
+            lists: [list("lora_shrink_small", "lora_expand_small")?, list("lora_shrink_large", "lora_expand_large")?],
             gain: by_dtype("lora_gain")?,
         })
     }
@@ -88,7 +86,7 @@ const PLANE_ROWS: usize = 512;
 
 /// The list that takes a segment, in a step whose rows with adapters end at `end`.
 fn list(segment: &Segment, end: usize) -> usize {
-    usize::from(end > SMALL_STEP && segment.rows.len() > PIECES[0].expand_rows)
+    usize::from(end > SMALL_STEP && segment.rows.len() > LISTS[0].expand_rows)
 }
 
 /// The number of splits of `k`, at most 16, and their width, a multiple of 512.
@@ -100,14 +98,14 @@ fn splits(k: usize) -> (usize, usize) {
 /// Most words of the worklist of a step.
 pub fn work_words(capacity: Capacity) -> usize {
     let terms = TERMS * capacity.spans;
-    let chunks = capacity.spans + (SMALL_STEP / PIECES[0].expand_rows).max(capacity.rows / PIECES[1].expand_rows);
+    let chunks = capacity.spans + (SMALL_STEP / LISTS[0].expand_rows).max(capacity.rows / LISTS[1].expand_rows);
     LORA_HEADER_WORDS + LORA_TERM_WORDS * terms + LORA_CHUNK_WORDS * chunks + Site::ALL.len() * (terms + 2) + 3
 }
 
 /// The worklist of a step's segments; its layout is at the top of `kernels/lora.cuh`. Errors: segments out of order, or a slot
 /// without an adapter.
 pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
-    let mut work = WorkBuilder { words: vec![0; LORA_HEADER_WORDS], hidden: 0 };
+    let mut work = WorkBuilder { words: vec![0; LORA_HEADER_WORDS], shrunk_len: 0 };
     if segments.is_empty() {
         return Ok(work.words);
     }
@@ -119,12 +117,12 @@ pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
         }
         end = segment.rows.end;
     }
-    for (i, pieces) in PIECES.iter().enumerate() {
+    for (i, tiling) in LISTS.iter().enumerate() {
         let segments: Vec<&Segment> = segments.iter().filter(|segment| list(segment, end) == i).collect();
-        work.push_list(i, pieces, &segments, slots)?;
+        work.push_list(i, tiling, &segments, slots)?;
     }
-    let hidden = slots.hidden(work.hidden)?;
-    work.words[LORA_H_ADDRESS_WORD..][..2].copy_from_slice(&[hidden as u32, (hidden >> 32) as u32]);
+    let shrunk = slots.shrunk(work.shrunk_len)?;
+    work.words[LORA_H_ADDRESS_WORD..][..2].copy_from_slice(&[shrunk as u32, (shrunk >> 32) as u32]);
     Ok(work.words)
 }
 
@@ -132,37 +130,31 @@ pub fn work(segments: &[Segment], slots: &SlotPool) -> Result<Vec<u32>> {
 struct WorkBuilder {
     words: Vec<u32>,
     /// Values of the workspace for h that are taken.
-    hidden: usize,
+    shrunk_len: usize,
 }
 
 impl WorkBuilder {
     /// Appends the arrays of list `i`, and writes its header.
-    fn push_list(
-        &mut self,
-        i: usize,
-        pieces: &SegmentPieces,
-        segments: &[&Segment],
-        slots: &DeviceSlots,
-    ) -> Result<()> {
+    fn push_list(&mut self, i: usize, tiling: &ListTiling, segments: &[&Segment], slots: &DeviceSlots) -> Result<()> {
         let rows: usize = segments.iter().map(|segment| segment.rows.len()).sum();
         let split_planes = i == 0 || rows <= PLANE_ROWS;
-        let first_hidden = self.hidden;
+        let first_shrunk = self.shrunk_len;
 
         // Terms and chunks are read 16 bytes at a time.
         self.words.resize(self.words.len().next_multiple_of(4), 0);
         let term_at = self.words.len();
-        let units = self.push_terms(pieces, segments, slots)?;
+        let units = self.push_terms(tiling, segments, slots)?;
         let chunk_at = self.words.len();
-        self.push_chunks(pieces, segments);
+        self.push_chunks(tiling, segments);
         let starts_at = self.words.len();
         units.starts.iter().zip(units.ends).for_each(|(starts, end)| {
             self.words.extend(starts);
             self.words.push(end);
         });
 
-        let plane = self.hidden - first_hidden;
+        let plane = self.shrunk_len - first_shrunk;
         if split_planes {
-            self.hidden += plane * (slots.most_splits(|k| splits(k).0) - 1);
+            self.shrunk_len += plane * (slots.most_splits(|k| splits(k).0) - 1);
         }
         let terms = (chunk_at - term_at) / LORA_TERM_WORDS;
         let chunks = (starts_at - chunk_at) / LORA_CHUNK_WORDS;
@@ -173,12 +165,7 @@ impl WorkBuilder {
     }
 
     /// Appends a term for each adapter of each segment.
-    fn push_terms(
-        &mut self,
-        pieces: &SegmentPieces,
-        segments: &[&Segment],
-        slots: &DeviceSlots,
-    ) -> Result<ShrinkUnits> {
+    fn push_terms(&mut self, tiling: &ListTiling, segments: &[&Segment], slots: &DeviceSlots) -> Result<ShrinkUnits> {
         let mut units = ShrinkUnits::default();
         for segment in segments {
             for &(slot, weight) in &segment.terms {
@@ -186,21 +173,21 @@ impl WorkBuilder {
                     slots.ranks(slot).ok_or_else(|| Error::internal(format!("slot {slot} holds no adapter")))?;
                 let stride = ranks.iter().copied().max().unwrap_or(0);
                 let (start, rows) = (segment.rows.start as u32, segment.rows.len());
-                let (hidden, bits) = (self.hidden as u32, weight.to_bits());
-                self.words.extend([start, rows as u32, slot, bits, hidden, stride as u32, 0, 0]);
-                self.hidden += rows * stride;
-                units.push(rows.div_ceil(pieces.shrink_rows), ranks);
+                let (h_offset, bits) = (self.shrunk_len as u32, weight.to_bits());
+                self.words.extend([start, rows as u32, slot, bits, h_offset, stride as u32, 0, 0]);
+                self.shrunk_len += rows * stride;
+                units.push(rows.div_ceil(tiling.shrink_rows), ranks);
             }
         }
         Ok(units)
     }
 
     /// Appends the chunks of each segment.
-    fn push_chunks(&mut self, pieces: &SegmentPieces, segments: &[&Segment]) {
+    fn push_chunks(&mut self, tiling: &ListTiling, segments: &[&Segment]) {
         let mut term = 0;
         for segment in segments {
-            for start in segment.rows.clone().step_by(pieces.expand_rows) {
-                let rows = (segment.rows.end - start).min(pieces.expand_rows);
+            for start in segment.rows.clone().step_by(tiling.expand_rows) {
+                let rows = (segment.rows.end - start).min(tiling.expand_rows);
                 self.words.extend([start as u32, rows as u32, term, segment.terms.len() as u32]);
             }
             term += segment.terms.len() as u32;
@@ -208,7 +195,7 @@ impl WorkBuilder {
     }
 }
 
-/// The units of shrink of a list by site: before each term, and in all.
+/// The units of a list by site: before each term, and in all.
 #[derive(Default)]
 struct ShrinkUnits {
     starts: [Vec<u32>; Site::ALL.len()],
@@ -216,36 +203,36 @@ struct ShrinkUnits {
 }
 
 impl ShrinkUnits {
-    /// Adds a term of so many pieces of rows, given the adapter's ranks by site.
-    fn push(&mut self, pieces: usize, ranks: &[usize; Site::ALL.len()]) {
+    /// Adds a term whose rows take `row_units` units, given the adapter's ranks by site.
+    fn push(&mut self, row_units: usize, ranks: &[usize; Site::ALL.len()]) {
         for ((starts, end), rank) in self.starts.iter_mut().zip(&mut self.ends).zip(ranks) {
             starts.push(*end);
-            *end += (pieces * rank.div_ceil(SHRINK_RANKS)) as u32;
+            *end += (row_units * rank.div_ceil(SHRINK_RANKS)) as u32;
         }
     }
 }
 
 /// Whether any rows have DoRA's gains. Errors: they share their rows, have another weight than 1, or were not prepared.
-pub fn gained(segments: &[Segment], slots: &SlotPool) -> Result<bool> {
+pub fn has_dora_gains(segments: &[Segment], slots: &SlotPool) -> Result<bool> {
     let mut any = false;
     for segment in segments {
         for &(slot, weight) in &segment.terms {
-            let gained = gpu(slots)?.gained(slot)?;
-            if gained && (segment.terms.len() > 1 || weight != 1.0) {
+            let gains = gpu(slots)?.has_gains(slot)?;
+            if gains && (segment.terms.len() > 1 || weight != 1.0) {
                 return Err(Error::internal("DoRA adapters have no weights and share no rows"));
             }
-            any |= gained;
+            any |= gains;
         }
     }
     Ok(any)
 }
 
-/// As [`super::add_delta`], `x` bf16, `y` bf16 or f32. In a fixed step the launches depend on shapes alone.
+/// As [`super::add_delta`], `x` bf16, `y` bf16 or f32. In a captured step the launches depend on shapes alone.
 pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site: Site) -> Result<()> {
     let ((rows, n), (x_rows, k)) = (y.dims2()?, x.dims2()?);
     let step = adapters.step.ok_or_else(|| Error::internal("a step without its metadata on the GPU"))?;
-    let work = if adapters.logits { &step.lora_logits } else { &step.lora };
-    if work.len == 0 || rows == 0 || !step.fixed && adapters.segments.is_empty() {
+    let work = if adapters.logit_rows_only { &step.lora_logits } else { &step.lora };
+    if work.len == 0 || rows == 0 || !step.captured && adapters.segments.is_empty() {
         return Ok(());
     }
     let slots = gpu(adapters.slots)?;
@@ -259,7 +246,7 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
     }
     let there = |i: usize| {
         // A graph is replayed for other segments than those of its capture.
-        if step.fixed { i == 0 || rows > SMALL_STEP } else { adapters.segments.iter().any(|s| list(s, end) == i) }
+        if step.captured { i == 0 || rows > SMALL_STEP } else { adapters.segments.iter().any(|s| list(s, end) == i) }
     };
     let gpu = Context::of_tensor(y)?;
     let kernels = gpu.kernels::<LoraKernels>()?;
@@ -268,26 +255,26 @@ pub fn add_delta(y: &Tensor, x: &Tensor, adapters: &Adapters, layer: usize, site
     let x = input::<bf16>(x)?;
     let to = if y.dtype() == DType::F32 { input::<f32>(y)? } else { input::<bf16>(y)? };
     let lists = || {
-        let lists = PIECES.iter().zip(&kernels.pieces).enumerate();
+        let lists = LISTS.iter().zip(&kernels.lists).enumerate();
         lists.filter(|(i, _)| there(*i)).map(|(_, list)| list)
     };
     let entry: [Arg; 4] = [table.entries.into(), slots.entry(layer, site).into(), k.into(), splits.into()];
     // Enough thread blocks for all items of a few adapters, at least one per SM; any number does all the work.
-    let grid = |pieces: &SegmentPieces, items: usize| {
-        let (least, most) = (gpu.sm_count, pieces.blocks * gpu.sm_count);
+    let grid = |tiling: &ListTiling, items: usize| {
+        let (least, most) = (gpu.sm_count, tiling.blocks * gpu.sm_count);
         LaunchGrid::new(items.clamp(least, most), THREADS)
     };
-    for (pieces, kernels) in lists() {
+    for (tiling, kernels) in lists() {
         let args =
             [&[work.words.into(), table.address.into(), x.into()], &entry[..], &[width.into(), (site as usize).into()]];
-        let grid = grid(pieces, pieces.most(rows, pieces.shrink_rows) * splits * 4);
+        let grid = grid(tiling, tiling.most(rows, tiling.shrink_rows) * splits * 4);
         // SAFETY: the worklist is of segments in these rows and of slots that are ready, whose blocks have the model's
         // shapes, as `x` was checked to have; h has room in the worklist's workspace.
         unsafe { gpu.launch(&kernels.shrink, grid, &args.concat())? };
     }
-    for (pieces, kernels) in lists() {
+    for (tiling, kernels) in lists() {
         let args = [&[work.words.into(), table.address.into(), to.into()], &entry[..], &shape.n.map(Arg::from)];
-        let grid = grid(pieces, pieces.most(rows, pieces.expand_rows) * n.div_ceil(4 * 64));
+        let grid = grid(tiling, tiling.most(rows, tiling.expand_rows) * n.div_ceil(4 * 64));
         // SAFETY: as above, and `y` has the shape of the site; nothing else uses it meanwhile.
         unsafe { gpu.launch(kernels.expand.get(y.dtype()), grid, &args.concat())? };
     }

@@ -45,8 +45,9 @@ kernel_set!(AttentionKernels {
 /// Most words of [`decode_work`].
 pub fn decode_words(capacity: Capacity) -> usize {
     let spans = capacity.spans.min(capacity.rows);
-    // An entry for each row of a fixed step; and a row of n KV blocks has at most 1 + n / 4 splits.
-    HEADER + ITEM * (capacity.rows + spans + ((MAX_SPLITS - 1) * spans).min(capacity.table * BLOCK / SPLIT_KEYS))
+    // An entry for each row of a captured step; and a row of n KV blocks has at most 1 + n / 4 splits.
+    HEADER
+        + ITEM * (capacity.rows + spans + ((MAX_SPLITS - 1) * spans).min(capacity.block_table_len * BLOCK / SPLIT_KEYS))
 }
 
 /// Most words of [`prefill_work`].
@@ -61,11 +62,11 @@ fn decodes(span: &Span, deterministic: bool) -> bool {
 
 /// The worklist of the decode kernels: an entry for each decode row (its first item, its row, its number of splits), then one
 /// item per KV split of each decode row. Long rows come first, so that no thread block ends up alone with long splits. In a
-/// fixed step there is room for `fixed` entries. `deterministic` is the device's.
-pub fn decode_work(batch: &Batch, fixed: Option<usize>, deterministic: bool) -> Vec<u32> {
+/// fixed step there is room for `captured_rows` entries. `deterministic` is the device's.
+pub fn decode_work(batch: &Batch, captured_rows: Option<usize>, deterministic: bool) -> Vec<u32> {
     let mut spans: Vec<_> = batch.spans.iter().filter(|s| decodes(s, deterministic)).collect();
     spans.sort_by_key(|s| Reverse(s.context_len));
-    let rows = fixed.unwrap_or(spans.len());
+    let rows = captured_rows.unwrap_or(spans.len());
     let mut words = vec![0; HEADER + ITEM * rows];
     let mut items = 0;
     for (i, span) in spans.into_iter().enumerate() {
@@ -124,13 +125,13 @@ pub fn append(cache: &Tensor, qkv: &Tensor, batch: &Batch, table: &RopeTable, he
 }
 
 /// As [`super::attention`], which has checked shapes and spans. Errors: rows between spans that belong to none, a span of several
-/// rows in a fixed step, a head that is too wide.
+/// rows in a captured step, a head that is too wide.
 pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> Result<Tensor> {
     let (step, rows) = (uploaded(batch)?, batch.rows());
     let covered: usize = batch.spans.iter().map(|s| s.rows.len()).sum();
     let gaps = batch.spans.last().is_some_and(|s| s.rows.end != covered);
-    if heads.dim > MAX_HEAD_DIM || gaps || step.fixed && covered != batch.spans.len() {
-        return Err(Error::internal(format!("{heads:?}, fixed: {}, {:?}", step.fixed, batch.spans)));
+    if heads.dim > MAX_HEAD_DIM || gaps || step.captured && covered != batch.spans.len() {
+        return Err(Error::internal(format!("{heads:?}, captured: {}, {:?}", step.captured, batch.spans)));
     }
     let gpu = Context::of_tensor(qkv)?;
     let (out, to) = gpu.output::<bf16>((rows, heads.query * heads.dim))?;
@@ -146,7 +147,7 @@ pub fn attention(qkv: &Tensor, cache: &Tensor, batch: &Batch, heads: Heads) -> R
         to,
     };
     call.prefill(batch, step)?;
-    let entries = if step.fixed { rows } else { batch.spans.iter().filter(|s| call.decodes(s)).count() };
+    let entries = if step.captured { rows } else { batch.spans.iter().filter(|s| call.decodes(s)).count() };
     call.decode(step, rows, entries, rows - covered)?;
     Ok(out)
 }
@@ -182,7 +183,7 @@ impl PagedAttention<'_> {
     /// Runs the decode rows, of which the worklist has `entries`, and writes zeros to the `left` rows after all sequences.
     fn decode(&self, step: &DeviceStep, rows: usize, entries: usize, left: usize) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
-        // In a fixed step, room for items; else their number.
+        // In a captured step, room for items; else their number.
         let room = (step.decode.len.saturating_sub(HEADER) / ITEM).saturating_sub(entries);
         let at = step.decode.words + 4 * HEADER as u64;
         let items = at + (4 * ITEM * entries) as u64;
@@ -191,13 +192,13 @@ impl PagedAttention<'_> {
             128 => &self.kernels.attn_decode_128,
             _ => &self.kernels.attn_decode_any,
         };
-        let most = if step.fixed { rows * MAX_SPLITS } else { room + left };
+        let most = if step.captured { rows * MAX_SPLITS } else { room + left };
         let units =
             most * if self.fast { kv * self.group.div_ceil(DECODE_HEADS) } else { query.div_ceil(ATTENTION_WARPS) };
         if units == 0 {
             return Ok(());
         }
-        let blocks = if step.fixed { units.min(DECODE_BLOCKS_PER_SM * self.gpu.sm_count) } else { units };
+        let blocks = if step.captured { units.min(DECODE_BLOCKS_PER_SM * self.gpu.sm_count) } else { units };
         let partial = if self.fast {
             let workspace = self.gpu.get_or_init(|_| Ok(Workspace::default()))?;
             workspace.reserve(self.gpu, (room + entries) * query, dim)?
@@ -234,7 +235,7 @@ impl PagedAttention<'_> {
         Ok(())
     }
 
-    /// Runs the other sequences; a fixed step has none.
+    /// Runs the other sequences; a captured step has none.
     fn prefill(&self, batch: &Batch, step: &DeviceStep) -> Result<()> {
         let Heads { query, kv, dim } = self.heads;
         if step.prefill.len <= HEADER {
@@ -269,13 +270,13 @@ impl PagedAttention<'_> {
 /// Where KV splits leave their sums for the merge, `[items·heads][dim]`, with their maxima and sums `[items·heads][2]`. One
 /// buffer serves all launches, since they follow one another.
 ///
-/// A buffer that a larger one replaces stays, since captured graphs contain its address; fixed steps always need the same
+/// A buffer that a larger one replaces stays, since captured graphs contain its address; captured steps always need the same
 /// size, so that all their graphs use one.
 #[derive(Default)]
 struct Workspace(Mutex<Vec<CudaSlice<f32>>>);
 
 impl Workspace {
-    /// The address of room for so many rows.
+    /// The address of a buffer for this many rows.
     fn reserve(&self, gpu: &Context, rows: usize, dim: usize) -> Result<u64> {
         let mut buffers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (len, had) = (rows * (dim + 2), buffers.last().map_or(0, CudaSlice::len));

@@ -106,7 +106,7 @@ pub fn causal_backward(
     Ok(dqkv)
 }
 
-/// What a kernel's tiles consist of.
+/// Whether a kernel's tiles are of queries or of keys.
 #[derive(Clone, Copy)]
 enum CausalTiles {
     Queries,
