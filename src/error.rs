@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What kind of thing went wrong.
+/// The kind of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
     /// A request, a file or a setting is malformed or out of range.
@@ -59,7 +59,7 @@ impl ErrorKind {
 /// An error. `{}` writes the message alone; `{:#}` adds the path and all sources, for logs.
 #[derive(Debug, Clone)]
 pub struct Error {
-    /// What kind of thing went wrong.
+    /// Its kind.
     pub kind: ErrorKind,
     /// For a person: what was wrong and what is allowed.
     pub message: String,

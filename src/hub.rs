@@ -180,7 +180,7 @@ pub fn default_cache() -> PathBuf {
 }
 
 fn local(path: PathBuf) -> Result<ModelFiles> {
-    // Resolves `.` and `..`, which are no names.
+    // Resolves `.` and `..`, which are not names.
     let path = fs::canonicalize(&path)
         .map_err(|e| Error::invalid(format!("model {}: {e}", path.display())).caused_by(e).path(&path))?;
     let name = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();

@@ -1,4 +1,4 @@
-//! What a decoder looks like: its shape, its attention heads, and the linear layers that adapters can target. No tensors.
+//! The architecture of a decoder: its shape, its attention heads, and the linear layers that adapters can target. No tensors.
 
 mod architecture;
 mod module;

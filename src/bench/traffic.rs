@@ -129,7 +129,7 @@ impl Popularity {
     }
 }
 
-/// What prompts are made of.
+/// The content of prompts.
 #[derive(Debug, Clone)]
 pub enum Prompts {
     /// Random token ids below this number. Lengths are exact. For servers that take ids as prompts.
@@ -182,7 +182,7 @@ pub struct Traffic {
     pub input: Lengths,
     /// Tokens of a reply.
     pub output: Lengths,
-    /// What prompts are made of.
+    /// The content of prompts.
     pub prompts: Prompts,
     /// Number of adapters in use; 0 is the base alone.
     pub adapters: usize,

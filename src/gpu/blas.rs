@@ -1,4 +1,4 @@
-//! Matrix products by cuBLAS into a given buffer. Candle's own have neither strides nor a result type of their own.
+//! Matrix products by cuBLAS into a given buffer. Candle's matmul supports neither strides nor another output dtype.
 
 use std::ffi::c_void;
 

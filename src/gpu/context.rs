@@ -31,7 +31,7 @@ struct DeviceRegistry {
     exclusive: Mutex<()>,
 }
 
-/// What belongs to one opened GPU: its kernels, its properties, and the state that ops keep on it.
+/// The state of one opened GPU: its kernels, its properties, and the state that ops keep on it.
 ///
 /// Everything runs on the device's own stream. Hence one workspace serves all launches of an op: they follow one another.
 pub(crate) struct Context {

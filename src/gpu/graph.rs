@@ -24,7 +24,7 @@ pub struct GraphCache<K> {
 }
 
 struct CapturedGraph {
-    /// What a replay writes. Dropped before the graph, which may own it.
+    /// The tensor that a replay writes. Dropped before the graph, which may own it.
     output: Tensor,
     graph: CudaGraph,
     /// The outputs of the step's ops.

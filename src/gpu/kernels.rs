@@ -13,8 +13,8 @@ use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
-/// Dynamic shared memory that every kernel may use, in bytes. Beyond it a kernel needs leave, since what it declares itself
-/// counts too.
+/// Dynamic shared memory that every kernel may use, in bytes. Beyond it a kernel needs `cuFuncSetAttribute`. The driver's default
+/// limit is higher, but it includes the kernel's static shared memory.
 const ALLOWED_SHARED: u32 = 32 << 10;
 
 /// The kernels of one device by name.

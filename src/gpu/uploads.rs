@@ -1,5 +1,5 @@
-//! Small arrays that every decoder block of a training step reads again: positions, tiles of work. The last few stay on the
-//! device and are found by their content.
+//! Cache of small index arrays (positions, tiles of work) on the device, keyed by content. Every decoder block of a training step
+//! reuses them.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use crate::Result;
 /// Arrays kept: a step needs four, and several jobs may alternate.
 const KEPT: usize = 32;
 
-/// The last arrays, most recent first.
+/// Recently used arrays, the most recent one first.
 #[derive(Default)]
 pub(super) struct UploadCache(Mutex<VecDeque<UploadedArray>>);
 

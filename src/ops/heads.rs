@@ -1,4 +1,4 @@
-//! What some models do to the heads of a qkv row before RoPE: biases (Qwen2), RMS norms of query and key heads (Qwen3).
+//! Steps between the qkv product and RoPE in some models: biases (Qwen2), RMS norms of query and key heads (Qwen3).
 
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
@@ -85,7 +85,7 @@ pub fn qk_norm_backward(dqkv: &Tensor, qkv_raw: &Tensor, norm: QkNorm, heads: He
     Ok(dqkv.inplace_op2(qkv_raw, &QkNormBackward { norm, heads })?)
 }
 
-/// A [`QkNorm`] on the CPU. The weights are frozen, so they are no operands of the ops.
+/// A [`QkNorm`] on the CPU. The weights are frozen, so they are not passed to candle as operands.
 #[derive(Clone, Copy)]
 struct NormWeights<'a> {
     query: &'a [f32],

@@ -82,7 +82,7 @@ pub fn rms_norm_backward(
 }
 
 struct RmsNorm<'a> {
-    /// Frozen, so no operand of the op.
+    /// Frozen, so not passed to candle as an operand.
     weight: &'a Tensor,
     eps: f32,
 }

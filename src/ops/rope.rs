@@ -49,7 +49,7 @@ impl RopeTable {
         &self.values
     }
 
-    /// Errors: a position outside the table.
+    /// Checks positions. Errors: a position outside the table.
     pub(super) fn check(&self, positions: &[u32]) -> Result<()> {
         match positions.iter().find(|&&p| p as usize >= self.positions()) {
             Some(p) => Err(Error::invalid(format!("position {p} is past the model's {} positions", self.positions()))),

@@ -1,6 +1,6 @@
 //! Sampling tokens from logits on a GPU, so that only ids and the requested log-probabilities are copied to the host.
 //!
-//! The reference is the engine's sampler on the CPU, `engine::sampler`. The kernels apply the same steps in the same order. Their
+//! The reference is the engine's sampler on the CPU, `engine::sampler`. The kernels apply the same steps in the same order. Token
 //! weights are equal bit for bit, and so is the choice, except for draws within rounding of a boundary between two tokens. One
 //! thing differs: a draw runs over the kept tokens in order of their logits only if `top_k` or the nucleus lies within about the
 //! [`SMALL`] best, and in order of their ids otherwise.

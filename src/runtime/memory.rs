@@ -1,4 +1,4 @@
-//! Where memory goes: the host's memory, and the plan that fits the KV cache beside weights, adapters and training.
+//! The memory plan: the size of the host's memory, and the size of the KV cache next to weights, adapters and training.
 
 use bytesize::ByteSize;
 use candle_core::Device;

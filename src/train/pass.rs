@@ -43,7 +43,7 @@ impl TrainBatch {
     }
 }
 
-/// What a pass measures, with one entry per target of a job's [`TrainBatch`].
+/// The measurements of a pass, with one entry per target of a job's [`TrainBatch`].
 #[derive(Debug, Default)]
 pub struct TargetScores {
     /// Negative log-likelihoods, nats.

@@ -1,4 +1,5 @@
-//! The settings of one training job, with every "auto" resolved. The API and the command line both build a [`JobSpec`].
+//! The settings of one training job. The API and the command line both build a [`JobSpec`]; it contains a value for each setting
+//! that the user left out or set to "auto".
 //!
 //! The defaults are what a job gets when the user sets nothing. Where a default follows from the training file (epochs, batch
 //! size, warm-up), `finetune::settings` chooses it.

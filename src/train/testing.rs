@@ -1,4 +1,4 @@
-//! What the unit tests of training share.
+//! Helpers of the unit tests of training.
 
 use super::spec::{JobSpec, LoraConfig, LrSchedule, OptimizerConfig};
 

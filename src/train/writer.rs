@@ -50,7 +50,7 @@ pub(super) struct JobReporter {
     state: Arc<ReporterState>,
 }
 
-/// What the tasks of one job share.
+/// The state that the tasks of one job share.
 struct ReporterState {
     report: Mutex<ReportFn>,
     /// Number of queued and running writes.

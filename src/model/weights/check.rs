@@ -64,7 +64,7 @@ fn check_rope(config: &ModelConfig) -> Result<()> {
 }
 
 impl Weights {
-    /// Errors: a matrix, norm or bias whose shape is not the one that the config gives.
+    /// Checks all shapes. Errors: a matrix, norm or bias whose shape is not the one that the config gives.
     pub(in crate::model) fn check_shapes(&self) -> Result<()> {
         let c = &self.config;
         check_config(c)?;

@@ -79,7 +79,7 @@ struct Description<'a> {
 }
 
 impl<'a> Description<'a> {
-    /// Errors: an architecture, or a variation of one, that is not supported; no number of heads.
+    /// Reads the metadata. Errors: an architecture, or a variation of one, that is not supported; no number of heads.
     fn read(content: &'a Content) -> Result<Self> {
         let meta = GgufMetadata(&content.metadata);
         let architecture = Architecture::from_gguf(meta.text("general.architecture")?)?;
@@ -120,7 +120,7 @@ impl<'a> Description<'a> {
         Ok(OpenModel { config, tensors, tied })
     }
 
-    /// Where a tensor lies. Errors: a type that is not supported, rows that are no whole number of blocks.
+    /// Where a tensor lies. Errors: a type that is not supported, rows that do not consist of whole blocks.
     fn entry(&self, label: &str, info: &TensorInfo, hf_name: Option<&str>, file: usize) -> Result<TensorEntry> {
         let codec = codec(info.ggml_dtype).ok_or_else(|| {
             Error::invalid(format!(
@@ -191,7 +191,7 @@ impl<'a> Description<'a> {
         Ok(config)
     }
 
-    /// Errors: heads whose values or rotated part have another width.
+    /// The width of a head. Errors: heads whose values or rotated part have another width.
     fn head_dim(&self, hidden_size: usize) -> Result<usize> {
         let head_dim = match self.meta.integer(&self.key("attention.key_length"))? {
             Some(length) => length,

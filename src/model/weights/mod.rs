@@ -97,10 +97,10 @@ trait TensorSource {
     /// A norm or a bias.
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>>;
 
-    /// Passes `feed` what distinguishes these tensors from others.
+    /// Passes bytes to `feed` that distinguish these tensors from others.
     fn sample(&self, feed: &mut dyn FnMut(&[u8])) -> Result<()>;
 
-    /// Errors: a tensor that was not read.
+    /// Checks that all tensors were read. Errors: a tensor that was not.
     fn finish(&self) -> Result<()>;
 }
 

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub struct TensorEntry {
     /// The name in the file, for messages.
     pub label: String,
-    /// What its bytes are.
+    /// The encoding of its bytes.
     pub encoding: TensorEncoding,
     /// Outermost dimension first: `[out, in]` for a matrix.
     pub shape: Vec<usize>,
@@ -33,7 +33,7 @@ pub struct TensorEntry {
     pub interleaved_heads: Option<usize>,
 }
 
-/// What the bytes of a tensor are.
+/// The encoding of a tensor's bytes.
 pub enum TensorEncoding {
     /// Values, or blocks of them.
     Values(Codec),
@@ -187,7 +187,7 @@ impl ModelTensors {
         Ok(MatrixRows { source, label: entry.label })
     }
 
-    /// Errors: a tensor that was not taken.
+    /// Checks that all tensors were taken. Errors: a tensor that was not.
     pub fn finish(&self) -> Result<()> {
         if self.entries.is_empty() {
             return Ok(());

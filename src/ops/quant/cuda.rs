@@ -19,11 +19,11 @@ use crate::ops::batch::DeviceStep;
 use crate::{Error, Result};
 
 /// Most rows of a fused product, which reads the packed weights, on Hopper. Larger products dequantise to bf16 first; where all rows
-/// must take one path, they run so many rows at a time.
+/// must take one path, they run this many rows at a time.
 const FUSED_ROWS: usize = 192;
 /// The same on other GPUs, and the most rows that `quant_small.cu` takes.
 const SMALL_ROWS: usize = 16;
-/// Small products read activations of up to so many rows and bytes from shared memory.
+/// Most rows and bytes of activations that small products read from shared memory.
 const NEAR_ROWS: usize = 8;
 const NEAR_BYTES: usize = 32 << 10;
 /// Warps of a thread block of a small product.

@@ -352,7 +352,7 @@ pub fn matmul(w: &QMatrix, x: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 /// Rows `ids` of the matrix `[ids.len(), k]`, f32: the token embedding. On a GPU, a given `step` holds the ids already, and the result
-/// has one row for each of its rows. Errors: an id that is no row of the matrix.
+/// has one row for each of its rows. Errors: an id past the matrix's rows.
 pub fn gather_rows(w: &QMatrix, ids: &[u32], step: Option<&DeviceStep>) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= w.n) {
         return Err(Error::invalid(format!("token id {id} is outside the vocabulary of {} ids", w.n)));

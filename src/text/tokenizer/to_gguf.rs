@@ -26,7 +26,7 @@ const TEXT: &str = "Hello, World! I'm here; it's WE'LL  3 12 345 67890 ½ ٣٤٥
 /// The metadata of the tokenizer in `dir`, for a model with `rows` embeddings.
 ///
 /// # Errors
-/// `Invalid`: the tokenizer is no byte-level BPE, or GGUF metadata cannot describe it exactly.
+/// `Invalid`: the tokenizer is not a byte-level BPE, or GGUF metadata cannot describe it exactly.
 pub(crate) fn to_gguf(dir: &Path, rows: usize) -> Result<HashMap<String, Value>> {
     convert(&from_directory(dir)?, rows).map_err(|mut e| {
         e.message += ": merge to safetensors and convert that with llama.cpp's convert_hf_to_gguf.py";
@@ -131,7 +131,7 @@ fn merges(model: &BPE) -> Result<Vec<Value>> {
         (!left.contains(' ') && !right.contains(' ')).then(|| Value::String(format!("{left} {right}")))
     };
     let merges = json["merges"].as_array().and_then(|merges| merges.iter().map(pair).collect());
-    merges.ok_or_else(|| Error::invalid("its merges contain spaces, so it is no byte-level BPE"))
+    merges.ok_or_else(|| Error::invalid("its merges contain spaces, so it is not a byte-level BPE"))
 }
 
 /// GGUF's name of the pre-tokenizer.

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// Tensors with fewer values keep f32 moments, as in bitsandbytes.
 const MIN_8BIT: usize = 4096;
 
-/// FloatVec and gradients of all that one job trains, f32.
+/// Values and gradients of everything one job trains, f32.
 pub struct TrainableParams {
     /// Ordered by layer, then as in [`Site`].
     pub sites: Vec<SiteParams>,

@@ -43,7 +43,7 @@ pub struct TrainableModule {
     pub magnitude: Option<TrainableMagnitude>,
 }
 
-/// What the gradient of DoRA's magnitude needs.
+/// A magnitude of DoRA in training: its gradient, and the norms from which the gradient is computed.
 pub struct TrainableMagnitude {
     /// `1 / ‖W + s·B·A‖` for each output row, `[1, n]` f32.
     pub inverse_norm: Tensor,
