@@ -93,7 +93,7 @@ __device__ __forceinline__ void multiply(float (&c)[NT][4], const unsigned char*
 // takes a quarter of a split of k; its part of A comes through a pipeline in shared memory, which runs on across items.
 //
 // PDL. This kernel runs at the same time as the gemm kernel before it, on SMs that the gemm leaves free. A gemm releases the next kernel
-// only once all kernels before itself have ended, so x is complete (and in L2, from where it is read), and nobody reads h any more. The
+// only once all kernels before itself have ended, so x is complete (and in L2, from where it is read), and no kernel reads h any more. The
 // kernel after this one waits for both, because this one waits for the gemm at its end.
 //
 // NT: rows of an item in units of 8, 1 (small) or 8 (large).

@@ -419,7 +419,7 @@ __device__ __noinline__ u64 lowest_kept(Shared& sh, const Pick& p, u64 limit, bo
     return max(limit, candidate_of(key, id));
 }
 
-// Bitonic sort of the first `count` candidates of the pool, best first. Zeros, which are no candidates, pad to a power of two.
+// Bitonic sort of the first `count` candidates of the pool, best first. Zeros, which are not candidates, pad to a power of two.
 __device__ void sort_pool(Shared& sh, const Pick& p, int count) {
     int n = 2;
     while (n < count) n *= 2;

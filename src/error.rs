@@ -1,6 +1,6 @@
-//! The crate's error type: what kind of thing went wrong, a message, and what the log needs to find the cause.
+//! The crate's error type: a kind, a message for the user, and details for the log.
 //!
-//! It knows nothing of HTTP: `server::error_response` turns it into a status and a body.
+//! It does not depend on HTTP: `server::error_response` turns it into a status and a body.
 
 use std::borrow::Cow;
 use std::fmt;

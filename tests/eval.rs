@@ -1,4 +1,4 @@
-//! What `quiver eval` measures, on held-out examples of the adapters' own tasks.
+//! `quiver eval` on held-out examples of the adapters' own tasks.
 
 #[path = "common/smollm2.rs"]
 mod smollm2;

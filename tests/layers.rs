@@ -11,7 +11,7 @@ const FLOORS: &[&str] = &[
     "text", "train", "config", "runtime", "finetune", "eval", "merge", "server", "bench", "cli",
 ];
 
-/// What `src/lib.rs` exports again under the name of the crate, and where it is from.
+/// Items that `src/lib.rs` re-exports at the root, with their modules.
 const ROOT: &[(&str, &str)] = &[("Error", "error"), ("Result", "error")];
 
 #[test]
@@ -70,7 +70,7 @@ fn upward_imports_are_found() {
     assert!(fault("error", "files").is_some(), "floors do not tie");
 }
 
-/// What is wrong with an import of module `target` by module `top`, if anything is.
+/// The fault of an import of module `target` by module `top`, if it has one.
 fn fault(top: &str, target: &str) -> Option<String> {
     let target = ROOT.iter().find(|(name, _)| *name == target).map_or(target, |(_, module)| module);
     let floor = |name: &str| FLOORS.iter().position(|floor| *floor == name);

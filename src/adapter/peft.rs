@@ -262,7 +262,7 @@ impl Planner<'_> {
     }
 }
 
-/// Reads planned modules, and hashes what it reads.
+/// Reads planned modules, and hashes their contents.
 struct ModuleReader {
     file: TensorFile,
     hash: Sha256,
@@ -306,7 +306,7 @@ impl ModuleReader {
         Ok(values)
     }
 
-    /// The generation id of what was read. Errors: a value is not finite.
+    /// The generation id of the modules that were read. Errors: a value is not finite.
     fn finish(mut self, peft_type: PeftType) -> Result<String> {
         fail_on(self.problems)?;
         hash_text(&mut self.hash, if peft_type == PeftType::Lora { "lora" } else { "adalora" });

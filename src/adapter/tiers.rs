@@ -64,7 +64,7 @@ pub struct TierStats {
     pub(super) retirements: AtomicU64,
 }
 
-/// The slots and what is in them. Owned by the engine thread.
+/// The slots and the adapters in them. Owned by the engine thread.
 pub struct Tiers {
     /// Bytes that slots may take.
     budget: usize,

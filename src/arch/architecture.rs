@@ -1,4 +1,4 @@
-//! The supported architectures: what each one adds to Llama, and its names in the formats of models.
+//! The supported architectures: the additions of each to Llama, and its names in the model formats.
 
 use super::ModelConfig;
 use crate::{Error, Result};

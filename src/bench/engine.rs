@@ -59,9 +59,9 @@ enum AdapterMix {
     None,
     /// The first adapter for all sequences
     One,
-    /// An adapter of its own for each sequence, as far as there are enough
+    /// A different adapter for each sequence; with fewer adapters than sequences, they repeat
     Distinct,
-    /// The next adapter in turn for each sequence; if --adapter-memory holds fewer, it must come from host memory first
+    /// The next adapter in turn for each sequence; if --adapter-memory holds fewer, it is loaded from host memory first
     Turns,
     /// A random adapter for each sequence: the first twice as often as the second, three times as often as the third, ...
     Zipf,

@@ -1,4 +1,4 @@
-//! Grids: series of runs that papers use, and those that show how a server grows and what it does under overload.
+//! Grids: the series of runs of several papers, and series that measure scaling and overload.
 
 use clap::ValueEnum;
 

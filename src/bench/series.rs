@@ -77,7 +77,7 @@ impl SeriesSettings {
         self.duration.unwrap_or(Duration::from_secs_f64(SOAK_SECONDS * self.scale))
     }
 
-    /// The runs, with what they share in `base`.
+    /// The runs; `base` has their common settings.
     fn points(&self, base: &Traffic, sustained: f64) -> Vec<GridPoint> {
         match self.grid {
             Some(GridKind::SLora) => grid::s_lora(base, sustained, self.scale),

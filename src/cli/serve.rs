@@ -68,7 +68,7 @@ async fn load(config: &ServeConfig, app: &App, store: Arc<Store>, address: Socke
     Ok(())
 }
 
-/// Prints what was loaded, where memory goes, and a request to try.
+/// Prints the loaded model, the use of memory, and a request to try.
 fn announce(config: &ServeConfig, loaded: &LoadedModel, address: SocketAddr) {
     let LoadedModel { base, registry, plan, .. } = loaded;
     let adapters = registry.list();

@@ -126,7 +126,7 @@ impl<R: Runner> Worker<R> {
         self.scheduler.push(Sequence::new(request, permit, seed));
     }
 
-    /// Runs a step and delivers its results. An error or a panic ends the sequences of this step, and the engine goes on.
+    /// Runs a step and delivers its results. An error or a panic ends the sequences of this step, and the engine continues.
     fn step(&mut self, schedule: &[ScheduledRows]) {
         let batch = self.build_batch(schedule);
         let run = catch_unwind(AssertUnwindSafe(|| {

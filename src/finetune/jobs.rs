@@ -1,4 +1,4 @@
-//! The handle to all fine-tuning jobs: what HTTP handlers ask for. The `JobManager`'s thread does it.
+//! The handle to all fine-tuning jobs. HTTP handlers send requests through it to the `JobManager`'s thread, which carries them out.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};

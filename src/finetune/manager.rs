@@ -1,7 +1,7 @@
 //! The manager of fine-tuning jobs: one thread that changes their states, in the order of the messages it gets. Files are read
 //! on other threads, and training runs on the engine's thread.
 //!
-//! A change is in the [`Store`] before anyone hears of it. So a process may end at any point: at the next start, jobs that ran
+//! A change is written to the [`Store`] before it is reported. So a process may end at any point: at the next start, jobs that ran
 //! are queued again and continue from their last saved state.
 
 use std::collections::{HashMap, VecDeque};
@@ -167,7 +167,7 @@ impl JobManager {
         self.active.get(id).is_some_and(|active| active.run == run)
     }
 
-    /// Sends a command to the trainer. A trainer that has ended has dropped its jobs, which the manager hears of.
+    /// Sends a command to the trainer. If the trainer has ended, it has dropped its jobs, and the manager is notified of that.
     fn command(&self, command: Command) {
         let _ = self.context.runtime.trainer.send(command);
     }

@@ -1,6 +1,6 @@
 //! The life of a fine-tuning job. Its computation is in [`train`](crate::train).
 //!
-//! In the order in which a job meets them:
+//! In the order in which a job uses them:
 //!
 //! | file | what it is |
 //! |---|---|
@@ -11,7 +11,7 @@
 //! | `manager` | the thread that changes the states of jobs, and their queue |
 //! | `prepare` | a job's files, parsed, with its final settings |
 //! | [`context`] | what jobs need of the server, and the `Job` for the trainer |
-//! | `reports` | what the manager does with the reports of the trainer |
+//! | `reports` | how the manager handles the trainer's reports |
 //! | `gauges` | metrics of jobs for the metrics page |
 //! | `publish` | publishing a checkpoint once trainer and server agree on its probe |
 //! | `tensorboard`, `history`, `results` | the metrics files of a job |

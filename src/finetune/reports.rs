@@ -155,7 +155,7 @@ impl JobManager {
         Ok(())
     }
 
-    /// Removes the state of a job that has ended. A state that stays only wastes disk space.
+    /// Removes the state of a job that has ended. If that fails, the leftover state only wastes disk space.
     fn remove_state(&self, id: &str) {
         if let Err(error) = state::remove(&self.store().job_dir(id)) {
             tracing::warn!(job = id, error = %format_args!("{error:#}"), "the state of an ended job cannot be removed");

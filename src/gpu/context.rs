@@ -18,11 +18,11 @@ use super::kernels::{KernelSet, Kernels};
 use super::uploads::UploadCache;
 use crate::{Error, Result};
 
-/// All open devices: the only static of the CUDA half. Candle's devices have no room for data of ours, but each has an id of its
-/// own, by which an op finds the context of its tensors.
-static REGISTRY: DeviceRegistry = DeviceRegistry { contexts: RwLock::new(Vec::new()), exclusive: Mutex::new(()) };
+/// All open devices: the only static of the CUDA half. Candle's devices cannot hold our data, but each has a unique id,
+/// by which an op finds the context of its tensors.
+static REGISTRY: ContextRegistry = ContextRegistry { contexts: RwLock::new(Vec::new()), exclusive: Mutex::new(()) };
 
-struct DeviceRegistry {
+struct ContextRegistry {
     /// A context stays here as long as anything refers to it or to its device. [`Context::open`] drops the others, so that
     /// contexts outlive their use only until the next device is opened.
     contexts: RwLock<Vec<(DeviceId, Arc<Context>)>>,
@@ -120,7 +120,7 @@ impl Context {
     }
 
     /// An op's state of type `T`, made at its first use and kept as long as the context: addresses inside it, which
-    /// captured graphs know, stay valid. It must hold no tensor and no clone of the device, or the device would seem to be
+    /// captured graphs contain, stay valid. It must hold no tensor and no clone of the device, or the device would seem to be
     /// in use for ever; a [`CudaSlice`] is fine.
     pub fn get_or_init<T: Any + Send + Sync>(&self, init: impl FnOnce(&Self) -> Result<T>) -> Result<Arc<T>> {
         let states = self.states.read().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! CUDA graphs: what a function launches is captured once and replayed with one call.
+//! CUDA graphs: the launches of a function are captured once and replayed with one call.
 
 use std::collections::HashMap;
 use std::hash::Hash;

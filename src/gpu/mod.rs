@@ -1,4 +1,4 @@
-//! GPUs: opening a device, and what the CUDA halves of the ops share, in one [`Context`] for each device.
+//! GPUs: opens a device, and keeps the state that the CUDA halves of the ops share in one [`Context`] for each device.
 //!
 //! A build without the feature `cuda` has only [`open`], which then refuses every GPU.
 

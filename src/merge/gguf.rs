@@ -1,5 +1,5 @@
-//! A merged model as a GGUF file. The metadata is that of the base, or what llama.cpp's converter writes for a Hugging Face
-//! directory. Each tensor is computed when it is written, so that one at a time is in memory.
+//! A merged model as a GGUF file. The metadata is that of the base, or the metadata that llama.cpp's converter writes for a Hugging
+//! Face directory. Each tensor is computed when it is written, so that one at a time is in memory.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, version 3. candle has a writer, but it needs all tensors
 //! in memory.

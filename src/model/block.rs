@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Each norm is computed together with the residual sum before it, so a block starts from a normed input and ends with the
-//! normed input of what follows. A [`BlockHook`] supplies what serving and training do differently.
+//! normed input of what follows. A [`BlockHook`] supplies the operations that differ between serving and training.
 
 use std::sync::Arc;
 
@@ -19,7 +19,8 @@ use crate::ops::norm::add_rms_norm;
 use crate::ops::quant::QMatrix;
 use crate::ops::swiglu::swiglu;
 
-/// The operations of a decoder block that differ between serving and training. A hook may keep what its methods see for a backward pass.
+/// The operations of a decoder block that differ between serving and training. A hook may keep the tensors that it is given for a
+/// backward pass.
 pub trait BlockHook {
     /// `x [T, k] -> [T, n]`: `x·Wᵀ` plus the deltas of the rows' adapters, times DoRA's gains.
     fn linear(&mut self, weight: &Arc<QMatrix>, x: &Tensor, site: Site) -> Result<Tensor>;
@@ -36,7 +37,7 @@ pub trait BlockHook {
     }
 
     /// Applies RoPE to the queries and keys of `qkv [T, (heads + 2·kv_heads)·head_dim]` and attends. Returns attention's
-    /// output `[R, heads·head_dim]` and the residual stream `[R, hidden]` of the `R` rows that go on, or `None` if no row does.
+    /// output `[R, heads·head_dim]` and the residual stream `[R, hidden]` of the `R` rows that continue, or `None` if no row does.
     fn attention(&mut self, qkv: &Tensor, residual: Tensor) -> Result<Option<(Tensor, Tensor)>>;
 }
 
@@ -68,7 +69,7 @@ impl<'a> DecoderBlock<'a> {
     }
 
     /// Runs the block on the residual stream and its norm, each `[T, hidden]`. Returns both for what follows the block, or
-    /// `None` if no row goes on.
+    /// `None` if no row continues.
     pub fn forward(&self, hook: &mut impl BlockHook, residual: Tensor, x: Tensor) -> Result<Option<(Tensor, Tensor)>> {
         let Some(BlockActivations { residual, mlp_activation, .. }) = self.forward_before_down(hook, residual, x)?
         else {

@@ -94,8 +94,8 @@ impl Decoder {
         hook.linear(head, &x, Site::Head)
     }
 
-    /// Checks what the ops do not check themselves. Errors: arrays of different lengths, an unknown token id, a logit row
-    /// outside the batch.
+    /// Checks the properties that the ops do not check themselves. Errors: arrays of different lengths, an unknown token id,
+    /// a logit row outside the batch.
     pub fn check(&self, batch: &Batch) -> Result<()> {
         let rows = batch.tokens.len();
         if batch.positions.len() != rows || batch.slot_mapping.len() != rows {
@@ -145,7 +145,8 @@ impl BlockHook for ServingHook<'_> {
         Ok(y)
     }
 
-    /// Appends the rows' keys and values to the cache. From the last block on, only the rows whose logits are wanted go on.
+    /// Appends the rows' keys and values to the cache. After the attention of the last block, only the rows with requested
+    /// logits continue.
     fn attention(&mut self, qkv: &Tensor, residual: Tensor) -> Result<Option<(Tensor, Tensor)>> {
         self.kv.append(self.layer, qkv, self.batch, self.rope)?;
         let selects = self.layer == self.last && self.batch.selects_logits();

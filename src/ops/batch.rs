@@ -100,7 +100,7 @@ impl Batch {
         self.step.as_ref().map_or(self.tokens.len(), |step| step.rows)
     }
 
-    /// Whether only `logit_rows` go on after the last attention. Captured steps compute the logits of all rows.
+    /// Whether only `logit_rows` continue after the last attention. Captured steps compute the logits of all rows.
     pub(crate) fn selects_logits(&self) -> bool {
         !self.step.as_ref().is_some_and(|step| step.captured) && self.logit_rows.len() < self.tokens.len()
     }

@@ -21,8 +21,8 @@ pub fn slice_mut<'a>(op: &'static str, storage: &'a mut CpuStorage, layout: &Lay
     }
 }
 
-/// The values of a contiguous f32 tensor that is not passed to a candle op as an operand. The storage stays locked while they are read. Errors: a
-/// tensor that is not on the CPU, not contiguous, or not f32.
+/// The values of a contiguous f32 tensor that is not passed to a candle op as an operand. The storage stays locked while they are
+/// read. Errors: a tensor that is not on the CPU, not contiguous, or not f32.
 pub fn values<'a>(op: &'static str, tensor: &'a Tensor) -> Result<impl Deref<Target = [f32]> + 'a> {
     let (storage, layout) = tensor.storage_and_layout();
     let (start, end) = layout.contiguous_offsets().ok_or(candle_core::Error::RequiresContiguous { op })?;

@@ -1,6 +1,7 @@
 //! The ops: one file each, with the CPU half, the backward where training needs one, and the CUDA half in `cuda.rs` of the op's
 //! folder. The kernels of an op are in `kernels/`, its GPU tests in `tests/gpu`, its benchmark in `benches/ops`, under the
-//! same name. No op knows a model, an adapter or the engine: see [`batch`] for what they take of a step.
+//! same name. Ops do not depend on the model, the adapters or the engine. [`batch`] defines the step's
+//! metadata that they read.
 //!
 //! Activations are contiguous tensors of shape `[T, features]`, one row per row of the batch: f32 on the CPU, mostly bf16 on a
 //! GPU. An op computes a row from that row alone, in an order that depends on the weights' shapes only, so that a row's bits do

@@ -27,7 +27,7 @@ const TASK: usize = constants::SAMPLE_TASK_WORDS;
 /// The sampling parameters of one row of logits. The default takes the token with the largest logit.
 #[derive(Default)]
 pub struct RowSampling<'a> {
-    /// Ids and what is added to their logits.
+    /// Ids and the values added to their logits.
     pub bias: &'a [(u32, f32)],
     /// Penalties, applied after the bias.
     pub penalties: Option<Penalties<'a>>,

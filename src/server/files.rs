@@ -63,7 +63,7 @@ pub(super) async fn upload(
     let codec = serving.codec.clone();
     let keep = move |store: &Store| {
         let bytes = std::fs::read(content.path()).at(content.path())?;
-        // A job's settings decide what is cut. Only what no setting can mend is refused here.
+        // A job's settings decide where examples are cut. Only errors that no setting avoids are refused here.
         let options =
             DataOptions { max_length: usize::MAX, train_on_inputs: false, alpaca_ending: AlpacaEnding::default() };
         data::parse(&bytes, &codec, &options).map_err(|e| e.param("file"))?;

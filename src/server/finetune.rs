@@ -124,7 +124,7 @@ fn continue_from(serving: &Serving, model: &str, settings: &mut Map<String, Valu
             training.insert("from_checkpoint".into(), model.into());
             Ok(())
         }
-        // `settings` reports that it is no object.
+        // `settings` reports that it is not an object.
         None => Ok(()),
         Some(_) => Err(Error::invalid(
             "`model` and `training.from_checkpoint` name two adapters to continue from: give one of them",

@@ -110,7 +110,7 @@ fn require_loopback(request: &Request) -> Result<()> {
     if !peer.is_some_and(|ConnectInfo(peer)| peer.ip().to_canonical().is_loopback()) {
         return forbid("without --admin-key, the admin routes answer only clients on the same machine");
     }
-    // A proxy on this machine speaks for others, and so does a browser for the page that it shows.
+    // A proxy on this machine sends requests for other clients, and a browser for the page that it shows.
     if ["forwarded", "x-forwarded-for", "x-real-ip", "origin"].iter().any(|name| request.headers().contains_key(*name))
     {
         return forbid("without --admin-key, the admin routes answer neither proxies nor web pages");

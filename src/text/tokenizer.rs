@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 pub(crate) use to_gguf::to_gguf;
 
-/// A tokenizer, and what else a model's files say about its text.
+/// A tokenizer, and the other settings for text in a model's files.
 pub(super) struct LoadedTokenizer {
     /// Text to ids.
     pub(super) tokenizer: Tokenizer,

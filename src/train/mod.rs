@@ -1,7 +1,7 @@
 //! Training: new adapters over the same quantised weights that serve (QLoRA, Dettmers et al., 2023). This is the computation; the
 //! life of a job on a server is in `finetune`.
 //!
-//! In the order in which a job meets them:
+//! In the order in which a job uses them:
 //!
 //! | file | what it is |
 //! |---|---|

@@ -1,7 +1,7 @@
 //! The settings of one training job. The API and the command line both build a [`JobSpec`]; it contains a value for each setting
 //! that the user left out or set to "auto".
 //!
-//! The defaults are what a job gets when the user sets nothing. Where a default follows from the training file (epochs, batch
+//! The defaults are the values of a job without settings. Where a default follows from the training file (epochs, batch
 //! size, warm-up), `finetune::settings` chooses it.
 
 use serde::{Deserialize, Serialize};

@@ -25,7 +25,7 @@ pub struct Trainer {
     writer: JobWriter,
     /// In the order in which the next pass takes their rows.
     jobs: Vec<TrainingJob>,
-    /// Jobs to stop once no pass has rows of theirs.
+    /// Jobs to stop once no pass contains their rows.
     stopping: Vec<(String, StopKind)>,
     active_pass: Option<ActivePass>,
     /// Results of the last pass, by job, that are not processed yet.

@@ -1,4 +1,4 @@
-//! A running job: the rows it puts into passes, and what it does with their results: optimiser steps, validations,
+//! A running job: it puts rows into passes and uses the results for optimiser steps, validations,
 //! checkpoints.
 
 use std::collections::HashMap;

@@ -36,7 +36,7 @@ struct Residence {
     fresh: bool,
 }
 
-/// What a KV cell holds: token, position, adapters.
+/// The content of a KV cell: token, position, adapters.
 type Cell = (u32, u32, u64);
 
 pub struct Fake {

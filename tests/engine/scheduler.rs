@@ -357,11 +357,11 @@ fn adapters_that_never_fit_together_are_refused() {
     fake.slots = 1;
     let mut bench = Bench::with(fake, &config());
     let both = vec![(lease("a", "a"), 1.0), (lease("b", "b"), 1.0)];
-    let mut hopeless = bench.submit(&[1], &both, greedy(2)).unwrap();
+    let mut oversized = bench.submit(&[1], &both, greedy(2)).unwrap();
     let mut fine = bench.submit(&[1], &one(&lease("c", "c")), greedy(2)).unwrap();
     bench.finish();
     let (mut first, mut second) = (Answer::default(), Answer::default());
-    first.take(&mut hopeless);
+    first.take(&mut oversized);
     second.take(&mut fine);
     assert!(first.failed.unwrap().contains("a, b"));
     assert_eq!(second.tokens.len(), 2);

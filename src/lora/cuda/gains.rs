@@ -68,7 +68,7 @@ impl SlotGains {
     /// Turns a slot's pending magnitudes into gains.
     pub fn prepare(&mut self, slot: u32, memory: &mut SlotMemory, base: &dyn BaseMatrices) -> Result<()> {
         let Some(DoraSlot { start, layout, pending }) = self.slots.get_mut(&slot) else { return Ok(()) };
-        // An entry is removed only once it is done: after an error the others are taken up again, and none twice.
+        // An entry is removed only once it is done, so that a call after an error continues with the rest and repeats none.
         while let Some(&entry) = pending.last() {
             let block = layout.block(entry).ok_or_else(|| Error::internal(format!("no block at entry {entry}")))?;
             let (layer, site) = SlotEntry::place(entry, base.num_layers());

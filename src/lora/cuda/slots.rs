@@ -157,7 +157,7 @@ impl DeviceSlots {
         Ok(self.ranks.contains_key(&slot))
     }
 
-    /// Forgets a slot. Its row of the table stays until the next owner's, since no batch names it.
+    /// Forgets a slot. Its row of the table stays until the next upload to the slot: no batch names the slot before that.
     pub fn remove(&mut self, slot: u32) {
         self.ranks.remove(&slot);
         self.gains.remove(slot);

@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// Pinned buffers: one for each loader thread, and one being copied meanwhile.
 const BUFFERS: usize = 3;
 
-/// Pinned buffers have a multiple of this many 16-bit values, so that the next adapter of about the size fits too.
+/// Pinned buffers have a multiple of this many 16-bit values, so that the next adapter of a similar size fits too.
 const BUFFER_STEP: usize = 1 << 20;
 
 /// An adapter laid out on the host, ready to be copied.

@@ -120,7 +120,7 @@ impl<'a> Description<'a> {
         Ok(OpenModel { config, tensors, tied })
     }
 
-    /// Where a tensor lies. Errors: a type that is not supported, rows that do not consist of whole blocks.
+    /// The entry of a tensor. Errors: a type that is not supported, rows that do not consist of whole blocks.
     fn entry(&self, label: &str, info: &TensorInfo, hf_name: Option<&str>, file: usize) -> Result<TensorEntry> {
         let codec = codec(info.ggml_dtype).ok_or_else(|| {
             Error::invalid(format!(

@@ -14,7 +14,7 @@ use crate::ops::pool::parallel_for;
 use crate::ops::quant::{Codec, Source};
 use crate::{Error, Result};
 
-/// Where a tensor lies and what it is.
+/// A tensor's place, encoding and shape.
 pub struct TensorEntry {
     /// The name in the file, for messages.
     pub label: String,

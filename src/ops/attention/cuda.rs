@@ -156,7 +156,7 @@ fn uploaded(batch: &Batch) -> Result<&DeviceStep> {
     batch.step.as_ref().ok_or_else(|| Error::internal("the batch was not copied to the GPU"))
 }
 
-/// One call of [`attention`]: what the launches for decode rows and for prefill have in common.
+/// One call of [`attention`]: the arguments common to the launches for decode rows and for prefill.
 struct PagedAttention<'a> {
     gpu: &'a Context,
     kernels: &'a AttentionKernels,

@@ -49,7 +49,7 @@ impl TileFormat {
         }
     }
 
-    /// Tiles of a chunk: what a warp copies at a time.
+    /// Tiles of a chunk, which a warp copies at a time.
     pub fn chunk(self) -> usize {
         constants::CHUNK_TILES[self as usize]
     }

@@ -84,7 +84,7 @@ impl Metrics {
         self.requests.errors.with_label_values(&[kind.word(), &self.label(adapter)]).inc();
     }
 
-    /// The page in Prometheus's text format. Without `input`, while the model loads, it has only what has been counted.
+    /// The page in Prometheus's text format. Without `input`, while the model loads, it has only the counters.
     pub(super) fn render(&self, input: Option<ScrapeInput>) -> Result<String> {
         let _one_at_a_time = lock(&self.scrape);
         if let Some(input) = input {
