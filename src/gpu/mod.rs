@@ -1,4 +1,4 @@
-//! GPUs: opens a device, and keeps the state that the CUDA halves of the ops share in one [`Context`] for each device.
+//! GPUs: opens a device, and keeps the state that the CUDA halves of the ops share in one `Context` for each device.
 //!
 //! A build without the feature `cuda` has only [`open`], which then refuses every GPU.
 
@@ -79,7 +79,7 @@ pub struct OpenOptions {
     pub deterministic: bool,
 }
 
-/// Opens a device. On a GPU each call makes a device with a stream and a [`Context`] of its own; their tensors do not mix.
+/// Opens a device. On a GPU each call makes a device with a stream and a `Context` of its own; their tensors do not mix.
 /// Errors: a GPU was asked for, and this build has no CUDA or the machine has no such GPU.
 pub fn open(choice: DeviceChoice, options: OpenOptions) -> Result<Device> {
     match choice {
