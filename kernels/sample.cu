@@ -51,7 +51,7 @@ struct Task {
     // Where the task's lists start: (id, f32 bits of the bias) sorted by id; (id, count), each id once; masked ids. `end`: of the last.
     int bias, seen, masked, end;
     float repetition, frequency, presence;
-    int unused;
+    int allowed;          // where a bit for each id starts, set if the token is allowed; 0: all are allowed
 };
 
 static_assert(sizeof(Task) == 4 * SAMPLE_TASK_WORDS, "as in Rust");
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_edit(float* logits,
     pdl_wait();
     pdl_release();
     const Task& task = ((const Task*)words)[blockIdx.x];
-    if (task.bias == task.end) return;
+    if (task.bias == task.end && task.allowed == 0) return;
     float* x = logits + (size_t)task.row * vocab;
     // Biases. An id may have several: the thread of its first entry adds them all, in order.
     for (int i = task.bias + 2 * threadIdx.x; i < task.seen; i += 2 * THREADS) {
@@ -178,6 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_edit(float* logits,
     for (int i = task.masked + threadIdx.x; i < task.end; i += THREADS) {
         unsigned id = words[i];
         if (id < (unsigned)vocab) x[id] = -INFINITY;
+    }
+    if (task.allowed == 0) return;
+    // A warp takes the ids of one word at a time.
+    for (int id = threadIdx.x; id < vocab; id += THREADS) {
+        if (!(words[task.allowed + id / 32] >> id % 32 & 1)) x[id] = -INFINITY;
     }
 }
 

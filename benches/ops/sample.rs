@@ -15,7 +15,8 @@ pub fn bench(c: &mut Criterion) {
         let counts = TokenCounts::new(&params, &[1, 2, 3]);
         for rows in [1, 32] {
             let logits = values((rows, VOCAB));
-            let metadata = || SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 1, index: 0 };
+            let metadata =
+                || SamplingMetadata { params: &params, counts: &counts, masked: &[], allowed: None, seed: 1, index: 0 };
             let tasks: Vec<LogitsTask> = (0..rows).map(|_| LogitsTask::Sample(metadata())).collect();
             group.throughput(Throughput::Elements(rows as u64));
             group.bench_function(BenchmarkId::new(name, rows), |b| b.iter(|| must(run_tasks(&logits, &tasks))));

@@ -7,6 +7,7 @@
 
 mod background;
 mod block_pool;
+pub mod constraint;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(not(feature = "cuda"))]

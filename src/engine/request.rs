@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::constraint::TokenConstraint;
 use crate::Error;
 use crate::adapter::Lease;
 
@@ -26,12 +27,16 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Added to logits, by token id.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Only these ids may be generated; empty allows all (vLLM).
+    pub allowed_token_ids: Vec<u32>,
+    /// Sequences of ids that are not generated: the last id is masked while the ids before it are the end of the output (vLLM).
+    pub bad_words: Vec<Vec<u32>>,
     /// The same seed, prompt and parameters give the same tokens under any load, where a row's bits do not depend on the batch
     /// (see [`crate::ops`]). Without a seed, the engine draws one.
     pub seed: Option<u64>,
     /// Most tokens to generate.
     pub max_tokens: usize,
-    /// Number of generated tokens before which stop ids are masked.
+    /// Number of generated tokens before which stop ids are masked. A constraint that allows nothing else ends the output earlier.
     pub min_tokens: usize,
     /// Ids that end the sequence, in addition to the model's end-of-sequence ids.
     pub stop_token_ids: Vec<u32>,
@@ -54,6 +59,8 @@ impl Default for SamplingParams {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
+            allowed_token_ids: Vec::new(),
+            bad_words: Vec::new(),
             seed: None,
             max_tokens: 16,
             min_tokens: 0,
@@ -75,14 +82,16 @@ pub struct Request {
     pub params: SamplingParams,
     /// Adapters and their weights, whose deltas are summed; empty for the base.
     pub adapters: Vec<(Lease, f32)>,
+    /// Decides which tokens may be generated.
+    pub constraint: Option<Box<dyn TokenConstraint>>,
     /// When it arrived at the server, for queue time.
     pub arrived: Instant,
     /// Receives the events. The engine drops the sequence once the receiver has been dropped.
     pub events: UnboundedSender<Event>,
 }
 
-/// A token's log-probability, with the most likely tokens, best first. The distribution is the one after penalties and bias,
-/// and before temperature and truncation.
+/// A token's log-probability, with the most likely tokens, best first. The distribution is the one after masks, penalties and
+/// bias, and before temperature and truncation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logprobs {
     /// Log-probability of the token itself.

@@ -1,6 +1,6 @@
 //! The sampler: from a row of logits to the next token.
 //!
-//! The order of the steps is vLLM's: masks (`min_tokens`), `logit_bias`, repetition penalty, frequency and presence penalties;
+//! The order of the steps is vLLM's: masks (`min_tokens`, `bad_words`, constraints), `logit_bias`, repetition penalty, frequency and presence penalties;
 //! then the log-probabilities are computed; then greedy choice, or temperature, `min_p`, `top_k`, `top_p` (of the tokens that
 //! `top_k` keeps) and a draw. Equal logits rank by id, the lowest first.
 //!
@@ -19,6 +19,7 @@ use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
 
+use super::constraint::TokenMask;
 use super::request::{Logprobs, SamplingParams};
 use crate::ops::pool::parallel_for;
 use crate::ops::sample::{self as on_device, LogitReport, Penalties, PickedToken};
@@ -70,6 +71,8 @@ pub struct SamplingMetadata<'a> {
     pub counts: &'a TokenCounts,
     /// Ids that must not be sampled.
     pub masked: &'a [u32],
+    /// The tokens that may be sampled; `None` allows all.
+    pub allowed: Option<&'a TokenMask>,
     /// Determines the draw, together with `index`.
     pub seed: u64,
     /// Index of the token in the output.
@@ -149,6 +152,7 @@ impl LogitsTask<'_> {
                 presence: metadata.params.presence_penalty,
             }),
             masked: metadata.masked,
+            allowed: metadata.allowed.map(TokenMask::words),
             choice: match temperature {
                 0.0 => on_device::TokenChoice::Best,
                 _ => on_device::TokenChoice::Draw { temperature, min_p, top_k, top_p, uniform: metadata.uniform() },
@@ -195,7 +199,7 @@ fn not_finite() -> Error {
 }
 
 fn all_masked() -> Error {
-    Error::internal("every token is masked or has a logit of minus infinity")
+    Error::invalid("no token is left: every token is masked or has a logit of minus infinity")
 }
 
 fn outside(id: u32, vocab: usize) -> Error {
@@ -207,7 +211,8 @@ thread_local! {
     static SCRATCH: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
 }
 
-/// Samples a token from `logits [vocab]`. Errors: `Internal` if a logit is NaN or infinite, or if every token is masked.
+/// Samples a token from `logits [vocab]`. Errors: `Internal` if a logit is NaN or infinite, `Invalid`
+/// if every token is masked.
 pub fn sample(logits: &[f32], metadata: &SamplingMetadata) -> Result<SampledToken> {
     SCRATCH.with_borrow_mut(|[copy, weights]| {
         let logits = adjust(logits, metadata, copy);
@@ -231,8 +236,8 @@ pub fn score(logits: &[f32], id: u32, top: usize) -> Result<Logprobs> {
 
 /// The logits after masks, bias and penalties: a changed copy, or the row itself if none applies.
 fn adjust<'a>(logits: &'a [f32], metadata: &SamplingMetadata, copy: &'a mut Vec<f32>) -> &'a [f32] {
-    let SamplingMetadata { params, counts, masked, .. } = metadata;
-    if masked.is_empty() && params.logit_bias.is_empty() && !counts.enabled {
+    let SamplingMetadata { params, counts, masked, allowed, .. } = metadata;
+    if masked.is_empty() && allowed.is_none() && params.logit_bias.is_empty() && !counts.enabled {
         return logits;
     }
     copy.clear();
@@ -254,7 +259,26 @@ fn adjust<'a>(logits: &'a [f32], metadata: &SamplingMetadata, copy: &'a mut Vec<
             *logit = f32::NEG_INFINITY;
         }
     }
+    if let Some(allowed) = allowed {
+        apply_mask(copy, allowed.words());
+    }
     copy
+}
+
+/// Sets the logits of tokens that are not allowed to minus infinity. `words` has a bit for each id.
+fn apply_mask(logits: &mut [f32], words: &[u32]) {
+    let words = words.iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in logits.chunks_mut(32).zip(words) {
+        match word {
+            0 => logits.fill(f32::NEG_INFINITY),
+            u32::MAX => {}
+            word => {
+                for (bit, logit) in logits.iter_mut().enumerate() {
+                    *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
 }
 
 /// The lowest id with the largest logit, and that logit, in one pass that the compiler vectorises. Errors: a logit is NaN or

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::RequestPermit;
 use super::block_pool::{BlockHash, chain_hash, root_hash};
+use super::constraint::{AllowedTokens, NextMask, TokenMask};
 use super::fair_queue::QueueId;
 use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::TokenCounts;
@@ -38,6 +39,8 @@ pub(super) struct Sequence {
     pub(super) slots: Vec<(u32, f32)>,
     /// Counts of its tokens, for the penalties.
     pub(super) counts: TokenCounts,
+    /// The mask of its next token, if its tokens are constrained.
+    pub(super) next_mask: Option<NextMask>,
     /// Log-probabilities of leading prompt tokens, while they are collected.
     pub(super) prompt_logprobs: Vec<Option<Logprobs>>,
     /// Number of prompt tokens that the prefix cache held when it was first admitted.
@@ -50,7 +53,11 @@ pub(super) struct Sequence {
 
 impl Sequence {
     /// A sequence that has not run.
-    pub(super) fn new(request: Request, permit: RequestPermit, seed: u64) -> Self {
+    pub(super) fn new(mut request: Request, permit: RequestPermit, seed: u64) -> Self {
+        let constraint = match (&request.params.allowed_token_ids[..], request.constraint.take()) {
+            ([], constraint) => constraint,
+            (ids, constraint) => Some(Box::new(AllowedTokens::new(ids, constraint)) as _),
+        };
         let key = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits())).collect();
         Self {
             key,
@@ -64,6 +71,7 @@ impl Sequence {
             cached_blocks: 0,
             slots: Vec::new(),
             counts: TokenCounts::new(&request.params, &request.prompt),
+            next_mask: constraint.map(NextMask::start),
             prompt_logprobs: Vec::new(),
             cached_tokens: 0,
             admitted: false,
@@ -82,19 +90,37 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Whether its next `rows` tokens reach its end, so that the next token is sampled.
+    pub(super) fn samples(&self, rows: usize) -> bool {
+        self.computed + rows == self.tokens.len() && self.request.params.max_tokens > 0
+    }
+
     /// Whether the client has gone.
     pub(super) fn cancelled(&self) -> bool {
         self.request.events.is_closed()
     }
 
-    /// Ids that must not be generated yet (`min_tokens`).
+    /// The tokens that its constraint allows next, if it has one.
+    pub(super) fn allowed(&self) -> Option<&TokenMask> {
+        self.next_mask.as_ref().and_then(NextMask::mask)
+    }
+
+    /// Ids that must not be generated now: those that would end the output before `min_tokens`, and the last ids of `bad_words`.
     pub(super) fn masked(&self, eos_token_ids: &[u32]) -> Vec<u32> {
         let params = &self.request.params;
-        if self.output_len() >= params.min_tokens {
-            return Vec::new();
+        let mut masked = Vec::new();
+        if self.output_len() < params.min_tokens {
+            let eos = if params.ignore_eos { &[] } else { eos_token_ids };
+            masked.extend(eos.iter().chain(&params.stop_token_ids));
+            // An output that is complete under its constraint can only end.
+            if self.allowed().is_some_and(|allowed| !allowed.allows_other_than(&masked)) {
+                masked.clear();
+            }
         }
-        let eos = if params.ignore_eos { &[] } else { eos_token_ids };
-        eos.iter().chain(&params.stop_token_ids).copied().collect()
+        let output = &self.tokens[self.request.prompt.len()..];
+        let banned = params.bad_words.iter().filter_map(|word| word.split_last());
+        masked.extend(banned.filter(|(_, begun)| output.ends_with(begun)).map(|(last, _)| last));
+        masked
     }
 
     /// Whether prompt log-probabilities were requested and are not complete.

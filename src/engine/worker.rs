@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 
 use super::background::{BackgroundTask, TimeSlicer};
+use super::constraint::{MASK_TIMEOUT, NextMask};
 use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::{LogitsTask, SampledToken, SamplingMetadata, run_tasks};
 use super::scheduler::{ScheduledRows, Scheduler};
@@ -52,7 +53,19 @@ struct SequenceOutput {
     /// The prompt log-probabilities of this step's rows, in order.
     prompt: Vec<Option<Logprobs>>,
     /// The next token, if the step reached the end of the sequence.
-    next: Option<(u32, Option<Logprobs>)>,
+    next: NextToken,
+}
+
+/// The token that follows the rows of a step.
+enum NextToken {
+    /// None: the sequence has more rows, or no output was requested.
+    None,
+    /// A token, and its log-probabilities if they were requested.
+    Sampled(u32, Option<Logprobs>),
+    /// None: the output is complete under the sequence's constraint.
+    Complete,
+    /// The sequence's mask is not ready. The step does not count for this sequence.
+    Postponed,
 }
 
 impl<R: Runner> Worker<R> {
@@ -153,7 +166,14 @@ impl<R: Runner> Worker<R> {
     }
 
     /// Samples from the logits of a step, and returns the results of each scheduled sequence.
-    fn sample(&self, schedule: &[ScheduledRows], logits: &Tensor) -> Result<Vec<Result<SequenceOutput>>> {
+    fn sample(&mut self, schedule: &[ScheduledRows], logits: &Tensor) -> Result<Vec<Result<SequenceOutput>>> {
+        let deadline = Instant::now() + MASK_TIMEOUT;
+        for &ScheduledRows { sequence, rows } in schedule {
+            let s = &mut self.scheduler.running[sequence];
+            if s.samples(rows) {
+                s.next_mask.iter_mut().for_each(|mask| mask.wait(deadline.saturating_duration_since(Instant::now())));
+            }
+        }
         let scheduled = || schedule.iter().map(|s| (&self.scheduler.running[s.sequence], s.rows));
         let masked: Vec<_> = scheduled().map(|(s, _)| s.masked(&self.config.eos_token_ids)).collect();
         let by_sequence: Vec<Vec<LogitsTask>> =
@@ -161,7 +181,8 @@ impl<R: Runner> Worker<R> {
         let counts: Vec<_> = by_sequence.iter().map(Vec::len).collect();
         let tasks: Vec<LogitsTask> = by_sequence.into_iter().flatten().collect();
         let mut results = tasks.iter().zip(run_tasks(logits, &tasks)?);
-        Ok(counts.into_iter().map(|count| sequence_output(results.by_ref().take(count).collect())).collect())
+        let outputs = scheduled().zip(counts);
+        Ok(outputs.map(|((s, _), count)| sequence_output(s, results.by_ref().take(count).collect())).collect())
     }
 
     /// Delivers the results of a step, and removes the sequences that have ended.
@@ -176,6 +197,7 @@ impl<R: Runner> Worker<R> {
         let mut ended = Vec::new();
         for (&ScheduledRows { sequence: index, rows }, output) in schedule.iter().zip(outputs) {
             match output {
+                Ok(SequenceOutput { next: NextToken::Postponed, .. }) => {}
                 Ok(output) => {
                     self.scheduler.advance(index, rows);
                     if self.deliver_one(index, output) {
@@ -202,7 +224,14 @@ impl<R: Runner> Worker<R> {
             s.finish(FinishReason::Length, None);
             return true;
         }
-        let Some((id, logprobs)) = output.next else { return false };
+        let (id, logprobs) = match output.next {
+            NextToken::Sampled(id, logprobs) => (id, logprobs),
+            NextToken::Complete => {
+                s.finish(FinishReason::Stop, None);
+                return true;
+            }
+            NextToken::None | NextToken::Postponed => return false,
+        };
         let params = &s.request.params;
         if params.stop_token_ids.contains(&id) {
             s.finish(FinishReason::Stop, Some(id));
@@ -217,8 +246,15 @@ impl<R: Runner> Worker<R> {
         // If the client has gone, the next step drops the sequence.
         let _ = s.request.events.send(Event::Token { id, logprobs });
         let full = s.output_len() >= params.max_tokens || s.tokens.len() >= self.config.max_model_len;
+        if let Some(mask) = &mut s.next_mask {
+            mask.accept(id);
+            if full {
+                mask.wait(MASK_TIMEOUT);
+            }
+        }
         if full {
-            s.finish(FinishReason::Length, None);
+            let complete = matches!(s.next_mask, Some(NextMask::Complete));
+            s.finish(if complete { FinishReason::Stop } else { FinishReason::Length }, None);
         }
         full
     }
@@ -244,6 +280,7 @@ fn logits_tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<Logi
             params,
             counts: &s.counts,
             masked,
+            allowed: s.allowed(),
             seed: s.seed,
             index: s.output_len(),
         }),
@@ -252,13 +289,19 @@ fn logits_tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<Logi
 }
 
 /// The results of one sequence, from those of its tasks.
-fn sequence_output(results: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<SequenceOutput> {
-    let mut output = SequenceOutput { prompt: Vec::new(), next: None };
+fn sequence_output(s: &Sequence, results: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<SequenceOutput> {
+    let mut output = SequenceOutput { prompt: Vec::new(), next: NextToken::None };
     for (task, result) in results {
-        let SampledToken { id, logprobs } = result?;
-        match task {
-            LogitsTask::Score { .. } => output.prompt.push(logprobs),
-            LogitsTask::Sample(_) => output.next = Some((id, logprobs)),
+        match (task, &s.next_mask) {
+            (LogitsTask::Score { .. }, _) => output.prompt.push(result?.logprobs),
+            // Sampled without a mask, and not used.
+            (LogitsTask::Sample(_), Some(NextMask::Complete)) => output.next = NextToken::Complete,
+            (LogitsTask::Sample(_), Some(NextMask::Computing(_))) => output.next = NextToken::Postponed,
+            (LogitsTask::Sample(_), Some(NextMask::Failed(error))) => return Err(error.clone()),
+            (LogitsTask::Sample(_), Some(NextMask::Ready { .. }) | None) => {
+                let SampledToken { id, logprobs } = result?;
+                output.next = NextToken::Sampled(id, logprobs);
+            }
         }
     }
     Ok(output)
@@ -268,6 +311,5 @@ fn sequence_output(results: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<
 /// log-probabilities, and the last token's, if output is requested.
 fn logit_positions(s: &Sequence, rows: usize) -> impl Iterator<Item = usize> {
     let end = s.computed + rows;
-    let last = end == s.tokens.len() && s.request.params.max_tokens > 0;
-    s.scoring(s.computed..end).chain(last.then_some(end - 1))
+    s.scoring(s.computed..end).chain(s.samples(rows).then_some(end - 1))
 }

@@ -138,6 +138,7 @@ async fn complete(
         prompt: prompt.to_vec(),
         params: params.clone(),
         adapters: adapters.to_vec(),
+        constraint: None,
         arrived: Instant::now(),
         events,
     })?;

@@ -71,6 +71,7 @@ impl Publisher {
                 prompt: probe.tokens.clone(),
                 params,
                 adapters: vec![(lease.clone(), 1.0)],
+                constraint: None,
                 arrived: Instant::now(),
                 events,
             });

@@ -33,6 +33,8 @@ pub struct RowSampling<'a> {
     pub penalties: Option<Penalties<'a>>,
     /// Ids that must not be chosen.
     pub masked: &'a [u32],
+    /// The ids that may be chosen: bit `id % 32` of word `id / 32`, 0 beyond the words. `None` allows all.
+    pub allowed: Option<&'a [u32]>,
     /// How the token is chosen.
     pub choice: TokenChoice,
     /// Report the token's log-probability, and those of this many most likely tokens.
@@ -207,7 +209,7 @@ impl SamplePlan {
 impl RowSampling<'_> {
     /// Whether the logits change.
     fn edits(&self) -> bool {
-        !self.bias.is_empty() || self.penalties.is_some() || !self.masked.is_empty()
+        !self.bias.is_empty() || self.penalties.is_some() || !self.masked.is_empty() || self.allowed.is_some()
     }
 
     /// Whether more than the best token is requested.
@@ -246,6 +248,13 @@ impl RowSampling<'_> {
         let masked = at(lists);
         lists.extend(self.masked);
         let end = at(lists);
+        // A bit for each id of the vocabulary. 0: none.
+        let allowed = self.allowed.map_or(0, |words| {
+            let start = at(lists);
+            let padded = words.iter().copied().chain(std::iter::repeat(0));
+            lists.extend(padded.take(vocab.div_ceil(32)));
+            start
+        });
 
         // The 18 words of `Task`.
         let uniform = uniform.to_bits();
@@ -254,7 +263,7 @@ impl RowSampling<'_> {
         words.extend([target, self.top.unwrap_or(0).min(vocab) as u32, bias, seen, masked, end]);
         let factors = penalties.map_or([1.0, 0.0, 0.0], |p| [p.repetition, p.frequency, p.presence]);
         words.extend(factors.map(f32::to_bits));
-        words.push(0);
+        words.push(allowed);
     }
 }
 

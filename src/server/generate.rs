@@ -122,6 +122,7 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
                 prompt: prompt.clone(),
                 params,
                 adapters: request.adapters.terms.clone(),
+                constraint: None,
                 arrived: request.arrived,
                 events,
             })?;

@@ -129,6 +129,8 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         presence_penalty: number("presence_penalty", -2.0..=2.0, defaults.presence_penalty)?,
         frequency_penalty: number("frequency_penalty", -2.0..=2.0, defaults.frequency_penalty)?,
         logit_bias: logit_bias(body, vocab_size)?,
+        allowed_token_ids: Vec::new(),
+        bad_words: Vec::new(),
         seed: body.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
         max_tokens: 0,
         min_tokens,

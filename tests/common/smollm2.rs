@@ -86,6 +86,7 @@ impl SmolLm2 {
             prompt: prompt.to_vec(),
             params,
             adapters: adapters.iter().map(lease).collect(),
+            constraint: None,
             arrived: Instant::now(),
             events,
         };

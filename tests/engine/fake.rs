@@ -292,7 +292,8 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
     while answer.tokens.len() < params.max_tokens && tokens.len() < max_model_len {
         let index = answer.tokens.len();
         let masked = if index < params.min_tokens { &stops[..] } else { &[] };
-        let metadata = SamplingMetadata { params, counts: &counts, masked, seed: params.seed.unwrap_or(0), index };
+        let metadata =
+            SamplingMetadata { params, counts: &counts, masked, allowed: None, seed: params.seed.unwrap_or(0), index };
         let sample = sampler::sample(&reference_logits(adapters, &tokens), &metadata).expect("finite logits");
         if stops.contains(&sample.id) {
             let own = params.stop_token_ids.contains(&sample.id).then_some(sample.id);
@@ -341,7 +342,10 @@ pub fn request(
 ) -> (Request, UnboundedReceiver<Event>) {
     let (events, receiver) = unbounded_channel();
     let (prompt, adapters) = (prompt.to_vec(), adapters.to_vec());
-    (Request { id: "test".into(), prompt, params, adapters, arrived: Instant::now(), events }, receiver)
+    (
+        Request { id: "test".into(), prompt, params, adapters, constraint: None, arrived: Instant::now(), events },
+        receiver,
+    )
 }
 
 /// An engine without a thread, for tests that count ticks.

@@ -1,6 +1,7 @@
 //! The engine with a fake runner: scheduling, blocks, fairness, sampling, and the engine thread.
 
 mod background;
+mod constraint;
 mod fake;
 mod properties;
 mod sampler;

@@ -1,6 +1,7 @@
 //! The sampler, compared with a plain one that sorts everything in f64.
 
 use proptest::prelude::*;
+use quiver::engine::constraint::TokenMask;
 use quiver::engine::request::SamplingParams;
 use quiver::engine::sampler::{SampledToken, SamplingMetadata, TokenCounts, sample, score};
 
@@ -12,12 +13,22 @@ fn choose(
     seed: u64,
     index: usize,
 ) -> u32 {
-    sample(logits, &SamplingMetadata { params, counts, masked, seed, index }).unwrap().id
+    sample(logits, &SamplingMetadata { params, counts, masked, allowed: None, seed, index }).unwrap().id
 }
 
 fn plain(logits: &[f32], params: &SamplingParams) -> SampledToken {
-    sample(logits, &SamplingMetadata { params, counts: &TokenCounts::new(params, &[]), masked: &[], seed: 1, index: 0 })
-        .unwrap()
+    sample(
+        logits,
+        &SamplingMetadata {
+            params,
+            counts: &TokenCounts::new(params, &[]),
+            masked: &[],
+            allowed: None,
+            seed: 1,
+            index: 0,
+        },
+    )
+    .unwrap()
 }
 
 fn greedy() -> SamplingParams {
@@ -144,8 +155,14 @@ fn bad_logits_are_errors() {
                 logits[at] = bad;
                 for params in [greedy(), SamplingParams::default()] {
                     let counts = TokenCounts::new(&params, &[]);
-                    let metadata =
-                        SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
+                    let metadata = SamplingMetadata {
+                        params: &params,
+                        counts: &counts,
+                        masked: &[],
+                        allowed: None,
+                        seed: 0,
+                        index: 0,
+                    };
                     assert!(sample(&logits, &metadata).unwrap_err().message.contains("NaN"));
                 }
                 assert!(score(&logits, 0, 1).is_err());
@@ -154,9 +171,46 @@ fn bad_logits_are_errors() {
     }
     let params = greedy();
     let counts = TokenCounts::new(&params, &[]);
-    let all_masked = SamplingMetadata { params: &params, counts: &counts, masked: &[0, 1], seed: 0, index: 0 };
+    let all_masked =
+        SamplingMetadata { params: &params, counts: &counts, masked: &[0, 1], allowed: None, seed: 0, index: 0 };
     assert!(sample(&[1.0, 2.0], &all_masked).unwrap_err().message.contains("masked"));
     assert!(score(&[1.0, 2.0], 2, 0).is_err());
+}
+
+#[test]
+fn only_allowed_tokens_come() {
+    let params = [
+        greedy(),
+        SamplingParams::default(),
+        SamplingParams { top_k: 3, ..SamplingParams::default() },
+        SamplingParams { top_p: 0.5, min_p: 0.1, ..SamplingParams::default() },
+    ];
+    for len in [1, 31, 32, 33, 100, 1000] {
+        let logits = noise(len as u64, len);
+        let masks: [TokenMask; 4] = [
+            [0].into_iter().collect(),
+            (0..len as u32).collect(),
+            (0..len as u32).filter(|id| id % 3 == 0).collect(),
+            [len as u32 - 1, len as u32 + 70].into_iter().collect(),
+        ];
+        for (params, mask) in params.iter().flat_map(|params| masks.iter().map(move |mask| (params, mask))) {
+            let params = SamplingParams { logprobs: Some(2), ..params.clone() };
+            let by_hand: Vec<f32> =
+                (0..).zip(&logits).map(|(id, l)| if mask.allows(id) { *l } else { f32::NEG_INFINITY }).collect();
+            let counts = TokenCounts::new(&params, &[]);
+            let choice = SamplingMetadata {
+                params: &params,
+                counts: &counts,
+                masked: &[],
+                allowed: Some(mask),
+                seed: 1,
+                index: 0,
+            };
+            let got = sample(&logits, &choice).unwrap();
+            assert_eq!(got, plain(&by_hand, &params));
+            assert!(mask.allows(got.id));
+        }
+    }
 }
 
 #[test]
@@ -167,7 +221,8 @@ fn penalties_by_hand() {
         let mut counts = TokenCounts::new(params, &[0, 1]);
         [1, 1, 2].into_iter().for_each(|id| counts.push(id));
         let params = SamplingParams { logprobs: Some(4), temperature: 0.0, ..params.clone() };
-        let metadata = SamplingMetadata { params: &params, counts: &counts, masked: &[], seed: 0, index: 0 };
+        let metadata =
+            SamplingMetadata { params: &params, counts: &counts, masked: &[], allowed: None, seed: 0, index: 0 };
         let mut top = sample(&logits, &metadata).unwrap().logprobs.unwrap().top;
         top.sort_by_key(|(id, _)| *id);
         // Logits up to a constant, which token 3 gives because no penalty applies to it.

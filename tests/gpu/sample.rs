@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 use quiver::Result;
+use quiver::engine::constraint::TokenMask;
 use quiver::engine::request::{Logprobs, SamplingParams};
 use quiver::engine::sampler::{LogitsTask, SampledToken, SamplingMetadata, TokenCounts, run_tasks, sample, score};
 use quiver::ops::sample::{RowSampling, SMALL, launch};
@@ -20,6 +21,7 @@ struct Case {
     prompt: Vec<u32>,
     output: Vec<u32>,
     masked: Vec<u32>,
+    allowed: Option<TokenMask>,
     seed: u64,
     index: usize,
     /// Scored instead of sampled.
@@ -29,7 +31,7 @@ struct Case {
 impl Case {
     fn new(logits: Vec<f32>, params: SamplingParams) -> Self {
         let (prompt, output, masked) = (vec![], vec![], vec![]);
-        Self { logits, params, prompt, output, masked, seed: 1, index: 0, target: None }
+        Self { logits, params, prompt, output, masked, allowed: None, seed: 1, index: 0, target: None }
     }
 
     fn counts(&self) -> TokenCounts {
@@ -39,7 +41,14 @@ impl Case {
     }
 
     fn choice<'a>(&'a self, counts: &'a TokenCounts) -> SamplingMetadata<'a> {
-        SamplingMetadata { params: &self.params, counts, masked: &self.masked, seed: self.seed, index: self.index }
+        SamplingMetadata {
+            params: &self.params,
+            counts,
+            masked: &self.masked,
+            allowed: self.allowed.as_ref(),
+            seed: self.seed,
+            index: self.index,
+        }
     }
 
     fn on_cpu(&self) -> Result<SampledToken> {
@@ -66,6 +75,10 @@ impl Case {
             }
         }
         self.masked.iter().for_each(|id| logits[*id as usize] = f32::NEG_INFINITY);
+        if let Some(allowed) = &self.allowed {
+            let forbidden = |id: &u32| !allowed.allows(*id);
+            (0..logits.len() as u32).filter(forbidden).for_each(|id| logits[id as usize] = f32::NEG_INFINITY);
+        }
         logits
     }
 
@@ -189,6 +202,18 @@ fn greedy() -> SamplingParams {
     SamplingParams { temperature: 0.0, ..SamplingParams::default() }
 }
 
+/// A few ids, a run of ids or most ids; the words may end before the vocabulary or after it.
+fn random_mask(rng: &mut Pcg64, vocab: usize) -> TokenMask {
+    let vocab = vocab as u32;
+    let first = rng.random_range(0..vocab);
+    match rng.random_range(0..4) {
+        0 => [first].into_iter().collect(),
+        1 => (0..rng.random_range(1..40)).map(|_| rng.random_range(0..vocab + 40)).chain([first]).collect(),
+        2 => (first..(first + 1000).min(vocab)).collect(),
+        _ => (0..vocab + 100).filter(|id| id % 7 != 3 || *id == first).collect(),
+    }
+}
+
 /// Any mix of parameters.
 fn random_case(rng: &mut Pcg64, vocab: usize) -> Case {
     let mut case = Case::new(logits(rng, vocab), greedy());
@@ -221,6 +246,9 @@ fn random_case(rng: &mut Pcg64, vocab: usize) -> Case {
     }
     if rng.random_ratio(1, 4) {
         case.masked = (0..rng.random_range(1..4)).map(|_| id(rng)).collect();
+    }
+    if rng.random_ratio(1, 3) {
+        case.allowed = Some(random_mask(rng, vocab));
     }
     case
 }
@@ -325,6 +353,26 @@ fn bad_rows_fail_alone() {
         cases[4] = Case { masked: (0..vocab as u32).collect(), target: None, ..cases[4].clone() };
         cases[5].target = Some((vocab as u32, 3));
         check(&cases);
+    }
+}
+
+#[test]
+fn masks_that_allow_one_token_force_it() {
+    let mut rng = Pcg64::seed_from_u64(8);
+    for vocab in VOCABS {
+        let cases: Vec<_> = (0..20)
+            .map(|i| {
+                let id = if i == 0 { vocab as u32 - 1 } else { rng.random_range(0..vocab as u32) };
+                let params =
+                    if i % 2 == 0 { greedy() } else { SamplingParams { logprobs: Some(1), ..Default::default() } };
+                Case { allowed: Some([id].into_iter().collect()), ..Case::new(logits(&mut rng, vocab), params) }
+            })
+            .filter(|case| case.edited().iter().any(|logit| logit.is_finite()))
+            .collect();
+        for (got, case) in on_device(&cases).iter().zip(&cases) {
+            case.check(got);
+            assert!(case.allowed.as_ref().unwrap().allows(got.as_ref().unwrap().id));
+        }
     }
 }
 
