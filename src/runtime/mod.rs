@@ -27,6 +27,7 @@ use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
 use crate::model::weights::Weights;
 use crate::text::codec::TextCodec;
+use crate::text::grammar::GrammarCompiler;
 use crate::train::job::Command;
 use crate::train::trainer::Trainer;
 use crate::{Error, Result};
@@ -39,6 +40,8 @@ pub struct Runtime {
     pub base: BaseInfo,
     /// Converts text to tokens and back.
     pub codec: Arc<TextCodec>,
+    /// Compiles grammars for structured output.
+    pub grammars: Arc<GrammarCompiler>,
     /// The adapters.
     pub registry: Registry,
     /// Runs requests.
@@ -158,7 +161,9 @@ impl LoadedModel {
         let device = base.device.clone();
         let runner = blocking(move || runner(model, tiers, &plan, &device)).await?;
         let engine = Engine::start(runner, limits, Some(training))?;
-        Ok(Runtime { base, codec: Arc::new(codec), registry, engine, trainer })
+        let codec = Arc::new(codec);
+        let grammars = Arc::new(GrammarCompiler::new(codec.clone()));
+        Ok(Runtime { base, codec, grammars, registry, engine, trainer })
     }
 }
 

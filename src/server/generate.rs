@@ -20,6 +20,7 @@ use super::stream::{OutputDelta, RunningSequence, output_deltas};
 use super::{Serving, SharedApp, error_response};
 use crate::Result;
 use crate::engine::request::{Request, SamplingParams};
+use crate::text::grammar::CompiledGrammar;
 use crate::time::unix_seconds;
 
 /// A request whose fields are all checked.
@@ -40,6 +41,8 @@ pub(super) struct CheckedRequest {
     pub(super) prompts: Vec<Vec<u32>>,
     /// How to sample, parallel to `prompts`.
     pub(super) params: Vec<SamplingParams>,
+    /// What each output must match.
+    pub(super) grammar: Option<Arc<CompiledGrammar>>,
     /// Parallel to `prompts`, or empty without `echo`.
     pub(super) echo: Vec<EchoedPrompt>,
     /// When the request arrived, for queue time and latency.
@@ -122,7 +125,7 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
                 prompt: prompt.clone(),
                 params,
                 adapters: request.adapters.terms.clone(),
-                constraint: None,
+                constraint: request.grammar.as_ref().map(CompiledGrammar::constraint),
                 arrived: request.arrived,
                 events,
             })?;

@@ -18,6 +18,7 @@ mod response;
 mod select_adapter;
 mod stop;
 mod stream;
+mod structured;
 
 use std::future::Future;
 use std::net::SocketAddr;

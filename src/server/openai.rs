@@ -10,6 +10,7 @@ use super::generate::{self, CheckedRequest};
 use super::params::{self, COMMON_FIELDS, CommonParams, MAX_TOP_LOGPROBS};
 use super::response::{EchoedPrompt, Endpoint};
 use super::select_adapter::AdapterSelection;
+use super::structured::STRUCTURED_FIELDS;
 use super::{Serving, SharedApp};
 use crate::fields::{self, Fields};
 use crate::text::messages::chat_prompt;
@@ -33,6 +34,7 @@ const IGNORED: &[&str] = &[
     "tool_choice",
     "functions",
     "function_call",
+    "guided_decoding_backend",
     "suffix",
     "prompt_logprobs",
     "metadata",
@@ -62,8 +64,13 @@ async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Resp
     let arrived = std::time::Instant::now();
     let serving = app.serving()?.clone();
     let body = Fields::of_body(body)?;
-    let known =
-        [COMMON_FIELDS, if endpoint == Endpoint::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS }, IGNORED].concat();
+    let known = [
+        COMMON_FIELDS,
+        STRUCTURED_FIELDS,
+        if endpoint == Endpoint::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS },
+        IGNORED,
+    ]
+    .concat();
     fields::check_unknown(&body, &known)?;
     let selection = AdapterSelection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
     let adapters = selection.lease(&serving.registry)?;
@@ -74,8 +81,14 @@ async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Resp
     };
     let model = body.get("model").and_then(Value::as_str).unwrap_or(serving.base.name()).to_owned();
     let run = async {
-        let ParsedRequest { common, best_of, logprobs, echo, inputs } = parsed?;
-        let (prompts, echo) = encode(&serving, inputs, echo).await?;
+        let ParsedRequest { mut common, best_of, logprobs, echo, inputs } = parsed?;
+        let grammar = match common.grammar.take() {
+            Some(grammar) => Some(grammar.compile(&serving.grammars).await?),
+            None => None,
+        };
+        let bad_words = std::mem::take(&mut common.bad_words);
+        let EncodedRequest { prompts, echo, bad_words } = encode(&serving, inputs, echo, bad_words).await?;
+        common.sampling.bad_words = bad_words;
         let params = prompts
             .iter()
             .map(|ids| {
@@ -89,7 +102,19 @@ async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Resp
         generate::run(
             &app,
             &serving,
-            CheckedRequest { endpoint, model, adapters, common, best_of, logprobs, prompts, params, echo, arrived },
+            CheckedRequest {
+                endpoint,
+                model,
+                adapters,
+                common,
+                best_of,
+                logprobs,
+                prompts,
+                params,
+                grammar,
+                echo,
+                arrived,
+            },
         )
         .await
     };
@@ -228,8 +253,21 @@ fn prompts(body: &Fields, vocab_size: usize, add_special_tokens: bool) -> Result
         .collect()
 }
 
-/// Token ids of all prompts, and what `echo` repeats. Tokenizes on a blocking thread.
-async fn encode(serving: &Serving, inputs: Vec<PromptInput>, echo: bool) -> Result<(Vec<Vec<u32>>, Vec<EchoedPrompt>)> {
+/// The texts of a request as token ids.
+struct EncodedRequest {
+    prompts: Vec<Vec<u32>>,
+    /// What `echo` repeats: parallel to `prompts`, or empty.
+    echo: Vec<EchoedPrompt>,
+    bad_words: Vec<Vec<u32>>,
+}
+
+/// Tokenizes on a blocking thread.
+async fn encode(
+    serving: &Serving,
+    inputs: Vec<PromptInput>,
+    echo: bool,
+    bad_words: Vec<String>,
+) -> Result<EncodedRequest> {
     let codec = serving.codec.clone();
     let work = move || {
         let mut prompts = Vec::with_capacity(inputs.len());
@@ -244,7 +282,17 @@ async fn encode(serving: &Serving, inputs: Vec<PromptInput>, echo: bool) -> Resu
             }
             prompts.push(ids);
         }
-        Ok((prompts, echoes))
+        let mut bad_ids = Vec::new();
+        for word in &bad_words {
+            // A word has other tokens after a space than at the beginning.
+            for text in [word.trim_start().to_owned(), format!(" {}", word.trim_start())] {
+                let ids = codec.encode(&text, false)?;
+                if !bad_ids.contains(&ids) {
+                    bad_ids.push(ids);
+                }
+            }
+        }
+        Ok(EncodedRequest { prompts, echo: echoes, bad_words: bad_ids })
     };
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
 }

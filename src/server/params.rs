@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::structured::RequestedGrammar;
 use crate::engine::request::SamplingParams;
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
@@ -11,6 +12,12 @@ const MAX_STOPS: usize = 16;
 
 /// Limit on the bytes of a stop string.
 const MAX_STOP_BYTES: usize = 1024;
+
+/// Limit on `bad_words` of one request.
+const MAX_BAD_WORDS: usize = 256;
+
+/// Limit on the bytes of one of `bad_words`.
+const MAX_BAD_WORD_BYTES: usize = 256;
 
 /// Limit on `n`, the choices for one prompt.
 const MAX_CHOICES: i64 = 128;
@@ -36,6 +43,8 @@ pub(super) const COMMON_FIELDS: &[&str] = &[
     "presence_penalty",
     "frequency_penalty",
     "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
     "seed",
     "stop",
     "stop_token_ids",
@@ -51,12 +60,7 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("suffix", "insertion is not supported"),
     ("tools", "tools are not supported"),
     ("functions", "functions are not supported"),
-    ("response_format", "only {\"type\": \"text\"} is supported"),
-    ("structured_outputs", "structured output is not supported"),
-    ("guided_json", "structured output is not supported"),
-    ("guided_regex", "structured output is not supported"),
-    ("guided_choice", "structured output is not supported"),
-    ("guided_grammar", "structured output is not supported"),
+    ("grammar_lazy", "a grammar holds from the first token on"),
     ("use_beam_search", "beam search is not supported"),
     ("prompt_logprobs", "use `echo` with `logprobs` on /v1/completions"),
     ("prompt_embeds", "embeddings as prompts are not supported"),
@@ -64,7 +68,7 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 ];
 
 /// The parameters that completions and chat completions have in common.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct CommonParams {
     /// How to sample. The endpoint sets its `max_tokens` and its log-probabilities later.
     pub(super) sampling: SamplingParams,
@@ -76,6 +80,10 @@ pub(super) struct CommonParams {
     pub(super) stream: bool,
     /// Send the usage as the last event of a stream.
     pub(super) include_usage: bool,
+    /// Strings that are not generated (vLLM).
+    pub(super) bad_words: Vec<String>,
+    /// What the text must match.
+    pub(super) grammar: Option<RequestedGrammar>,
     /// How sampled tokens become text.
     pub(super) text: TextOptions,
 }
@@ -129,7 +137,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         presence_penalty: number("presence_penalty", -2.0..=2.0, defaults.presence_penalty)?,
         frequency_penalty: number("frequency_penalty", -2.0..=2.0, defaults.frequency_penalty)?,
         logit_bias: logit_bias(body, vocab_size)?,
-        allowed_token_ids: Vec::new(),
+        allowed_token_ids: allowed_token_ids(body, vocab_size)?,
         bad_words: Vec::new(),
         seed: body.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
         max_tokens: 0,
@@ -161,6 +169,8 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         n: body.integer("n", 1..=MAX_CHOICES)?.unwrap_or(1) as usize,
         stream,
         include_usage,
+        bad_words: bad_words(body)?,
+        grammar: RequestedGrammar::parse(body)?,
         text: TextOptions {
             stops: stops(body)?,
             include_stop: body.boolean("include_stop_str_in_output")?.unwrap_or(false),
@@ -182,7 +192,7 @@ fn refuse_unsupported(body: &Fields) -> Result<()> {
             Value::Bool(on) => !on,
             Value::String(s) => s.is_empty(),
             Value::Array(a) => a.is_empty(),
-            Value::Object(o) => o.is_empty() || (*name == "response_format" && o.get("type") == Some(&"text".into())),
+            Value::Object(o) => o.is_empty(),
             Value::Null | Value::Number(_) => false,
         };
         if !harmless {
@@ -206,6 +216,29 @@ fn logit_bias(body: &Fields, vocab_size: usize) -> Result<Vec<(u32, f32)>> {
             Ok((id, bias as f32))
         })
         .collect()
+}
+
+fn allowed_token_ids(body: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
+    match body.array("allowed_token_ids")? {
+        None => Ok(Vec::new()),
+        Some([]) => {
+            Err(fields::wrong("allowed_token_ids", "an array of at least one token id", &Value::Array(Vec::new())))
+        }
+        Some(ids) => token_ids(ids, "allowed_token_ids", vocab_size),
+    }
+}
+
+fn bad_words(body: &Fields) -> Result<Vec<String>> {
+    let Some(words) = body.array("bad_words")? else { return Ok(Vec::new()) };
+    let allowed = format!("up to {MAX_BAD_WORDS} strings, each of 1 to {MAX_BAD_WORD_BYTES} bytes");
+    if words.len() > MAX_BAD_WORDS {
+        return Err(fields::wrong("bad_words", &allowed, &words.len().into()));
+    }
+    let word = |(i, value): (usize, &Value)| match value.as_str().filter(|word| !word.trim().is_empty()) {
+        Some(word) if word.len() <= MAX_BAD_WORD_BYTES => Ok(word.to_owned()),
+        _ => Err(fields::wrong(&format!("bad_words[{i}]"), &allowed, value)),
+    };
+    words.iter().enumerate().map(word).collect()
 }
 
 fn stops(body: &Fields) -> Result<Vec<String>> {

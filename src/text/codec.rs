@@ -4,6 +4,8 @@
 //! A stream therefore takes constant time per token, never returns half a character, and returns in total exactly what
 //! decoding all ids at once does.
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -124,6 +126,18 @@ impl TextCodec {
     /// The ids that end a sequence.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos
+    }
+
+    /// The ids that are no text: special tokens, and added ones of the form `<...>`, such as `<think>`.
+    pub(super) fn control_token_ids(&self) -> HashSet<u32> {
+        let bracketed = |token: &str| token.starts_with('<') && token.ends_with('>');
+        let added = self.tokenizer.get_added_tokens_decoder().into_iter();
+        added.filter(|(_, token)| token.special || bracketed(&token.content)).map(|(id, _)| id).collect()
+    }
+
+    /// Whether the tokenizer puts a space before every text, which decoding removes.
+    pub(super) fn drops_leading_space(&self) -> bool {
+        self.token_bytes.drops_leading_space
     }
 
     /// One more than the highest id. The model's embedding may have more rows, never fewer.

@@ -72,8 +72,47 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"suffix": "x"}), "suffix", "not supported"),
         (json!({"tools": [{}]}), "tools", "not supported"),
         (json!({"functions": [{}]}), "functions", "not supported"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format", "\"text\""),
-        (json!({"guided_regex": "a"}), "guided_regex", "not supported"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type", "\"json_schema\""),
+        (json!({"response_format": {}}), "response_format.type", "is required"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema", "is required"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}),
+            "response_format.json_schema.schema",
+            "is required",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}}),
+            "response_format.json_schema.schema",
+            "no",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}}),
+            "response_format.json_schema.strict",
+            "true or false",
+        ),
+        (json!({"guided_json": "{"}), "guided_json", "not JSON"),
+        (json!({"guided_json": [1]}), "guided_json", "a JSON schema"),
+        (json!({"guided_json": {"type": "string", "pattern": "(?=a)"}}), "guided_json", "look"),
+        (json!({"guided_json": {"$ref": "#/$defs/gone"}}), "guided_json", "gone"),
+        (json!({"guided_json": {"type": "string", "uniqueItems": true}}), "guided_json", "uniqueItems"),
+        (json!({"guided_regex": "(a"}), "guided_regex", "unclosed"),
+        (json!({"guided_regex": 1}), "guided_regex", "a string"),
+        (json!({"guided_choice": []}), "guided_choice", "1 to 4096"),
+        (json!({"guided_choice": ["a", ""]}), "guided_choice[1]", "at least one character"),
+        (json!({"guided_grammar": "root ::= other"}), "guided_grammar", "`other`"),
+        (json!({"guided_grammar": "start: other"}), "guided_grammar", "other"),
+        (json!({"grammar": "root ::= ("}), "grammar", "line 1"),
+        (json!({"grammar": "root ::= \"a\"", "json_schema": {}}), "json_schema", "`grammar` and `json_schema` both"),
+        (json!({"structured_outputs": {"json": {}, "regex": "a"}}), "structured_outputs.regex", "give one of them"),
+        (json!({"structured_outputs": {"regex": "a"}, "guided_json": {}}), "structured_outputs.regex", "`guided_json`"),
+        (json!({"structured_outputs": {"structural_tag": "a"}}), "structured_outputs.structural_tag", "known fields"),
+        (json!({"guided_regex": "a", "ignore_eos": true}), "ignore_eos", "`guided_regex`"),
+        (json!({"allowed_token_ids": []}), "allowed_token_ids", "at least one"),
+        (json!({"allowed_token_ids": [258]}), "allowed_token_ids[0]", "from 0 to 257"),
+        (json!({"allowed_token_ids": [97], "guided_regex": "b"}), "allowed_token_ids", "allows next"),
+        (json!({"bad_words": "a"}), "bad_words", "an array"),
+        (json!({"bad_words": ["a", " "]}), "bad_words[1]", "1 to 256 bytes"),
+        (json!({"bad_words": vec!["a"; 257]}), "bad_words", "up to 256"),
     ];
     let completions = [
         (json!({"prompt": null}), "prompt", "is required"),
@@ -284,7 +323,9 @@ fn no_value_of_any_field_is_a_500() {
     let fields = "model adapter stream stream_options n max_tokens max_completion_tokens min_tokens temperature top_p top_k \
                   min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed stop stop_token_ids \
                   include_stop_str_in_output skip_special_tokens ignore_eos logprobs user prompt echo best_of \
-                  add_special_tokens messages top_logprobs add_generation_prompt tools response_format suffix";
+                  add_special_tokens messages top_logprobs add_generation_prompt tools response_format suffix \
+                  structured_outputs guided_json guided_regex guided_choice guided_grammar grammar json_schema \
+                  allowed_token_ids bad_words";
     for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
         for field in fields.split(' ').chain(["tokens"]) {
             for value in &odd {

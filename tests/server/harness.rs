@@ -27,6 +27,7 @@ use quiver::ops::batch::Batch;
 use quiver::runtime::{BaseInfo, Runtime};
 use quiver::server::{App, HttpConfig, Serving, SharedApp};
 use quiver::text::codec::TextCodec;
+use quiver::text::grammar::GrammarCompiler;
 use quiver::{Error, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -253,7 +254,8 @@ impl Server {
             step_bytes: 0,
         };
         let trainer = trainer::start();
-        let model = Arc::new(Runtime { base, codec, registry, engine: engine.clone(), trainer });
+        let grammars = Arc::new(GrammarCompiler::new(codec.clone()));
+        let model = Arc::new(Runtime { base, codec, grammars, registry, engine: engine.clone(), trainer });
         let context = JobContext {
             runtime: model.clone(),
             max_running: 2,

@@ -9,4 +9,5 @@ mod finetune;
 mod harness;
 mod metrics;
 mod streaming;
+mod structured;
 mod trainer;
