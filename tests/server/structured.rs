@@ -206,12 +206,15 @@ fn limits() {
         ("guided_regex", json!(nested(30_000)), ""),
         ("guided_grammar", json!(format!("start: {}", nested(30_000).replace('a', "\"a\""))), "nested"),
         ("grammar", json!(format!("root ::= {}", nested(30_000).replace('a', "\"a\""))), "nested"),
+        // Deep enough to overflow a small stack.
         ("guided_grammar", json!(format!("start: r0\n{chain}")), "r3000"),
         ("guided_grammar", json!(format!("start: R0\n{terminals}")), "R3000"),
     ] {
         let (param, message) = refuse(json!({field: value}));
         assert_eq!(param, field, "{message}");
-        assert!(message.contains(what) && message.len() < 2000, "{message}");
+        // A busy machine may reach the limit on compile time first.
+        let refused = message.contains(what) || message.contains("longer than 10 s");
+        assert!(refused && message.len() < 2000, "{message}");
     }
     // Automata with exponentially many states, of which only the visited ones are made.
     for hostile in ["((((a{1,99}){1,99}){1,99}){1,99}){1,99}", "(a|b)*a(a|b){5000}", "(.*a){300}", "(a?){900}a{900}"] {
