@@ -212,8 +212,9 @@ fn limits() {
     ] {
         let (param, message) = refuse(json!({field: value}));
         assert_eq!(param, field, "{message}");
-        // A busy machine may reach the limit on compile time first.
-        let refused = message.contains(what) || message.contains("longer than 10 s");
+        // A busy machine may reach the limit on compile time in the long chains, before their last rule.
+        let slow = what.ends_with("3000") && message.contains("longer than 10 s");
+        let refused = message.contains(what) || slow;
         assert!(refused && message.len() < 2000, "{message}");
     }
     // Automata with exponentially many states, of which only the visited ones are made.
