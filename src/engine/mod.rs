@@ -56,6 +56,21 @@ pub struct EngineConfig {
     pub prefix_cache: bool,
 }
 
+/// The error of a sequence that is longer than `limit`: a prompt that leaves no room, or a prompt and its `output`. The words
+/// are OpenAI's, which gateways look for before they fall back to a model with a longer context.
+pub(crate) fn context_length_exceeded(limit: usize, prompt: usize, output: Option<usize>, param: &str) -> Error {
+    let requested = match output {
+        None => format!("{prompt} tokens in the prompt alone. Please reduce the length of the prompt"),
+        Some(output) => format!(
+            "{} tokens ({prompt} in the prompt, {output} in the completion). Please reduce the length of the prompt or of \
+             the completion",
+            prompt.saturating_add(output)
+        ),
+    };
+    let message = format!("This model's maximum context length is {limit} tokens. However, you requested {requested}.");
+    Error::invalid(message).param(param).code("context_length_exceeded")
+}
+
 impl EngineConfig {
     /// Checks the limits. Errors: a limit is 0, or two limits contradict each other.
     fn check(&self) -> Result<()> {
@@ -198,23 +213,14 @@ impl Engine {
         let (prompt, max_tokens) = (request.prompt.len(), request.params.max_tokens);
         // A prompt that fills the context leaves no room for output, and is only valid for scoring.
         if prompt + max_tokens.min(1) > config.max_model_len {
-            return Err(Error::invalid(format!(
-                "the prompt has {prompt} tokens and the longest sequence is {} tokens, output included",
-                config.max_model_len
-            ))
-            .param("prompt")
-            .code("context_length_exceeded"));
+            return Err(context_length_exceeded(config.max_model_len, prompt, None, "prompt"));
         }
         let longest = prompt.saturating_add(max_tokens).min(config.max_model_len);
         // The last generated token needs no key or value.
         let cached = prompt.max(longest - 1);
         if cached.div_ceil(config.block_size) > config.num_blocks {
-            return Err(Error::invalid(format!(
-                "prompt and output may take {longest} tokens and the KV cache holds {}: ask for fewer tokens",
-                config.num_blocks * config.block_size
-            ))
-            .param("max_tokens")
-            .code("context_length_exceeded"));
+            let limit = config.num_blocks * config.block_size;
+            return Err(context_length_exceeded(limit, prompt, Some(longest - prompt), "max_tokens"));
         }
         Ok(())
     }

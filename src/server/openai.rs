@@ -12,6 +12,7 @@ use super::response::{EchoedPrompt, Endpoint};
 use super::select_adapter::AdapterSelection;
 use super::structured::STRUCTURED_FIELDS;
 use super::{Serving, SharedApp};
+use crate::engine::context_length_exceeded;
 use crate::fields::{self, Fields};
 use crate::text::messages::chat_prompt;
 use crate::{Error, Result};
@@ -124,24 +125,15 @@ async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Resp
 /// How many tokens may be generated after a prompt. Errors: the prompt, or the prompt and `asked`, exceed the context length.
 fn max_tokens(serving: &Serving, prompt: usize, asked: Option<usize>, endpoint: Endpoint) -> Result<usize> {
     let limit = serving.limits().max_model_len;
-    let too_long = |message: String, param| Err(Error::invalid(message).param(param).code("context_length_exceeded"));
     let (default, param) = match endpoint {
         Endpoint::Completion => (DEFAULT_MAX_TOKENS, "prompt"),
         Endpoint::Chat => (usize::MAX, "messages"),
     };
     match asked {
-        _ if prompt > limit || (prompt == limit && asked != Some(0)) => too_long(
-            format!("This server's context length is {limit} tokens, and the prompt alone has {prompt}: shorten it."),
-            param,
-        ),
-        Some(asked) if asked > limit - prompt => too_long(
-            format!(
-                "This server's context length is {limit} tokens: the prompt has {prompt}, which leaves {} for \
-                 `max_tokens`, not {asked}.",
-                limit - prompt
-            ),
-            "max_tokens",
-        ),
+        _ if prompt > limit || (prompt == limit && asked != Some(0)) => {
+            Err(context_length_exceeded(limit, prompt, None, param))
+        }
+        Some(asked) if asked > limit - prompt => Err(context_length_exceeded(limit, prompt, Some(asked), "max_tokens")),
         Some(asked) => Ok(asked),
         None => Ok(default.min(limit - prompt)),
     }
