@@ -201,15 +201,7 @@ impl EngineBench {
             let params =
                 SamplingParams { temperature: 0.0, max_tokens: tokens, ignore_eos: true, ..SamplingParams::default() };
             let prompt = (0..self.input).map(|_| rand::random::<u32>() % vocab).collect();
-            requests.push(Request {
-                id: "bench".into(),
-                prompt,
-                params,
-                adapters,
-                constraint: None,
-                arrived: Instant::now(),
-                events,
-            });
+            requests.push(Request { adapters, ..Request::new("bench", prompt, params, events) });
             replies.push(receiver);
         }
         let started = Instant::now();

@@ -77,14 +77,17 @@ pub(super) struct FairQueues {
 }
 
 impl FairQueues {
-    /// Appends a new request to its queue.
+    /// Adds a new request to its queue, behind the waiting ones whose priority is as urgent. Priorities order only the requests of one
+    /// queue, so that a client cannot get more than its share.
     pub(super) fn push(&mut self, mut sequence: Sequence) {
         let key: Vec<String> = sequence.request.adapters.iter().map(|(lease, _)| lease.id.clone()).collect();
         sequence.queue = match self.ids.get(&key) {
             Some(id) => *id,
             None => self.add(key),
         };
-        self.get(sequence.queue).waiting.push_back(sequence);
+        let waiting = &mut self.get(sequence.queue).waiting;
+        let before = waiting.iter().rposition(|other| other.request.priority <= sequence.request.priority);
+        waiting.insert(before.map_or(0, |at| at + 1), sequence);
     }
 
     /// Adds an empty queue, level with the least served one.

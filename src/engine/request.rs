@@ -44,7 +44,9 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Report each token's log-probability and this many alternatives (0: only the token's own).
     pub logprobs: Option<usize>,
-    /// The same for prompt tokens, each given the tokens before it. The first token has none.
+    /// Ids whose log-probabilities are reported with each token's (vLLM). Has an effect only with `logprobs`.
+    pub logprob_token_ids: Vec<u32>,
+    /// The same as `logprobs` for prompt tokens, each given the tokens before it. The first token has none.
     pub prompt_logprobs: Option<usize>,
 }
 
@@ -67,6 +69,7 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            logprob_token_ids: Vec::new(),
             prompt_logprobs: None,
         }
     }
@@ -86,8 +89,34 @@ pub struct Request {
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// When it arrived at the server, for queue time.
     pub arrived: Instant,
+    /// Orders the waiting requests of the same adapters: the lowest is first (vLLM).
+    pub priority: i64,
+    /// Requests share KV blocks of the prefix cache only if they have the same salt (vLLM).
+    pub cache_salt: Option<String>,
     /// Receives the events. The engine drops the sequence once the receiver has been dropped.
     pub events: UnboundedSender<Event>,
+}
+
+impl Request {
+    /// A request to the base that arrives now, without a constraint, of priority 0.
+    pub fn new(
+        id: impl Into<String>,
+        prompt: Vec<u32>,
+        params: SamplingParams,
+        events: UnboundedSender<Event>,
+    ) -> Self {
+        Self {
+            id: id.into(),
+            prompt,
+            params,
+            adapters: Vec::new(),
+            constraint: None,
+            arrived: Instant::now(),
+            priority: 0,
+            cache_salt: None,
+            events,
+        }
+    }
 }
 
 /// A token's log-probability, with the most likely tokens, best first. The distribution is the one after masks, penalties and
@@ -100,6 +129,8 @@ pub struct Logprobs {
     pub rank: u32,
     /// Ids and log-probabilities of the most likely tokens.
     pub top: Vec<(u32, f32)>,
+    /// The log-probabilities of `logprob_token_ids`, in their order.
+    pub chosen: Vec<(u32, f32)>,
 }
 
 /// Why a sequence ended.
@@ -126,7 +157,10 @@ impl FinishReason {
 #[derive(Debug, Clone)]
 pub enum Event {
     /// The sequence was admitted for the first time: its queue time has ended.
-    Scheduled,
+    Scheduled {
+        /// Number of prompt tokens that were found in the prefix cache.
+        cached_tokens: usize,
+    },
     /// The requested prompt log-probabilities, one for each prompt token; the first is `None`.
     Prompt(Vec<Option<Logprobs>>),
     /// The next token. A stop id is not sent.
@@ -140,10 +174,10 @@ pub enum Event {
     Finished {
         /// Why.
         reason: FinishReason,
-        /// Number of prompt tokens that were found in the prefix cache.
-        cached_tokens: usize,
-        /// The request's stop id that ended it, if one did. The model's end-of-sequence ids do not count.
-        stop_token: Option<u32>,
+        /// The token that ended it: a stop id of the request or an end-of-sequence id of the model. It is not sent as a `Token`.
+        end_token: Option<u32>,
+        /// Whether that is a stop id of the request.
+        requested_stop: bool,
     },
     /// The sequence has failed. Other sequences are not affected.
     Failed(Error),

@@ -106,7 +106,10 @@ pub fn run_tasks(logits: &Tensor, tasks: &[LogitsTask]) -> Result<Vec<Result<Sam
     if !matches!(logits.device(), Device::Cpu) {
         let rows: Vec<_> = tasks.iter().map(|task| task.row(vocab)).collect();
         let picked = on_device::launch(&logits, &rows)?.read()?;
-        return Ok(tasks.iter().zip(picked).map(|(task, picked)| task.outcome(picked, vocab)).collect());
+        let picked = tasks.iter().zip(picked).enumerate();
+        return picked
+            .map(|(row, (task, picked))| Ok(task.outcome(picked, &task.chosen_logits(&logits, row)?, vocab)))
+            .collect();
     }
     run_on_cpu(&logits, tasks)
 }
@@ -161,8 +164,21 @@ impl LogitsTask<'_> {
         }
     }
 
-    /// The result of the task, from what the GPU returned.
-    fn outcome(&self, picked: PickedToken, vocab: usize) -> Result<SampledToken> {
+    /// The ids whose log-probabilities are reported, and their changed logits in row `row`, from the GPU. A copy per row: few
+    /// requests ask for these.
+    fn chosen_logits(&self, logits: &Tensor, row: usize) -> Result<Vec<(u32, f32)>> {
+        let Self::Sample(SamplingMetadata { params, .. }) = self else { return Ok(Vec::new()) };
+        if params.logprobs.is_none() || params.logprob_token_ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ids = &params.logprob_token_ids;
+        let index = Tensor::new(ids.as_slice(), logits.device())?;
+        let values = logits.get(row)?.index_select(&index, 0)?.to_vec1::<f32>()?;
+        Ok(ids.iter().copied().zip(values).collect())
+    }
+
+    /// The result of the task, from what the GPU returned. `chosen`: see [`Self::chosen_logits`].
+    fn outcome(&self, picked: PickedToken, chosen: &[(u32, f32)], vocab: usize) -> Result<SampledToken> {
         if picked.max.is_nan() {
             return Err(not_finite());
         }
@@ -176,6 +192,7 @@ impl LogitsTask<'_> {
                 logprob: logprob(logit),
                 rank,
                 top: top.into_iter().map(|(id, logit)| (id, logprob(logit))).collect(),
+                chosen: chosen.iter().map(|(id, logit)| (*id, logprob(*logit))).collect(),
             }
         });
         match self {
@@ -219,7 +236,7 @@ pub fn sample(logits: &[f32], metadata: &SamplingMetadata) -> Result<SampledToke
         let (best, max) = checked_argmax(logits)?;
         let params = metadata.params;
         let id = if params.temperature == 0.0 { best } else { draw(logits, max, metadata, weights) };
-        let logprobs = params.logprobs.map(|top| report(logits, max, id, top));
+        let logprobs = params.logprobs.map(|top| report(logits, max, id, top, &params.logprob_token_ids));
         Ok(SampledToken { id, logprobs })
     })
 }
@@ -231,7 +248,7 @@ pub fn score(logits: &[f32], id: u32, top: usize) -> Result<Logprobs> {
     if id as usize >= logits.len() {
         return Err(outside(id, logits.len()));
     }
-    Ok(report(logits, max, id, top))
+    Ok(report(logits, max, id, top, &[]))
 }
 
 /// The logits after masks, bias and penalties: a changed copy, or the row itself if none applies.
@@ -432,7 +449,7 @@ fn pick_at(candidates: &[(f32, u32)], mut left: f64) -> u32 {
 }
 
 /// Log-probability and rank of `id`, and the `top` most likely tokens.
-fn report(logits: &[f32], max: f32, id: u32, top: usize) -> Logprobs {
+fn report(logits: &[f32], max: f32, id: u32, top: usize, chosen: &[u32]) -> Logprobs {
     let mut total = 0.0;
     let mut weights = [0.0; CHUNK];
     for chunk in logits.chunks(CHUNK) {
@@ -446,6 +463,8 @@ fn report(logits: &[f32], max: f32, id: u32, top: usize) -> Logprobs {
         logprob: logprob(own),
         rank: 1 + logits.iter().map(|logit| u32::from(*logit > own)).sum::<u32>(),
         top: largest(logits, top).into_iter().map(|(logit, id)| (id, logprob(logit))).collect(),
+        // An id of the tokenizer may lie outside the rows of the head.
+        chosen: chosen.iter().filter_map(|id| Some((*id, logprob(*logits.get(*id as usize)?)))).collect(),
     }
 }
 

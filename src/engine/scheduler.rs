@@ -326,13 +326,12 @@ impl Scheduler {
         }
         if !sequence.admitted {
             sequence.admitted = true;
-            sequence.cached_tokens = sequence.computed;
             if prefix.looked_up {
                 self.prefix_queries += sequence.tokens.len() as u64;
                 self.prefix_hits += sequence.computed as u64;
             }
             // If the client has gone, the next step drops the sequence.
-            let _ = sequence.request.events.send(Event::Scheduled);
+            let _ = sequence.request.events.send(Event::Scheduled { cached_tokens: sequence.computed });
         }
         self.running.push(sequence);
         if !is_base {

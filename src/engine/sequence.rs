@@ -11,7 +11,8 @@ use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::TokenCounts;
 use crate::Error;
 
-/// Generation ids of a sequence's adapters and the bits of their weights, in order. The prefix cache is keyed by it.
+/// Generation ids of a sequence's adapters and the bits of their weights, in order, and the request's salt. The prefix cache is
+/// keyed by it.
 type AdapterKey = Arc<[(String, u32)]>;
 
 /// A request and its progress.
@@ -43,8 +44,6 @@ pub(super) struct Sequence {
     pub(super) next_mask: Option<NextMask>,
     /// Log-probabilities of leading prompt tokens, while they are collected.
     pub(super) prompt_logprobs: Vec<Option<Logprobs>>,
-    /// Number of prompt tokens that the prefix cache held when it was first admitted.
-    pub(super) cached_tokens: usize,
     /// Whether it has been admitted before: its queue time has ended.
     pub(super) admitted: bool,
     /// Its place in the engine, which is freed with it.
@@ -58,7 +57,10 @@ impl Sequence {
             ([], constraint) => constraint,
             (ids, constraint) => Some(Box::new(AllowedTokens::new(ids, constraint)) as _),
         };
-        let key = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits())).collect();
+        let adapters = request.adapters.iter().map(|(lease, weight)| (lease.id.clone(), weight.to_bits()));
+        // A generation id is a hash, which no salt with its prefix equals.
+        let salt = request.cache_salt.iter().map(|salt| (format!("salt:{salt}"), 0));
+        let key = adapters.chain(salt).collect();
         Self {
             key,
             queue: 0,
@@ -73,7 +75,6 @@ impl Sequence {
             counts: TokenCounts::new(&request.params, &request.prompt),
             next_mask: constraint.map(NextMask::start),
             prompt_logprobs: Vec::new(),
-            cached_tokens: 0,
             admitted: false,
             _permit: permit,
             request,
@@ -165,9 +166,9 @@ impl Sequence {
     }
 
     /// Tells the client that the sequence has ended. Does nothing if the client has gone.
-    pub(super) fn finish(&self, reason: FinishReason, stop_token: Option<u32>) {
-        let cached_tokens = self.cached_tokens;
-        let _ = self.request.events.send(Event::Finished { reason, cached_tokens, stop_token });
+    pub(super) fn finish(&self, reason: FinishReason, end_token: Option<u32>) {
+        let requested_stop = end_token.is_some_and(|id| self.request.params.stop_token_ids.contains(&id));
+        let _ = self.request.events.send(Event::Finished { reason, end_token, requested_stop });
     }
 
     /// Tells the client that the sequence has failed.

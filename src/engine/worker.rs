@@ -233,12 +233,9 @@ impl<R: Runner> Worker<R> {
             NextToken::None | NextToken::Postponed => return false,
         };
         let params = &s.request.params;
-        if params.stop_token_ids.contains(&id) {
+        let end_of_sequence = !params.ignore_eos && self.config.eos_token_ids.contains(&id);
+        if end_of_sequence || params.stop_token_ids.contains(&id) {
             s.finish(FinishReason::Stop, Some(id));
-            return true;
-        }
-        if !params.ignore_eos && self.config.eos_token_ids.contains(&id) {
-            s.finish(FinishReason::Stop, None);
             return true;
         }
         s.tokens.push(id);

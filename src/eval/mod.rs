@@ -5,8 +5,6 @@
 
 mod metrics;
 
-use std::time::Instant;
-
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 use tokio::sync::mpsc::unbounded_channel;
@@ -134,18 +132,13 @@ async fn complete(
 ) -> Result<Completion> {
     let (events, mut receiver) = unbounded_channel();
     engine.submit(Request {
-        id: "eval".into(),
-        prompt: prompt.to_vec(),
-        params: params.clone(),
         adapters: adapters.to_vec(),
-        constraint: None,
-        arrived: Instant::now(),
-        events,
+        ..Request::new("eval", prompt.to_vec(), params.clone(), events)
     })?;
     let mut completion = Completion::default();
     while let Some(event) = receiver.recv().await {
         match event {
-            Event::Scheduled => {}
+            Event::Scheduled { .. } => {}
             Event::Prompt(logprobs) => completion.prompt_logprobs = logprobs,
             Event::Token { id, .. } => completion.tokens.push(id),
             Event::Finished { .. } => return Ok(completion),

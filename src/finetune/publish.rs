@@ -67,13 +67,8 @@ impl Publisher {
             let (events, mut replies) = unbounded_channel();
             let params = SamplingParams { max_tokens: 0, prompt_logprobs: Some(0), ..SamplingParams::default() };
             let submitted = self.runtime.engine.submit(Request {
-                id: "probe".into(),
-                prompt: probe.tokens.clone(),
-                params,
                 adapters: vec![(lease.clone(), 1.0)],
-                constraint: None,
-                arrived: Instant::now(),
-                events,
+                ..Request::new("probe", probe.tokens.clone(), params, events)
             });
             match submitted {
                 Err(e) if e.kind == ErrorKind::Overloaded && began.elapsed() < QUEUE_TIMEOUT => {

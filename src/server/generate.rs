@@ -121,13 +121,10 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
             // Each choice has its own seed. The same request gives the same choices again.
             params.seed = params.seed.map(|seed| seed.wrapping_add(choice as u64));
             serving.engine.submit(Request {
-                id: id.to_owned(),
-                prompt: prompt.clone(),
-                params,
                 adapters: request.adapters.terms.clone(),
                 constraint: request.grammar.as_ref().map(CompiledGrammar::constraint),
                 arrived: request.arrived,
-                events,
+                ..Request::new(id, prompt.clone(), params, events)
             })?;
             let (model, adapter) = (serving.base.name(), &request.adapters.label);
             let metrics = app.metrics.track(model, adapter, prompt.len(), request.arrived);

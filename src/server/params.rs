@@ -148,6 +148,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         },
         ignore_eos: body.boolean("ignore_eos")?.unwrap_or(false),
         logprobs: None,
+        logprob_token_ids: Vec::new(),
         prompt_logprobs: None,
     };
     let stream = body.boolean("stream")?.unwrap_or(false);

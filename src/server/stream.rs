@@ -41,9 +41,11 @@ pub(super) struct FinishDetails {
     pub(super) reason: FinishReason,
     /// The stop string or id, if one ended it.
     pub(super) stop: Option<StopReason>,
-    /// Tokens generated, including those behind a stop string.
+    /// The token that ended it, whose text is not part of the output.
+    pub(super) end_token: Option<u32>,
+    /// Tokens generated, including those behind a stop string and the token that ended the sequence.
     pub(super) completion_tokens: usize,
-    /// Prompt tokens found in the prefix cache; 0 when a stop string ended the sequence.
+    /// Prompt tokens found in the prefix cache.
     pub(super) cached_tokens: usize,
 }
 
@@ -106,8 +108,9 @@ async fn follow(
     loop {
         let event = events.recv().await.unwrap_or_else(|| Event::Failed(Error::internal("the engine stopped")));
         let delta = match event {
-            Event::Scheduled => {
+            Event::Scheduled { cached_tokens } => {
                 metrics.scheduled();
+                assembler.cached_tokens = cached_tokens;
                 continue;
             }
             Event::Prompt(logprobs) => Ok(OutputDelta { prompt: Some(logprobs), ..OutputDelta::default() }),
@@ -115,8 +118,9 @@ async fn follow(
                 metrics.token();
                 text.push(id).map(|text| assembler.token(&text, id, logprobs))
             }
-            Event::Finished { reason, cached_tokens, stop_token } => {
-                text.finish().map(|tail| assembler.finish(&tail, reason, cached_tokens, stop_token))
+            Event::Finished { reason, end_token, requested_stop } => {
+                end_token.iter().for_each(|_| metrics.end_token());
+                text.finish().map(|tail| assembler.finish(&tail, reason, end_token, requested_stop))
             }
             Event::Failed(error) => Err(error),
         };
@@ -142,6 +146,8 @@ struct Assembler {
     min_tokens: usize,
     /// Tokens generated so far.
     generated: usize,
+    /// Prompt tokens found in the prefix cache.
+    cached_tokens: usize,
     /// Characters of text so far.
     received: usize,
     /// Characters of text released.
@@ -152,7 +158,7 @@ struct Assembler {
 
 impl Assembler {
     fn new(matcher: StopMatcher, min_tokens: usize) -> Self {
-        Self { matcher, min_tokens, generated: 0, received: 0, released: 0, held: VecDeque::new() }
+        Self { matcher, min_tokens, generated: 0, cached_tokens: 0, received: 0, released: 0, held: VecDeque::new() }
     }
 
     /// Takes the next token and the text that it completed.
@@ -164,8 +170,15 @@ impl Assembler {
         self.scan(text)
     }
 
-    /// Takes the end of the sequence and its last text, and releases the rest.
-    fn finish(&mut self, tail: &str, reason: FinishReason, cached_tokens: usize, stop: Option<u32>) -> OutputDelta {
+    /// Takes the end of the sequence and its last text, and releases the rest. `end_token` ended it; `requested_stop`: the request
+    /// asked for that.
+    fn finish(
+        &mut self,
+        tail: &str,
+        reason: FinishReason,
+        end_token: Option<u32>,
+        requested_stop: bool,
+    ) -> OutputDelta {
         self.received += tail.chars().count();
         let mut delta = self.scan(tail);
         if delta.finish.is_none() {
@@ -173,9 +186,10 @@ impl Assembler {
             delta.tokens.extend(self.held.drain(..).map(|(_, token)| token));
             delta.finish = Some(FinishDetails {
                 reason,
-                stop: stop.map(StopReason::Token),
-                completion_tokens: self.generated,
-                cached_tokens,
+                stop: end_token.filter(|_| requested_stop).map(StopReason::Token),
+                end_token,
+                completion_tokens: self.generated + usize::from(end_token.is_some()),
+                cached_tokens: self.cached_tokens,
             });
         }
         delta
@@ -194,8 +208,9 @@ impl Assembler {
             delta.finish = Some(FinishDetails {
                 reason: FinishReason::Stop,
                 stop: Some(StopReason::Text(self.matcher.stop(stop).to_owned())),
+                end_token: None,
                 completion_tokens: self.generated,
-                cached_tokens: 0,
+                cached_tokens: self.cached_tokens,
             });
         }
         delta
@@ -228,7 +243,7 @@ mod tests {
                 return (text, ids, finish);
             }
         }
-        let delta = assembler.finish("", FinishReason::Length, 0, None);
+        let delta = assembler.finish("", FinishReason::Length, None, false);
         text.push_str(&delta.text);
         ids.extend(delta.tokens.iter().map(|t| t.id));
         (text, ids, delta.finish.expect("the end has a finish"))

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use candle_core::Device;
 use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
@@ -81,15 +80,8 @@ impl SmolLm2 {
     pub fn submit(&self, prompt: &[u32], params: SamplingParams, adapters: &[(&str, f32)]) -> Reply {
         let (events, receiver) = unbounded_channel();
         let lease = |(name, weight): &(&str, f32)| (self.registry.lease(name).expect("loaded"), *weight);
-        let request = Request {
-            id: "test".into(),
-            prompt: prompt.to_vec(),
-            params,
-            adapters: adapters.iter().map(lease).collect(),
-            constraint: None,
-            arrived: Instant::now(),
-            events,
-        };
+        let adapters = adapters.iter().map(lease).collect();
+        let request = Request { adapters, ..Request::new("test", prompt.to_vec(), params, events) };
         self.engine.submit(request).expect("room in the queue");
         Reply(receiver)
     }
@@ -117,7 +109,7 @@ impl Reply {
         let (mut prompt, mut tokens, mut logprobs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             match self.0.blocking_recv().expect("an end before the channel closes") {
-                Event::Scheduled => {}
+                Event::Scheduled { .. } => {}
                 Event::Prompt(p) => prompt = p,
                 Event::Token { id, logprobs: l } => {
                     tokens.push(id);

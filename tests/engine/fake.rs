@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use quiver::adapter::tiers::Residency;
@@ -253,15 +253,14 @@ impl Answer {
     pub fn push(&mut self, event: Event) {
         assert!(!self.ended(), "{event:?} after the end");
         match event {
-            Event::Scheduled => {}
+            Event::Scheduled { cached_tokens } => self.cached_tokens = cached_tokens,
             Event::Prompt(prompt) => {
                 assert!(self.tokens.is_empty() && self.prompt.is_none(), "the prompt is reported once, first");
                 self.prompt = Some(prompt);
             }
             Event::Token { id, logprobs } => self.tokens.push((id, logprobs)),
-            Event::Finished { reason, cached_tokens, stop_token } => {
-                self.finished = Some((reason, stop_token));
-                self.cached_tokens = cached_tokens;
+            Event::Finished { reason, end_token, requested_stop } => {
+                self.finished = Some((reason, end_token.filter(|_| requested_stop)));
             }
             Event::Failed(error) => self.failed = Some(error.message),
         }
@@ -341,11 +340,8 @@ pub fn request(
     params: SamplingParams,
 ) -> (Request, UnboundedReceiver<Event>) {
     let (events, receiver) = unbounded_channel();
-    let (prompt, adapters) = (prompt.to_vec(), adapters.to_vec());
-    (
-        Request { id: "test".into(), prompt, params, adapters, constraint: None, arrived: Instant::now(), events },
-        receiver,
-    )
+    let request = Request::new("test", prompt.to_vec(), params, events);
+    (Request { adapters: adapters.to_vec(), ..request }, receiver)
 }
 
 /// An engine without a thread, for tests that count ticks.

@@ -252,6 +252,16 @@ fn masks_hold_against_everything() {
 }
 
 #[test]
+fn the_log_probabilities_of_chosen_ids_are_reported() {
+    let logits = [0.5, -1.0, 3.0, 2.0];
+    let params = SamplingParams { logprobs: Some(4), logprob_token_ids: vec![3, 0, 99], ..greedy() };
+    let found = plain(&logits, &params).logprobs.expect("requested");
+    let of = |id: u32| found.top.iter().find(|(other, _)| *other == id).copied().expect("all are in the top");
+    // An id outside the vocabulary has no log-probability.
+    assert_eq!(found.chosen, [of(3), of(0)]);
+}
+
+#[test]
 fn temperature_is_not_in_the_logprobs() {
     let logits = noise(8, 300);
     let cold = plain(&logits, &SamplingParams { temperature: 0.01, logprobs: Some(2), ..SamplingParams::default() });

@@ -5,14 +5,14 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use quiver::adapter::Lease;
 use quiver::arch::Module;
-use quiver::engine::request::{Event, FinishReason, SamplingParams};
+use quiver::engine::request::{Event, FinishReason, Request, SamplingParams};
 use quiver::engine::worker::Tick;
 use quiver::engine::{Engine, EngineConfig};
 use quiver::error::ErrorKind;
 use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::fake::{Answer, Bench, EOS, Fake, config, greedy, lease, lease_of, reference};
+use crate::fake::{Answer, Bench, EOS, Fake, config, greedy, lease, lease_of, reference, request};
 
 fn one(lease: &Lease) -> Vec<(Lease, f32)> {
     vec![(lease.clone(), 1.0)]
@@ -72,6 +72,46 @@ fn generations_and_weights_have_their_own_prefixes() {
         assert_eq!(answer.ids(), reference(&prompt, &adapters, &greedy(5), 200).ids());
         assert_eq!(answer.cached_tokens, cached);
     }
+}
+
+#[test]
+fn a_salt_separates_prefixes() {
+    let mut bench = Bench::new(&config());
+    let prompt: Vec<u32> = (0..17).collect();
+    for (salt, cached) in [(None, 0), (Some("a"), 0), (Some("b"), 0), (Some("a"), 16), (None, 16)] {
+        let (request, mut events) = request(&prompt, &[], greedy(2));
+        bench.engine.submit(Request { cache_salt: salt.map(str::to_owned), ..request }).expect("accepted");
+        bench.finish();
+        let mut answer = Answer::default();
+        answer.take(&mut events);
+        assert_eq!(answer.cached_tokens, cached, "{salt:?}");
+    }
+}
+
+#[test]
+fn priorities_order_the_requests_of_an_adapter_but_not_between_adapters() {
+    let mut bench = Bench::new(&EngineConfig { max_running: 1, ..config() });
+    let a = lease("a", "content-a");
+    let mut submit = |priority, adapters: Vec<(Lease, f32)>| {
+        let (request, events) = request(&[1, 2, 3], &adapters, greedy(4));
+        bench.engine.submit(Request { priority, ..request }).expect("accepted");
+        (events, Answer::default())
+    };
+    let base = Vec::new;
+    let mut waiting =
+        vec![submit(0, base()), submit(5, base()), submit(0, base()), submit(-1, base()), submit(5, one(&a))];
+    let mut order = Vec::new();
+    while order.len() < waiting.len() {
+        bench.worker.tick();
+        for (index, (events, answer)) in waiting.iter_mut().enumerate() {
+            answer.take(events);
+            if answer.ended() && !order.contains(&index) {
+                order.push(index);
+            }
+        }
+    }
+    // The adapter's request has the largest number of all, and is second: its queue was served less.
+    assert_eq!(order, [3, 4, 0, 2, 1]);
 }
 
 #[test]

@@ -100,6 +100,12 @@ impl SequenceMetrics {
         self.generated.iter().for_each(IntCounter::inc);
     }
 
+    /// A token came that ends the sequence. It has no text, and no client sees it.
+    pub(in crate::server) fn end_token(&mut self) {
+        self.tokens += 1;
+        self.generated.iter().for_each(IntCounter::inc);
+    }
+
     /// It ended without an error.
     pub(in crate::server) fn finish(&mut self, reason: FinishReason) {
         observe(&self.request, self.arrived.elapsed());
