@@ -29,6 +29,8 @@ fn completion() {
     let end = server.post("/v1/completions", json!({"prompt": "w", "max_tokens": 9})).json();
     assert_eq!((&end["choices"][0]["text"], &end["choices"][0]["finish_reason"]), (&json!("xyz"), &json!("stop")));
     assert_eq!(end["choices"][0]["stop_reason"], Value::Null);
+    // The end token counts.
+    assert_eq!(end["usage"]["completion_tokens"], 4);
 }
 
 #[test]
