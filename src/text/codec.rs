@@ -100,7 +100,13 @@ impl TextCodec {
 
     /// A decoder for one sequence, which never returns half a character.
     pub fn stream(&self, skip_special_tokens: bool) -> TextStream<'_> {
-        TextStream { token_bytes: &self.token_bytes, skip_special_tokens, pending: Vec::new(), at_start: true }
+        self.stream_keeping(skip_special_tokens, &[])
+    }
+
+    /// As [`TextCodec::stream`], but tokens that are spelt as one of `markers` are text, also where they are special tokens.
+    pub fn stream_keeping(&self, skip_special_tokens: bool, markers: &[&str]) -> TextStream<'_> {
+        let kept = markers.iter().filter_map(|marker| self.id_of(marker)).collect();
+        TextStream { token_bytes: &self.token_bytes, skip_special_tokens, kept, pending: Vec::new(), at_start: true }
     }
 
     /// The bytes that an id stands for, which may be part of a character. Empty for an id outside the vocabulary.
@@ -152,6 +158,8 @@ pub struct TextStream<'a> {
     token_bytes: &'a TokenBytes,
     /// Whether special tokens are left out.
     skip_special_tokens: bool,
+    /// Special tokens that are not left out.
+    kept: Vec<u32>,
     /// The beginning of a character. Between calls, at most three bytes.
     pending: Vec<u8>,
     /// No token has come yet: a leading space may have to be removed.
@@ -162,7 +170,8 @@ impl TextStream<'_> {
     /// The text that this id completes; empty while a character is unfinished.
     pub fn push(&mut self, id: u32) -> Result<String> {
         let mut bytes = self.token_bytes.get(id);
-        if bytes.is_empty() || self.skip_special_tokens && self.token_bytes.special[id as usize] {
+        let skips = self.skip_special_tokens && !self.kept.contains(&id);
+        if bytes.is_empty() || skips && self.token_bytes.special[id as usize] {
             return Ok(String::new());
         }
         if std::mem::take(&mut self.at_start) && self.token_bytes.drops_leading_space {

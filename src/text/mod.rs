@@ -1,7 +1,9 @@
-//! Text: the tokenizer, the chat template, the prompt of chat messages, and grammars.
+//! Text: the tokenizer, the chat template, the prompt of chat messages, tools and thinking in the output, and grammars.
 
 pub mod codec;
 pub mod grammar;
 pub(crate) mod messages;
+pub mod reasoning;
 mod template;
 pub(crate) mod tokenizer;
+pub mod tools;
