@@ -1,8 +1,10 @@
 //! Structured output: grammars, JSON schemas and regular expressions over the output's text, as constraints on its tokens.
 //!
 //! `llguidance` compiles a grammar and computes token masks: an Earley parser over a lexer of derivatives, which walks the
-//! tokenizer's trie. [`trie`] makes the trie from the model's [`TextCodec`], and [`gbnf`] translates llama.cpp's grammars.
+//! tokenizer's trie. [`trie`] makes the trie from the model's [`TextCodec`], [`gbnf`] translates llama.cpp's grammars, and
+//! [`compose`] joins grammars, as the calls of tools need it.
 
+mod compose;
 mod gbnf;
 mod trie;
 
@@ -61,6 +63,32 @@ pub enum Grammar {
     Choice(Vec<String>),
     /// A grammar in llama.cpp's GBNF, which has rules of the form `name ::= ...`, or else in llguidance's variant of Lark.
     Text(String),
+    /// These, one after another.
+    Sequence(Vec<Grammar>),
+    /// One of these.
+    AnyOf(Vec<Grammar>),
+    /// This, from no time on.
+    Repeat {
+        /// What is repeated.
+        item: Box<Grammar>,
+        /// The most times.
+        most: Option<usize>,
+    },
+    /// The special token that is spelt so, or else this text.
+    Marker(String),
+    /// Any text up to the first such marker, and the marker.
+    Until(String),
+    /// Any text.
+    AnyText,
+    /// Any text that this regular expression does not match as a whole.
+    TextUnlike(String),
+    /// A grammar that a field of the request gives.
+    Placed {
+        /// The field's path, for errors.
+        path: String,
+        /// The grammar.
+        grammar: Box<Grammar>,
+    },
 }
 
 /// The white space between JSON's tokens.
@@ -130,14 +158,29 @@ impl GrammarCompiler {
 
     /// Compiles a grammar on this thread, without the cache. Errors: as [`GrammarCompiler::compile`].
     pub fn compile_now(&self, grammar: &Grammar) -> Result<CompiledGrammar> {
-        let factory = self.factory.get_or_init(|| self.make_factory()).as_ref().map_err(Clone::clone)?;
         let began = Instant::now();
-        let mut start = factory.create_parser(grammar.to_llguidance()?).map_err(refused)?;
+        let start = self.parser(grammar).map_err(|error| self.placed_fault(grammar).unwrap_or(error))?;
+        tracing::debug!(ms = began.elapsed().as_millis(), "compiled a grammar");
+        Ok(CompiledGrammar { start: Mutex::new(start) })
+    }
+
+    /// The state before the first token.
+    fn parser(&self, grammar: &Grammar) -> Result<TokenParser> {
+        let factory = self.factory.get_or_init(|| self.make_factory()).as_ref().map_err(Clone::clone)?;
+        let mut start = factory.create_parser(grammar.to_llguidance(&self.codec)?).map_err(refused)?;
         start.start_without_prompt();
         // A grammar without a first token is found here, and the parts of the lexer that every sequence needs are made once.
         start.compute_mask().map_err(refused)?;
-        tracing::debug!(ms = began.elapsed().as_millis(), "compiled a grammar");
-        Ok(CompiledGrammar { start: Mutex::new(start) })
+        Ok(start)
+    }
+
+    /// The fault of a part of a refused grammar, with the field that gives the part.
+    fn placed_fault(&self, grammar: &Grammar) -> Option<Error> {
+        grammar.placed().into_iter().find_map(|(path, part)| {
+            let mut error = self.parser(part).err()?;
+            error.message = format!("`{path}`: {}", error.message);
+            Some(error.param(path).code("invalid_value"))
+        })
     }
 
     fn make_factory(&self) -> Result<ParserFactory> {
@@ -204,7 +247,7 @@ impl Grammar {
         Self::json(json!({"type": "object"}))
     }
 
-    fn to_llguidance(&self) -> Result<TopLevelGrammar> {
+    fn to_llguidance(&self, codec: &TextCodec) -> Result<TopLevelGrammar> {
         let lark = |text: String| Ok(TopLevelGrammar::from_lark(text));
         match self {
             Self::Json { schema, whitespace } => {
@@ -230,6 +273,7 @@ impl Grammar {
                 check_size(text.len(), MAX_GRAMMAR_BYTES)?;
                 lark(if gbnf::is_gbnf(text) { gbnf::to_lark(text)? } else { text.clone() })
             }
+            _ => compose::compose(self, codec),
         }
     }
 }
@@ -304,4 +348,4 @@ async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -3,15 +3,37 @@ use serde_json::json;
 use super::*;
 use crate::hub::{ModelFiles, ModelFormat};
 
-fn compiler(path: &str) -> GrammarCompiler {
-    let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(path);
+/// A compiler for a tokenizer of the fixtures.
+pub(in crate::text) fn compiler(path: &str) -> GrammarCompiler {
+    compiler_at(std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(path))
+}
+
+/// A compiler for the fixtures' Llama 3 tokenizer with further special tokens.
+pub(in crate::text) fn compiler_with_tokens(tokens: &[&str]) -> GrammarCompiler {
+    let from = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/hf");
+    let dir = tempfile::tempdir().expect("a directory");
+    for file in ["tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(from.join(file), dir.path().join(file)).expect("a copy");
+    }
+    let text = std::fs::read_to_string(from.join("tokenizer.json")).expect("a tokenizer");
+    let mut tokenizer: Value = serde_json::from_str(&text).expect("JSON");
+    let added = tokenizer["added_tokens"].as_array_mut().expect("added tokens");
+    for (id, token) in (604..).zip(tokens) {
+        added.push(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                          "normalized": false, "special": true}));
+    }
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).expect("a file");
+    compiler_at(dir.path().to_owned())
+}
+
+fn compiler_at(path: std::path::PathBuf) -> GrammarCompiler {
     let format = if path.is_dir() { ModelFormat::HuggingFace(path) } else { ModelFormat::Gguf(path) };
     let codec = TextCodec::load(&ModelFiles { name: "test".into(), format }).expect("a tokenizer");
     GrammarCompiler::new(Arc::new(codec))
 }
 
 /// Whether a grammar accepts a whole text, token by token.
-fn accepts(compiler: &GrammarCompiler, grammar: &Grammar, text: &str) -> bool {
+pub(in crate::text) fn accepts(compiler: &GrammarCompiler, grammar: &Grammar, text: &str) -> bool {
     let compiled = Arc::new(compiler.compile_now(grammar).unwrap_or_else(|e| panic!("{grammar:?}: {e}")));
     let mut constraint = compiled.constraint();
     let mut rest = text.as_bytes();

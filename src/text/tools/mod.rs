@@ -5,6 +5,7 @@
 
 mod calls;
 mod format;
+mod grammar;
 mod json;
 mod output;
 
@@ -52,6 +53,15 @@ pub struct ToolDefinition {
     pub strict: bool,
     /// The function as the request has it, for templates.
     raw: Value,
+    /// The function's path in the request.
+    path: String,
+}
+
+impl ToolDefinition {
+    /// The path of the schema in the request.
+    fn parameters_path(&self) -> String {
+        format!("{}.parameters", self.path)
+    }
 }
 
 /// Whether the model calls tools.
@@ -164,7 +174,7 @@ fn checked(definitions: Vec<ToolDefinition>, field: &str) -> Result<Vec<ToolDefi
 }
 
 fn definition(value: &Value, path: String) -> Result<ToolDefinition> {
-    let function = Fields::of_value(value, path)?;
+    let function = Fields::of_value(value, path.as_str())?;
     // Templates read the whole object, so other fields have an effect of their own.
     fields::check_unknown(&function, &["name", "description", "parameters", "strict"])?;
     let name = name(&function)?;
@@ -185,6 +195,7 @@ fn definition(value: &Value, path: String) -> Result<ToolDefinition> {
         parameters,
         strict: function.boolean("strict")?.unwrap_or(false),
         raw: value.clone(),
+        path,
     })
 }
 
@@ -289,5 +300,7 @@ fn function_call(body: &Fields) -> Result<Choice> {
     }
 }
 
+#[cfg(test)]
+mod grammar_tests;
 #[cfg(test)]
 mod tests;
