@@ -27,7 +27,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
 COPY adapters /adapters
 ENV QUIVER_HOST=0.0.0.0 QUIVER_CACHE_DIR=/cache QUIVER_ADAPTERS=/adapters
 EXPOSE 8000
-HEALTHCHECK CMD python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"
+# The first start downloads and loads the model.
+HEALTHCHECK --start-period=15m CMD python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"
 ENTRYPOINT ["quiver"]
 CMD ["serve"]
 

@@ -277,10 +277,7 @@ impl ServerProcess {
     }
 }
 
-/// Whether a server accepts requests: vLLM and llama.cpp report it at `/health`, quiver by its model list.
+/// Whether a server accepts requests, which vLLM, llama.cpp and quiver report at `/health`.
 async fn ready(client: &Client) -> bool {
-    let answers = |path: &'static str| async move {
-        client.call(hyper::Method::GET, path, None).await.is_ok_and(|(status, _)| status.is_success())
-    };
-    answers("/health").await && answers("/v1/models").await
+    client.call(hyper::Method::GET, "/health", None).await.is_ok_and(|(status, _)| status.is_success())
 }

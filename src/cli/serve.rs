@@ -38,7 +38,7 @@ async fn serve(config: ServeConfig) -> Result<()> {
     // Without --state-dir, files and jobs last as long as the server.
     let temporary = tempfile::Builder::new().prefix("quiver-").tempdir()?;
     let store = Arc::new(Store::open(config.state_dir.as_deref().unwrap_or(temporary.path()))?);
-    // Bound before the load, so that a port in use fails at once and /health answers while the model loads.
+    // Bound before the load, so that a port in use fails at once and /live answers while the model loads.
     let listener = bind(&config).await?;
     let address = listener.local_addr()?;
     let mut server = tokio::spawn(server::serve(listener, app.clone(), stop_signal(), config.drain_timeout));

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::error_response::ErrorResponse;
 use super::extract::{JsonBody, PathParam};
 use super::params::token_ids;
-use super::{App, Serving, SharedApp};
+use super::{App, Serving, SharedApp, loading};
 use crate::adapter::registry::AdapterInfo;
 use crate::fields::{self, Fields};
 use crate::server::metrics::ScrapeInput;
@@ -17,9 +17,17 @@ use crate::text::messages::chat_prompt;
 use crate::time::unix_seconds;
 use crate::{Error, Result};
 
-/// `GET /health`: 200 as long as the process answers.
-pub(super) async fn health() -> Json<Value> {
+/// `GET /live`: 200 as long as the process answers.
+pub(super) async fn live() -> Json<Value> {
     Json(json!({"status": "ok"}))
+}
+
+/// `GET /health`: 200 once the model is loaded, 503 before, as in vLLM and llama.cpp.
+pub(super) async fn health(State(app): State<SharedApp>) -> Result<Json<Value>, ErrorResponse> {
+    match app.serving.get() {
+        Some(_) => Ok(Json(json!({"status": "ok"}))),
+        None => Err(loading().into()),
+    }
 }
 
 /// `GET /ready`: 200 once the model is loaded, 503 before that and while the server shuts down.

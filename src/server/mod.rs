@@ -126,13 +126,17 @@ impl App {
 
     /// The loaded model. Errors: `Unavailable` while it loads and while the server shuts down.
     fn serving(&self) -> Result<&Arc<Serving>> {
-        let unavailable = |message| Err(Error::new(ErrorKind::Unavailable, message));
-        match self.serving.get() {
-            _ if self.draining.load(Ordering::Relaxed) => unavailable("the server is shutting down"),
-            Some(serving) => Ok(serving),
-            None => unavailable("the model is loading: GET /ready answers 200 once it is loaded"),
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Unavailable, "the server is shutting down"));
         }
+        self.serving.get().ok_or_else(loading)
     }
+}
+
+/// The error until the model is loaded.
+fn loading() -> Error {
+    let message = "the model is loading: GET /health and GET /ready answer 200 once it is loaded";
+    Error::new(ErrorKind::Unavailable, message).code("model_loading")
 }
 
 /// All routes with their keys, limits, logs and request ids.
@@ -166,6 +170,7 @@ fn router(app: SharedApp) -> Router {
         .route_layer(from_fn_with_state(app.clone(), middleware::require_admin));
     let open = Router::new()
         .route("/health", get(info::health))
+        .route("/live", get(info::live))
         .route("/ready", get(info::ready))
         .route("/version", get(info::version))
         .route("/metrics", get(info::metrics));

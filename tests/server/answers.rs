@@ -250,16 +250,18 @@ fn context_length() {
 #[test]
 fn health_version_and_request_ids() {
     let mut server = Server::with(Options { loaded: false, ..Options::default() });
-    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.get("/live").status, 200);
     assert_eq!(server.get("/metrics").status, 200);
-    for answer in
-        [server.get("/ready"), server.post("/v1/completions", json!({"prompt": "."})), server.get("/v1/models")]
-    {
-        assert_eq!(answer.error().0, 503);
+    let completion = server.post("/v1/completions", json!({"prompt": "."}));
+    for answer in [server.get("/health"), server.get("/ready"), completion, server.get("/v1/models")] {
+        let (status, _, _, code) = answer.error();
+        assert_eq!((status, code), (503, json!("model_loading")));
         assert!(answer.headers.contains_key("retry-after"));
     }
     server.finish_loading();
-    assert_eq!(server.get("/ready").status, 200);
+    for path in ["/live", "/health", "/ready"] {
+        assert_eq!(server.get(path).status, 200, "{path}");
+    }
     assert_eq!(server.get("/version").json()["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(server.get("/health").headers["x-request-id"].len(), 36);
     let given = server.send("GET", "/nowhere", &[("x-request-id", "mine")], b"");

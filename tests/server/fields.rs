@@ -289,7 +289,7 @@ fn api_keys() {
     }
     assert_eq!(server.post("/v1/completions", json!({"prompt": "."})).error().0, 401);
     assert_eq!(server.post("/tokenize", json!({"prompt": "."})).error().0, 401);
-    for open in ["/health", "/ready", "/version", "/metrics"] {
+    for open in ["/live", "/health", "/ready", "/version", "/metrics"] {
         assert_eq!(get(None, open).status, 200, "{open}");
     }
     assert_eq!(get(None, "/v1/nowhere").status, 404);
