@@ -16,8 +16,8 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, RequestId
 use tower_http::trace::{DefaultOnFailure, DefaultOnResponse, TraceLayer};
 use tracing::Level;
 
-use super::SharedApp;
 use super::error_response::{ErrorLabels, ErrorResponse};
+use super::{SharedApp, hints};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Limit on all header names and values of a request, bytes.
@@ -135,7 +135,9 @@ pub(super) async fn count_errors(State(app): State<SharedApp>, request: Request,
 
 /// Answers an unknown path.
 pub(super) async fn unknown_route(method: Method, uri: Uri) -> ErrorResponse {
-    Error::not_found(format!("no such route: {method} {}", uri.path())).code("unknown_route").into()
+    let path = uri.path();
+    let hint = hints::meant(path).map_or(String::new(), |route| format!(": use {route}"));
+    Error::not_found(format!("no such route: {method} {path}{hint}")).code("unknown_route").into()
 }
 
 /// Answers a method that the route does not have.

@@ -9,6 +9,7 @@ mod extract;
 mod files;
 mod finetune;
 mod generate;
+mod hints;
 mod info;
 mod metrics;
 mod middleware;
