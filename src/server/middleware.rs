@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use axum::Router;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, Method, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
@@ -22,6 +22,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Limit on all header names and values of a request, bytes.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
+
+/// The header in which Anthropic's clients send the key.
+const API_KEY_HEADER: HeaderName = HeaderName::from_static("x-api-key");
 
 tokio::task_local! {
     /// The id of the request that a task answers.
@@ -62,19 +65,30 @@ impl AccessKeys {
     }
 }
 
-/// The key of a request: `Authorization: Bearer <key>`.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let (scheme, key) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+/// Keys of a request: `Authorization: Bearer <key>`, and `x-api-key: <key>`, which Anthropic's clients send.
+fn keys_of(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let texts = |name| headers.get_all(name).into_iter().filter_map(|value: &HeaderValue| value.to_str().ok());
+    let bearer = texts(header::AUTHORIZATION).filter_map(|value| {
+        let (scheme, key) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key)
+    });
+    bearer.chain(texts(API_KEY_HEADER)).map(str::trim)
 }
 
 /// `Unauthorized` unless the request has one of `keys`. Compares with all of them, even after a match.
 fn require_key<'a>(headers: &HeaderMap, keys: impl IntoIterator<Item = &'a [u8; 32]>, what: &str) -> Result<()> {
     let refuse = |message| Err(Error::new(ErrorKind::Unauthorized, message).code("invalid_api_key"));
-    let Some(key) = bearer(headers) else {
-        return refuse(format!("{what} needs a key: send the header `Authorization: Bearer <key>`"));
+    let mut sent = keys_of(headers).map(digest);
+    let Some(key) = sent.next() else {
+        return refuse(format!(
+            "{what} needs a key: send the header `Authorization: Bearer <key>` or `x-api-key: <key>`"
+        ));
     };
-    let key = digest(key);
+    if sent.any(|other| other != key) {
+        return refuse(
+            "the request has several keys that differ: send one, as `Authorization: Bearer <key>`".to_owned(),
+        );
+    }
     let found = keys.into_iter().fold(Choice::from(0), |found, known| found | known.ct_eq(&key));
     if found.into() { Ok(()) } else { refuse(format!("invalid key for {what}")) }
 }
