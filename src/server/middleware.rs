@@ -23,8 +23,14 @@ use crate::error::{Error, ErrorKind, Result};
 /// Limit on all header names and values of a request, bytes.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
 
+/// The header of a request's id, which the response repeats.
+const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
 /// The header in which Anthropic's clients send the key.
 const API_KEY_HEADER: HeaderName = HeaderName::from_static("x-api-key");
+
+/// Limit on a request's id, bytes: OpenAI's.
+const MAX_REQUEST_ID_BYTES: usize = 512;
 
 tokio::task_local! {
     /// The id of the request that a task answers.
@@ -132,19 +138,32 @@ fn require_loopback(request: &Request) -> Result<()> {
     Ok(())
 }
 
-/// Counts error responses, and refuses headers that are too long.
+/// Counts error responses, and refuses bad headers.
 pub(super) async fn count_errors(State(app): State<SharedApp>, request: Request, next: Next) -> Response {
-    let bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-    let response = if bytes > MAX_HEADER_BYTES {
-        let message = format!("the request headers have {bytes} bytes; at most {MAX_HEADER_BYTES} are allowed");
-        ErrorResponse::from(Error::new(ErrorKind::HeadersTooLarge, message)).into_response()
-    } else {
-        next.run(request).await
+    let response = match check_headers(&request) {
+        Ok(()) => next.run(request).await,
+        Err(error) => ErrorResponse::from(error).into_response(),
     };
     if let Some(ErrorLabels { kind, adapter }) = response.extensions().get() {
         app.metrics.error(*kind, adapter);
     }
     response
+}
+
+/// Errors: headers that are too long, or a request id that was refused.
+fn check_headers(request: &Request) -> Result<()> {
+    let bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > MAX_HEADER_BYTES {
+        let message = format!("the request headers have {bytes} bytes; at most {MAX_HEADER_BYTES} are allowed");
+        return Err(Error::new(ErrorKind::HeadersTooLarge, message));
+    }
+    if request.extensions().get::<BadRequestId>().is_some() {
+        let message = format!(
+            "the header `x-request-id` must have 1 to {MAX_REQUEST_ID_BYTES} visible ASCII characters, without spaces"
+        );
+        return Err(Error::invalid(message).code("invalid_request_id"));
+    }
+    Ok(())
 }
 
 /// Answers an unknown path.
@@ -161,11 +180,28 @@ pub(super) async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
     Error::new(ErrorKind::MethodNotAllowed, message).code("method_not_allowed").into()
 }
 
+/// Marks a request whose id was refused.
+#[derive(Clone)]
+struct BadRequestId;
+
+/// Takes away a request id that is not fit for logs and headers. The request gets one of ours, and is refused under it.
+fn drop_bad_request_id(mut request: Request) -> Request {
+    let good = |id: &HeaderValue| {
+        (1..=MAX_REQUEST_ID_BYTES).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+    };
+    if request.headers().get(REQUEST_ID_HEADER).is_some_and(|id| !good(id)) {
+        request.headers_mut().remove(REQUEST_ID_HEADER);
+        request.extensions_mut().insert(BadRequestId);
+    }
+    request
+}
+
 /// Adds the outermost layers: request ids in and out, a log line for each request, panics to internal errors.
 pub(super) fn observe<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     let span = |request: &axum::http::Request<_>| tracing::info_span!("request", id = id_of(request), method = %request.method(), path = request.uri().path());
     router.layer(
         ServiceBuilder::new()
+            .map_request(drop_bad_request_id)
             .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid))
             .layer(
                 TraceLayer::new_for_http()
