@@ -187,8 +187,8 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_PORT", default_value_t = 8000, help_heading = "HTTP")]
     pub port: u16,
 
-    /// API key for inference, models, files, fine-tuning, /tokenize, /detokenize and /lora-adapters; may be repeated. Without
-    /// one, these routes are open to all
+    /// API key for inference, models, files, fine-tuning, tokenization and /lora-adapters; may be repeated. Without one, these
+    /// routes are open to all
     #[arg(
         long,
         env = "QUIVER_API_KEY",
@@ -211,6 +211,18 @@ pub struct ServeConfig {
         help_heading = "HTTP"
     )]
     pub admin_key: Option<String>,
+
+    /// Let web pages of this origin (https://app.example, or * for all) use the server from a browser; may be repeated. The admin
+    /// routes stay closed to them [default: none]
+    #[arg(
+        long,
+        env = "QUIVER_CORS_ORIGIN",
+        value_name = "ORIGIN",
+        value_parser = cors_origin,
+        value_delimiter = ',',
+        help_heading = "HTTP"
+    )]
+    pub cors_origin: Vec<String>,
 
     /// Largest request body
     #[arg(
@@ -344,6 +356,20 @@ pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
 fn key(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic());
     if fits { Ok(text.to_owned()) } else { Err("must be one or more visible ASCII characters".to_owned()) }
+}
+
+/// Parses `*`, or an origin as browsers send it: `https://app.example:3000`.
+fn cors_origin(text: &str) -> Result<String, String> {
+    let is_origin = |(scheme, host): (&str, &str)| {
+        let host_chars = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+        !host.is_empty()
+            && host.chars().all(host_chars)
+            && scheme.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    };
+    if text == "*" || text.split_once("://").is_some_and(is_origin) {
+        return Ok(text.to_ascii_lowercase());
+    }
+    Err("must be * or an origin such as https://app.example or http://localhost:3000, without a path".to_owned())
 }
 
 fn named_path(text: &str) -> Result<NamedPath, String> {

@@ -188,6 +188,20 @@ mod tests {
     }
 
     #[test]
+    fn origins_of_web_pages() {
+        let args = ["--cors-origin", "http://LocalHost:3000,http://[::1]:80", "--cors-origin", "https://app.example"];
+        let config = serve(&args, "").expect("all is right");
+        assert_eq!(config.cors_origin, ["http://localhost:3000", "http://[::1]:80", "https://app.example"]);
+        assert_eq!(serve(&[], "cors-origin = '*'").expect("all is right").cors_origin, ["*"]);
+        for wrong in
+            ["app.example", "https://app.example/", "https://app.example/chat", "https://", "https://*.example"]
+        {
+            let error = serve(&[], &format!("cors-origin = '{wrong}'")).expect_err(wrong).to_string();
+            assert!(error.contains("must be * or an origin"), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
     fn a_wrong_file_is_named_with_what_is_wrong() {
         for (file, what) in [
             ("prot = 1", "unknown setting `prot`"),

@@ -32,6 +32,7 @@ async fn serve(config: ServeConfig) -> Result<()> {
     let app = App::new(&HttpConfig {
         api_keys: config.api_key.clone(),
         admin_key: config.admin_key.clone(),
+        cors_origins: config.cors_origin.clone(),
         max_body: config.max_body,
         max_file: config.max_file,
     })?;

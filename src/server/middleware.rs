@@ -1,7 +1,8 @@
-//! The layers around all routes: request id, log line, keys, error counts.
+//! The layers around all routes: request id, log line, keys, CORS, error counts.
 
 use std::any::Any;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{ConnectInfo, Request, State};
@@ -12,6 +13,7 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer};
 use tower_http::trace::{DefaultOnFailure, DefaultOnResponse, TraceLayer};
 use tracing::Level;
@@ -31,6 +33,9 @@ const API_KEY_HEADER: HeaderName = HeaderName::from_static("x-api-key");
 
 /// Limit on a request's id, bytes: OpenAI's.
 const MAX_REQUEST_ID_BYTES: usize = 512;
+
+/// How long a browser may remember what it may send.
+const CORS_MAX_AGE: Duration = Duration::from_secs(600);
 
 tokio::task_local! {
     /// The id of the request that a task answers.
@@ -136,6 +141,29 @@ fn require_loopback(request: &Request) -> Result<()> {
         return forbid("without --admin-key, the admin routes answer neither proxies nor web pages");
     }
     Ok(())
+}
+
+/// The layer that lets web pages of `origins` use the server, or none without origins. Browsers may send any header, such as
+/// the key and those of OpenAI's client. Errors: `Invalid` for an origin that no header can hold.
+pub(super) fn cors(origins: &[String]) -> Result<Option<CorsLayer>> {
+    if origins.is_empty() {
+        return Ok(None);
+    }
+    let allowed = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        let values = origins.iter().map(|origin| {
+            HeaderValue::from_str(origin).map_err(|e| Error::invalid(format!("--cors-origin {origin:?}: {e}")))
+        });
+        AllowOrigin::list(values.collect::<Result<Vec<_>>>()?)
+    };
+    let layer = CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::HEAD, Method::POST, Method::DELETE])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([REQUEST_ID_HEADER, header::RETRY_AFTER])
+        .max_age(CORS_MAX_AGE);
+    Ok(Some(layer))
 }
 
 /// Counts error responses, and refuses bad headers.

@@ -34,6 +34,7 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
+use tower_http::cors::CorsLayer;
 
 use crate::engine::EngineConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -49,6 +50,8 @@ pub struct HttpConfig {
     pub api_keys: Vec<String>,
     /// Key for the admin routes; without one, only clients on this machine may use them.
     pub admin_key: Option<String>,
+    /// Origins of the web pages that may use the server, or `*` for all; if empty, browsers refuse them.
+    pub cors_origins: Vec<String>,
     /// Limit on request bodies, bytes.
     pub max_body: usize,
     /// Limit on uploaded files, bytes.
@@ -93,6 +96,7 @@ impl Serving {
 /// State that all handlers share.
 pub struct App {
     keys: AccessKeys,
+    cors: Option<CorsLayer>,
     max_body: usize,
     max_file: usize,
     metrics: Metrics,
@@ -111,6 +115,7 @@ impl App {
     pub fn new(config: &HttpConfig) -> Result<SharedApp> {
         Ok(Arc::new(Self {
             keys: AccessKeys::new(&config.api_keys, config.admin_key.as_deref()),
+            cors: middleware::cors(&config.cors_origins)?,
             max_body: config.max_body,
             max_file: config.max_file,
             metrics: Metrics::new()?,
@@ -175,9 +180,14 @@ fn router(app: SharedApp) -> Router {
         .route("/ready", get(info::ready))
         .route("/version", get(info::version))
         .route("/metrics", get(info::metrics));
-    let router = inference
+    // Answered here already, so that the next layer is around it: a browser asks by OPTIONS, a method that no route has.
+    let mut public = inference.merge(open).method_not_allowed_fallback(middleware::wrong_method);
+    if let Some(cors) = &app.cors {
+        // Around the keys: a browser asks what it may send before it sends a key.
+        public = public.layer(cors.clone());
+    }
+    let router = public
         .merge(admin)
-        .merge(open)
         .fallback(middleware::unknown_route)
         .method_not_allowed_fallback(middleware::wrong_method)
         .layer(DefaultBodyLimit::max(app.max_body))

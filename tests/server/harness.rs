@@ -118,6 +118,7 @@ impl Runner for Alphabet {
 pub struct Options {
     pub api_keys: Vec<String>,
     pub admin_key: Option<String>,
+    pub cors_origins: Vec<String>,
     pub max_body: usize,
     pub max_running: usize,
     pub max_waiting: usize,
@@ -133,6 +134,7 @@ impl Default for Options {
         Self {
             api_keys: vec![],
             admin_key: None,
+            cors_origins: vec![],
             max_body: 1 << 20,
             max_running: 8,
             max_waiting: 64,
@@ -229,6 +231,7 @@ impl Server {
         let app = App::new(&HttpConfig {
             api_keys: options.api_keys,
             admin_key: options.admin_key,
+            cors_origins: options.cors_origins,
             max_body: options.max_body,
             max_file: 1 << 20,
         })
