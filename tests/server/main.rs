@@ -7,6 +7,7 @@ mod errors;
 mod fields;
 mod finetune;
 mod harness;
+mod http;
 mod metrics;
 mod streaming;
 mod structured;
