@@ -5,11 +5,12 @@
 
 use super::json::{CallObject, Scan, ValueScanner, is_space};
 use super::output::Parts;
-use super::{ToolFormat, Tools};
+use super::qwen_xml::XmlCall;
+use super::{ToolDefinition, ToolFormat, Tools};
 use crate::text::reasoning::overlap;
 
 /// Limit on the bytes of a call that are held until it is told.
-const MAX_HELD: usize = 64 << 10;
+pub(super) const MAX_HELD: usize = 64 << 10;
 
 /// Limit on the bytes of white space and of a tool's name around a call.
 const MAX_GAP: usize = 1 << 10;
@@ -17,9 +18,27 @@ const MAX_GAP: usize = 1 << 10;
 /// The fence of a Markdown block of code.
 const FENCE: &str = "```";
 
+/// Begins the name of a call in Qwen3-Coder's form.
+const FUNCTION: &str = "<function=";
+
+/// A tool that may be called.
+struct KnownTool {
+    name: String,
+    /// The parameters whose schema says `string`.
+    strings: Vec<String>,
+}
+
+impl KnownTool {
+    fn of(tool: &ToolDefinition) -> Self {
+        let properties = tool.parameters["properties"].as_object();
+        let strings = properties.into_iter().flatten().filter(|(_, schema)| schema["type"] == "string");
+        Self { name: tool.name.clone(), strings: strings.map(|(key, _)| key.clone()).collect() }
+    }
+}
+
 /// The calls of one output.
 pub(super) struct Calls {
-    names: Vec<String>,
+    tools: Vec<KnownTool>,
     /// Calls found so far.
     count: usize,
     /// Calls that are told. Further ones are dropped.
@@ -30,7 +49,7 @@ pub(super) struct Calls {
 
 impl Calls {
     pub(super) fn knows(&self, name: &str) -> bool {
-        self.names.iter().any(|known| known == name)
+        self.tools.iter().any(|tool| tool.name == name)
     }
 
     /// Begins the next call. Returns its number.
@@ -80,17 +99,19 @@ enum Place {
     Object(CallObject),
     /// In the arguments of a call whose name is told.
     Arguments { index: usize, scanner: ValueScanner },
+    /// In a call of Qwen3-Coder's form whose name is told.
+    Xml(XmlCall),
     /// After a call, before its closing marker.
     Closing,
 }
 
 impl CallParser {
     pub(super) fn new(format: ToolFormat, tools: &Tools) -> Self {
-        let names = tools.definitions.iter().map(|tool| tool.name.clone()).collect();
+        let known = tools.definitions.iter().map(KnownTool::of).collect();
         let most = if tools.parallel { usize::MAX } else { 1 };
         Self {
             format,
-            calls: Calls { names, count: 0, most, parts: Parts::default() },
+            calls: Calls { tools: known, count: 0, most, parts: Parts::default() },
             at: Place::Text { begun: false },
             held: String::new(),
             opener: 0,
@@ -109,6 +130,9 @@ impl CallParser {
     /// Adds the parts held back, when the output ends.
     pub(super) fn finish(&mut self, parts: &mut Parts) {
         std::mem::swap(&mut self.calls.parts, parts);
+        if let Place::Xml(call) = &mut self.at {
+            call.finish(&mut self.calls);
+        }
         while !self.held.is_empty() {
             match self.at {
                 Place::Text { begun } => {
@@ -169,6 +193,14 @@ impl CallParser {
                 }
                 _ => self.close(Some(c)),
             },
+            Place::Xml(call) => match call.push(c, &mut self.calls) {
+                Scan::More => None,
+                Scan::End => self.close(None),
+                _ => {
+                    let Place::Xml(call) = std::mem::replace(&mut self.at, Place::Closing) else { return None };
+                    Some(call.into_held())
+                }
+            },
             _ => {
                 self.held.push(c);
                 if self.held.len() - self.opener > MAX_GAP { Some(self.refuse()) } else { self.around(c) }
@@ -224,6 +256,12 @@ impl CallParser {
                         self.listed = true;
                         self.at = Place::Item;
                     }
+                    _ if self.format == ToolFormat::Hermes && FUNCTION.starts_with(rest) => {}
+                    _ if self.format == ToolFormat::Hermes && rest.starts_with(FUNCTION) => {
+                        if c == '>' {
+                            return self.function_named();
+                        }
+                    }
                     _ if self.is_mistral() && is_name(c) => self.at = Place::Name,
                     _ => return Some(self.refuse()),
                 }
@@ -275,6 +313,17 @@ impl CallParser {
         self.at = Place::Arguments { index, scanner: ValueScanner::default() };
         self.held.clear();
         Some("{".into())
+    }
+
+    /// The name of Qwen3-Coder's form has ended.
+    fn function_named(&mut self) -> Option<String> {
+        let name = self.held[self.opener..].trim_start().trim_start_matches(FUNCTION).trim_end_matches('>').trim();
+        let Some(tool) = self.calls.tools.iter().find(|tool| tool.name == name) else { return Some(self.refuse()) };
+        let (name, strings) = (tool.name.clone(), tool.strings.clone());
+        self.at = Place::Xml(XmlCall::new(self.calls.tell(&name), strings));
+        self.held.clear();
+        self.opener = 0;
+        None
     }
 
     /// The object of a call has ended.

@@ -8,6 +8,7 @@ mod format;
 mod grammar;
 mod json;
 mod output;
+mod qwen_xml;
 
 use std::collections::HashSet;
 

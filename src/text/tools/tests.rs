@@ -135,6 +135,26 @@ fn mistral() {
 }
 
 #[test]
+fn qwen_coder() {
+    let properties = json!({"text": {"type": "string"}, "at": {"type": "integer"}, "on": {"type": "boolean"}});
+    let function = json!({"name": "write", "parameters": {"type": "object", "properties": properties}});
+    let tools = tools(&json!({"tools": [{"type": "function", "function": function}]})).expect("tools").expect("some");
+    let of = |text: &str| show(&run(ToolFormat::Hermes, &tools, None, &[text]));
+    assert_eq!(
+        of(
+            "Ok.\n<tool_call>\n<function=write>\n<parameter=text>\nif a < \"b\":\n    </p\n\n</parameter>\n<parameter=at>\n12\n\
+            </parameter>\n<parameter=on>True</parameter><parameter=more>\nx y\n</parameter>\n</function>\n</tool_call>\n"
+        ),
+        "\"Ok.\\n\" 0:write {\"text\": \"if a < \\\"b\\\":\\n    </p\\n\", \"at\": 12, \"on\": true, \"more\": \"x y\"}"
+    );
+    let call = "<tool_call><function=write></function></tool_call>";
+    assert_eq!(of(&format!("{call}{call}")), "0:write {} 1:write {}");
+    assert_eq!(of("<tool_call><function=read></function>"), "\"<tool_call><function=read></function>\"");
+    assert_eq!(of("<tool_call><function=write><parameter=text>a\n"), "0:write {\"text\": \"a\\n");
+    assert_eq!(of("<tool_call><function=write>\n<b></tool_call>"), "0:write {}\"\\n<b></tool_call>\"");
+}
+
+#[test]
 fn plain_json() {
     let of = |text: &str| parsed(ToolFormat::Json, text);
     assert_eq!(of("{\"name\": \"add\", \"arguments\": {\"a\": 1}}"), "0:add {\"a\": 1}");
