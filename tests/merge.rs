@@ -17,6 +17,7 @@ use quiver::model::kv::KvCache;
 use quiver::model::weights::Weights;
 use quiver::ops::batch::Batch;
 use quiver::text::codec::TextCodec;
+use quiver::text::messages::ChatPrompt;
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 
@@ -260,7 +261,8 @@ fn a_gguf_file_of_a_hugging_face_base_has_its_tokenizer() {
         assert_eq!(written.decode(&ids, true).unwrap(), own.decode(&ids, true).unwrap(), "{text:?}");
     }
     assert_eq!((written.bos_token_id(), written.eos_token_ids()), (own.bos_token_id(), own.eos_token_ids()));
-    let chat = |codec: &TextCodec| codec.apply_chat_template(&[json!({"role": "user", "content": "Hi"})], true);
+    let hi = ChatPrompt::from_body(&json!({"messages": [{"role": "user", "content": "Hi"}]})).unwrap();
+    let chat = |codec: &TextCodec| codec.render_chat(&hi);
     assert_eq!(chat(&written).unwrap(), chat(&own).unwrap());
 }
 

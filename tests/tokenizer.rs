@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use quiver::error::ErrorKind;
 use quiver::hub::{self, ModelFiles, ModelFormat};
 use quiver::text::codec::TextCodec;
+use quiver::text::messages::ChatPrompt;
 use serde_json::{Value, json};
 
 fn fixture(path: &str) -> PathBuf {
@@ -133,6 +134,11 @@ fn a_shape_alone_has_bytes_and_an_id_for_everything_else() {
     assert!(small.message.contains("tokenizer.json"), "{small}");
 }
 
+fn rendered(codec: &TextCodec, messages: &[Value], add_generation_prompt: bool) -> quiver::Result<String> {
+    let body = json!({"messages": messages, "add_generation_prompt": add_generation_prompt});
+    codec.render_chat(&ChatPrompt::from_body(&body)?)
+}
+
 #[test]
 fn chat_prompts_are_transformers() {
     let expected: Value =
@@ -140,7 +146,7 @@ fn chat_prompts_are_transformers() {
     let mut prompts = 0;
     for case in expected.as_object().unwrap().values().flat_map(|cases| cases.as_object().unwrap().values()) {
         let messages = [json!({"role": "user", "content": case["user"]})];
-        let prompt = SMOLLM2.apply_chat_template(&messages, true).unwrap();
+        let prompt = rendered(&SMOLLM2, &messages, true).unwrap();
         assert_eq!(SMOLLM2.encode(&prompt, false).unwrap(), ids(&case["prompt_ids"]));
         let greedy = ids(&case["greedy_ids"]);
         assert_eq!(SMOLLM2.decode(&greedy, true).unwrap(), case["greedy_text"].as_str().unwrap());
@@ -150,17 +156,17 @@ fn chat_prompts_are_transformers() {
 
     let own_system = [json!({"role": "system", "content": "Be brief."}), json!({"role": "user", "content": "hi"})];
     assert_eq!(
-        SMOLLM2.apply_chat_template(&own_system, false).unwrap(),
+        rendered(&SMOLLM2, &own_system, false).unwrap(),
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
     );
     let parts = [json!({"role": "user", "content": [{"type": "text", "text": " a"}, {"type": "text", "text": "b "}]})];
     assert_eq!(
-        directory().apply_chat_template(&parts, true).unwrap(),
+        rendered(&directory(), &parts, true).unwrap(),
         "<|begin|><|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n"
     );
-    let error = gguf("spm").apply_chat_template(&own_system, true).unwrap_err();
+    let error = rendered(&gguf("spm"), &own_system, true).unwrap_err();
     assert!(error.message.contains("no chat template"), "{error}");
-    assert_eq!(SMOLLM2.apply_chat_template(&[json!({"role": "user"})], true).unwrap_err().kind, ErrorKind::Invalid);
+    assert_eq!(rendered(&SMOLLM2, &[json!({"role": "user"})], true).unwrap_err().kind, ErrorKind::Invalid);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::{App, Serving, SharedApp, loading};
 use crate::adapter::registry::AdapterInfo;
 use crate::fields::{self, Fields};
 use crate::server::metrics::ScrapeInput;
-use crate::text::messages::chat_prompt;
+use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt};
 use crate::time::unix_seconds;
 use crate::{Error, Result};
 
@@ -129,23 +129,26 @@ pub(super) async fn tokenize(
 ) -> Result<Json<Value>, ErrorResponse> {
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
-    fields::check_unknown(&body, &["model", "prompt", "add_special_tokens", "messages", "add_generation_prompt"])?;
+    fields::check_unknown(&body, &[&["model", "prompt", "add_special_tokens"], CHAT_PROMPT_FIELDS].concat())?;
     let special = body.boolean("add_special_tokens")?;
-    let (text, special) = match (body.string("prompt")?, body.get("messages")) {
+    let codec = serving.codec.clone();
+    let (input, special) = match (body.string("prompt")?, body.get("messages")) {
         (Some(_), Some(_)) => {
             return Err(Error::invalid("give either `prompt` or `messages`, not both").param("messages").into());
         }
-        (Some(prompt), None) => (prompt.to_owned(), special.unwrap_or(true)),
+        (Some(prompt), None) => (Ok(prompt.to_owned()), special.unwrap_or(true)),
         // A chat template contains its own special tokens.
-        (None, Some(_)) => (chat_prompt(&body, &serving.codec)?, special.unwrap_or(false)),
+        (None, Some(_)) => (Err(ChatPrompt::parse(&body)?), special.unwrap_or(false)),
         (None, None) => {
             return Err(Error::invalid("`prompt` (a string) or `messages` (an array) is required")
                 .param("prompt")
                 .into());
         }
     };
-    let codec = serving.codec.clone();
-    let work = tokio::task::spawn_blocking(move || codec.encode(&text, special));
+    let work = tokio::task::spawn_blocking(move || {
+        let text = input.or_else(|chat| codec.render_chat(&chat))?;
+        codec.encode(&text, special)
+    });
     let tokens = work.await.map_err(|e| Error::internal(e.to_string()).caused_by(e))??;
     Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.limits().max_model_len, "tokens": tokens})))
 }

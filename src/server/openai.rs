@@ -14,7 +14,7 @@ use super::structured::STRUCTURED_FIELDS;
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
 use crate::fields::{self, Fields};
-use crate::text::messages::chat_prompt;
+use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt};
 use crate::{Error, Result};
 
 /// Default of `max_tokens` for completions, as in OpenAI's API.
@@ -27,7 +27,7 @@ const MAX_PROMPTS: usize = 2048;
 const MAX_BEST_OF: i64 = 128;
 
 const COMPLETION_FIELDS: &[&str] = &["prompt", "echo", "best_of", "add_special_tokens"];
-const CHAT_FIELDS: &[&str] = &["messages", "top_logprobs", "add_generation_prompt"];
+const CHAT_FIELDS: &[&str] = &["top_logprobs"];
 
 /// Fields of OpenAI's API that have no effect here. They are known, so that those spelt almost like ours are accepted.
 const IGNORED: &[&str] = &[
@@ -65,13 +65,11 @@ async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Resp
     let arrived = std::time::Instant::now();
     let serving = app.serving()?.clone();
     let body = Fields::of_body(body)?;
-    let known = [
-        COMMON_FIELDS,
-        STRUCTURED_FIELDS,
-        if endpoint == Endpoint::Chat { CHAT_FIELDS } else { COMPLETION_FIELDS },
-        IGNORED,
-    ]
-    .concat();
+    let own = match endpoint {
+        Endpoint::Chat => [CHAT_FIELDS, CHAT_PROMPT_FIELDS].concat(),
+        Endpoint::Completion => COMPLETION_FIELDS.to_vec(),
+    };
+    let known = [COMMON_FIELDS, STRUCTURED_FIELDS, &own, IGNORED].concat();
     fields::check_unknown(&body, &known)?;
     let selection = AdapterSelection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
     let adapters = selection.lease(&serving.registry)?;
@@ -145,6 +143,8 @@ enum PromptInput {
     Text(String, bool),
     /// Token ids.
     Ids(Vec<u32>),
+    /// A chat to render.
+    Chat(Box<ChatPrompt>),
 }
 
 /// The fields of a request.
@@ -202,12 +202,12 @@ impl ParsedRequest {
             return Err(Error::invalid("`top_logprobs` is only allowed when `logprobs` is true").param("top_logprobs"));
         }
         serving.check_sequences(common.n, "n")?;
-        let text = chat_prompt(body, &serving.codec)?;
+        let chat = ChatPrompt::parse(body)?;
         Ok(Self {
             best_of: common.n,
             logprobs: wanted.then_some(top.unwrap_or(0)),
             echo: false,
-            inputs: vec![PromptInput::Text(text, false)],
+            inputs: vec![PromptInput::Chat(Box::new(chat))],
             common,
         })
     }
@@ -253,7 +253,7 @@ struct EncodedRequest {
     bad_words: Vec<Vec<u32>>,
 }
 
-/// Tokenizes on a blocking thread.
+/// Renders chats and tokenizes, on a blocking thread.
 async fn encode(
     serving: &Serving,
     inputs: Vec<PromptInput>,
@@ -268,6 +268,10 @@ async fn encode(
             let (ids, text) = match input {
                 PromptInput::Text(text, special) => (codec.encode_prompt(&text, special)?, Some(text)),
                 PromptInput::Ids(ids) => (ids, None),
+                PromptInput::Chat(chat) => {
+                    let text = codec.render_chat(&chat)?;
+                    (codec.encode_prompt(&text, false)?, Some(text))
+                }
             };
             if echo {
                 echoes.push(EchoedPrompt::new(&codec, &ids, text)?);

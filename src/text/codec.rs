@@ -9,7 +9,8 @@ use std::collections::HashSet;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::template::ChatTemplate;
+use super::messages::ChatPrompt;
+use super::template::{self, ChatTemplate, SpecialTokens};
 use super::tokenizer::{self, LoadedTokenizer};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::{Error, Result};
@@ -26,6 +27,8 @@ pub struct TextCodec {
     eos: Vec<u32>,
     /// Absent in most models without instruction tuning.
     template: Option<ChatTemplate>,
+    /// For the templates of requests.
+    special: SpecialTokens,
 }
 
 impl TextCodec {
@@ -40,8 +43,8 @@ impl TextCodec {
             ModelFormat::Shape(config) => tokenizer::for_shape(config)?,
         };
         let token_bytes = TokenBytes::new(&tokenizer)?;
-        let template = template.map(|source| ChatTemplate::new(&source, special)).transpose()?;
-        Ok(Self { tokenizer, token_bytes, bos, eos, template })
+        let template = template.map(|source| ChatTemplate::new(&source, special.clone())).transpose()?;
+        Ok(Self { tokenizer, token_bytes, bos, eos, template, special })
     }
 
     /// Token ids of `text`. With `add_special_tokens`, the model's own special tokens go around it, as in transformers.
@@ -80,16 +83,30 @@ impl TextCodec {
         Ok(text)
     }
 
-    /// Renders chat messages with the model's template. `add_generation_prompt` opens the assistant's turn. Encode the result
-    /// without adding special tokens, because the template contains them.
+    /// Renders a chat with its own template, or else the model's. Encode the result without adding special tokens, because the
+    /// template contains them. Takes up to a second for a hostile template, so call it on a thread that may block.
     ///
     /// # Errors
-    /// `Invalid` if the model has no template, or the template refuses the messages.
-    pub fn apply_chat_template(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
-        let template = self.template.as_ref().ok_or_else(|| {
-            Error::invalid("this model has no chat template: use /v1/completions").code("no_chat_template")
-        })?;
-        template.render(messages, add_generation_prompt)
+    /// `Invalid` if there is no template, or the template refuses the messages or has no place for what the prompt has.
+    pub fn render_chat(&self, prompt: &ChatPrompt) -> Result<String> {
+        match (&prompt.template, &self.template) {
+            (Some(source), _) => ChatTemplate::render_request(source, self.special.clone(), prompt),
+            (None, Some(template)) => template.render(prompt),
+            (None, None) => {
+                Err(Error::invalid("this model has no chat template: use /v1/completions, or give a `chat_template`")
+                    .code("no_chat_template"))
+            }
+        }
+    }
+
+    /// Whether the template of `prompt` lists tools. If not, [`with_tools_in_system_message`] does.
+    ///
+    /// [`with_tools_in_system_message`]: super::messages::with_tools_in_system_message
+    pub fn template_knows_tools(&self, prompt: &ChatPrompt) -> bool {
+        match &prompt.template {
+            Some(source) => template::words(source).contains("tools"),
+            None => self.template.as_ref().is_some_and(|template| template.reads("tools")),
+        }
     }
 
     /// The tokenizer as JSON, and the source of the template. They determine the tokens of a prompt.

@@ -2,7 +2,7 @@
 
 pub mod codec;
 pub mod grammar;
-pub(crate) mod messages;
+pub mod messages;
 pub mod reasoning;
 mod template;
 pub(crate) mod tokenizer;

@@ -141,7 +141,27 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"messages": []}), "messages", "at least one"),
         (json!({"messages": [1]}), "messages[0]", "an object"),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role", "is required"),
-        (json!({"messages": [{"role": "robot", "content": "x"}]}), "messages[0].role", "assistant"),
+        (json!({"messages": [{"role": "", "content": "x"}]}), "messages[0].role", "a name such as system"),
+        (json!({"chat_template": "{% if %}"}), "chat_template", "syntax error"),
+        (
+            json!({"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"}),
+            "chat_template",
+            "more work",
+        ),
+        (json!({"chat_template_kwargs": {"tools": []}}), "chat_template_kwargs.tools", "use the field `tools`"),
+        (
+            json!({"chat_template_kwargs": {"enable_thinking": true}}),
+            "chat_template_kwargs.enable_thinking",
+            "no effect",
+        ),
+        (json!({"documents": [{"text": "x"}]}), "documents", "has no place"),
+        (json!({"continue_final_message": true, "add_generation_prompt": true}), "continue_final_message", "both"),
+        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role", "has no place"),
+        (
+            json!({"messages": [{"role": "user", "content": "x", "colour": "red"}]}),
+            "messages[0].colour",
+            "has no place",
+        ),
         (json!({"messages": [{"role": "user"}]}), "messages[0].content", "is required"),
         (json!({"messages": [{"role": "user", "content": 1}]}), "messages[0].content", "text parts"),
         (
@@ -323,7 +343,8 @@ fn no_value_of_any_field_is_a_500() {
     let fields = "model adapter stream stream_options n max_tokens max_completion_tokens min_tokens temperature top_p top_k \
                   min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed stop stop_token_ids \
                   include_stop_str_in_output skip_special_tokens ignore_eos logprobs user prompt echo best_of \
-                  add_special_tokens messages top_logprobs add_generation_prompt tools response_format suffix \
+                  add_special_tokens messages top_logprobs add_generation_prompt continue_final_message \
+                  chat_template chat_template_kwargs documents reasoning_effort tools response_format suffix \
                   structured_outputs guided_json guided_regex guided_choice guided_grammar grammar json_schema \
                   allowed_token_ids bad_words";
     for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {

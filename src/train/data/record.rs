@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::fields::{self, Fields};
-use crate::text::messages;
+use crate::text::messages::read_messages;
 use crate::{Error, Result};
 
 /// Format of the records of a file. A file has only one.
@@ -137,13 +137,11 @@ impl DataFormat {
 
 fn chat(record: &Fields) -> Result<TrainingRecord> {
     let list = turns(record, "messages", "an array of {\"role\", \"content\"}")?;
-    let (mut messages, mut trained) = (Vec::new(), Vec::new());
+    let messages = read_messages(list, &["weight"])?;
+    let mut trained = Vec::with_capacity(list.len());
     for (i, value) in list.iter().enumerate() {
-        let message = messages::message(value, i)?;
         let turn = Fields::of_value(value, format!("messages[{i}]"))?;
-        fields::check_unknown(&turn, &["role", "content", "name", "weight"])?;
-        trained.push(is_trained(&turn, message["role"] == "assistant")? && i > 0);
-        messages.push(message);
+        trained.push(is_trained(&turn, messages[i]["role"] == "assistant")? && i > 0);
     }
     Ok(TrainingRecord::Chat { messages, trained })
 }

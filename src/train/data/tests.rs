@@ -4,9 +4,8 @@ use std::sync::LazyLock;
 use serde_json::json;
 
 use super::*;
-use crate::fields::Fields;
 use crate::hub::{self, ModelFiles, ModelFormat};
-use crate::text::messages;
+use crate::text::messages::ChatPrompt;
 
 static SMOLLM2: LazyLock<TextCodec> = LazyLock::new(|| {
     let files = hub::resolve(hub::DEFAULT_MODEL, &hub::default_cache(), false).unwrap();
@@ -59,7 +58,7 @@ fn trained_text(example: &Example, codec: &TextCodec) -> Vec<String> {
 /// The server's tokens for a prompt of these messages.
 fn served(messages: &[Value], codec: &TextCodec) -> Vec<u32> {
     let body = json!({"messages": messages});
-    let prompt = messages::chat_prompt(&Fields::of_body(&body).unwrap(), codec).unwrap();
+    let prompt = codec.render_chat(&ChatPrompt::from_body(&body).unwrap()).unwrap();
     codec.encode_prompt(&prompt, false).unwrap()
 }
 
@@ -220,7 +219,7 @@ fn errors_name_the_line_the_key_and_what_is_allowed() {
     for (bad, why) in [
         (r#"{"messages": "x"}"#, "`messages` must be an array, not the string \"x\""),
         (r#"{"messages": []}"#, "`messages` must be an array of at least one message"),
-        (r#"{"messages": [{"role": "bot", "content": "a"}]}"#, "`messages[0].role` must be system, developer"),
+        (r#"{"messages": [{"role": "", "content": "a"}]}"#, "`messages[0].role` must be such as system"),
         (r#"{"messages": [{"role": "user"}]}"#, "`messages[0].content` is required"),
         (
             r#"{"messages": [{"role": "user", "content": "a", "weight": 1}]}"#,

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::Example;
 use super::record::TrainingRecord;
 use crate::text::codec::TextCodec;
+use crate::text::messages::ChatPrompt;
 use crate::{Error, Result};
 
 /// The examples of a record: one, or one for each answer if the chat template changes earlier turns when a conversation
@@ -43,8 +44,8 @@ pub(super) fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool)
 fn chat_examples(messages: &[Value], trained: &[bool], codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
     let mut examples: Vec<Example> = Vec::new();
     for turn in (0..messages.len()).filter(|&turn| trained[turn]) {
-        let opened = codec.apply_chat_template(&messages[..turn], true)?;
-        let written = codec.apply_chat_template(&messages[..=turn], false)?;
+        let opened = codec.render_chat(&ChatPrompt::of(messages[..turn].to_vec(), true))?;
+        let written = codec.render_chat(&ChatPrompt::of(messages[..=turn].to_vec(), false))?;
         if !written.starts_with(&opened) {
             return Err(Error::invalid(format!(
                 "`messages[{turn}]`: the model's chat template opens an answer in one way and writes it in another, \
