@@ -13,7 +13,7 @@ const ALIASES: &[(&str, &str)] = &[
     ("/v1/engines", "/v1/models"),
     // llama.cpp
     ("/completion", "/v1/completions"),
-    ("/props", "/v1/models"),
+    ("/props", "/tokenizer_info"),
     ("/slots", "/metrics"),
     ("/apply-template", "/tokenize"),
     // Probes
@@ -30,8 +30,17 @@ const BELOW_V1: &[&str] = &["/chat/completions", "/completions", "/load_lora_ada
 const COLLECTIONS: &[&str] = &["/models", "/files", "/fine_tuning/jobs"];
 
 /// Routes without `/v1`.
-const AT_ROOT: &[&str] =
-    &["/tokenize", "/detokenize", "/lora-adapters", "/health", "/live", "/ready", "/version", "/metrics"];
+const AT_ROOT: &[&str] = &[
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/lora-adapters",
+    "/health",
+    "/live",
+    "/ready",
+    "/version",
+    "/metrics",
+];
 
 /// The route that an unknown path was probably meant to be.
 pub(super) fn meant(path: &str) -> Option<String> {

@@ -1,4 +1,4 @@
-//! Routes about the server: health, version, metrics, models, tokenization.
+//! Routes about the server: health, version, metrics, models.
 
 use axum::Json;
 use axum::extract::State;
@@ -7,15 +7,12 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::error_response::ErrorResponse;
-use super::extract::{JsonBody, PathParam};
-use super::params::token_ids;
+use super::extract::PathParam;
 use super::{App, Serving, SharedApp, loading};
+use crate::Error;
 use crate::adapter::registry::AdapterInfo;
-use crate::fields::{self, Fields};
 use crate::server::metrics::ScrapeInput;
-use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt};
 use crate::time::unix_seconds;
-use crate::{Error, Result};
 
 /// `GET /live`: 200 as long as the process answers.
 pub(super) async fn live() -> Json<Value> {
@@ -120,48 +117,4 @@ fn card(serving: &Serving, id: &str, created: u64, root: Value, parent: Value) -
             "is_blocking": false,
         }],
     })
-}
-
-/// `POST /tokenize`, in vLLM's form: token ids of `prompt` or `messages`.
-pub(super) async fn tokenize(
-    State(app): State<SharedApp>,
-    JsonBody(body): JsonBody,
-) -> Result<Json<Value>, ErrorResponse> {
-    let serving = app.serving()?;
-    let body = Fields::of_body(&body)?;
-    fields::check_unknown(&body, &[&["model", "prompt", "add_special_tokens"], CHAT_PROMPT_FIELDS].concat())?;
-    let special = body.boolean("add_special_tokens")?;
-    let codec = serving.codec.clone();
-    let (input, special) = match (body.string("prompt")?, body.get("messages")) {
-        (Some(_), Some(_)) => {
-            return Err(Error::invalid("give either `prompt` or `messages`, not both").param("messages").into());
-        }
-        (Some(prompt), None) => (Ok(prompt.to_owned()), special.unwrap_or(true)),
-        // A chat template contains its own special tokens.
-        (None, Some(_)) => (Err(ChatPrompt::parse(&body)?), special.unwrap_or(false)),
-        (None, None) => {
-            return Err(Error::invalid("`prompt` (a string) or `messages` (an array) is required")
-                .param("prompt")
-                .into());
-        }
-    };
-    let work = tokio::task::spawn_blocking(move || {
-        let text = input.or_else(|chat| codec.render_chat(&chat))?;
-        codec.encode(&text, special)
-    });
-    let tokens = work.await.map_err(|e| Error::internal(e.to_string()).caused_by(e))??;
-    Ok(Json(json!({"count": tokens.len(), "max_model_len": serving.limits().max_model_len, "tokens": tokens})))
-}
-
-/// `POST /detokenize`: the text of `tokens`.
-pub(super) async fn detokenize(
-    State(app): State<SharedApp>,
-    JsonBody(body): JsonBody,
-) -> Result<Json<Value>, ErrorResponse> {
-    let serving = app.serving()?;
-    let body = Fields::of_body(&body)?;
-    fields::check_unknown(&body, &["model", "tokens"])?;
-    let tokens = body.required("tokens", body.array("tokens")?, "an array of token ids")?;
-    let ids = token_ids(tokens, "tokens", serving.codec.vocab_size())?;
-    Ok(Json(json!({"prompt": serving.codec.decode(&ids, false)?})))
 }

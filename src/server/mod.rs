@@ -20,6 +20,7 @@ mod select_adapter;
 mod stop;
 mod stream;
 mod structured;
+mod tokenize;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -162,8 +163,9 @@ fn router(app: SharedApp) -> Router {
         .route("/v1/fine_tuning/jobs/{id}/resume", post(finetune::resume))
         .route("/v1/fine_tuning/jobs/{id}/events", get(finetune::events))
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(finetune::checkpoints))
-        .route("/tokenize", post(info::tokenize))
-        .route("/detokenize", post(info::detokenize))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/lora-adapters", get(adapters::llama_cpp_list))
         .route_layer(from_fn_with_state(app.clone(), middleware::require_api_key));
     let admin = Router::new()

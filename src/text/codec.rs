@@ -4,10 +4,10 @@
 //! A stream therefore takes constant time per token, never returns half a character, and returns in total exactly what
 //! decoding all ids at once does.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
-use serde_json::Value;
-use tokenizers::Tokenizer;
+use serde_json::{Map, Value, json};
+use tokenizers::{AddedToken, Tokenizer};
 
 use super::messages::ChatPrompt;
 use super::template::{self, ChatTemplate, SpecialTokens};
@@ -27,7 +27,7 @@ pub struct TextCodec {
     eos: Vec<u32>,
     /// Absent in most models without instruction tuning.
     template: Option<ChatTemplate>,
-    /// For the templates of requests.
+    /// Special tokens by the names that templates use.
     special: SpecialTokens,
 }
 
@@ -134,6 +134,41 @@ impl TextCodec {
     /// [`TextCodec::token_bytes`] as text. Invalid UTF-8 becomes U+FFFD.
     pub fn token_string(&self, id: u32) -> String {
         String::from_utf8_lossy(self.token_bytes(id)).into_owned()
+    }
+
+    /// The spelling of a token in the vocabulary, such as `Ġthe`, where [`TextCodec::token_string`] has a space. Empty for an id
+    /// outside the vocabulary.
+    pub(crate) fn spelling(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
+    }
+
+    /// The tokenizer's settings, under the names of transformers' `tokenizer_config.json`.
+    pub(crate) fn info(&self) -> Result<Value> {
+        let added: BTreeMap<u32, AddedToken> = self.tokenizer.get_added_tokens_decoder().into_iter().collect();
+        let added: Map<String, Value> = added
+            .into_iter()
+            .map(|(id, token)| {
+                let AddedToken { content, single_word, lstrip, rstrip, normalized, special } = token;
+                let token = json!({"content": content, "single_word": single_word, "lstrip": lstrip, "rstrip": rstrip,
+                                   "normalized": normalized, "special": special});
+                (id.to_string(), token)
+            })
+            .collect();
+        let adds_bos = self.bos.is_some() && self.encode("", true)?.first() == self.bos.as_ref();
+        let mut info = json!({
+            // The class that reads any tokenizer.json.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": adds_bos,
+            "clean_up_tokenization_spaces": false,
+            "added_tokens_decoder": added,
+        });
+        for (name, token) in &self.special {
+            info[name] = token.as_str().into();
+        }
+        if let Some(template) = &self.template {
+            info["chat_template"] = template.source()?.into();
+        }
+        Ok(info)
     }
 
     /// The id of a token in the vocabulary's spelling, such as `<|im_end|>`.

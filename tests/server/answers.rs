@@ -1,8 +1,8 @@
-//! Answers of completions, chat completions, models and tokenize.
+//! Answers of completions, chat completions and models.
 
 use serde_json::{Value, json};
 
-use crate::harness::{BASE, EOS, Options, Server};
+use crate::harness::{BASE, Options, Server};
 
 #[test]
 fn completion() {
@@ -200,29 +200,6 @@ fn models() {
     assert_eq!(server.get("/v1/models/gone").error().0, 404);
     let llama = server.get("/lora-adapters").json();
     assert_eq!((&llama[1]["id"], &llama[1]["task_name"], &llama[1]["scale"]), (&json!(1), &json!("b"), &json!(0.0)));
-}
-
-#[test]
-fn tokenize() {
-    let server = Server::start();
-    let ask = |path: &str, body: Value| server.post(path, body);
-    let body = ask("/tokenize", json!({"prompt": "aé"})).json();
-    assert_eq!(body, json!({"count": 3, "max_model_len": 256, "tokens": [97, 0xC3, 0xA9]}));
-    assert_eq!(ask("/tokenize", json!({"prompt": "", "add_special_tokens": false})).json()["count"], 0);
-    let chat = ask("/tokenize", json!({"messages": [{"role": "user", "content": "x"}]})).json();
-    let tokens = chat["tokens"].as_array().unwrap();
-    assert_eq!((&tokens[0], tokens.iter().filter(|t| **t == json!(EOS)).count()), (&json!(256), 1));
-    assert_eq!(ask("/detokenize", json!({"tokens": [97, 0xC3, 0xA9]})).json(), json!({"prompt": "aé"}));
-    for (path, body, param) in [
-        ("/tokenize", json!({}), "prompt"),
-        ("/tokenize", json!({"prompt": 1}), "prompt"),
-        ("/tokenize", json!({"prompt": "a", "messages": []}), "messages"),
-        ("/detokenize", json!({}), "tokens"),
-        ("/detokenize", json!({"tokens": [9999]}), "tokens[0]"),
-    ] {
-        let (status, _, got, _) = ask(path, body.clone()).error();
-        assert_eq!((status, got), (400, json!(param)), "{body}");
-    }
 }
 
 #[test]

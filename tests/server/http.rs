@@ -179,6 +179,7 @@ fn wrong_routes_name_the_right_one() {
         ("GET", "/api/tags", "/v1/models"),
         ("GET", "/api/version", "/version"),
         ("GET", "/slots", "/metrics"),
+        ("GET", "/props", "/tokenizer_info"),
         ("POST", "/v1/detokenize", "/detokenize"),
     ] {
         let (status, message, _, code) = server.send(method, path, &[], b"{}").error();

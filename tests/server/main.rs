@@ -11,4 +11,5 @@ mod http;
 mod metrics;
 mod streaming;
 mod structured;
+mod tokenize;
 mod trainer;
