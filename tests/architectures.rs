@@ -47,7 +47,7 @@ fn logits(weights: Weights, adapter: Option<&str>) -> Vec<f32> {
     let mut batch = Batch::default();
     batch.push(&ids, 0, &[3, 1], KvCache::BLOCK_SIZE, terms.as_slice());
     batch.logit_rows = (0..ids.len() as u32).collect();
-    decoder.forward(&batch, &mut kv, &slots).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    decoder.forward(&batch, &mut kv, &slots).unwrap().logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Relative L2 distance to the logits of a fixture.

@@ -57,7 +57,7 @@ fn distance(files: &ModelFiles, expected: &str) -> f64 {
     batch.push(&ids, 0, &[0, 1, 2, 3, 4, 5, 6, 7], KvCache::BLOCK_SIZE, &[]);
     batch.logit_rows = (0..ids.len() as u32).collect();
     let mut kv = KvCache::new(decoder.config(), 8, &Device::Cpu).unwrap();
-    let have = decoder.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap();
+    let have = decoder.forward(&batch, &mut kv, &SlotPool::default()).unwrap().logits.flatten_all().unwrap();
     let norm = |t: &Tensor| f64::from(t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
     norm(&(have - &want).unwrap()) / norm(&want)
 }
@@ -191,7 +191,7 @@ fn logits(files: &ModelFiles) -> Vec<f32> {
     batch.push(&ids, 0, &[0, 1, 2, 3, 4, 5, 6, 7], KvCache::BLOCK_SIZE, &[]);
     batch.logit_rows = (0..ids.len() as u32).collect();
     let mut kv = KvCache::new(decoder.config(), 8, &Device::Cpu).unwrap();
-    decoder.forward(&batch, &mut kv, &SlotPool::default()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    decoder.forward(&batch, &mut kv, &SlotPool::default()).unwrap().logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[test]

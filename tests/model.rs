@@ -48,7 +48,7 @@ impl Runner {
     /// Runs parts of sequences as one batch. Returns the logits of the rows that `wanted` selects, part by part.
     fn step(&mut self, parts: &[(&Sequence, Range<usize>)], wanted: impl Fn(usize) -> bool) -> Vec<Vec<f32>> {
         let batch = batch(parts, &wanted);
-        let logits = self.decoder.forward(&batch, &mut self.kv, &self.slots).unwrap();
+        let logits = self.decoder.forward(&batch, &mut self.kv, &self.slots).unwrap().logits;
         assert_eq!(logits.dims(), [batch.logit_rows.len(), self.decoder.config().vocab_size]);
         let mut rows = logits.to_vec2::<f32>().unwrap().into_iter();
         let part =
@@ -193,6 +193,38 @@ fn rows_without_logits_only_write_their_keys() {
     }
 }
 
+/// Hidden states come from the same rows as the logits, without changing them, and whichever rows ask for logits.
+#[test]
+fn hidden_states_beside_logits_change_no_bit() {
+    let mut runner = Runner::new(None);
+    let (adapter, head) = (runner.load("all-linear-r8"), runner.load("lm-head"));
+    let sequences =
+        [Sequence::new(0, 30, &[(adapter, 1.0)]), Sequence::new(1, 30, &[]), Sequence::new(2, 30, &[(head, 2.0)])];
+    let parts = sequences.each_ref().map(|s| (s, 0..30));
+    let mut run = |logits: fn(usize) -> bool, hidden: fn(usize) -> bool| {
+        let mut batch = batch(&parts, &logits);
+        batch.hidden_rows = (0..90).filter(|row| hidden(*row as usize)).collect();
+        let output = runner.decoder.forward(&batch, &mut runner.kv, &runner.slots).unwrap();
+        let hidden = output.hidden.map(|hidden| hidden.to_vec2::<f32>().unwrap()).unwrap_or_default();
+        (output.logits.to_vec2::<f32>().unwrap(), hidden)
+    };
+    let (logits, hidden) = run(|_| true, |_| true);
+    assert_eq!((logits.len(), hidden.len(), hidden[0].len()), (90, 90, 64));
+    type Wanted = fn(usize) -> bool;
+    let wanted: [(Wanted, Wanted); 4] = [
+        (|_| false, |_| true),
+        (|_| true, |_| false),
+        (|row| row % 7 == 3, |row| row >= 30 && row % 5 < 2),
+        (|row| row == 89, |row| row == 0),
+    ];
+    for (logit, state) in wanted {
+        let some = |all: &[Vec<f32>], wanted: Wanted| -> Vec<Vec<f32>> {
+            (0..90).filter(|row| wanted(*row)).map(|row| all[row].clone()).collect()
+        };
+        assert_eq!(run(logit, state), (some(&logits, logit), some(&hidden, state)));
+    }
+}
+
 #[test]
 fn a_weighted_sum_equals_one_adapter_with_both_deltas() {
     let mut runner = Runner::new(None);
@@ -221,7 +253,7 @@ fn a_batch_that_contradicts_itself_is_an_error() {
     let sequence = Sequence::new(0, 20, &[(0, 1.0)]);
     let good = batch(&[(&sequence, 0..20)], &|_| true);
     type Damage = fn(&mut Batch);
-    let damages: [(&str, Damage); 9] = [
+    let damages: [(&str, Damage); 10] = [
         ("token id 97", |b| b.tokens[3] = 97),
         ("19 positions", |b| b.positions.truncate(19)),
         ("position 128", |b| b.positions[0] = 128),
@@ -230,16 +262,17 @@ fn a_batch_that_contradicts_itself_is_an_error() {
         ("context_len: 19", |b| b.spans[0].context_len = 19),
         ("not ascending", |b| b.logit_rows.swap(0, 1)),
         ("not ascending", |b| b.logit_rows[19] = 20),
+        ("hidden rows [20]", |b| b.hidden_rows = vec![20]),
         ("15..21", |b| b.segments[0].rows = 15..21),
     ];
     for (message, damage) in damages {
         let mut batch = good.clone();
         damage(&mut batch);
-        let error = runner.decoder.forward(&batch, &mut runner.kv, &runner.slots).unwrap_err();
+        let error = runner.decoder.forward(&batch, &mut runner.kv, &runner.slots).err().unwrap();
         assert!(error.message.contains(message), "{message}: {error}");
     }
-    let logits = runner.decoder.forward(&Batch::default(), &mut runner.kv, &runner.slots).unwrap();
-    assert_eq!(logits.dims(), [0, 97]);
+    let nothing = runner.decoder.forward(&Batch::default(), &mut runner.kv, &runner.slots).unwrap();
+    assert_eq!((nothing.logits.dims(), nothing.hidden.is_none()), (&[0, 97][..], true));
     assert!(runner.decoder.forward(&good, &mut runner.kv, &runner.slots).is_ok());
 }
 

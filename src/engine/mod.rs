@@ -14,6 +14,7 @@ pub mod cuda;
 #[path = "stub.rs"]
 pub mod cuda;
 mod fair_queue;
+mod pooling;
 pub mod request;
 pub mod runner;
 pub mod sampler;

@@ -48,6 +48,8 @@ pub struct SamplingParams {
     pub logprob_token_ids: Vec<u32>,
     /// The same as `logprobs` for prompt tokens, each given the tokens before it. The first token has none.
     pub prompt_logprobs: Option<usize>,
+    /// Report the hidden states of the prompt, pooled: an embedding. With `max_tokens` 0, the request asks for nothing else.
+    pub pooling: Option<Pooling>,
 }
 
 impl Default for SamplingParams {
@@ -71,8 +73,18 @@ impl Default for SamplingParams {
             logprobs: None,
             logprob_token_ids: Vec::new(),
             prompt_logprobs: None,
+            pooling: None,
         }
     }
+}
+
+/// How the hidden states of a prompt become one vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean over all tokens.
+    Mean,
+    /// That of the last token.
+    Last,
 }
 
 /// A request to generate one sequence.
@@ -152,8 +164,8 @@ impl FinishReason {
     }
 }
 
-/// An event of a sequence. The order is: at most one `Scheduled`, at most one `Prompt`, any number of `Token`s, then `Finished`
-/// or `Failed`.
+/// An event of a sequence. The order is: at most one `Scheduled`, at most one `Prompt`, at most one `Pooled`, any number of `Token`s,
+/// then `Finished` or `Failed`.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// The sequence was admitted for the first time: its queue time has ended.
@@ -163,6 +175,8 @@ pub enum Event {
     },
     /// The requested prompt log-probabilities, one for each prompt token; the first is `None`.
     Prompt(Vec<Option<Logprobs>>),
+    /// The prompt's pooled hidden states `[hidden]`, not normalised. A hidden state is the output of the final norm.
+    Pooled(Vec<f32>),
     /// The next token. A stop id is not sent.
     Token {
         /// Its id.

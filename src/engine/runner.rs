@@ -2,13 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
 use super::cuda::Steps;
 use crate::Result;
 use crate::adapter::Lease;
 use crate::adapter::tiers::{Residency, Tiers};
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, StepOutput};
 use crate::model::kv::KvCache;
 use crate::ops::batch::Batch;
 
@@ -17,7 +15,7 @@ use crate::ops::batch::Batch;
 /// A step runs in two halves, [`Runner::launch`] and [`Runner::collect`], so that the engine can prepare the next step while a
 /// GPU runs this one. Between the two, the engine may acquire and prefetch adapters, update the slots and build the next batch. It must
 /// not release a slot or free a KV block that the step in flight uses. At most one step is in flight: the next launch must come
-/// after the logits of this step have been collected and sampled, because it overwrites the step's buffers.
+/// after the output of this step has been collected and read, because it overwrites the step's buffers.
 pub trait Runner: Send + 'static {
     /// Asks for an adapter in a slot. Each [`Residency::Ready`] counts one use, which [`Runner::release`] ends.
     fn acquire(&mut self, lease: &Lease) -> Residency;
@@ -36,27 +34,26 @@ pub trait Runner: Send + 'static {
     /// run, and nothing is synchronised.
     fn launch(&mut self, batch: &Batch) -> Result<InFlightStep>;
 
-    /// The logits of a launched step, `[batch.logit_rows.len(), vocab]` f32 in the order of `logit_rows`. On a GPU they stay
-    /// on the device: work that reads them is enqueued behind the step.
-    fn collect(&mut self, step: InFlightStep) -> Result<Tensor>;
+    /// The output of a launched step. On a GPU it stays on the device: work that reads it is enqueued behind the step.
+    fn collect(&mut self, step: InFlightStep) -> Result<StepOutput>;
 }
 
-/// A launched step whose logits have not been collected.
-#[must_use = "the logits of a launched step must be collected"]
+/// A launched step whose output has not been collected.
+#[must_use = "the output of a launched step must be collected"]
 pub struct InFlightStep {
-    /// Where the step writes its logits, in the order of its device's stream.
-    logits: Tensor,
+    /// Where the step writes its output, in the order of its device's stream.
+    output: StepOutput,
 }
 
 impl InFlightStep {
-    /// A step that writes, or has written, these logits.
-    pub fn new(logits: Tensor) -> Self {
-        Self { logits }
+    /// A step that writes, or has written, this output.
+    pub fn new(output: StepOutput) -> Self {
+        Self { output }
     }
 
-    /// The logits, to be read behind the step.
-    pub fn into_logits(self) -> Tensor {
-        self.logits
+    /// The output, to be read behind the step.
+    pub fn into_output(self) -> StepOutput {
+        self.output
     }
 }
 
@@ -90,14 +87,14 @@ impl Runner for ModelRunner {
     }
 
     fn launch(&mut self, batch: &Batch) -> Result<InFlightStep> {
-        let logits = match &mut self.steps {
+        let output = match &mut self.steps {
             Some(steps) => steps.run(batch, &self.model, &mut self.kv, self.tiers.pool_mut()),
             None => self.model.forward(batch, &mut self.kv, self.tiers.pool()),
         };
-        logits.map(InFlightStep::new)
+        output.map(InFlightStep::new)
     }
 
-    fn collect(&mut self, step: InFlightStep) -> Result<Tensor> {
-        Ok(step.into_logits())
+    fn collect(&mut self, step: InFlightStep) -> Result<StepOutput> {
+        Ok(step.into_output())
     }
 }

@@ -98,9 +98,9 @@ struct CachedPrefix {
 
 impl CachedPrefix {
     fn find(sequence: &mut Sequence, blocks: &BlockPool, config: &EngineConfig) -> Self {
-        // The last token is always computed, for its logits. Prompt log-probabilities need all prompt rows.
-        let looked_up = config.prefix_cache && !sequence.wants_prompt_logprobs();
-        let most = if looked_up { (sequence.tokens.len() - 1) / config.block_size } else { 0 };
+        let skippable = sequence.skippable();
+        let looked_up = config.prefix_cache && skippable > 0;
+        let most = if looked_up { skippable / config.block_size } else { 0 };
         let cached = blocks.find_cached(sequence.block_hashes(most, config.block_size));
         let missing = sequence.tokens.len().div_ceil(config.block_size) - cached.len();
         Self { blocks: cached, missing, looked_up }

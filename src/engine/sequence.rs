@@ -7,9 +7,10 @@ use super::RequestPermit;
 use super::block_pool::{BlockHash, chain_hash, root_hash};
 use super::constraint::{AllowedTokens, NextMask, TokenMask};
 use super::fair_queue::QueueId;
+use super::pooling::PooledPrompt;
 use super::request::{Event, FinishReason, Logprobs, Request};
 use super::sampler::TokenCounts;
-use crate::Error;
+use crate::{Error, Result};
 
 /// Generation ids of a sequence's adapters and the bits of their weights, in order, and the request's salt. The prefix cache is
 /// keyed by it.
@@ -44,6 +45,8 @@ pub(super) struct Sequence {
     pub(super) next_mask: Option<NextMask>,
     /// Log-probabilities of leading prompt tokens, while they are collected.
     pub(super) prompt_logprobs: Vec<Option<Logprobs>>,
+    /// The pooled hidden states of the prompt, if they were requested.
+    pub(super) pooled: Option<PooledPrompt>,
     /// Whether it has been admitted before: its queue time has ended.
     pub(super) admitted: bool,
     /// Its place in the engine, which is freed with it.
@@ -75,6 +78,7 @@ impl Sequence {
             counts: TokenCounts::new(&request.params, &request.prompt),
             next_mask: constraint.map(NextMask::start),
             prompt_logprobs: Vec::new(),
+            pooled: request.params.pooling.map(|pooling| PooledPrompt::new(pooling, request.prompt.len())),
             admitted: false,
             _permit: permit,
             request,
@@ -153,6 +157,31 @@ impl Sequence {
         // After a preemption, the leading ones are known already. The first token has none.
         let start = positions.start.max(self.prompt_logprobs.len().max(1) - 1);
         start..positions.end.min(self.request.prompt.len() - 1).max(start)
+    }
+
+    /// The subrange of `positions` whose hidden states are still to be pooled.
+    pub(super) fn pooling(&self, positions: Range<usize>) -> Range<usize> {
+        self.pooled.as_ref().map_or(positions.end..positions.end, |pooled| pooled.needed(positions))
+    }
+
+    /// Pools the hidden states of a step, and tells the client once the prompt is complete. Errors: a value that is not finite.
+    pub(super) fn pool(&mut self, hidden: &[Vec<f32>]) -> Result<()> {
+        let Some(pooled) = &mut self.pooled else { return Ok(()) };
+        if let Some(pooled) = pooled.add(hidden)? {
+            let _ = self.request.events.send(Event::Pooled(pooled));
+        }
+        Ok(())
+    }
+
+    /// Number of leading tokens whose rows need not run if the prefix cache has their keys and values. The last token always
+    /// runs, for its logits, and so do rows that give prompt log-probabilities or are pooled.
+    pub(super) fn skippable(&self) -> usize {
+        let last = self.tokens.len() - 1;
+        match &self.pooled {
+            _ if self.wants_prompt_logprobs() => 0,
+            Some(pooled) => last.min(pooled.next()),
+            None => last,
+        }
     }
 
     /// Hashes of the first `count` blocks of its tokens, which must be full.

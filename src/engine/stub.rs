@@ -1,11 +1,11 @@
 //! Stand-ins for `cuda` in builds without the feature: uninhabited types.
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 
 use crate::Result;
 use crate::arch::ModelConfig;
 use crate::lora::slots::SlotPool;
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, StepOutput};
 use crate::model::kv::KvCache;
 use crate::ops::batch::Batch;
 
@@ -24,7 +24,7 @@ impl Steps {
     }
 
     /// Never called.
-    pub fn run(&mut self, _: &Batch, _: &Decoder, _: &mut KvCache, _: &mut SlotPool) -> Result<Tensor> {
+    pub fn run(&mut self, _: &Batch, _: &Decoder, _: &mut KvCache, _: &mut SlotPool) -> Result<StepOutput> {
         match *self {}
     }
 }

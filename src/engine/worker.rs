@@ -7,8 +7,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::Tensor;
-
 use super::background::{BackgroundTask, TimeSlicer};
 use super::constraint::{MASK_TIMEOUT, NextMask};
 use super::request::{Event, FinishReason, Logprobs, Request};
@@ -16,6 +14,7 @@ use super::sampler::{LogitsTask, SampledToken, SamplingMetadata, run_tasks};
 use super::scheduler::{ScheduledRows, Scheduler};
 use super::sequence::Sequence;
 use super::{EngineConfig, EngineStats, RequestPermit, Runner};
+use crate::model::decoder::StepOutput;
 use crate::ops::batch::Batch;
 use crate::{Error, Result};
 
@@ -52,6 +51,8 @@ pub enum Tick {
 struct SequenceOutput {
     /// The prompt log-probabilities of this step's rows, in order.
     prompt: Vec<Option<Logprobs>>,
+    /// The hidden states of this step's rows that are pooled, in order.
+    hidden: Vec<Vec<f32>>,
     /// The next token, if the step reached the end of the sequence.
     next: NextToken,
 }
@@ -144,8 +145,8 @@ impl<R: Runner> Worker<R> {
         let batch = self.build_batch(schedule);
         let run = catch_unwind(AssertUnwindSafe(|| {
             let step = self.runner.launch(&batch)?;
-            let logits = self.runner.collect(step)?;
-            self.sample(schedule, &logits)
+            let output = self.runner.collect(step)?;
+            self.sample(schedule, &output)
         }));
         let panicked = || Err(Error::internal("the forward pass failed; see the server's log"));
         let outputs = run.unwrap_or_else(|_| panicked());
@@ -160,13 +161,15 @@ impl<R: Runner> Worker<R> {
             let first = batch.tokens.len();
             let tokens = &s.tokens[s.computed..s.computed + rows];
             batch.push(tokens, s.computed, &s.blocks, self.config.block_size, &s.slots);
-            batch.logit_rows.extend(logit_positions(s, rows).map(|p| (first + p - s.computed) as u32));
+            let row = |position: usize| (first + position - s.computed) as u32;
+            batch.logit_rows.extend(logit_positions(s, rows).map(row));
+            batch.hidden_rows.extend(s.pooling(s.computed..s.computed + rows).map(row));
         }
         batch
     }
 
-    /// Samples from the logits of a step, and returns the results of each scheduled sequence.
-    fn sample(&mut self, schedule: &[ScheduledRows], logits: &Tensor) -> Result<Vec<Result<SequenceOutput>>> {
+    /// Samples from the output of a step, and returns the results of each scheduled sequence.
+    fn sample(&mut self, schedule: &[ScheduledRows], output: &StepOutput) -> Result<Vec<Result<SequenceOutput>>> {
         let deadline = Instant::now() + MASK_TIMEOUT;
         for &ScheduledRows { sequence, rows } in schedule {
             let s = &mut self.scheduler.running[sequence];
@@ -180,9 +183,18 @@ impl<R: Runner> Worker<R> {
             scheduled().zip(&masked).map(|((s, rows), masked)| logits_tasks(s, rows, masked)).collect();
         let counts: Vec<_> = by_sequence.iter().map(Vec::len).collect();
         let tasks: Vec<LogitsTask> = by_sequence.into_iter().flatten().collect();
-        let mut results = tasks.iter().zip(run_tasks(logits, &tasks)?);
-        let outputs = scheduled().zip(counts);
-        Ok(outputs.map(|((s, _), count)| sequence_output(s, results.by_ref().take(count).collect())).collect())
+        let mut results = tasks.iter().zip(run_tasks(&output.logits, &tasks)?);
+        let mut hidden = match &output.hidden {
+            Some(hidden) => hidden.to_vec2::<f32>()?,
+            None => Vec::new(),
+        }
+        .into_iter();
+        let outputs = scheduled().zip(counts).map(|((s, rows), count)| {
+            let pooled = s.pooling(s.computed..s.computed + rows).len();
+            let hidden = hidden.by_ref().take(pooled).collect();
+            sequence_output(s, results.by_ref().take(count).collect(), hidden)
+        });
+        Ok(outputs.collect())
     }
 
     /// Delivers the results of a step, and removes the sequences that have ended.
@@ -220,6 +232,10 @@ impl<R: Runner> Worker<R> {
     fn deliver_one(&mut self, index: usize, output: SequenceOutput) -> bool {
         let s = &mut self.scheduler.running[index];
         s.add_prompt_logprobs(output.prompt);
+        if let Err(error) = s.pool(&output.hidden) {
+            s.fail(error);
+            return true;
+        }
         if s.request.params.max_tokens == 0 && s.computed >= s.request.prompt.len() {
             s.finish(FinishReason::Length, None);
             return true;
@@ -285,9 +301,13 @@ fn logits_tasks<'a>(s: &'a Sequence, rows: usize, masked: &'a [u32]) -> Vec<Logi
     logit_positions(s, rows).map(task).collect()
 }
 
-/// The results of one sequence, from those of its tasks.
-fn sequence_output(s: &Sequence, results: Vec<(&LogitsTask, Result<SampledToken>)>) -> Result<SequenceOutput> {
-    let mut output = SequenceOutput { prompt: Vec::new(), next: NextToken::None };
+/// The results of one sequence, from those of its tasks and its hidden states.
+fn sequence_output(
+    s: &Sequence,
+    results: Vec<(&LogitsTask, Result<SampledToken>)>,
+    hidden: Vec<Vec<f32>>,
+) -> Result<SequenceOutput> {
+    let mut output = SequenceOutput { prompt: Vec::new(), hidden, next: NextToken::None };
     for (task, result) in results {
         match (task, &s.next_mask) {
             (LogitsTask::Score { .. }, _) => output.prompt.push(result?.logprobs),

@@ -138,7 +138,7 @@ async fn complete(
     let mut completion = Completion::default();
     while let Some(event) = receiver.recv().await {
         match event {
-            Event::Scheduled { .. } => {}
+            Event::Scheduled { .. } | Event::Pooled(_) => {}
             Event::Prompt(logprobs) => completion.prompt_logprobs = logprobs,
             Event::Token { id, .. } => completion.tokens.push(id),
             Event::Finished { .. } => return Ok(completion),

@@ -18,6 +18,15 @@ use crate::ops::quant::{self, QMatrix};
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result, gpu};
 
+/// The output of a step.
+pub struct StepOutput {
+    /// Logits `[logit_rows, vocab]` f32, in the order of [`Batch::logit_rows`].
+    pub logits: Tensor,
+    /// Hidden states `[hidden_rows, hidden]` f32, in the order of [`Batch::hidden_rows`], if the batch has any. On a GPU their
+    /// values are bf16's, as the final norm writes them.
+    pub hidden: Option<Tensor>,
+}
+
 /// A decoder ready to run: resident weights and rotary tables.
 pub struct Decoder {
     weights: Weights,
@@ -63,16 +72,19 @@ impl Decoder {
         Ok((residual, x))
     }
 
-    /// Runs a step: writes the rows' keys and values to the cache and returns logits `[logit_rows, vocab]` f32. A row's
-    /// logits depend, bit for bit, on its own sequence and adapters only, as far as the ops keep a row's bits independent of the
-    /// batch (see [`crate::ops`]). Errors: a batch that contradicts itself, the cache or the model. After an error, the cache
-    /// may hold some of the step's keys.
-    pub fn forward(&self, batch: &Batch, kv: &mut KvCache, slots: &SlotPool) -> Result<Tensor> {
+    /// Runs a step: writes the rows' keys and values to the cache and returns the logits and hidden states that the batch asks
+    /// for. A row's output depends, bit for bit, on its own sequence and adapters only, as far as the ops keep a row's bits
+    /// independent of the batch (see [`crate::ops`]). Errors: a batch that contradicts itself, the cache or the model. After an
+    /// error, the cache may hold some of the step's keys.
+    pub fn forward(&self, batch: &Batch, kv: &mut KvCache, slots: &SlotPool) -> Result<StepOutput> {
         self.check(batch)?;
         let Weights { config, layers, norm, head, .. } = &self.weights;
-        let no_logits = || Ok(Tensor::zeros((0, head.n()), DType::F32, norm.device())?);
+        let without_logits = |hidden| {
+            let logits = Tensor::zeros((0, head.n()), DType::F32, norm.device())?;
+            Ok(StepOutput { logits, hidden })
+        };
         if batch.rows() == 0 {
-            return no_logits();
+            return without_logits(None);
         }
         let logit_segments = batch.logit_segments();
         let adapters = Adapters { segments: &batch.segments, slots, step: batch.step.as_ref(), logit_rows_only: false };
@@ -86,16 +98,27 @@ impl Decoder {
             hook.layer = layer;
             match self.block(layer).forward(&mut hook, residual, x)? {
                 Some(next) => (residual, x) = next,
-                None => return no_logits(),
+                None => return without_logits(None),
+            }
+        }
+        let mut hidden = None;
+        if !batch.hidden_rows.is_empty() {
+            hidden = Some(select_rows(&x, &batch.hidden_rows)?.to_dtype(DType::F32)?);
+            if batch.logit_rows.is_empty() {
+                return without_logits(hidden);
+            }
+            if batch.selects_logits() {
+                x = select_rows(&x, &batch.logit_rows)?;
+                hook.leave_logit_rows();
             }
         }
         // Pairs of the head belong to no block: their layer is the number of layers.
         hook.layer = layers.len();
-        hook.linear(head, &x, Site::Head)
+        Ok(StepOutput { logits: hook.linear(head, &x, Site::Head)?, hidden })
     }
 
     /// Checks the properties that the ops do not check themselves. Errors: arrays of different lengths, an unknown token id,
-    /// a logit row outside the batch.
+    /// a logit row or hidden row outside the batch.
     pub fn check(&self, batch: &Batch) -> Result<()> {
         let rows = batch.tokens.len();
         if batch.positions.len() != rows || batch.slot_mapping.len() != rows {
@@ -109,15 +132,21 @@ impl Decoder {
         if let Some(token) = batch.tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::invalid(format!("token id {token} is outside the vocabulary of {vocab}")));
         }
-        let ascending = batch.logit_rows.is_sorted_by(|a, b| a < b);
-        if !ascending || batch.logit_rows.last().is_some_and(|&row| row as usize >= rows) {
-            return Err(Error::internal(format!(
-                "logit rows {:?} are not ascending rows of a batch of {rows}",
-                batch.logit_rows
-            )));
+        for (kind, selected) in [("logit", &batch.logit_rows), ("hidden", &batch.hidden_rows)] {
+            let ascending = selected.is_sorted_by(|a, b| a < b);
+            if !ascending || selected.last().is_some_and(|&row| row as usize >= rows) {
+                return Err(Error::internal(format!(
+                    "{kind} rows {selected:?} are not ascending rows of a batch of {rows}"
+                )));
+            }
         }
         Ok(())
     }
+}
+
+/// The rows of `x [T, n]` with these indices.
+fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)
 }
 
 /// The decoder block in serving: adapters in slots, and attention over the paged KV cache. It keeps no activations.
@@ -135,6 +164,13 @@ struct ServingHook<'a> {
     last: usize,
 }
 
+impl ServingHook<'_> {
+    /// From here on, the rows are those with requested logits.
+    fn leave_logit_rows(&mut self) {
+        (self.adapters.segments, self.adapters.logit_rows_only) = (self.logit_segments, true);
+    }
+}
+
 impl BlockHook for ServingHook<'_> {
     fn linear(&mut self, weight: &Arc<QMatrix>, x: &Tensor, site: Site) -> Result<Tensor> {
         // Logits keep f32.
@@ -146,10 +182,10 @@ impl BlockHook for ServingHook<'_> {
     }
 
     /// Appends the rows' keys and values to the cache. After the attention of the last block, only the rows with requested
-    /// logits continue.
+    /// logits continue, unless hidden states are requested: then all rows do.
     fn attention(&mut self, qkv: &Tensor, residual: Tensor) -> Result<Option<(Tensor, Tensor)>> {
         self.kv.append(self.layer, qkv, self.batch, self.rope)?;
-        let selects = self.layer == self.last && self.batch.selects_logits();
+        let selects = self.layer == self.last && self.batch.hidden_rows.is_empty() && self.batch.selects_logits();
         if selects && self.batch.logit_rows.is_empty() {
             return Ok(None);
         }
@@ -157,8 +193,8 @@ impl BlockHook for ServingHook<'_> {
         if !selects {
             return Ok(Some((attended, residual)));
         }
-        let rows = Tensor::new(self.batch.logit_rows.as_slice(), qkv.device())?;
-        (self.adapters.segments, self.adapters.logit_rows_only) = (self.logit_segments, true);
-        Ok(Some((attended.index_select(&rows, 0)?, residual.index_select(&rows, 0)?)))
+        self.leave_logit_rows();
+        let rows = &self.batch.logit_rows;
+        Ok(Some((select_rows(&attended, rows)?, select_rows(&residual, rows)?)))
     }
 }

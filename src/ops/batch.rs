@@ -23,6 +23,7 @@
 //! block_tables   [7] [2 5] [9]                     table 0..1, 1..3, 3..4
 //! segments       [─ slot 4, weight 1.0 ─]          rows 0..4
 //! logit_rows        2 3 4                          the rows that predict a new token
+//! hidden_rows      none                            the rows that are pooled to embeddings
 //! ```
 
 use std::ops::Range;
@@ -46,6 +47,8 @@ pub struct Batch {
     pub segments: Vec<Segment>,
     /// Rows whose logits are computed, ascending.
     pub logit_rows: Vec<u32>,
+    /// Rows whose hidden states are returned, ascending. A hidden state is the output of the final norm.
+    pub hidden_rows: Vec<u32>,
     /// Device addresses of the same metadata, once it was uploaded to the GPU that runs the step. `None` on a CPU.
     pub step: Option<DeviceStep>,
 }
@@ -100,7 +103,7 @@ impl Batch {
         self.step.as_ref().map_or(self.tokens.len(), |step| step.rows)
     }
 
-    /// Whether only `logit_rows` continue after the last attention. Captured steps compute the logits of all rows.
+    /// Whether logits of some rows only are computed. Captured steps compute those of all rows.
     pub(crate) fn selects_logits(&self) -> bool {
         !self.step.as_ref().is_some_and(|step| step.captured) && self.logit_rows.len() < self.tokens.len()
     }

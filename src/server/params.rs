@@ -150,6 +150,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         logprobs: None,
         logprob_token_ids: Vec::new(),
         prompt_logprobs: None,
+        pooling: None,
     };
     let stream = body.boolean("stream")?.unwrap_or(false);
     let include_usage = match body.object("stream_options")? {

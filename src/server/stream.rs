@@ -114,6 +114,8 @@ async fn follow(
                 continue;
             }
             Event::Prompt(logprobs) => Ok(OutputDelta { prompt: Some(logprobs), ..OutputDelta::default() }),
+            // Requests for text ask for none.
+            Event::Pooled(_) => continue,
             Event::Token { id, logprobs } => {
                 metrics.token();
                 text.push(id).map(|text| assembler.token(&text, id, logprobs))

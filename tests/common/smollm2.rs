@@ -109,7 +109,7 @@ impl Reply {
         let (mut prompt, mut tokens, mut logprobs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             match self.0.blocking_recv().expect("an end before the channel closes") {
-                Event::Scheduled { .. } => {}
+                Event::Scheduled { .. } | Event::Pooled(_) => {}
                 Event::Prompt(p) => prompt = p,
                 Event::Token { id, logprobs: l } => {
                     tokens.push(id);

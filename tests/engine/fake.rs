@@ -1,4 +1,4 @@
-//! A fake runner: a row's logits are a hash of its adapters and of all tokens to which the batch's block table leads, so a wrong
+//! A fake runner: a row's logits and hidden state are a hash of its adapters and of all tokens to which the batch's block table leads, so a wrong
 //! table, a stale block, a wrong position or a wrong slot changes the output.
 
 use std::collections::HashMap;
@@ -10,17 +10,20 @@ use std::time::Duration;
 use candle_core::{Device, Tensor};
 use quiver::adapter::tiers::Residency;
 use quiver::adapter::{Generation, HostTier, Lease};
-use quiver::engine::request::{Event, FinishReason, Logprobs, Request, SamplingParams};
+use quiver::engine::request::{Event, FinishReason, Logprobs, Pooling, Request, SamplingParams};
 use quiver::engine::sampler::{self, SamplingMetadata, TokenCounts};
 use quiver::engine::worker::{Tick, Worker};
 use quiver::engine::{BackgroundTask, Engine, EngineConfig, InFlightStep, Runner};
 use quiver::lora::weights::AdapterWeights;
+use quiver::model::decoder::StepOutput;
 use quiver::ops::batch::Batch;
 use quiver::{Error, Result};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 pub const VOCAB: usize = 48;
 pub const EOS: u32 = 47;
+/// Width of a hidden state.
+pub const HIDDEN: usize = 3;
 /// Most rows of a step whose logits give prompt log-probabilities.
 pub const MAX_SCORED_ROWS: usize = 64;
 
@@ -52,7 +55,7 @@ pub struct Fake {
     pub broken: Vec<String>,
     /// The step that panics.
     pub panic_at: Option<usize>,
-    /// The token after which all logits of a sequence are NaN.
+    /// The token after which all logits and hidden states of a sequence are NaN.
     pub poison: Option<u32>,
     /// Duration of a step.
     pub step: Duration,
@@ -99,11 +102,29 @@ impl Fake {
         terms_hash(&terms.collect::<Vec<_>>())
     }
 
+    /// `[rows, width]`: `output` of the cells to which each row attends, or NaN after the poison.
+    fn outputs(&self, batch: &Batch, rows: &[u32], width: usize, output: fn(&[Cell]) -> Vec<f32>) -> Result<Tensor> {
+        let mut values = Vec::new();
+        for &row in rows {
+            let span = batch.spans.iter().find(|s| s.rows.contains(&(row as usize))).expect("each row has a span");
+            let table = &batch.block_tables[span.table.clone()];
+            let cells = (0..=batch.positions[row as usize] as usize).map(|position| {
+                let cell = table[position / self.block_size] as usize * self.block_size + position % self.block_size;
+                self.cells[cell].expect("a cell is written before it is read")
+            });
+            let cells: Vec<_> = cells.collect();
+            let poisoned = self.poison.is_some_and(|token| cells.iter().any(|cell| cell.0 == token));
+            values.extend(if poisoned { vec![f32::NAN; width] } else { output(&cells) });
+        }
+        Ok(Tensor::from_vec(values, (rows.len(), width), &Device::Cpu)?)
+    }
+
     fn check(&self, batch: &Batch) {
         let rows = batch.tokens.len();
         assert!(rows > 0 && rows <= self.max_rows, "{rows} rows of {}", self.max_rows);
         assert!(batch.logit_rows.len() <= self.max_logits, "{} logit rows", batch.logit_rows.len());
         assert!(batch.logit_rows.is_sorted_by(|a, b| a < b), "logit rows ascend");
+        assert!(batch.hidden_rows.is_sorted_by(|a, b| a < b), "hidden rows ascend");
         assert_eq!((batch.positions.len(), batch.slot_mapping.len()), (rows, rows));
         assert_eq!(batch.spans.iter().map(|s| s.rows.len()).sum::<usize>(), rows);
         let segments_apart = batch.segments.windows(2).all(|w| w[0].rows.end <= w[1].rows.start && w[0] != w[1]);
@@ -178,24 +199,16 @@ impl Runner for Fake {
             let cell = (batch.tokens[row], batch.positions[row], self.terms(batch, row));
             self.cells[batch.slot_mapping[row] as usize] = Some(cell);
         }
-        let mut logits = Vec::new();
-        for &row in &batch.logit_rows {
-            let span = batch.spans.iter().find(|s| s.rows.contains(&(row as usize))).expect("each row has a span");
-            let table = &batch.block_tables[span.table.clone()];
-            let cells = (0..=batch.positions[row as usize] as usize).map(|position| {
-                let cell = table[position / self.block_size] as usize * self.block_size + position % self.block_size;
-                self.cells[cell].expect("a cell is written before it is read")
-            });
-            let cells: Vec<_> = cells.collect();
-            let poisoned = self.poison.is_some_and(|token| cells.iter().any(|cell| cell.0 == token));
-            logits.extend(if poisoned { vec![f32::NAN; VOCAB] } else { fake_logits(&cells) });
-        }
-        let logits = Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)?;
-        Ok(InFlightStep::new(logits))
+        let logits = self.outputs(batch, &batch.logit_rows, VOCAB, fake_logits)?;
+        let hidden = match batch.hidden_rows.is_empty() {
+            true => None,
+            false => Some(self.outputs(batch, &batch.hidden_rows, HIDDEN, fake_hidden)?),
+        };
+        Ok(InFlightStep::new(StepOutput { logits, hidden }))
     }
 
-    fn collect(&mut self, step: InFlightStep) -> Result<Tensor> {
-        Ok(step.into_logits())
+    fn collect(&mut self, step: InFlightStep) -> Result<StepOutput> {
+        Ok(step.into_output())
     }
 
     fn update_slots(&mut self) {
@@ -218,23 +231,49 @@ fn terms_hash(terms: &[(&str, f32)]) -> u64 {
     })
 }
 
+/// `count` numbers from -4 to 4.
+fn numbers(cells: &[Cell], seed: u64, count: usize) -> Vec<f32> {
+    let state = cells.iter().fold(seed, |state, cell| mix(mix(mix(state, cell.0.into()), cell.1.into()), cell.2));
+    (0..count).map(|i| (mix(state, i as u64) >> 40) as f32 / (1 << 24) as f32 * 8.0 - 4.0).collect()
+}
+
 fn fake_logits(cells: &[Cell]) -> Vec<f32> {
-    let state = cells.iter().fold(7, |state, cell| mix(mix(mix(state, cell.0.into()), cell.1.into()), cell.2));
-    let logit = |id| (mix(state, id as u64) >> 40) as f32 / (1 << 24) as f32 * 8.0 - 4.0;
-    (0..VOCAB).map(logit).collect()
+    numbers(cells, 7, VOCAB)
+}
+
+fn fake_hidden(cells: &[Cell]) -> Vec<f32> {
+    numbers(cells, 8, HIDDEN)
+}
+
+/// The KV cells of `tokens`, computed without an engine.
+fn reference_cells(adapters: &[(Lease, f32)], tokens: &[u32]) -> Vec<Cell> {
+    let terms: Vec<_> = adapters.iter().map(|(lease, weight)| (lease.id.as_str(), *weight)).collect();
+    let hash = terms_hash(&terms);
+    tokens.iter().zip(0..).map(|(token, position)| (*token, position, hash)).collect()
 }
 
 /// The logits after `tokens`, computed without an engine.
 pub fn reference_logits(adapters: &[(Lease, f32)], tokens: &[u32]) -> Vec<f32> {
-    let terms: Vec<_> = adapters.iter().map(|(lease, weight)| (lease.id.as_str(), *weight)).collect();
-    let hash = terms_hash(&terms);
-    fake_logits(&tokens.iter().zip(0..).map(|(token, position)| (*token, position, hash)).collect::<Vec<_>>())
+    fake_logits(&reference_cells(adapters, tokens))
+}
+
+/// The pooled hidden states of `tokens`, computed without an engine.
+pub fn reference_pooled(adapters: &[(Lease, f32)], tokens: &[u32], pooling: Pooling) -> Vec<f32> {
+    let cells = reference_cells(adapters, tokens);
+    let all: Vec<Vec<f32>> = (1..=cells.len()).map(|end| fake_hidden(&cells[..end])).collect();
+    let rows = match pooling {
+        Pooling::Mean => &all[..],
+        Pooling::Last => &all[all.len() - 1..],
+    };
+    let mean = |i: usize| (rows.iter().map(|row| f64::from(row[i])).sum::<f64>() / rows.len() as f64) as f32;
+    (0..HIDDEN).map(mean).collect()
 }
 
 /// The outcome of a request.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Answer {
     pub prompt: Option<Vec<Option<Logprobs>>>,
+    pub pooled: Option<Vec<f32>>,
     pub tokens: Vec<(u32, Option<Logprobs>)>,
     /// Reason and stop token.
     pub finished: Option<(FinishReason, Option<u32>)>,
@@ -257,6 +296,10 @@ impl Answer {
             Event::Prompt(prompt) => {
                 assert!(self.tokens.is_empty() && self.prompt.is_none(), "the prompt is reported once, first");
                 self.prompt = Some(prompt);
+            }
+            Event::Pooled(pooled) => {
+                assert!(self.tokens.is_empty() && self.pooled.is_none(), "the embedding comes once, before the output");
+                self.pooled = Some(pooled);
             }
             Event::Token { id, logprobs } => self.tokens.push((id, logprobs)),
             Event::Finished { reason, end_token, requested_stop } => {
@@ -285,6 +328,7 @@ pub fn reference(prompt: &[u32], adapters: &[(Lease, f32)], params: &SamplingPar
         });
         answer.prompt = Some(std::iter::once(None).chain(scores).collect());
     }
+    answer.pooled = params.pooling.map(|pooling| reference_pooled(adapters, prompt, pooling));
     let mut counts = TokenCounts::new(params, prompt);
     let eos = if params.ignore_eos { vec![] } else { vec![EOS] };
     let stops: Vec<u32> = eos.into_iter().chain(params.stop_token_ids.clone()).collect();

@@ -3,6 +3,7 @@
 mod background;
 mod constraint;
 mod fake;
+mod pooling;
 mod properties;
 mod sampler;
 mod scheduler;

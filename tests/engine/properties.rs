@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use quiver::adapter::Lease;
 use quiver::engine::EngineConfig;
-use quiver::engine::request::SamplingParams;
+use quiver::engine::request::{Pooling, SamplingParams};
 use quiver::engine::worker::Tick;
 use quiver::error::ErrorKind;
 
@@ -36,20 +36,24 @@ fn params() -> impl Strategy<Value = SamplingParams> {
     let penalties = (prop_oneof![Just(1.0_f32), Just(1.3)], prop_oneof![Just(0.0_f32), Just(0.5)]);
     let lengths = (0_usize..24, 0_usize..6, any::<bool>());
     let logprobs = (proptest::option::of(0_usize..4), proptest::option::weighted(0.2, 0_usize..4));
-    (shape, penalties, lengths, logprobs).prop_map(|(shape, penalties, lengths, logprobs)| SamplingParams {
-        temperature: shape.0,
-        top_p: shape.1,
-        top_k: shape.2,
-        seed: Some(shape.3),
-        repetition_penalty: penalties.0,
-        presence_penalty: penalties.1,
-        max_tokens: lengths.0,
-        min_tokens: lengths.1,
-        ignore_eos: lengths.2,
-        stop_token_ids: vec![3, 5],
-        logprobs: logprobs.0,
-        prompt_logprobs: logprobs.1,
-        ..SamplingParams::default()
+    let pooling = proptest::option::weighted(0.3, prop_oneof![Just(Pooling::Mean), Just(Pooling::Last)]);
+    (shape, penalties, lengths, logprobs, pooling).prop_map(|(shape, penalties, lengths, logprobs, pooling)| {
+        SamplingParams {
+            temperature: shape.0,
+            top_p: shape.1,
+            top_k: shape.2,
+            seed: Some(shape.3),
+            repetition_penalty: penalties.0,
+            presence_penalty: penalties.1,
+            max_tokens: lengths.0,
+            min_tokens: lengths.1,
+            ignore_eos: lengths.2,
+            stop_token_ids: vec![3, 5],
+            logprobs: logprobs.0,
+            prompt_logprobs: logprobs.1,
+            pooling,
+            ..SamplingParams::default()
+        }
     })
 }
 
@@ -152,7 +156,7 @@ fn run(world: &World) {
             let mut want = reference(&prompt(job), &adapters(job), &job.params, config.max_model_len);
             want.cached_tokens = answer.cached_tokens;
             assert_eq!(*answer, want);
-            if job.params.prompt_logprobs.is_some() {
+            if job.params.prompt_logprobs.is_some() || job.params.pooling == Some(Pooling::Mean) {
                 assert_eq!(answer.cached_tokens, 0);
             }
         } else {

@@ -289,11 +289,11 @@ impl Served {
             batch.push(&[*token], 0, &[i as u32], KvCache::BLOCK_SIZE, &terms);
             batch.logit_rows.push(i as u32);
         }
-        let logits = match &mut self.steps {
+        let output = match &mut self.steps {
             Some(steps) => steps.run(&batch, &self.model, &mut self.kv, &mut self.pool).unwrap(),
             None => self.model.forward(&batch, &mut self.kv, &self.pool).unwrap(),
         };
-        logits.to_vec2().unwrap()
+        output.logits.to_vec2().unwrap()
     }
 }
 

@@ -1,7 +1,8 @@
 //! A server on a real socket with the real engine, on a fake model that writes the alphabet.
 //!
 //! Its tokens are bytes. After a byte that is no letter it writes `a`, goes on to `z` and ends. Under an adapter it writes
-//! capitals, under a weighted sum digits, and after `#` it writes `é` for ever, a byte a step. A step with `?` fails.
+//! capitals, under a weighted sum digits, and after `#` it writes `é` for ever, a byte a step. A step with `?` fails. Hidden
+//! states are the token, its position and the number of adapters, then zeros.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -23,6 +24,7 @@ use quiver::finetune::context::JobContext;
 use quiver::finetune::jobs::Jobs;
 use quiver::finetune::store::Store;
 use quiver::hub::{ModelFiles, ModelFormat};
+use quiver::model::decoder::StepOutput;
 use quiver::ops::batch::Batch;
 use quiver::runtime::{BaseInfo, Runtime};
 use quiver::server::{App, HttpConfig, Serving, SharedApp};
@@ -38,6 +40,8 @@ use crate::trainer;
 pub const BASE: &str = "org/base";
 pub const EOS: u32 = 257;
 const VOCAB: usize = 258;
+/// Width of a hidden state.
+pub const HIDDEN: usize = 8;
 
 /// Message of the internal errors of the fake model and the fake trainer.
 pub const BROKEN: &str = "row 3 of /secret/weights does not fit";
@@ -100,17 +104,25 @@ impl Runner for Alphabet {
         if batch.tokens.contains(&u32::from(b'?')) {
             return Err(Error::internal(BROKEN));
         }
+        let terms = |row: u32| {
+            batch.segments.iter().find(|s| s.rows.contains(&(row as usize))).map_or(0, |segment| segment.terms.len())
+        };
         let mut logits = vec![0f32; batch.logit_rows.len() * VOCAB];
         for (out, &row) in logits.chunks_exact_mut(VOCAB).zip(&batch.logit_rows) {
-            let segment = batch.segments.iter().find(|s| s.rows.contains(&(row as usize)));
-            out[next(batch.tokens[row as usize], segment.map_or(0, |s| s.terms.len())) as usize] = 40.0;
+            out[next(batch.tokens[row as usize], terms(row)) as usize] = 40.0;
         }
         let logits = Tensor::from_vec(logits, (batch.logit_rows.len(), VOCAB), &Device::Cpu)?;
-        Ok(InFlightStep::new(logits))
+        let mut hidden = vec![0f32; batch.hidden_rows.len() * HIDDEN];
+        for (out, &row) in hidden.chunks_exact_mut(HIDDEN).zip(&batch.hidden_rows) {
+            let of_row = [batch.tokens[row as usize], batch.positions[row as usize], terms(row) as u32];
+            out.iter_mut().zip(of_row).for_each(|(out, value)| *out = value as f32);
+        }
+        let hidden = Tensor::from_vec(hidden, (batch.hidden_rows.len(), HIDDEN), &Device::Cpu)?;
+        Ok(InFlightStep::new(StepOutput { logits, hidden: Some(hidden) }))
     }
 
-    fn collect(&mut self, step: InFlightStep) -> Result<Tensor> {
-        Ok(step.into_logits())
+    fn collect(&mut self, step: InFlightStep) -> Result<StepOutput> {
+        Ok(step.into_output())
     }
 }
 
@@ -389,7 +401,7 @@ fn unchunk(mut body: &str) -> String {
 
 fn tiny_model() -> ModelConfig {
     ModelConfig {
-        hidden_size: 8,
+        hidden_size: HIDDEN,
         intermediate_size: 16,
         num_layers: 1,
         num_heads: 2,

@@ -167,7 +167,7 @@ fn served(model: &Decoder, weights: &AdapterWeights, tokens: &[u32]) -> Vec<f32>
     let mut batch = Batch::default();
     batch.push(tokens, 0, &(0..8).collect::<Vec<_>>(), KvCache::BLOCK_SIZE, &[(slot, 1.0)]);
     batch.logit_rows = (0..tokens.len() as u32 - 1).collect();
-    let logits = model.forward(&batch, &mut kv, &slots).unwrap().to_vec2::<f32>().unwrap();
+    let logits = model.forward(&batch, &mut kv, &slots).unwrap().logits.to_vec2::<f32>().unwrap();
     let logprob = |(row, &next): (&Vec<f32>, &u32)| {
         let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
         (f64::from(row[next as usize]) - sum.ln()) as f32

@@ -12,7 +12,7 @@ use crate::gpu::Context;
 use crate::gpu::graph::GraphCache;
 use crate::lora::delta;
 use crate::lora::slots::SlotPool;
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, StepOutput};
 use crate::model::kv::KvCache;
 use crate::ops::batch::{Batch, Capacity};
 use crate::ops::quant;
@@ -77,23 +77,30 @@ impl Steps {
                 let step = self.decode.upload(&Batch::default(), slots, Some(bucket))?;
                 let batch = Batch { step: Some(step), ..Batch::default() };
                 model.forward(&batch, kv, slots)?;
-                self.graphs.capture(bucket, || model.forward(&batch, kv, slots))?;
+                self.graphs.capture(bucket, || Ok(model.forward(&batch, kv, slots)?.logits))?;
             }
             done((i + 1) as f32 / all.len() as f32);
         }
         Ok(())
     }
 
-    /// Logits `[logit rows, vocab]` of a batch, on the device; valid until the next call.
-    pub fn run(&mut self, batch: &Batch, model: &Decoder, kv: &mut KvCache, slots: &mut SlotPool) -> Result<Tensor> {
+    /// The output of a batch, on the device; valid until the next call.
+    pub fn run(
+        &mut self,
+        batch: &Batch,
+        model: &Decoder,
+        kv: &mut KvCache,
+        slots: &mut SlotPool,
+    ) -> Result<StepOutput> {
         model.check(batch)?;
         for (slot, _) in batch.segments.iter().flat_map(|segment| &segment.terms) {
             slots.prepare_gains(*slot, model.weights())?;
         }
         let rows = batch.tokens.len();
         let decode = batch.spans.len() == rows && batch.logit_rows.len() == rows && rows > 0;
-        if decode && rows <= self.max_rows && !self.gpu.deterministic {
-            return self.run_decode(batch, model, kv, slots);
+        if decode && batch.hidden_rows.is_empty() && rows <= self.max_rows && !self.gpu.deterministic {
+            let logits = self.run_decode(batch, model, kv, slots)?;
+            return Ok(StepOutput { logits, hidden: None });
         }
         let step = self.mixed.upload(batch, slots, None)?;
         model.forward(&Batch { step: Some(step), ..batch.clone() }, kv, slots)
@@ -112,9 +119,10 @@ impl Steps {
             Some(logits) => logits,
             None => {
                 let batch = Batch { step: Some(step), ..batch.clone() };
-                let logits = model.forward(&batch, kv, slots)?;
+                let logits = model.forward(&batch, kv, slots)?.logits;
                 // Without a graph such steps run launch by launch, as this one did.
-                if let Err(error) = self.graphs.capture(bucket, || model.forward(&batch, kv, slots)) {
+                let again = || Ok(model.forward(&batch, kv, slots)?.logits);
+                if let Err(error) = self.graphs.capture(bucket, again) {
                     tracing::warn!(error = %format_args!("{error:#}"), "a step could not be captured as a CUDA graph");
                 }
                 logits
