@@ -5,6 +5,7 @@ Exits 0 when everything is as the client expects it.
 """
 
 import asyncio
+import math
 import sys
 
 import openai
@@ -92,6 +93,34 @@ def streaming():
         assert "".join(chunk.choices[0].text for chunk in stream) == text
 
 
+def embeddings():
+    texts = ["A lantern lights the way.", "The lamp shows the path.", "Taxes are due in April."]
+    ask = dict(model=base, input=texts, extra_body={"pooling": "mean"})
+    # The client asks for base64 and decodes it, unless the caller names a format.
+    answer = client.embeddings.create(**ask)
+    floats = client.embeddings.create(encoding_format="float", **ask)
+    assert answer.object == "list" and answer.model == base
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 12
+    vectors = [item.embedding for item in answer.data]
+    for vector, item in zip(vectors, floats.data):
+        assert all(abs(a - b) < 1e-6 for a, b in zip(vector, item.embedding, strict=True))
+        assert abs(math.hypot(*vector) - 1) < 1e-5
+
+    def likeness(a, b):
+        return sum(x * y for x, y in zip(a, b))
+
+    assert likeness(vectors[0], vectors[1]) > likeness(vectors[0], vectors[2])
+    adapted = client.embeddings.create(model=ADAPTER, input=texts[0], extra_body={"pooling": "mean"})
+    assert generation(adapted) and adapted.data[0].embedding != vectors[0]
+    try:
+        client.embeddings.create(model=base, input="x", dimensions=7)
+    except openai.BadRequestError as error:
+        assert error.param == "dimensions", error
+    else:
+        raise AssertionError("7 dimensions were accepted")
+
+
 def errors():
     def fails(kind, **body):
         try:
@@ -126,7 +155,7 @@ async def concurrent():
     assert texts[0] == texts[1] and texts[2] == texts[3], texts
 
 
-for check in (models, completions, chat, adapters, streaming, errors):
+for check in (models, completions, chat, adapters, streaming, embeddings, errors):
     check()
     print("ok", check.__name__)
 asyncio.run(concurrent())

@@ -6,6 +6,7 @@ const ALIASES: &[(&str, &str)] = &[
     // Ollama
     ("/api/generate", "/v1/completions"),
     ("/api/chat", "/v1/chat/completions"),
+    ("/api/embed", "/v1/embeddings"),
     ("/api/tags", "/v1/models"),
     ("/api/show", "/v1/models"),
     ("/api/version", "/version"),
@@ -14,6 +15,7 @@ const ALIASES: &[(&str, &str)] = &[
     // llama.cpp
     ("/completion", "/v1/completions"),
     ("/props", "/tokenizer_info"),
+    ("/embedding", "/v1/embeddings"),
     ("/slots", "/metrics"),
     ("/apply-template", "/tokenize"),
     // Probes
@@ -24,7 +26,8 @@ const ALIASES: &[(&str, &str)] = &[
 ];
 
 /// Routes below `/v1`. A route comes before those that its end contains.
-const BELOW_V1: &[&str] = &["/chat/completions", "/completions", "/load_lora_adapter", "/unload_lora_adapter"];
+const BELOW_V1: &[&str] =
+    &["/chat/completions", "/completions", "/embeddings", "/load_lora_adapter", "/unload_lora_adapter"];
 
 /// Routes below `/v1` that go on with an id.
 const COLLECTIONS: &[&str] = &["/models", "/files", "/fine_tuning/jobs"];
@@ -72,6 +75,7 @@ mod tests {
         for (path, route) in [
             ("/completions", Some("/v1/completions")),
             ("/chat/completions", Some("/v1/chat/completions")),
+            ("/embeddings", Some("/v1/embeddings")),
             ("/v1/v1/chat/completions", Some("/v1/chat/completions")),
             ("/v1/chat/completions/", Some("/v1/chat/completions")),
             ("//v1//chat/completions", Some("/v1/chat/completions")),

@@ -4,6 +4,7 @@
 //! [`stream`] (text and stop strings) and [`response`] (OpenAI's objects). [`error_response`] turns errors into answers.
 
 mod adapters;
+mod embeddings;
 mod error_response;
 mod extract;
 mod files;
@@ -151,6 +152,7 @@ fn router(app: SharedApp) -> Router {
     let inference = Router::new()
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat_completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/models", get(info::models))
         .route("/v1/models/{*id}", get(info::model).delete(finetune::delete_model))
         .route("/v1/files", post(files::upload).layer(DefaultBodyLimit::max(app.max_file)).get(files::list))

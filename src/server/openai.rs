@@ -138,7 +138,7 @@ fn max_tokens(serving: &Serving, prompt: usize, asked: Option<usize>, endpoint: 
 }
 
 /// A prompt as the request gives it.
-enum PromptInput {
+pub(super) enum PromptInput {
     /// Text, and whether to add the model's special tokens around it.
     Text(String, bool),
     /// Token ids.
@@ -180,7 +180,7 @@ impl ParsedRequest {
             .param("best_of"));
         }
         let add_special_tokens = body.boolean("add_special_tokens")?.unwrap_or(true);
-        let inputs = prompts(body, vocab_size, add_special_tokens)?;
+        let inputs = prompts(body, "prompt", vocab_size, add_special_tokens)?;
         serving.check_sequences(inputs.len() * best_of, "prompt")?;
         Ok(Self {
             best_of,
@@ -213,34 +213,39 @@ impl ParsedRequest {
     }
 }
 
-/// Reads `prompt`: text, token ids, or an array of either.
-fn prompts(body: &Fields, vocab_size: usize, add_special_tokens: bool) -> Result<Vec<PromptInput>> {
+/// Reads the field `name`: text, token ids, or an array of either.
+pub(super) fn prompts(
+    body: &Fields,
+    name: &str,
+    vocab_size: usize,
+    add_special_tokens: bool,
+) -> Result<Vec<PromptInput>> {
     const ALLOWED: &str = "a string, an array of strings, an array of token ids, or an array of such arrays";
-    let prompt = body.required("prompt", body.get("prompt"), ALLOWED)?;
+    let prompt = body.required(name, body.get(name), ALLOWED)?;
     let text = |s: &String| PromptInput::Text(s.clone(), add_special_tokens);
     let list = match prompt {
         Value::String(s) => return Ok(vec![text(s)]),
         Value::Array(list) if !list.is_empty() => list,
-        other => return Err(fields::wrong("prompt", ALLOWED, other)),
+        other => return Err(fields::wrong(name, ALLOWED, other)),
     };
     if list[0].is_number() {
-        return Ok(vec![PromptInput::Ids(params::token_ids(list, "prompt", vocab_size)?)]);
+        return Ok(vec![PromptInput::Ids(params::token_ids(list, name, vocab_size)?)]);
     }
     if list.len() > MAX_PROMPTS {
-        let message = format!("`prompt` has {} prompts; at most {MAX_PROMPTS} are allowed", list.len());
-        return Err(Error::invalid(message).param("prompt").code("invalid_value"));
+        let message = format!("`{name}` has {} prompts; at most {MAX_PROMPTS} are allowed", list.len());
+        return Err(Error::invalid(message).param(name).code("invalid_value"));
     }
     list.iter()
         .enumerate()
         .map(|(i, value)| match (value, &list[0]) {
             (Value::String(s), Value::String(_)) => Ok(text(s)),
             (Value::Array(ids), Value::Array(_)) if !ids.is_empty() => {
-                Ok(PromptInput::Ids(params::token_ids(ids, &format!("prompt[{i}]"), vocab_size)?))
+                Ok(PromptInput::Ids(params::token_ids(ids, &format!("{name}[{i}]"), vocab_size)?))
             }
             (other, Value::String(_)) => {
-                Err(fields::wrong(&format!("prompt[{i}]"), "a string, like the first prompt", other))
+                Err(fields::wrong(&format!("{name}[{i}]"), "a string, like the first prompt", other))
             }
-            (other, _) => Err(fields::wrong(&format!("prompt[{i}]"), "a string or an array of token ids", other)),
+            (other, _) => Err(fields::wrong(&format!("{name}[{i}]"), "a string or an array of token ids", other)),
         })
         .collect()
 }

@@ -7,3 +7,4 @@ pub mod reasoning;
 mod template;
 pub(crate) mod tokenizer;
 pub mod tools;
+pub(crate) mod truncation;

@@ -3,6 +3,7 @@
 mod admin;
 mod answers;
 mod drain;
+mod embeddings;
 mod errors;
 mod fields;
 mod finetune;
