@@ -7,6 +7,8 @@ const ALIASES: &[(&str, &str)] = &[
     ("/api/generate", "/v1/completions"),
     ("/api/chat", "/v1/chat/completions"),
     ("/api/embed", "/v1/embeddings"),
+    ("/api/embed", "/v1/embeddings"),
+    ("/api/embeddings", "/v1/embeddings"),
     ("/api/tags", "/v1/models"),
     ("/api/show", "/v1/models"),
     ("/api/version", "/version"),
@@ -14,6 +16,7 @@ const ALIASES: &[(&str, &str)] = &[
     ("/v1/engines", "/v1/models"),
     // llama.cpp
     ("/completion", "/v1/completions"),
+    ("/embedding", "/v1/embeddings"),
     ("/props", "/tokenizer_info"),
     ("/embedding", "/v1/embeddings"),
     ("/slots", "/metrics"),
