@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// `Result` with this crate's [`Error`].
@@ -119,6 +119,13 @@ impl Error {
         self.path(path)
     }
 
+    /// Puts `name` in the place of a path in the message, which then is for clients that must not learn the path. The path is kept
+    /// for the log.
+    pub(crate) fn hide_path(mut self, path: &Path, name: &str) -> Self {
+        self.message = self.message.replace(&path.display().to_string(), name);
+        self.path(path)
+    }
+
     /// Keeps the error that caused this one.
     pub(crate) fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(Arc::from(source.into()));
@@ -206,6 +213,13 @@ mod tests {
         assert_eq!(format!("{outer:#}"), format!("/b: broken: {}", full()));
         let source = outer.source.as_deref().and_then(|e| e.downcast_ref::<io::Error>());
         assert!(source.is_some(), "the source keeps its type");
+    }
+
+    #[test]
+    fn a_hidden_path_is_only_in_the_log_form() {
+        let error = Error::invalid("broken").in_file("/secret/a").hide_path(Path::new("/secret/a"), "the file");
+        assert_eq!(error.to_string(), "the file: broken");
+        assert_eq!(format!("{error:#}"), "the file: broken: /secret/a");
     }
 
     #[test]

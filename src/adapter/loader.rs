@@ -90,14 +90,17 @@ impl Loader {
     fn read_again(&self, generation: &Generation) -> Result<AdapterWeights> {
         let changed = |what: String| {
             let message = format!("adapter {:?} generation {}: {what}", generation.name, generation.id);
-            Error::new(ErrorKind::Unavailable, message).code("adapter_source_changed")
+            let error = Error::new(ErrorKind::Unavailable, message).code("adapter_source_changed");
+            // Clients get the error, and they must not learn the path.
+            tracing::warn!(error = %error, path = %generation.source.display(), "an adapter cannot be loaded");
+            error
         };
         let (weights, id) = peft::read(&generation.source, &self.model)
+            .map_err(|e| e.hide_path(&generation.source, "its directory"))
             .map_err(|e| changed(format!("it cannot be read again: {e}")))?;
         if id != generation.id {
             return Err(changed(format!(
-                "{} now holds generation {id}; load the adapter again to serve it",
-                generation.source.display()
+                "its directory now holds generation {id}; load the adapter again to serve it"
             )));
         }
         self.host.stats.disk_reads.fetch_add(1, Relaxed);

@@ -44,7 +44,11 @@ impl JobContext {
     pub(super) fn continued_adapter(&self, spec: &JobSpec) -> Result<Option<AdapterWeights>> {
         let Some(name) = &spec.from_checkpoint else { return Ok(None) };
         let Runtime { base, registry, .. } = &*self.runtime;
-        let read = || peft::read(&registry.get(name)?.source, &base.shape).map(|(weights, _)| weights);
+        let read = || {
+            let source = registry.get(name)?.source;
+            let read = peft::read(&source, &base.shape).map(|(weights, _)| weights);
+            read.map_err(|e| e.hide_path(&source, &format!("the directory of {name:?}")))
+        };
         read().map(Some).map_err(|e| e.param("training.from_checkpoint"))
     }
 

@@ -9,6 +9,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::adapter::Lease;
+use crate::adapter::registry::UnpublishedAdapter;
 use crate::engine::request::{Event, Request, SamplingParams};
 use crate::error::ErrorKind;
 use crate::runtime::Runtime;
@@ -33,7 +34,7 @@ impl Publisher {
     /// Compares the server's log-probabilities under a checkpoint with the trainer's, and publishes it as `name`. Returns the
     /// mean difference in nats a token. Errors: the checkpoint cannot be loaded, or the log-probabilities differ.
     pub(super) fn publish_checkpoint(&self, name: &str, checkpoint: &Checkpoint) -> Result<f64> {
-        let staged = self.tokio.block_on(self.runtime.registry.load_unpublished(name, path(&checkpoint.dir)?))?;
+        let staged = self.load(name, &checkpoint.dir)?;
         let served = self.score(staged.lease(), &checkpoint.probe)?;
         let trained = &checkpoint.probe.logprobs;
         let differences = trained.iter().zip(&served).map(|(a, b)| f64::from((a - b).abs()));
@@ -55,9 +56,16 @@ impl Publisher {
 
     /// Publishes a checkpoint that has been compared before as `name`. Errors: it cannot be loaded.
     pub(super) fn publish(&self, name: &str, dir: &Path) -> Result<()> {
-        let staged = self.tokio.block_on(self.runtime.registry.load_unpublished(name, path(dir)?))?;
+        let staged = self.load(name, dir)?;
         self.runtime.registry.publish(staged);
         Ok(())
+    }
+
+    fn load(&self, name: &str, dir: &Path) -> Result<UnpublishedAdapter> {
+        let source = dir.to_str().ok_or_else(|| Error::internal("the path of the jobs is not UTF-8").path(dir))?;
+        let loaded = self.tokio.block_on(self.runtime.registry.load_unpublished(name, source));
+        // The client of the job gets the error.
+        loaded.map_err(|e| e.hide_path(dir, "the checkpoint"))
     }
 
     /// The server's log-probabilities of the probe's tokens after the first.
@@ -87,8 +95,4 @@ impl Publisher {
             return Err(Error::internal("the engine has ended without an answer to a probe"));
         }
     }
-}
-
-fn path(dir: &Path) -> Result<&str> {
-    dir.to_str().ok_or_else(|| Error::invalid(format!("the path {} is not UTF-8", dir.display())))
 }

@@ -65,7 +65,10 @@ pub(super) fn write(dir: &Path, progress: &JobProgress, tensors: &HashMap<String
 
 /// Reads the state. Errors: it does not exist or is damaged.
 pub(super) fn read(dir: &Path, device: &Device) -> Result<(JobProgress, HashMap<String, Tensor>)> {
-    let failed = |e: &dyn std::fmt::Display| Error::invalid(format!("{} cannot be read: {e}", path(dir).display()));
+    // Without the path, because clients get the error with the job.
+    let failed = |e: &dyn std::fmt::Display| {
+        Error::invalid(format!("the job's saved state cannot be read: {e}")).code("state_unreadable").path(path(dir))
+    };
     let bytes = fs::read(path(dir)).map_err(|e| failed(&e))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;
     let text =
@@ -81,5 +84,21 @@ pub fn remove(dir: &Path) -> Result<()> {
             Err(Error::internal(format!("{} cannot be removed: {e}", path(dir).display())).path(path(dir)).caused_by(e))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_state_is_an_error_without_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        for content in [None, Some("no tensors")] {
+            content.iter().for_each(|text| fs::write(path(dir.path()), text).unwrap());
+            let error = read(dir.path(), &Device::Cpu).err().unwrap();
+            assert!(!error.message.contains(dir.path().to_str().unwrap()), "clients get it: {error}");
+            assert!(format!("{error:#}").contains(dir.path().to_str().unwrap()), "the log has it: {error:#}");
+        }
     }
 }

@@ -254,6 +254,7 @@ async fn a_source_that_changed_or_went_fails_clearly() {
         let Residency::Failed(error) = settle(&mut tiers, lease) else { panic!("the load must fail") };
         assert_eq!(error.code, Some("adapter_source_changed"));
         assert!(error.message.contains(&lease.id), "{error}");
+        assert!(!error.message.contains(dir.path().to_str().unwrap()), "clients get it: {error}");
     }
     assert_eq!(registry.stats().slot_bytes.load(Relaxed), 0, "a failed load holds no room");
     // With the right content restored, the next request gets it.
