@@ -168,7 +168,7 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_TRAIN_MEMORY", value_name = "SIZE", value_parser = bytes, help_heading = "Training")]
     pub train_memory: Option<usize>,
 
-    /// Largest training file
+    /// Largest file that a client may upload
     #[arg(
         long,
         env = "QUIVER_MAX_FILE",

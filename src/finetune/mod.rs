@@ -7,7 +7,8 @@
 //! | `settings` | the settings of a request, as a [`JobSpec`](crate::train::spec::JobSpec) |
 //! | [`jobs`] | the handle to all jobs: create, pause, resume, cancel |
 //! | `record` | the record of a job, and the objects of OpenAI's API |
-//! | [`store`] | files, jobs and their events on disk |
+//! | [`store`] | files, uploads, batches, jobs and their events on disk |
+//! | `stored_files` | files in the store: their contents and their end |
 //! | `manager` | the thread that changes the states of jobs, and their queue |
 //! | `prepare` | a job's files, parsed, with its final settings |
 //! | [`context`] | what jobs need of the server, and the `Job` for the trainer |
@@ -33,5 +34,6 @@ mod reports;
 pub(crate) mod results;
 pub(crate) mod settings;
 pub mod store;
+mod stored_files;
 pub(crate) mod sweep;
 pub(crate) mod tensorboard;

@@ -126,6 +126,11 @@ pub struct FileObject {
     pub status_details: Option<String>,
 }
 
+/// Purpose of a file to train on.
+pub const FINE_TUNE: &str = "fine-tune";
+/// Purpose of a result of a fine-tuning job.
+pub const FINE_TUNE_RESULTS: &str = "fine-tune-results";
+
 impl FileObject {
     /// A new file that is ready to be used.
     pub fn new(id: String, bytes: u64, filename: String, purpose: &str) -> Self {
@@ -140,6 +145,11 @@ impl FileObject {
             status: "processed".into(),
             status_details: None,
         }
+    }
+
+    /// Whether the time has passed after which the file is no longer there for clients.
+    pub fn expired(&self) -> bool {
+        self.expires_at.is_some_and(|at| at <= now())
     }
 }
 

@@ -135,12 +135,16 @@ impl JobManager {
         // In the adapter's directory too, so that the metrics go with it.
         results::write(&dir, &self.store().all(ObjectKind::Step, id)?, &self.store().all(ObjectKind::Validation, id)?)?;
         let mut result_files = Vec::new();
-        for (written, name) in [(results::CSV, "step_metrics.csv"), (results::PLOT, results::PLOT)] {
-            let id = record::new_id("file-");
-            let bytes = std::fs::copy(dir.join(written), self.store().file_path(&id))?;
-            let file = FileObject::new(id.clone(), bytes, name.into(), "fine-tune-results");
-            self.store().put(ObjectKind::File, &id, "", &file)?;
-            result_files.push(id);
+        for (written, name) in [(results::CSV, results::METRICS_FILE), (results::PLOT, results::PLOT)] {
+            let mut content = std::fs::read(dir.join(written))?;
+            if name == results::METRICS_FILE {
+                content = results::encode_metrics(&content);
+            }
+            let file =
+                FileObject::new(record::new_id("file-"), content.len() as u64, name.into(), record::FINE_TUNE_RESULTS);
+            std::fs::write(self.store().file_path(&file.id), content)?;
+            self.store().put(ObjectKind::File, &file.id, "", &file)?;
+            result_files.push(file.id);
         }
         self.add_event(id, "info", &format!("New fine-tuned model created: {model}"), None)?;
         // Before the status: a client that polls for the end then finds every event.

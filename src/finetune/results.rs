@@ -3,14 +3,28 @@
 use std::fs;
 use std::path::Path;
 
-use crate::Result;
+use base64::prelude::{BASE64_STANDARD, Engine};
+
 use crate::plot::Chart;
 use crate::train::job::{StepMetrics, Validation};
+use crate::{Error, Result};
 
 /// File name of the metrics.
 pub const CSV: &str = "training_metrics.csv";
 /// File name of the plot.
 pub const PLOT: &str = "loss.svg";
+/// Name of the metrics as a file of the API.
+pub const METRICS_FILE: &str = "step_metrics.csv";
+
+/// The metrics as the content of a file of the API. OpenAI's server sends them in base64, and its examples decode them.
+pub fn encode_metrics(csv: &[u8]) -> Vec<u8> {
+    BASE64_STANDARD.encode(csv).into_bytes()
+}
+
+/// The CSV of such a content. Errors: it is not base64.
+pub fn decode_metrics(content: &[u8]) -> Result<Vec<u8>> {
+    BASE64_STANDARD.decode(content).map_err(|e| Error::internal(format!("the metrics of a job are damaged: {e}")))
+}
 
 /// Writes [`CSV`] and [`PLOT`] into `dir`. Errors: they cannot be written.
 pub fn write(dir: &Path, steps: &[StepMetrics], validations: &[Validation]) -> Result<()> {

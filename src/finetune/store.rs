@@ -1,5 +1,5 @@
-//! Files, jobs and their events in the state directory: JSON objects in one SQLite table; contents of files and the jobs'
-//! directories next to it.
+//! Files, uploads, batches, jobs and their events in the state directory: JSON objects in one SQLite table; contents of files,
+//! parts of uploads and the jobs' directories next to it.
 //!
 //! With SQLite, a process that is killed leaves either the old or the new state, and the state is easy to inspect (`sqlite3
 //! training.sqlite "select doc from objects"`). Every call blocks: async code uses `Store::run`.
@@ -16,8 +16,12 @@ use crate::{Error, Result};
 /// Kind of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ObjectKind {
-    /// An uploaded file, or a result of a job.
+    /// An uploaded file, or a result of a job or a batch.
     File,
+    /// An upload of a file in parts.
+    Upload,
+    /// A batch of requests.
+    Batch,
     /// A fine-tuning job.
     Job,
     /// An event of a job.
@@ -34,6 +38,8 @@ impl ObjectKind {
     fn word(self) -> &'static str {
         match self {
             Self::File => "file",
+            Self::Upload => "upload",
+            Self::Batch => "batch",
             Self::Job => "job",
             Self::Event => "event",
             Self::Checkpoint => "checkpoint",
@@ -54,7 +60,7 @@ pub(crate) struct PageQuery {
     pub ascending: bool,
 }
 
-/// The store of files and jobs.
+/// The store of files, uploads, batches and jobs.
 pub struct Store {
     db: Mutex<Connection>,
     dir: PathBuf,
@@ -66,7 +72,7 @@ impl Store {
         let fail = |e: &dyn std::fmt::Display| {
             Error::invalid(format!("the state directory {} cannot be used for training: {e}", dir.display())).path(dir)
         };
-        for part in ["files", "jobs"] {
+        for part in ["files", "jobs", "uploads"] {
             std::fs::create_dir_all(dir.join(part)).map_err(|e| fail(&e))?;
         }
         // An absolute path, so that adapters are found from any working directory.
@@ -91,7 +97,9 @@ impl Store {
             Some(rusqlite::ErrorCode::DatabaseBusy) => fail(&"another server uses it"),
             _ => fail(&e),
         })?;
-        Ok(Self { db: Mutex::new(db), dir })
+        let store = Self { db: Mutex::new(db), dir };
+        store.remove_unfinished_files().map_err(|e| fail(&e))?;
+        Ok(store)
     }
 
     /// Runs blocking work from async code.
@@ -108,34 +116,33 @@ impl Store {
     /// Adds an object, or replaces the one with that id. `parent` is the job of an event, checkpoint, step or validation, and
     /// empty otherwise.
     pub(crate) fn put<T: Serialize>(&self, kind: ObjectKind, id: &str, parent: &str, doc: &T) -> Result<()> {
-        let doc = serde_json::to_string(doc).map_err(|e| Error::internal(e.to_string()))?;
-        // Updates the row instead of replacing it, so that the object keeps its place in lists.
-        self.db()
-            .prepare_cached(
-                "INSERT INTO objects (kind, id, parent, doc) VALUES (?1, ?2, ?3, ?4)
-                 ON CONFLICT (id) DO UPDATE SET doc = excluded.doc",
-            )
-            .and_then(|mut put| put.execute(params![kind.word(), id, parent, doc]))
-            .map_err(failed)?;
-        Ok(())
+        put(&self.db(), kind, id, parent, doc)
     }
 
     /// An object, if it exists.
     pub(crate) fn find<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str) -> Result<Option<T>> {
-        let doc = self
-            .db()
-            .prepare_cached("SELECT doc FROM objects WHERE id = ?1 AND kind = ?2")
-            .and_then(|mut find| find.query_row(params![id, kind.word()], |row| row.get::<_, String>(0)).optional())
-            .map_err(failed)?;
-        doc.map(|doc: String| read(&doc)).transpose()
+        find(&self.db(), kind, id)
+    }
+
+    /// Changes an object without a parent, with no other change in between, and returns it. Errors: as [`Self::get`]; an error
+    /// of `change`, after which the object is as before.
+    pub(crate) fn update<T: Serialize + DeserializeOwned>(
+        &self,
+        kind: ObjectKind,
+        id: &str,
+        param: &str,
+        change: impl FnOnce(&mut T) -> Result<()>,
+    ) -> Result<T> {
+        let db = self.db();
+        let mut doc = find(&db, kind, id)?.ok_or_else(|| not_found(kind, id, param))?;
+        change(&mut doc)?;
+        put(&db, kind, id, "", &doc)?;
+        Ok(doc)
     }
 
     /// An object. Errors: not found, with `param`.
     pub(crate) fn get<T: DeserializeOwned>(&self, kind: ObjectKind, id: &str, param: &str) -> Result<T> {
-        self.find(kind, id)?.ok_or_else(|| {
-            let what = if kind == ObjectKind::Job { "fine-tuning job" } else { kind.word() };
-            Error::not_found(format!("there is no {what} {id:?}")).param(param)
-        })
+        self.find(kind, id)?.ok_or_else(|| not_found(kind, id, param))
     }
 
     /// Removes an object. False if it did not exist.
@@ -202,6 +209,11 @@ impl Store {
         self.dir.join("files")
     }
 
+    /// Directory of the parts of an upload.
+    pub(crate) fn upload_dir(&self, id: &str) -> PathBuf {
+        self.dir.join("uploads").join(id)
+    }
+
     /// Directory of a job's checkpoints and state.
     pub(crate) fn job_dir(&self, id: &str) -> PathBuf {
         self.jobs_dir().join(id)
@@ -216,6 +228,32 @@ impl Store {
         // Statements are atomic, so the connection of a thread that panicked can be used.
         self.db.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn put<T: Serialize>(db: &Connection, kind: ObjectKind, id: &str, parent: &str, doc: &T) -> Result<()> {
+    let doc = serde_json::to_string(doc).map_err(|e| Error::internal(e.to_string()))?;
+    // Updates the row instead of replacing it, so that the object keeps its place in lists.
+    db.prepare_cached(
+        "INSERT INTO objects (kind, id, parent, doc) VALUES (?1, ?2, ?3, ?4)
+         ON CONFLICT (id) DO UPDATE SET doc = excluded.doc",
+    )
+    .and_then(|mut put| put.execute(params![kind.word(), id, parent, doc]))
+    .map_err(failed)?;
+    Ok(())
+}
+
+fn find<T: DeserializeOwned>(db: &Connection, kind: ObjectKind, id: &str) -> Result<Option<T>> {
+    let doc = db
+        .prepare_cached("SELECT doc FROM objects WHERE id = ?1 AND kind = ?2")
+        .and_then(|mut find| find.query_row(params![id, kind.word()], |row| row.get::<_, String>(0)).optional())
+        .map_err(failed)?;
+    doc.map(|doc: String| read(&doc)).transpose()
+}
+
+/// The error of an object that is not there.
+pub(super) fn not_found(kind: ObjectKind, id: &str, param: &str) -> Error {
+    let what = if kind == ObjectKind::Job { "fine-tuning job" } else { kind.word() };
+    Error::not_found(format!("there is no {what} {id:?}")).param(param)
 }
 
 fn read<T: DeserializeOwned>(doc: &str) -> Result<T> {
@@ -265,5 +303,24 @@ mod tests {
         assert_eq!(store.find::<Value>(ObjectKind::Event, "e2").unwrap().unwrap()["again"], true);
         assert!(store.find::<Value>(ObjectKind::File, "e2").unwrap().is_none(), "an id of another kind");
         assert_eq!(store.get::<Value>(ObjectKind::Job, "x", "id").err().unwrap().kind, ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_refused_change_leaves_the_object_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.put(ObjectKind::Batch, "b", "", &json!({"n": 1})).unwrap();
+        let change = |n: i64, result: Result<()>| {
+            store.update::<Value>(ObjectKind::Batch, "b", "batch_id", |doc| {
+                doc["n"] = n.into();
+                result
+            })
+        };
+        assert!(change(2, Err(Error::invalid("no"))).is_err());
+        assert_eq!(store.find::<Value>(ObjectKind::Batch, "b").unwrap().unwrap()["n"], 1);
+        assert_eq!(change(3, Ok(())).unwrap()["n"], 3);
+        assert_eq!(store.find::<Value>(ObjectKind::Batch, "b").unwrap().unwrap()["n"], 3);
+        let missing = store.update::<Value>(ObjectKind::Batch, "x", "batch_id", |_| Ok(()));
+        assert_eq!(missing.err().unwrap().param.unwrap(), "batch_id");
     }
 }

@@ -8,12 +8,11 @@ use serde_json::{Map, Value, json};
 
 use super::error_response::ErrorResponse;
 use super::extract::{JsonBody, PathParam, QueryParams};
-use super::files::FINE_TUNE;
 use super::{Serving, SharedApp};
 use crate::error::{AtPath, Error, ErrorKind, Result};
 use crate::fields::{self, Fields};
 use crate::finetune::jobs::JobAction;
-use crate::finetune::record::{FileObject, JobRecord, JobStatus, new_id, now};
+use crate::finetune::record::{FINE_TUNE, JobRecord, JobStatus, new_id, now};
 use crate::finetune::settings;
 use crate::finetune::store::{ObjectKind, PageQuery};
 
@@ -49,7 +48,7 @@ pub(super) async fn create(
         .store()
         .run(move |store| {
             for (id, param) in files.iter().filter_map(|(id, param)| Some((id.as_ref()?, *param))) {
-                let file: FileObject = store.find(ObjectKind::File, id)?.ok_or_else(|| {
+                let file = store.find_file(id)?.ok_or_else(|| {
                     Error::invalid(format!("`{param}`: there is no file {id:?}")).param(param).code("file_not_found")
                 })?;
                 if file.purpose != FINE_TUNE {
@@ -143,7 +142,8 @@ fn suffix(fields: &Fields) -> Result<Option<String>> {
     Err(fields::wrong("suffix", &allowed, &suffix.into()))
 }
 
-fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
+/// Reads `metadata`: key-value pairs of the client.
+pub(super) fn metadata(fields: &Fields) -> Result<Map<String, Value>> {
     let Some(metadata) = fields.object("metadata")? else { return Ok(Map::new()) };
     let mut map = Map::new();
     for name in metadata.names() {
@@ -282,6 +282,26 @@ pub(super) async fn checkpoints(
     query: QueryParams,
 ) -> Result<Json<Value>, ErrorResponse> {
     of_job(app.serving()?, id, ObjectKind::Checkpoint, query.page(10, MAX_PAGE)?).await
+}
+
+/// `GET /v1/fine_tuning/checkpoints/{id}/permissions`: an empty list. Errors: there is no such checkpoint.
+pub(super) async fn permissions(
+    State(app): State<SharedApp>,
+    PathParam(id): PathParam,
+) -> Result<Json<Value>, ErrorResponse> {
+    let serving = app.serving()?;
+    if serving.registry.get(&id).is_err() {
+        let message = format!("there is no checkpoint {id:?}");
+        return Err(Error::not_found(message).param("fine_tuned_model_checkpoint").into());
+    }
+    Ok(Json(list_object(Vec::new(), false)))
+}
+
+/// `POST` and `DELETE` of permissions, which this server does not have.
+pub(super) async fn refuse_permission() -> ErrorResponse {
+    let message =
+        "permissions of checkpoints are not supported: this server has no projects, and every key may use every model";
+    Error::invalid(message).code("unsupported_route").into()
 }
 
 async fn of_job(

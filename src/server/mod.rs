@@ -33,7 +33,7 @@ use std::time::{Duration, SystemTime};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tower_http::cors::CorsLayer;
@@ -44,6 +44,9 @@ use crate::finetune::jobs::Jobs;
 use crate::runtime::Runtime;
 use metrics::Metrics;
 use middleware::AccessKeys;
+
+/// How often expired files and uploads are removed.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// Settings of the HTTP server.
 #[derive(Debug, Clone)]
@@ -132,6 +135,16 @@ impl App {
         let _ = self.serving.set(Arc::new(serving));
     }
 
+    /// Waits for the model.
+    async fn loaded(&self) -> Arc<Serving> {
+        loop {
+            match self.serving.get() {
+                Some(serving) => return serving.clone(),
+                None => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
     /// The loaded model. Errors: `Unavailable` while it loads and while the server shuts down.
     fn serving(&self) -> Result<&Arc<Serving>> {
         if self.draining.load(Ordering::Relaxed) {
@@ -165,6 +178,11 @@ fn router(app: SharedApp) -> Router {
         .route("/v1/fine_tuning/jobs/{id}/resume", post(finetune::resume))
         .route("/v1/fine_tuning/jobs/{id}/events", get(finetune::events))
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(finetune::checkpoints))
+        .route(
+            "/v1/fine_tuning/checkpoints/{id}/permissions",
+            get(finetune::permissions).post(finetune::refuse_permission),
+        )
+        .route("/v1/fine_tuning/checkpoints/{id}/permissions/{permission}", delete(finetune::refuse_permission))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/tokenizer_info", get(tokenize::tokenizer_info))
@@ -199,6 +217,17 @@ fn router(app: SharedApp) -> Router {
     middleware::observe(router).with_state(app)
 }
 
+/// The work of the server besides requests: removes what has expired.
+async fn background(app: SharedApp) {
+    let serving = app.loaded().await;
+    loop {
+        if let Err(error) = serving.jobs.store().run(files::sweep).await {
+            tracing::error!(error = %format_args!("{error:#}"), "expired files cannot be removed");
+        }
+        tokio::time::sleep(SWEEP).await;
+    }
+}
+
 /// Serves until `stop` resolves. Then it accepts no new connections or requests, and returns when the running requests have
 /// ended, or after `drain_timeout`.
 pub async fn serve(
@@ -208,15 +237,18 @@ pub async fn serve(
     drain_timeout: Duration,
 ) -> Result<()> {
     let stopped = Arc::new(tokio::sync::Notify::new());
+    let router = router(app.clone());
+    let background = tokio::spawn(background(app.clone()));
     let on_stop = {
         let (app, stopped) = (app.clone(), stopped.clone());
         async move {
             stop.await;
             app.draining.store(true, Ordering::Relaxed);
+            background.abort();
             stopped.notify_one();
         }
     };
-    let service = router(app.clone()).into_make_service_with_connect_info::<SocketAddr>();
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
     // A token is a small packet. Nagle's algorithm would hold it back until the last one is acknowledged, up to 40 ms.
     let listener = listener.tap_io(|connection| {
         if let Err(e) = connection.set_nodelay(true) {

@@ -1,15 +1,16 @@
 //! Files and fine-tuning jobs over HTTP, with a fake trainer whose adapters answer in capitals.
 
+use base64::prelude::{BASE64_STANDARD, Engine};
 use serde_json::{Value, json};
 
 use crate::harness::{Answer, BASE, Options, Server, eventually, write_adapter};
 use crate::trainer::{DIVERGES, LIES, STEPS, VANISHES};
 
-const LINES: &str =
+pub const LINES: &str =
     "{\"prompt\": \"What comes first? \", \"completion\": \"A\"}\n{\"prompt\": \"Then? \", \"completion\": \"B\"}\n";
 
 impl Server {
-    fn upload(&self, purpose: &str, content: &str) -> Answer {
+    pub fn upload(&self, purpose: &str, content: &str) -> Answer {
         self.multipart(&format!(
             "--x\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\n{purpose}\r\n\
              --x\r\ncontent-disposition: form-data; name=\"file\"; filename=\"train.jsonl\"\r\n\
@@ -17,7 +18,7 @@ impl Server {
         ))
     }
 
-    fn multipart(&self, body: &str) -> Answer {
+    pub fn multipart(&self, body: &str) -> Answer {
         self.send("POST", "/v1/files", &[("content-type", "multipart/form-data; boundary=x")], body.as_bytes())
     }
 
@@ -62,67 +63,12 @@ impl Server {
     }
 }
 
-fn text(value: &Value) -> String {
+pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("no string: {value}")).to_owned()
 }
 
 fn long() -> Value {
     json!({"training": {"max_steps": 100_000}})
-}
-
-#[test]
-fn files_are_kept_listed_read_and_deleted() {
-    let server = Server::start();
-    let (first, second) = (server.file(), server.file());
-    let list = |query: &str| {
-        let list = server.get(&format!("/v1/files{query}")).json();
-        let ids: Vec<String> = list["data"].as_array().unwrap().iter().map(|file| text(&file["id"])).collect();
-        assert_eq!(list["first_id"], json!(ids.first()));
-        assert_eq!(list["last_id"], json!(ids.last()));
-        (ids, list["has_more"] == true)
-    };
-    assert_eq!(list(""), (vec![second.clone(), first.clone()], false));
-    assert_eq!(list("?limit=1&order=asc"), (vec![first.clone()], true));
-    assert_eq!(list(&format!("?after={second}")), (vec![first.clone()], false));
-    assert_eq!(list("?purpose=fine-tune-results"), (vec![], false));
-    let file = server.get(&format!("/v1/files/{first}")).json();
-    assert_eq!(file["bytes"], LINES.len());
-    for (field, want) in
-        [("object", "file"), ("filename", "train.jsonl"), ("purpose", "fine-tune"), ("status", "processed")]
-    {
-        assert_eq!(file[field], want);
-    }
-    assert_eq!(server.get(&format!("/v1/files/{first}/content")).text, LINES);
-    let delete = || server.send("DELETE", &format!("/v1/files/{first}"), &[], b"");
-    assert_eq!(delete().json(), json!({"id": first, "object": "file", "deleted": true}));
-    let (status, _, param, _) = delete().error();
-    assert_eq!((status, param), (404, json!("file_id")));
-    assert_eq!(server.get(&format!("/v1/files/{first}/content")).status, 404);
-}
-
-#[test]
-fn an_unusable_training_file_is_rejected_with_its_lines() {
-    let server = Server::start();
-    let part =
-        |name: &str| format!("--x\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\nfine-tune\r\n--x--\r\n");
-    for (answer, param, message) in [
-        (server.upload("fine-tune", "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": 1}\n"), "file", "line 2"),
-        (server.upload("fine-tune", ""), "file", "empty"),
-        (server.upload("fine-tune", "{\"a\": 1}\n"), "file", "line 1"),
-        (server.upload("assistants", LINES), "purpose", "\"fine-tune\""),
-        (server.multipart(&part("purpose")), "file", "missing"),
-        (server.multipart(&part("porpoise")), "porpoise", "`purpose`"),
-    ] {
-        let (status, text, at, _) = answer.error();
-        assert_eq!((status, at), (400, json!(param)), "{text}");
-        assert!(text.contains(message), "{text}");
-    }
-    assert_eq!(server.post("/v1/files", json!({})).error().3, "invalid_multipart");
-    let (status, _, param, code) = server.upload("fine-tune", &LINES.repeat(20_000)).error();
-    assert_eq!((status, param, code), (413, json!("file"), json!("file_too_large")));
-    assert_eq!(server.get("/v1/files").json()["data"], json!([]));
-    let left: Vec<_> = std::fs::read_dir(server.dir.path().join("state/files")).unwrap().collect();
-    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]
@@ -178,7 +124,10 @@ fn a_job_makes_a_model_that_answers() {
 
     let result = text(&done["result_files"][0]);
     assert_eq!(server.get(&format!("/v1/files/{result}")).json()["purpose"], "fine-tune-results");
-    let csv = server.get(&format!("/v1/files/{result}/content")).text;
+    let encoded = server.get(&format!("/v1/files/{result}/content")).text;
+    assert_eq!(server.get(&format!("/v1/files/{result}")).json()["bytes"], encoded.len());
+    let csv = server.get(&format!("/v1/files/{result}/content?format=csv")).text;
+    assert_eq!(BASE64_STANDARD.decode(encoded).unwrap(), csv.as_bytes(), "as OpenAI's examples decode it");
     let rows: Vec<&str> = csv.lines().collect();
     assert!(rows[0].starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"), "{csv}");
     assert!(rows[1].starts_with("1,1,0.5,,,") && rows[3].contains(",0.25,0.75,"), "{csv}");
@@ -186,6 +135,10 @@ fn a_job_makes_a_model_that_answers() {
     let plot = text(&done["result_files"][1]);
     assert_eq!(server.get(&format!("/v1/files/{plot}")).json()["filename"], "loss.svg");
     assert!(server.get(&format!("/v1/files/{plot}/content")).text.starts_with("<svg"));
+    for (file, format) in [(&plot, "csv"), (&result, "xml")] {
+        let (status, _, param, _) = server.get(&format!("/v1/files/{file}/content?format={format}")).error();
+        assert_eq!((status, param), (400, json!("format")));
+    }
 
     // A job can continue from the model, and the model can be deleted.
     let more = server.job(json!({"model": model}));
@@ -329,6 +282,52 @@ fn a_failed_job_has_an_error_and_the_next_job_runs() {
 }
 
 #[test]
+fn a_bad_training_file_fails_the_job() {
+    let server = Server::start();
+    let bad = "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": 1}\n";
+    let file = text(&server.upload("fine-tune", bad).json()["id"]);
+    let good = server.file();
+    for (training, validation, param) in [(&file, &good, "training_file"), (&good, &file, "validation_file")] {
+        let id = text(&server.job(json!({"training_file": training, "validation_file": validation}))["id"]);
+        let error = server.wait(&id, "failed")["error"].take();
+        assert_eq!((&error["code"], &error["param"]), (&json!("invalid_training_file"), &json!(param)), "{error}");
+        assert!(text(&error["message"]).contains("line 2"), "{error}");
+    }
+}
+
+#[test]
+fn an_adapter_that_went_fails_the_job_without_a_path() {
+    let state = tempfile::tempdir().unwrap();
+    let start = || Server::with(Options { state: Some(state.path().to_owned()), ..Options::default() });
+    let server = start();
+    let from = text(&server.wait(&text(&server.job(json!({}))["id"]), "succeeded")["fine_tuned_model"]);
+    let source = state.path().join("jobs");
+    for job in std::fs::read_dir(source).unwrap() {
+        std::fs::remove_dir_all(job.unwrap().path()).unwrap();
+    }
+    let id = text(&server.job(json!({"model": from}))["id"]);
+    let error = server.wait(&id, "failed")["error"].take();
+    assert_eq!(error["param"], "training.from_checkpoint", "{error}");
+    assert!(text(&error["message"]).contains(&from), "{error}");
+    assert!(!error.to_string().contains(state.path().to_str().unwrap()), "{error}");
+}
+
+#[test]
+fn checkpoints_have_no_permissions() {
+    let server = Server::start();
+    let path = |id: &str| format!("/v1/fine_tuning/checkpoints/{id}/permissions");
+    let list = server.get(&path("a")).json();
+    let empty = json!({"object": "list", "first_id": null, "last_id": null, "data": [], "has_more": false});
+    assert_eq!(list, empty);
+    assert_eq!(server.get(&path("gone")).error().0, 404);
+    for (method, path) in [("POST", path("a")), ("DELETE", path("a") + "/cp_1")] {
+        let (status, message, _, code) = server.send(method, &path, &[], b"{}").error();
+        assert_eq!((status, code), (400, json!("unsupported_route")));
+        assert!(message.contains("every key may use every model"), "{message}");
+    }
+}
+
+#[test]
 fn a_restarted_server_continues_every_job() {
     let state = tempfile::tempdir().unwrap();
     let start = || Server::with(Options { state: Some(state.path().to_owned()), ..Options::default() });
@@ -346,7 +345,7 @@ fn a_restarted_server_continues_every_job() {
     assert_eq!(server.complete(json!({"prompt": "..", "max_tokens": 3, "model": model})), "ABC");
     let ended = server.wait(&running, "succeeded");
     assert_eq!(ended["trained_tokens"], 400, "no step is lost or counted twice");
-    let csv = server.get(&format!("/v1/files/{}/content", text(&ended["result_files"][0]))).text;
+    let csv = server.get(&format!("/v1/files/{}/content?format=csv", text(&ended["result_files"][0]))).text;
     let steps: Vec<usize> = csv.lines().skip(1).map(|row| row.split(',').next().unwrap().parse().unwrap()).collect();
     assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "with the steps before the restart");
     let left = state.path().join("jobs").join(&running).join("state.safetensors");

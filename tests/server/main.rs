@@ -6,6 +6,7 @@ mod drain;
 mod embeddings;
 mod errors;
 mod fields;
+mod files;
 mod finetune;
 mod harness;
 mod http;
