@@ -22,6 +22,7 @@ mod stop;
 mod stream;
 mod structured;
 mod tokenize;
+mod uploads;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -171,6 +172,10 @@ fn router(app: SharedApp) -> Router {
         .route("/v1/files", post(files::upload).layer(DefaultBodyLimit::max(app.max_file)).get(files::list))
         .route("/v1/files/{id}", get(files::get).delete(files::delete))
         .route("/v1/files/{id}/content", get(files::content))
+        .route("/v1/uploads", post(uploads::create))
+        .route("/v1/uploads/{id}/parts", post(uploads::add_part).layer(DefaultBodyLimit::max(uploads::MAX_PART_BODY)))
+        .route("/v1/uploads/{id}/complete", post(uploads::complete))
+        .route("/v1/uploads/{id}/cancel", post(uploads::cancel))
         .route("/v1/fine_tuning/jobs", post(finetune::create).get(finetune::list))
         .route("/v1/fine_tuning/jobs/{id}", get(finetune::get))
         .route("/v1/fine_tuning/jobs/{id}/cancel", post(finetune::cancel))
@@ -221,7 +226,8 @@ fn router(app: SharedApp) -> Router {
 async fn background(app: SharedApp) {
     let serving = app.loaded().await;
     loop {
-        if let Err(error) = serving.jobs.store().run(files::sweep).await {
+        let swept = serving.jobs.store().run(|store| files::sweep(store).and(uploads::sweep(store))).await;
+        if let Err(error) = swept {
             tracing::error!(error = %format_args!("{error:#}"), "expired files cannot be removed");
         }
         tokio::time::sleep(SWEEP).await;

@@ -15,3 +15,4 @@ mod streaming;
 mod structured;
 mod tokenize;
 mod trainer;
+mod uploads;
