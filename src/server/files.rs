@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
 use tokio_util::io::ReaderStream;
 
+use super::batches::record::BatchRecord;
 use super::error_response::ErrorResponse;
 use super::extract::{PathParam, QueryParams};
 use super::{Serving, SharedApp};
@@ -25,7 +26,7 @@ use crate::text::codec::TextCodec;
 use crate::train::data::{self, AlpacaEnding, DataOptions};
 
 /// Purposes of files that clients may upload.
-const PURPOSES: [&str; 6] = [FINE_TUNE, "batch", "user_data", "evals", "assistants", "vision"];
+const PURPOSES: [&str; 6] = [FINE_TUNE, super::batches::BATCH, "user_data", "evals", "assistants", "vision"];
 
 /// Maximum and default of files on a page of the list.
 const MAX_PAGE: usize = 10_000;
@@ -265,8 +266,12 @@ fn user(store: &Store, id: &str) -> Result<Option<String>> {
     let trains = |job: &JobRecord| {
         !job.status.ended() && (job.training_file == id || job.validation_file.as_deref() == Some(id))
     };
-    let job = store.all(ObjectKind::Job, "")?.into_iter().find(trains);
-    Ok(job.map(|job| format!("job {}, which is {}", job.id, job.status.word())))
+    if let Some(job) = store.all(ObjectKind::Job, "")?.into_iter().find(trains) {
+        return Ok(Some(format!("job {}, which is {}", job.id, job.status.word())));
+    }
+    let reads = |batch: &BatchRecord| !batch.status.ended() && batch.input_file_id == id;
+    let batch = store.all(ObjectKind::Batch, "")?.into_iter().find(reads);
+    Ok(batch.map(|batch| format!("batch {}, which is {}", batch.id, batch.status.word())))
 }
 
 /// Removes files that have expired, unless a job or a batch still needs them.

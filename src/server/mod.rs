@@ -4,6 +4,7 @@
 //! [`stream`] (text and stop strings) and [`response`] (OpenAI's objects). [`error_response`] turns errors into answers.
 
 mod adapters;
+mod batches;
 mod embeddings;
 mod error_response;
 mod extract;
@@ -109,6 +110,7 @@ pub struct App {
     /// Set once the model is loaded.
     serving: OnceLock<Arc<Serving>>,
     draining: AtomicBool,
+    batches: batches::BatchQueue,
     /// `created` of the base in `/v1/models`.
     started: SystemTime,
 }
@@ -127,6 +129,7 @@ impl App {
             metrics: Metrics::new()?,
             serving: OnceLock::new(),
             draining: AtomicBool::new(false),
+            batches: batches::BatchQueue::default(),
             started: SystemTime::now(),
         }))
     }
@@ -176,6 +179,9 @@ fn router(app: SharedApp) -> Router {
         .route("/v1/uploads/{id}/parts", post(uploads::add_part).layer(DefaultBodyLimit::max(uploads::MAX_PART_BODY)))
         .route("/v1/uploads/{id}/complete", post(uploads::complete))
         .route("/v1/uploads/{id}/cancel", post(uploads::cancel))
+        .route("/v1/batches", post(batches::create).get(batches::list))
+        .route("/v1/batches/{id}", get(batches::get))
+        .route("/v1/batches/{id}/cancel", post(batches::cancel))
         .route("/v1/fine_tuning/jobs", post(finetune::create).get(finetune::list))
         .route("/v1/fine_tuning/jobs/{id}", get(finetune::get))
         .route("/v1/fine_tuning/jobs/{id}/cancel", post(finetune::cancel))
@@ -222,16 +228,19 @@ fn router(app: SharedApp) -> Router {
     middleware::observe(router).with_state(app)
 }
 
-/// The work of the server besides requests: removes what has expired.
-async fn background(app: SharedApp) {
-    let serving = app.loaded().await;
-    loop {
-        let swept = serving.jobs.store().run(|store| files::sweep(store).and(uploads::sweep(store))).await;
-        if let Err(error) = swept {
-            tracing::error!(error = %format_args!("{error:#}"), "expired files cannot be removed");
+/// The work of the server besides requests: runs batches, and removes what has expired.
+async fn background(app: SharedApp, router: Router) {
+    let sweep = async {
+        let serving = app.loaded().await;
+        loop {
+            let swept = serving.jobs.store().run(|store| files::sweep(store).and(uploads::sweep(store))).await;
+            if let Err(error) = swept {
+                tracing::error!(error = %format_args!("{error:#}"), "expired files cannot be removed");
+            }
+            tokio::time::sleep(SWEEP).await;
         }
-        tokio::time::sleep(SWEEP).await;
-    }
+    };
+    tokio::join!(batches::run(app.clone(), router), sweep);
 }
 
 /// Serves until `stop` resolves. Then it accepts no new connections or requests, and returns when the running requests have
@@ -244,12 +253,13 @@ pub async fn serve(
 ) -> Result<()> {
     let stopped = Arc::new(tokio::sync::Notify::new());
     let router = router(app.clone());
-    let background = tokio::spawn(background(app.clone()));
+    let background = tokio::spawn(background(app.clone(), router.clone()));
     let on_stop = {
         let (app, stopped) = (app.clone(), stopped.clone());
         async move {
             stop.await;
             app.draining.store(true, Ordering::Relaxed);
+            // Batches continue at the next start.
             background.abort();
             stopped.notify_one();
         }

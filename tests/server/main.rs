@@ -2,6 +2,7 @@
 
 mod admin;
 mod answers;
+mod batches;
 mod drain;
 mod embeddings;
 mod errors;
