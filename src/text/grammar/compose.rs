@@ -1,6 +1,7 @@
 //! Grammars made of others: each plain grammar is a grammar of its own, and a rule of Lark joins them.
 
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
+use llguidance::regex_to_lark;
 
 use super::{Grammar, MAX_SCHEMA_BYTES, check_size, lark_string};
 use crate::Result;
@@ -13,16 +14,6 @@ impl Grammar {
         Self::Choice(vec![text.into()])
     }
 
-    /// Nothing, or this grammar.
-    pub(crate) fn optional(self) -> Self {
-        Self::Repeat { item: Box::new(self), most: Some(1) }
-    }
-
-    /// Any number of this grammar.
-    pub(crate) fn repeated(self) -> Self {
-        Self::Repeat { item: Box::new(self), most: None }
-    }
-
     /// This grammar for the text after a model's thinking, which is free. `starts_in_reasoning`: the prompt has opened the
     /// thinking. If not, the model may open it.
     pub fn after_reasoning(self, format: ReasoningFormat, starts_in_reasoning: bool) -> Self {
@@ -32,7 +23,7 @@ impl Grammar {
         }
         let open = Self::Marker(format.open.into());
         let thinking = Self::Sequence(vec![open, Self::Until(format.close.into()), line_ends]);
-        Self::Sequence(vec![thinking.optional(), self])
+        Self::Sequence(vec![Self::Optional(Box::new(thinking)), self])
     }
 
     /// The parts of this grammar that have a place in the request.
@@ -40,7 +31,7 @@ impl Grammar {
         match self {
             Self::Placed { path, grammar } => vec![(path.as_str(), &**grammar)],
             Self::Sequence(parts) | Self::AnyOf(parts) => parts.iter().flat_map(Self::placed).collect(),
-            Self::Repeat { item, .. } => item.placed(),
+            Self::Optional(item) | Self::Repeated(item) => item.placed(),
             _ => Vec::new(),
         }
     }
@@ -72,9 +63,8 @@ impl Composer<'_> {
         Ok(match grammar {
             Grammar::Sequence(parts) => format!("({})", self.expressions(parts)?.join(" ")),
             Grammar::AnyOf(parts) => format!("({})", self.expressions(parts)?.join(" | ")),
-            Grammar::Repeat { item, most: Some(1) } => format!("({})?", self.expression(item)?),
-            Grammar::Repeat { item, most: Some(most) } => format!("({}){{0,{most}}}", self.expression(item)?),
-            Grammar::Repeat { item, most: None } => format!("({})*", self.expression(item)?),
+            Grammar::Optional(item) => format!("({})?", self.expression(item)?),
+            Grammar::Repeated(item) => format!("({})*", self.expression(item)?),
             Grammar::Placed { grammar, .. } => self.expression(grammar)?,
             Grammar::Marker(marker) => self.token(marker).unwrap_or_else(|| lark_string(marker)),
             Grammar::Until(marker) => match self.token(marker) {
@@ -88,7 +78,7 @@ impl Composer<'_> {
             Grammar::AnyText => "TEXT".into(),
             Grammar::TextUnlike(regex) => {
                 let rule = format!("TEXT_{}", self.rules.len());
-                self.rules.push_str(&format!("{rule}: TEXT & ~/{regex}/\n"));
+                self.rules.push_str(&format!("{rule}: TEXT & ~/{}/\n", regex_to_lark(regex, "")));
                 rule
             }
             Grammar::Choice(choices) if choices.len() == 1 => lark_string(&choices[0]),

@@ -67,13 +67,10 @@ pub enum Grammar {
     Sequence(Vec<Grammar>),
     /// One of these.
     AnyOf(Vec<Grammar>),
-    /// This, from no time on.
-    Repeat {
-        /// What is repeated.
-        item: Box<Grammar>,
-        /// The most times.
-        most: Option<usize>,
-    },
+    /// Nothing, or this.
+    Optional(Box<Grammar>),
+    /// This any number of times, also none.
+    Repeated(Box<Grammar>),
     /// The special token that is spelt so, or else this text.
     Marker(String),
     /// Any text up to the first such marker, and the marker.

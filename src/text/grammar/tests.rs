@@ -5,11 +5,12 @@ use crate::hub::{ModelFiles, ModelFormat};
 
 /// A compiler for a tokenizer of the fixtures.
 pub(in crate::text) fn compiler(path: &str) -> GrammarCompiler {
-    compiler_at(std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(path))
+    let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(path);
+    GrammarCompiler::new(Arc::new(codec(path)))
 }
 
-/// A compiler for the fixtures' Llama 3 tokenizer with further special tokens.
-pub(in crate::text) fn compiler_with_tokens(tokens: &[&str]) -> GrammarCompiler {
+/// The fixtures' Llama 3 tokenizer with further special tokens.
+pub(in crate::text) fn codec_with_tokens(tokens: &[&str]) -> TextCodec {
     let from = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/hf");
     let dir = tempfile::tempdir().expect("a directory");
     for file in ["tokenizer_config.json", "generation_config.json"] {
@@ -23,13 +24,12 @@ pub(in crate::text) fn compiler_with_tokens(tokens: &[&str]) -> GrammarCompiler 
                           "normalized": false, "special": true}));
     }
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).expect("a file");
-    compiler_at(dir.path().to_owned())
+    codec(dir.path().to_owned())
 }
 
-fn compiler_at(path: std::path::PathBuf) -> GrammarCompiler {
+fn codec(path: std::path::PathBuf) -> TextCodec {
     let format = if path.is_dir() { ModelFormat::HuggingFace(path) } else { ModelFormat::Gguf(path) };
-    let codec = TextCodec::load(&ModelFiles { name: "test".into(), format }).expect("a tokenizer");
-    GrammarCompiler::new(Arc::new(codec))
+    TextCodec::load(&ModelFiles { name: "test".into(), format }).expect("a tokenizer")
 }
 
 /// Whether a grammar accepts a whole text, token by token.

@@ -9,11 +9,11 @@ use super::qwen_xml::XmlCall;
 use super::{ToolDefinition, ToolFormat, Tools};
 use crate::text::reasoning::overlap;
 
-/// Limit on the bytes of a call that are held until it is told.
-pub(super) const MAX_HELD: usize = 64 << 10;
+/// Limit on the bytes of a call that are held until it is told. Held text may be read again once for each marker in it.
+const MAX_HELD: usize = 16 << 10;
 
 /// Limit on the bytes of white space and of a tool's name around a call.
-const MAX_GAP: usize = 1 << 10;
+pub(super) const MAX_GAP: usize = 1 << 10;
 
 /// The fence of a Markdown block of code.
 const FENCE: &str = "```";

@@ -11,7 +11,8 @@ impl Tools {
     ///
     /// With the choice `required` or a named tool, the output is calls alone, whose arguments match the schemas. With `auto`, it
     /// is constrained if a tool is strict: the text is free, but what begins as a call must become one. In the forms without a
-    /// marker, `Llama3` and `Json`, an output that begins as JSON is then a call.
+    /// marker, `Llama3` and `Json`, an output that begins as JSON is then a call. Qwen3-Coder is held to the JSON form of `Hermes`,
+    /// because its own form cannot carry a schema's types.
     pub fn grammar(&self, format: ToolFormat, content: Option<Grammar>) -> Option<Grammar> {
         let form = CallForm { format, tools: self };
         match (&self.choice, content) {
@@ -66,7 +67,7 @@ impl CallForm<'_> {
         if self.is_single() {
             return Grammar::AnyOf(vec![call, Grammar::AnyText]);
         }
-        sequence([call.repeated(), Grammar::AnyText])
+        sequence([Grammar::Repeated(Box::new(call)), Grammar::AnyText])
     }
 
     fn is_single(&self) -> bool {
@@ -77,8 +78,8 @@ impl CallForm<'_> {
         if self.is_single() {
             return call;
         }
-        let more = sequence([Grammar::literal(separator), call.clone()]).repeated();
-        sequence([call, more])
+        let more = sequence([Grammar::literal(separator), call.clone()]);
+        sequence([call, Grammar::Repeated(Box::new(more))])
     }
 
     /// An array of calls. Mistral's older tokenizers put a space before it.

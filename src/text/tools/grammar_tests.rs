@@ -1,8 +1,10 @@
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use super::{OutputParser, OutputPart, ToolChoice, ToolFormat, Tools};
 use crate::fields::Fields;
-use crate::text::grammar::tests::{accepts, compiler, compiler_with_tokens};
+use crate::text::grammar::tests::{accepts, codec_with_tokens, compiler};
 use crate::text::grammar::{Grammar, GrammarCompiler};
 use crate::text::reasoning::ReasoningFormat;
 
@@ -52,7 +54,7 @@ const WRONG: [(&str, &str); 3] = [("half", "{\"of\": \"12\"}"), ("other", "{\"of
 
 /// One compiler whose markers are text, and one whose markers are special tokens.
 fn compilers() -> [GrammarCompiler; 2] {
-    [compiler("hf"), compiler_with_tokens(MARKERS)]
+    [compiler("hf"), GrammarCompiler::new(Arc::new(codec_with_tokens(MARKERS)))]
 }
 
 #[test]
@@ -155,4 +157,17 @@ fn outputs_are_free_without_strict_tools() {
     tools.choice = ToolChoice::None;
     assert!(tools.grammar(ToolFormat::Hermes, None).is_none());
     assert!(matches!(tools.grammar(ToolFormat::Hermes, Some(Grammar::AnyText)), Some(Grammar::AnyText)));
+}
+
+/// Markers that are special tokens survive decoding, which leaves out the others.
+#[test]
+fn decoding_keeps_markers() {
+    let codec = codec_with_tokens(MARKERS);
+    let ids = codec.encode("<|im_start|><tool_call>a</tool_call><|im_end|>", false).expect("ids");
+    let decode = |markers: &[&str]| {
+        let mut stream = codec.stream_keeping(true, markers);
+        ids.iter().map(|&id| stream.push(id).expect("text")).collect::<String>()
+    };
+    assert_eq!(decode(&[]), "a");
+    assert_eq!(decode(ToolFormat::Hermes.markers()), "<tool_call>a</tool_call>");
 }

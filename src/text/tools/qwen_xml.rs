@@ -1,8 +1,11 @@
 //! Reads Qwen3-Coder's form of a call, `<function=name><parameter=key>value</parameter></function>`, after its name.
 
-use super::calls::{Calls, MAX_HELD};
+use super::calls::{Calls, MAX_GAP};
 use super::json::Scan;
 use crate::text::reasoning::overlap;
+
+/// Limit on the bytes of a value that may be JSON. A longer one is a string.
+const MAX_VALUE: usize = 256 << 10;
 
 const PARAMETER: &str = "<parameter=";
 const PARAMETER_END: &str = "</parameter>";
@@ -46,6 +49,9 @@ impl XmlCall {
             Place::Key => {
                 if c == '>' {
                     self.key_done(calls);
+                } else if self.held.len() > MAX_GAP {
+                    self.held.insert_str(0, PARAMETER);
+                    return self.end(Scan::Broken, calls);
                 }
                 Scan::More
             }
@@ -54,7 +60,7 @@ impl XmlCall {
                 if let Some(value) = self.held.strip_suffix(PARAMETER_END) {
                     calls.arguments(self.index, &json_of(value));
                     self.go(Place::Between);
-                } else if self.held.len() > MAX_HELD {
+                } else if self.held.len() > MAX_VALUE {
                     calls.arguments(self.index, "\"");
                     self.at = Place::Text { begun: false };
                     return self.text(false, calls);
@@ -66,8 +72,11 @@ impl XmlCall {
 
     /// Adds the text held back, when the output ends.
     pub(super) fn finish(&mut self, calls: &mut Calls) {
-        if let Place::Text { .. } = self.at {
-            calls.arguments(self.index, &escaped(&std::mem::take(&mut self.held)));
+        let held = std::mem::take(&mut self.held);
+        match self.at {
+            Place::Text { .. } => calls.arguments(self.index, &escaped(&held)),
+            Place::Value => calls.arguments(self.index, held[..held.len() - overlap(&held, PARAMETER_END)].trim()),
+            Place::Between | Place::Key => {}
         }
     }
 
@@ -81,16 +90,20 @@ impl XmlCall {
         self.at = at;
     }
 
+    /// Completes the JSON of the arguments.
+    fn end(&mut self, scan: Scan, calls: &mut Calls) -> Scan {
+        calls.arguments(self.index, if self.begun { "}" } else { "{}" });
+        scan
+    }
+
     fn between(&mut self, calls: &mut Calls) -> Scan {
         let rest = self.held.trim_start();
         if rest == PARAMETER {
             self.go(Place::Key);
         } else if rest == FUNCTION_END {
-            calls.arguments(self.index, if self.begun { "}" } else { "{}" });
-            return Scan::End;
-        } else if !(PARAMETER.starts_with(rest) || FUNCTION_END.starts_with(rest)) || self.held.len() > MAX_HELD {
-            calls.arguments(self.index, if self.begun { "}" } else { "{}" });
-            return Scan::Broken;
+            return self.end(Scan::End, calls);
+        } else if !(PARAMETER.starts_with(rest) || FUNCTION_END.starts_with(rest)) || self.held.len() > MAX_GAP {
+            return self.end(Scan::Broken, calls);
         }
         Scan::More
     }
