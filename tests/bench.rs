@@ -416,11 +416,27 @@ fn the_real_server_is_started_measured_soaked_and_stopped() {
     let url = format!("http://127.0.0.1:{port}");
     let quiver = env!("CARGO_BIN_EXE_quiver");
     let adapters = concat!(env!("CARGO_MANIFEST_DIR"), "/adapters");
-    let start = format!("{quiver} serve --port {port} --adapters {adapters} --max-waiting 4 --max-running 2");
+    const KEY: &str = "sk-bench-1234";
+    let start =
+        format!("{quiver} serve --port {port} --adapters {adapters} --max-waiting 4 --max-running 2 --api-key {KEY}");
     let dir = tempfile::tempdir().expect("a temporary directory");
     let bench = |args: &[&str], out: &str| {
         let output = Command::new(quiver)
-            .args(["bench", "serve", "--url", &url, "--start", &start, "--input", "16", "--output", "8", "--out"])
+            .args([
+                "bench",
+                "serve",
+                "--url",
+                &url,
+                "--api-key",
+                KEY,
+                "--start",
+                &start,
+                "--input",
+                "16",
+                "--output",
+                "8",
+                "--out",
+            ])
             .arg(dir.path().join(out))
             .args(args)
             .output()
@@ -428,6 +444,8 @@ fn the_real_server_is_started_measured_soaked_and_stopped() {
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{args:?}: {said}");
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err(), "the server still runs");
+        let written = std::fs::read_to_string(dir.path().join(out)).expect("a report");
+        assert!(!written.contains(KEY) && !said.contains(KEY), "a report holds no key");
         BenchReport::read(&dir.path().join(out)).expect("a report")
     };
     let page = dir.path().join("page.html");

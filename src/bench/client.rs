@@ -82,12 +82,16 @@ struct ChunkUsage {
 }
 
 impl Client {
-    /// A client of the server at `http://host:port`. Errors: another scheme.
+    /// A client of the server at `http://host:port`. Errors: another scheme, a key in the URL.
     pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self> {
         if !url.starts_with("http://") {
             return Err(Error::invalid(format!(
                 "{url}: the load generator supports plain HTTP only: write http://HOST:PORT"
             )));
+        }
+        if url.contains(['@', '?', '#']) {
+            let message = "--url must be http://HOST:PORT: keys go to --api-key, not into the URL";
+            return Err(Error::invalid(message));
         }
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::load::RequestRecord;
+use super::secrets::Secrets;
 use super::stats::{AdapterStats, Quantiles, Summary};
 use super::verdict::Verdict;
 use crate::plot::Chart;
@@ -90,11 +91,12 @@ impl Machine {
 }
 
 impl BenchReport {
-    /// A report without runs, which starts now on this machine.
-    pub(crate) fn new(name: &str, server: Value) -> Self {
+    /// A report without runs, which starts now on this machine. It holds no keys.
+    pub(crate) fn new(name: &str, mut server: Value, secrets: &Secrets) -> Self {
+        secrets.hide_in(&mut server);
         Self {
             name: name.to_owned(),
-            command: std::env::args().collect(),
+            command: secrets.hide_arguments(std::env::args()),
             date: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             machine: Machine::here(),

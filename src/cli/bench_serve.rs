@@ -10,6 +10,7 @@ use crate::bench::client::Client;
 use crate::bench::grid::GridKind;
 use crate::bench::load::{self, Stop};
 use crate::bench::report::{self, BenchReport};
+use crate::bench::secrets::Secrets;
 use crate::bench::series::{Series, SeriesSettings};
 use crate::bench::soak::Soak;
 use crate::bench::target::{AdapterField, ServerProcess, TargetServer};
@@ -142,6 +143,18 @@ impl PageArgs {
 impl ServeBenchArgs {
     /// Measures, prints a table and writes the files. Errors: no server, invalid settings, a verdict with faults.
     pub(super) async fn run(self) -> Result<()> {
+        let secrets = self.secrets();
+        self.load().await.map_err(|mut e| {
+            e.message = secrets.hide(&e.message);
+            e
+        })
+    }
+
+    fn secrets(&self) -> Secrets {
+        Secrets::new([self.api_key.clone(), self.admin_key.clone()])
+    }
+
+    async fn load(self) -> Result<()> {
         let traffic = self.traffic()?;
         let extra: Map<String, Value> =
             serde_json::from_str(&self.body).map_err(|e| Error::invalid(format!("--body: {e}")))?;
@@ -175,7 +188,7 @@ impl ServeBenchArgs {
         let settings = &self.series;
         let default = if settings.grid.is_some() { target.adapters.len() } else { 0 };
         base.adapters = self.adapters.unwrap_or(default);
-        let mut report = BenchReport::new(&self.name, target.version().await);
+        let mut report = BenchReport::new(&self.name, target.version().await, &self.secrets());
         if settings.grid == Some(GridKind::Soak) {
             let admin = Client::new(&self.url, self.admin_key.clone(), self.timeout)?;
             let (duration, clients) = (settings.soak_duration(), settings.clients());
