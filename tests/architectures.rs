@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::model::decoder::Decoder;
@@ -39,7 +39,7 @@ fn logits(weights: Weights, adapter: Option<&str>) -> Vec<f32> {
     let mut kv = KvCache::new(decoder.config(), 8, &Device::Cpu).unwrap();
     let mut slots = SlotPool::default();
     let terms = adapter.map(|name| {
-        let (adapter, _) = peft::read(&fixture(name), decoder.config()).unwrap();
+        let adapter = reader::read(&fixture(name), decoder.config()).unwrap().weights;
         (slots.insert(SlotWeights::from_adapter(&adapter, decoder.config())), 1.0)
     });
     let ids = tensors(&fixture("qwen2/expected.safetensors"))["input_ids"].to_vec1::<i64>().unwrap();

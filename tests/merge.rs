@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::slots::SlotPool;
 use quiver::lora::weights::AdapterWeights;
@@ -43,7 +43,7 @@ fn load(files: &ModelFiles) -> Weights {
 
 fn merge(base: &ModelFiles, adapter: &str, format: MergeFormat, out: &Path) -> quiver::Result<()> {
     let weights = load(base);
-    let (adapter, _) = peft::read(&fixture(adapter), &weights.config).unwrap();
+    let adapter = reader::read(&fixture(adapter), &weights.config).unwrap().weights;
     merge::write(base, &weights, &adapter, format, out)
 }
 
@@ -211,7 +211,7 @@ fn a_gguf_file_of_a_hugging_face_base_is_the_same_model() {
         let base = directory(dir.path().to_path_buf());
         let weights = load(&base);
         let adapter = adapter.map(|adapter| fixture("..").join(adapter));
-        let read = |dir: PathBuf| peft::read(&dir, &weights.config).unwrap().0;
+        let read = |dir: PathBuf| reader::read(&dir, &weights.config).unwrap().weights;
         let adapter = adapter.map(read).unwrap_or_default();
         let merged = |format, name: &str| {
             let out = dir.path().join(name);

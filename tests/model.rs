@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use candle_core::Device;
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::slots::{SlotPool, SlotWeights};
 use quiver::model::decoder::Decoder;
@@ -41,7 +41,7 @@ impl Runner {
 
     /// Loads a fixture's adapter into a slot.
     fn load(&mut self, name: &str) -> u32 {
-        let (adapter, _) = peft::read(&fixture(name), self.decoder.config()).unwrap();
+        let adapter = reader::read(&fixture(name), self.decoder.config()).unwrap().weights;
         self.slots.insert(SlotWeights::from_adapter(&adapter, self.decoder.config()))
     }
 
@@ -230,7 +230,7 @@ fn a_weighted_sum_equals_one_adapter_with_both_deltas() {
     let mut runner = Runner::new(None);
     let (a, b) = (runner.load("all-linear-r8"), runner.load("r33"));
     let read = |name: &str, weight: f32| {
-        let (adapter, _) = peft::read(&fixture(name), runner.decoder.config()).unwrap();
+        let adapter = reader::read(&fixture(name), runner.decoder.config()).unwrap().weights;
         let mut slot = SlotWeights::from_adapter(&adapter, runner.decoder.config());
         slot.layers.iter_mut().flatten().flatten().for_each(|pair| pair.scale *= weight);
         slot

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use super::host_tier::HostTier;
-use super::{Generation, peft};
+use super::reader::ReadAdapter;
+use super::{Generation, reader};
 use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
 use crate::lora::slots::{SlotStager, StagedWeights};
@@ -95,7 +96,7 @@ impl Loader {
             tracing::warn!(error = %error, path = %generation.source.display(), "an adapter cannot be loaded");
             error
         };
-        let (weights, id) = peft::read(&generation.source, &self.model)
+        let ReadAdapter { weights, id, .. } = reader::read(&generation.source, &self.model)
             .map_err(|e| e.hide_path(&generation.source, "its directory"))
             .map_err(|e| changed(format!("it cannot be read again: {e}")))?;
         if id != generation.id {

@@ -2,8 +2,9 @@
 //!
 //! The life of an adapter:
 //!
-//! 1. **Read.** `source.rs` checks that the directory may be read. `peft.rs` reads and checks it; `peft_config.rs` interprets its
-//!    `adapter_config.json`.
+//! 1. **Read.** `source.rs` checks that the source may be read, and `layout.rs` tells how it is stored; `foreign.rs` names what is
+//!    no adapter. `peft.rs`, `mlx.rs` and `gguf.rs` open a layout and translate it into PEFT's terms (`peft_config.rs`,
+//!    `tensor_file.rs`). `reader.rs` reads the result.
 //! 2. **Registered.** `registry.rs` publishes the weights under a name as a [`Generation`] (`generation.rs`), stores them in
 //!    host memory, and lists the name in the manifest (`manifest.rs`), from which a restart restores it. The weights of a
 //!    training checkpoint are loaded without a name first, and published by `finetune/publish.rs`.
@@ -19,18 +20,26 @@
 //!
 //! `dummy.rs` writes random adapters for benchmarks.
 
+mod base_check;
 pub mod dummy;
+mod foreign;
 mod generation;
+mod gguf;
 mod host_tier;
+mod layout;
 mod lease;
 mod loader;
 mod manifest;
-pub mod peft;
+mod mlx;
+mod peft;
 mod peft_config;
+pub mod reader;
 pub mod registry;
 mod source;
+mod tensor_file;
 pub mod tiers;
 
+pub use base_check::BaseClaim;
 pub use generation::Generation;
 pub use host_tier::HostTier;
 pub use lease::Lease;

@@ -1,115 +1,81 @@
-//! Reads a PEFT directory (`adapter_config.json` and `adapter_model.safetensors`) into checked weights at their exact ranks.
-//!
-//! Every tensor must be used and every targeted module must be present; otherwise the load fails and lists the problems. An
-//! adapter that loads therefore has its full effect.
+//! PEFT's layout: a folder with `adapter_config.json` and `adapter_model.safetensors`. [`Planner`] matches the tensors with the
+//! config and the model. Unsloth, Axolotl, TRL, LLaMA-Factory, torchtune and Tinker write this layout too.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
-use sha2::{Digest, Sha256};
+use serde_json::{Map, Value, json};
 
-use super::peft_config::{PeftConfig, PeftType, invalid};
+use super::base_check::BaseClaim;
+use super::peft_config::{PeftConfig, PeftType, invalid, unsupported};
+use super::reader::AdapterFiles;
+use super::tensor_file::{StoredTensor, TensorFile, ValueOrder};
+use crate::Result;
 use crate::arch::{ModelConfig, Module};
-use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
-use crate::{Error, Result};
 
 /// Most problems that one message lists. The others are counted.
 const MAX_LISTED: usize = 8;
 
-/// Most bytes of a safetensors header: the limit of the format's own library.
-const MAX_HEADER: u64 = 100_000_000;
+/// Most causes that a message gives before the problems.
+const MAX_CAUSES: usize = 3;
 
-/// Reads and checks the adapter in `dir` for a model, and returns its weights and its generation id. The id is a hash of what the
-/// adapter computes (modules, ranks, scales, tensors), so that options without effect do not change it.
-///
-/// Error codes: `adapter_source_not_found` for missing files, `adapter_unsupported` for options that are not supported,
-/// `adapter_invalid` for files that contradict each other or the model. Each message names the option or the tensor.
-pub fn read(dir: &Path, model: &ModelConfig) -> Result<(AdapterWeights, String)> {
-    let config = std::fs::read_to_string(dir.join("adapter_config.json"))
-        .map_err(|e| missing(dir, &format!("adapter_config.json cannot be read: {e}")))?;
-    let config = PeftConfig::parse(&config)?;
-    let file = TensorFile::open(dir)?;
-    let plans = Planner { config: &config, model, problems: Vec::new() }.plan(&file.tensors)?;
-    let mut reader = ModuleReader::new(file);
-    let modules = plans.into_iter().map(|plan| reader.read(plan)).collect::<Result<_>>()?;
-    Ok((AdapterWeights { modules }, reader.finish(config.peft_type)?))
-}
+/// What PEFT puts before a module's path.
+const PREFIX: &str = "base_model.model.";
 
-/// An open safetensors file whose header has been checked.
-struct TensorFile {
-    file: File,
-    /// Offset of the tensor data, in bytes.
-    data: u64,
-    tensors: BTreeMap<String, TensorInfo>,
-}
+/// Tinker's name of the head.
+const TINKER_HEAD: &str = "base_model.model.model.unembed_tokens.";
 
-impl TensorFile {
-    /// Reads only the header, so that nothing is allocated for a file that does not match the model.
-    fn open(dir: &Path) -> Result<Self> {
-        let name = "adapter_model.safetensors";
-        let mut file = File::open(dir.join(name)).map_err(|e| {
-            if dir.join("adapter_model.bin").exists() {
-                return invalid(format!(
-                    "{} has only adapter_model.bin, a pickle that can run code when read: load it with PEFT and save it \
-                     again with save_pretrained (safetensors)",
-                    dir.display()
-                ));
-            }
-            missing(dir, &format!("{name} cannot be read: {e}"))
-        })?;
-        let broken = |what: String| invalid(format!("{name}: {what}"));
-        let io = |e: std::io::Error| broken(e.to_string());
-        let length = file.metadata().map_err(io)?.len();
-        let mut size = [0; 8];
-        file.read_exact(&mut size).map_err(|_| broken("shorter than a safetensors header".into()))?;
-        let size = u64::from_le_bytes(size);
-        if size > length.saturating_sub(8).min(MAX_HEADER) {
-            return Err(broken(format!(
-                "its header claims {size} bytes, of a file of {length} and {MAX_HEADER} allowed"
-            )));
-        }
-        let mut header = vec![0; size as usize];
-        file.read_exact(&mut header).map_err(io)?;
-        let header: Metadata = serde_json::from_slice(&header).map_err(|e| broken(format!("bad header: {e}")))?;
-        let (have, want) = (length - 8 - size, header.data_len() as u64);
-        if have != want {
-            return Err(broken(format!(
-                "it has {have} bytes of tensor data and its header says {want}: is it truncated?"
-            )));
-        }
-        let tensors = header.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
-        Ok(Self { file, data: 8 + size, tensors })
+/// Opens the adapter in `dir`, whose config has been read.
+pub(super) fn open(dir: &Path, mut config: Map<String, Value>) -> Result<AdapterFiles> {
+    let base = BaseClaim::of(&config);
+    let mut parsed = PeftConfig::parse(config.clone())?;
+    let mut tensors = TensorFile::safetensors(dir, "adapter_model.safetensors")?;
+    // Some trainers save the state of the model itself, whose keys lack PEFT's prefix.
+    if !tensors.tensors.keys().any(|name| name.starts_with("base_model.")) {
+        let bare = |name: &str| name.starts_with("model.layers.") || name.starts_with("lm_head.");
+        tensors.rename(|name| bare(name).then(|| format!("{PREFIX}{name}")))?;
     }
-
-    fn bytes(&mut self, tensor: &TensorInfo) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; tensor.data_offsets.1 - tensor.data_offsets.0];
-        self.file
-            .seek(SeekFrom::Start(self.data + tensor.data_offsets.0 as u64))
-            .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(|e| invalid(format!("adapter_model.safetensors: {e}")))?;
-        Ok(bytes)
+    if tensors.tensors.keys().any(|name| name.starts_with(TINKER_HEAD)) {
+        config.insert("target_modules".into(), tinker_targets(&config, &tensors));
+        parsed = PeftConfig::parse(config)?;
+        tensors.rename(|name| Some(format!("{PREFIX}lm_head.{}", name.strip_prefix(TINKER_HEAD)?)))?;
     }
+    Ok(AdapterFiles { config: parsed, base, tensors })
 }
 
-/// A tensor of the file, with its name.
-type NamedTensor = (String, TensorInfo);
+/// The targets of an adapter that Tinker exported with the head. Its config says `all-linear`, to which the head does not belong,
+/// even if the attention or the MLP was left out.
+fn tinker_targets(config: &Map<String, Value>, tensors: &TensorFile) -> Value {
+    let has = |part: &str| tensors.tensors.keys().any(|name| name.contains(part));
+    let mut targets = match config.get("target_modules") {
+        Some(Value::Array(names)) => names.clone(),
+        _ => Vec::new(),
+    };
+    if targets.is_empty() {
+        let groups: [(&str, &[&str]); 2] = [
+            (".self_attn.", &["q_proj", "k_proj", "v_proj", "o_proj"]),
+            (".mlp.", &["gate_proj", "up_proj", "down_proj"]),
+        ];
+        targets
+            .extend(groups.iter().filter(|(part, _)| has(part)).flat_map(|(_, names)| *names).map(|name| json!(name)));
+    }
+    targets.push("lm_head".into());
+    targets.into()
+}
 
 /// The tensors of one module, by role.
 #[derive(Default)]
 struct ModuleTensors {
-    a: Option<NamedTensor>,
-    b: Option<NamedTensor>,
-    e: Option<NamedTensor>,
-    bias: Option<NamedTensor>,
-    magnitude: Option<NamedTensor>,
+    a: Option<StoredTensor>,
+    b: Option<StoredTensor>,
+    e: Option<StoredTensor>,
+    bias: Option<StoredTensor>,
+    magnitude: Option<StoredTensor>,
 }
 
 impl ModuleTensors {
-    fn get_mut(&mut self, role: TensorRole) -> &mut Option<NamedTensor> {
+    fn get_mut(&mut self, role: TensorRole) -> &mut Option<StoredTensor> {
         match role {
             TensorRole::A => &mut self.a,
             TensorRole::B => &mut self.b,
@@ -121,29 +87,35 @@ impl ModuleTensors {
 }
 
 /// One module to read: its tensors, whose shapes have been checked.
-struct ModulePlan {
-    layer: usize,
-    module: Module,
-    path: String,
-    rank: usize,
-    scale: f32,
-    a: NamedTensor,
-    b: NamedTensor,
-    e: Option<NamedTensor>,
-    bias: Option<NamedTensor>,
-    magnitude: Option<NamedTensor>,
+pub(super) struct ModulePlan {
+    pub(super) layer: usize,
+    pub(super) module: Module,
+    pub(super) path: String,
+    pub(super) rank: usize,
+    pub(super) scale: f32,
+    pub(super) a: StoredTensor,
+    pub(super) b: StoredTensor,
+    pub(super) e: Option<StoredTensor>,
+    pub(super) bias: Option<StoredTensor>,
+    pub(super) magnitude: Option<StoredTensor>,
 }
 
 /// Plans the read of a file: matches its tensors with the config and the model, and collects what does not match.
-struct Planner<'a> {
+pub(super) struct Planner<'a> {
     config: &'a PeftConfig,
     model: &'a ModelConfig,
+    /// What explains the problems.
+    causes: BTreeSet<String>,
     problems: Vec<String>,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    pub(super) fn new(config: &'a PeftConfig, model: &'a ModelConfig) -> Self {
+        Self { config, model, causes: BTreeSet::new(), problems: Vec::new() }
+    }
+
     /// The modules to read, in the order of layers and modules. Errors: the file, the config and the model do not match.
-    fn plan(mut self, tensors: &BTreeMap<String, TensorInfo>) -> Result<Vec<ModulePlan>> {
+    pub(super) fn plan(mut self, tensors: &BTreeMap<String, StoredTensor>) -> Result<Vec<ModulePlan>> {
         let model = self.model;
         let places: HashMap<String, (usize, Module)> = (0..model.num_layers)
             .flat_map(|layer| Module::BLOCK.map(|module| (layer, module)))
@@ -151,11 +123,9 @@ impl Planner<'_> {
             .map(|(layer, module)| (module.path(layer), (layer, module)))
             .collect();
         if self.config.targets("model.embed_tokens")? {
-            return Err(Error::invalid(
-                "this adapter cannot be served: target_modules includes embed_tokens, and the embedding is shared by all \
-                 adapters",
-            )
-            .code("adapter_unsupported"));
+            return Err(unsupported(
+                "target_modules includes embed_tokens, and the embedding is shared by all adapters",
+            ));
         }
 
         let mut found = self.assign(tensors, &places)?;
@@ -174,6 +144,9 @@ impl Planner<'_> {
         } else if plans.is_empty() && self.problems.is_empty() {
             self.problems.push("every module was pruned to rank 0, so the adapter has no effect".into());
         }
+        if !self.causes.is_empty() && !self.problems.is_empty() {
+            self.problems.splice(..0, std::mem::take(&mut self.causes).into_iter().take(MAX_CAUSES));
+        }
         fail_on(self.problems)?;
         Ok(plans)
     }
@@ -181,35 +154,53 @@ impl Planner<'_> {
     /// Assigns each tensor to its module. Errors: the file holds several adapters.
     fn assign(
         &mut self,
-        tensors: &BTreeMap<String, TensorInfo>,
+        tensors: &BTreeMap<String, StoredTensor>,
         places: &HashMap<String, (usize, Module)>,
     ) -> Result<BTreeMap<(usize, Module), ModuleTensors>> {
         let mut found: BTreeMap<(usize, Module), ModuleTensors> = BTreeMap::new();
         let mut adapters = BTreeSet::new();
-        for (name, info) in tensors {
+        for (name, tensor) in tensors {
             // PEFT saves a copy of a targeted head's frozen weight. If its shape is right, it is taken to be the base's.
             if name == "base_model.model.lm_head.base_layer.weight" && self.config.targets("lm_head")? {
                 let (n, k) = Module::LmHead.shape(self.model);
-                if info.shape != [n, k] {
-                    self.problems.push(wrong_shape(name, &info.shape, &[n, k]));
+                if tensor.shape != [n, k] {
+                    self.wrong_shape(tensor, &[n, k]);
+                    self.causes.extend(cause(name, tensor, self.model));
                 }
                 continue;
             }
-            let Some((path, role, adapter)) = split(name, self.config.peft_type) else {
-                self.problems.push(unused(name, self.model));
-                continue;
-            };
-            let Some(place) = places.get(path).filter(|_| self.config.targets(path).unwrap_or(false)) else {
-                self.problems.push(unused(name, self.model));
+            let place = split(name, self.config.peft_type).and_then(|(path, role, adapter)| {
+                let place = places.get(path).filter(|_| self.config.targets(path).unwrap_or(false))?;
+                Some((*place, role, adapter))
+            });
+            let Some((place, role, adapter)) = place else {
+                self.problems.push(match layer(name).filter(|layer| *layer >= self.model.num_layers) {
+                    Some(layer) => format!(
+                        "{}: layer {layer} is beyond the model's {} layers",
+                        tensor.label, self.model.num_layers
+                    ),
+                    None => format!("{}: not used", tensor.label),
+                });
+                self.causes.extend(cause(name, tensor, self.model));
                 continue;
             };
             adapters.insert(adapter);
-            *found.entry(*place).or_default().get_mut(role) = Some((name.clone(), info.clone()));
+            *found.entry(place).or_default().get_mut(role) = Some(tensor.clone());
         }
         if adapters.len() > 1 {
             return Err(invalid(format!("the file holds the tensors of several adapters, {adapters:?}: keep one")));
         }
         Ok(found)
+    }
+
+    fn wrong_shape(&mut self, tensor: &StoredTensor, want: &[usize]) {
+        let (mut have, mut want) = (tensor.shape.clone(), want.to_vec());
+        if tensor.order == ValueOrder::Transposed {
+            have.reverse();
+            want.reverse();
+        }
+        let label = &tensor.label;
+        self.problems.push(format!("{label} has the shape {have:?}; the config and the model require {want:?}"));
     }
 
     /// Checks the tensors of one targeted module. `None` if there is nothing to read, because the module was pruned away or a
@@ -240,15 +231,16 @@ impl Planner<'_> {
             match tensor {
                 None if required => self.problems.push(format!("{path}: targeted, but {what} is missing")),
                 None => {}
-                Some((name, _)) if !required => {
-                    self.problems.push(format!("{name}: not used, since {option} is false"));
+                Some(tensor) if !required => {
+                    self.problems.push(format!("{}: not used, since {option} is false", tensor.label));
                 }
-                Some((name, info)) => {
-                    if info.shape != shape {
-                        self.problems.push(wrong_shape(name, &info.shape, &shape));
+                Some(tensor) => {
+                    if tensor.shape != shape {
+                        self.wrong_shape(tensor, &shape);
+                        self.causes.extend(other_base(module, what, tensor, &shape));
                     }
-                    if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                        self.problems.push(wrong_dtype(name, info));
+                    if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                        self.problems.push(wrong_dtype(tensor));
                     }
                 }
             }
@@ -259,58 +251,6 @@ impl Planner<'_> {
             }
             _ => None,
         })
-    }
-}
-
-/// Reads planned modules, and hashes their contents.
-struct ModuleReader {
-    file: TensorFile,
-    hash: Sha256,
-    problems: Vec<String>,
-}
-
-impl ModuleReader {
-    fn new(file: TensorFile) -> Self {
-        let hash = Sha256::new_with_prefix(b"quiver adapter generation 1");
-        Self { file, hash, problems: Vec::new() }
-    }
-
-    fn read(&mut self, plan: ModulePlan) -> Result<ModuleWeights> {
-        hash_text(&mut self.hash, &plan.path);
-        self.hash.update((plan.rank as u64).to_le_bytes());
-        self.hash.update(plan.scale.to_le_bytes());
-        let mut a = self.tensor(&plan.a)?;
-        let b = self.tensor(&plan.b)?;
-        if let Some(e) = &plan.e {
-            a = scale_rows(&a, &self.tensor(e)?);
-        }
-        let bias = plan.bias.map(|bias| self.tensor(&bias)).transpose()?;
-        let magnitude = plan.magnitude.map(|magnitude| self.tensor(&magnitude)).transpose()?;
-        let ModulePlan { layer, module, rank, scale, .. } = plan;
-        Ok(ModuleWeights { layer, module, rank, scale, a, b, bias, magnitude })
-    }
-
-    fn tensor(&mut self, (name, info): &NamedTensor) -> Result<FloatVec> {
-        let bytes = self.file.bytes(info)?;
-        hash_text(&mut self.hash, &info.dtype.to_string());
-        for dim in &info.shape {
-            self.hash.update((*dim as u64).to_le_bytes());
-        }
-        self.hash.update((bytes.len() as u64).to_le_bytes());
-        self.hash.update(&bytes);
-        // The planner has rejected other dtypes.
-        let values = FloatVec::read(info.dtype, &bytes).ok_or_else(|| invalid(wrong_dtype(name, info)))?;
-        if let Some(at) = values.first_not_finite() {
-            self.problems.push(format!("{name} has a NaN or infinity at position {at}"));
-        }
-        Ok(values)
-    }
-
-    /// The generation id of the modules that were read. Errors: a value is not finite.
-    fn finish(mut self, peft_type: PeftType) -> Result<String> {
-        fail_on(self.problems)?;
-        hash_text(&mut self.hash, if peft_type == PeftType::Lora { "lora" } else { "adalora" });
-        Ok(self.hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
@@ -326,7 +266,7 @@ enum TensorRole {
 /// Splits `base_model.model.<path>.lora_A[.<adapter>].weight` into path, role and adapter. PEFT strips the adapter's name when
 /// it saves; some trainers do not. AdaLoRA's tensors are parameters, whose names do not end in `.weight`.
 fn split(name: &str, peft_type: PeftType) -> Option<(&str, TensorRole, &str)> {
-    let (path, rest) = name.strip_prefix("base_model.model.")?.split_once(".lora_")?;
+    let (path, rest) = name.strip_prefix(PREFIX)?.split_once(".lora_")?;
     if let Some(adapter) = rest.strip_prefix("magnitude_vector") {
         let adapter = adapter.strip_suffix(".weight").unwrap_or(adapter);
         return Some((path, TensorRole::Magnitude, if adapter.is_empty() { "" } else { adapter.strip_prefix('.')? }));
@@ -350,40 +290,70 @@ fn split(name: &str, peft_type: PeftType) -> Option<(&str, TensorRole, &str)> {
     Some((path, role, adapter))
 }
 
-/// Scales each row of A by its entry of E, in f32 as PEFT does.
-fn scale_rows(a: &FloatVec, e: &FloatVec) -> FloatVec {
-    let (mut a, e) = (a.to_f32(), e.to_f32());
-    let k = a.len() / e.len().max(1);
-    for (row, factor) in a.chunks_mut(k.max(1)).zip(&e) {
-        row.iter_mut().for_each(|x| *x *= factor);
+pub(super) fn wrong_dtype(tensor: &StoredTensor) -> String {
+    format!("{} has the dtype {}; F32, F16 and BF16 can be read", tensor.label, tensor.dtype)
+}
+
+/// The index of the decoder block in a tensor's name.
+fn layer(name: &str) -> Option<usize> {
+    name.split_once(".layers.")?.1.split('.').next()?.parse().ok()
+}
+
+/// Why a file has a tensor that is not used, where the name tells.
+fn cause(name: &str, tensor: &StoredTensor, model: &ModelConfig) -> Option<String> {
+    let part = |part: &str| name.split('.').any(|p| p == part);
+    if (part("embed_tokens") || part("lm_head")) && !name.contains(".lora_") {
+        let rows = tensor.shape.first().copied().unwrap_or(0);
+        return Some(if rows == model.vocab_size {
+            "the embedding or the head was saved whole, which adapters cannot share: if it was not trained, save the adapter \
+             again with save_pretrained(..., save_embedding_layers=False), and otherwise train it with LoRA on lm_head"
+                .into()
+        } else {
+            format!(
+                "the embedding was resized: the adapter's vocabulary has {rows} tokens and the base's {}; train without added \
+                 tokens, or serve a base with this vocabulary",
+                model.vocab_size
+            )
+        });
     }
-    FloatVec::F32(a.into())
-}
-
-fn hash_text(hash: &mut Sha256, text: &str) {
-    hash.update((text.len() as u64).to_le_bytes());
-    hash.update(text);
-}
-
-fn wrong_shape(name: &str, have: &[usize], want: &[usize]) -> String {
-    format!("{name} has the shape {have:?}; the config and the model require {want:?}")
-}
-
-fn wrong_dtype(name: &str, info: &TensorInfo) -> String {
-    format!("{name} has the dtype {}; F32, F16 and BF16 can be read", info.dtype)
-}
-
-fn unused(name: &str, model: &ModelConfig) -> String {
-    let layer = name.split_once(".layers.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
-    match layer {
-        Some(layer) if layer >= model.num_layers => {
-            format!("{name}: layer {layer} is beyond the model's {} layers", model.num_layers)
+    match layer(name) {
+        _ if part("modules_to_save") => Some(
+            "a module was saved whole (modules_to_save), which adapters cannot share: use LoRA on it instead".into(),
+        ),
+        Some(layer) if layer >= model.num_layers && name.starts_with(PREFIX) => {
+            Some(format!("the adapter belongs to a larger base: the served one has {} layers", model.num_layers))
         }
-        _ => format!("{name}: not used"),
+        _ if name.starts_with("base_model.model.model.layers.") => None,
+        _ if name.contains(".attn.") || name.starts_with("layers.") => Some(
+            "the keys are torchtune's own: save the adapter with its Hugging Face checkpointer \
+             (save_adapter_weights_only), which writes PEFT's keys"
+                .into(),
+        ),
+        _ => {
+            let prefix = name.split_once("layers.").map_or(name, |(prefix, _)| prefix);
+            Some(format!(
+                "the keys begin with {prefix:?}, and PEFT's for this base with \"base_model.model.model.layers.\": the adapter \
+                 was made for another architecture or by an unknown trainer"
+            ))
+        }
     }
 }
 
-fn fail_on(mut problems: Vec<String>) -> Result<()> {
+/// What a wrong size of a matrix says about the base that the adapter was trained on.
+fn other_base(module: Module, what: &str, tensor: &StoredTensor, want: &[usize]) -> Option<String> {
+    let reads_hidden = !matches!(module, Module::O | Module::Down);
+    match (what, &tensor.shape[..], want) {
+        ("lora_A", [_, have], [_, want]) if have != want && reads_hidden => {
+            Some(format!("the adapter belongs to another base: its hidden size is {have} and the served base's {want}"))
+        }
+        ("lora_B", [have, _], [want, _]) if have != want && module == Module::LmHead => {
+            Some(format!("the vocabulary was resized: the adapter's has {have} tokens and the served base's {want}"))
+        }
+        _ => None,
+    }
+}
+
+pub(super) fn fail_on(mut problems: Vec<String>) -> Result<()> {
     if problems.is_empty() {
         return Ok(());
     }
@@ -394,8 +364,4 @@ fn fail_on(mut problems: Vec<String>) -> Result<()> {
         list += &format!("; and {more} more");
     }
     Err(invalid(format!("the adapter does not match its config or the model: {list}")))
-}
-
-fn missing(dir: &Path, what: &str) -> Error {
-    Error::not_found(format!("no adapter in {}: {what}", dir.display())).code("adapter_source_not_found")
 }

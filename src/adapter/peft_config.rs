@@ -152,15 +152,12 @@ impl ModuleMatcher {
 }
 
 impl PeftConfig {
-    /// Parses the text of `adapter_config.json`. Errors name every option that is not supported.
-    pub(super) fn parse(text: &str) -> Result<Self> {
-        let value: Value =
-            serde_json::from_str(text).map_err(|e| invalid(format!("adapter_config.json is not valid JSON: {e}")))?;
-        let Value::Object(map) = value else { return Err(invalid("adapter_config.json must hold one JSON object")) };
+    /// Reads the object in `adapter_config.json`. Errors name every option that is not supported.
+    pub(super) fn parse(map: Map<String, Value>) -> Result<Self> {
         let options = PeftOptions(map);
+        let peft_type = options.peft_type()?;
         options.check_served()?;
 
-        let peft_type = options.peft_type()?;
         let (rank, default_rank) = peft_type.rank_option();
         let mut config = Self {
             peft_type,
@@ -185,6 +182,14 @@ impl PeftConfig {
             PeftType::AdaLora => config.pruned = options.pruned_ranks()?,
         }
         Ok(config)
+    }
+
+    /// The config that another layout's options amount to. Errors: as those of [`PeftConfig::parse`].
+    pub(super) fn of(options: Value) -> Result<Self> {
+        match options {
+            Value::Object(map) => Self::parse(map),
+            _ => Err(invalid("the options must be one JSON object")),
+        }
     }
 
     /// Rejects options that exclude each other.
@@ -340,7 +345,9 @@ impl PeftOptions {
             Some("LORA") => Ok(PeftType::Lora),
             Some("ADALORA") => Ok(PeftType::AdaLora),
             Some(other) => Err(unsupported(format!("peft_type {other:?}: only LORA and ADALORA are served"))),
-            None => Err(invalid("peft_type is missing: is this a PEFT adapter?")),
+            None => Err(invalid(
+                "adapter_config.json has neither PEFT's peft_type nor MLX-LM's lora_parameters: it belongs to another program",
+            )),
         }
     }
 
@@ -468,6 +475,6 @@ pub(super) fn invalid(message: impl Into<String>) -> Error {
 }
 
 /// The error of a valid file with options that are not supported.
-fn unsupported(message: impl Into<String>) -> Error {
+pub(super) fn unsupported(message: impl Into<String>) -> Error {
     Error::invalid(format!("this adapter cannot be served: {}", message.into())).code("adapter_unsupported")
 }

@@ -18,7 +18,8 @@ use super::host_tier::HostTier;
 use super::manifest::{Manifest, ManifestEntry};
 use super::source::{SourceRoots, SourceScope};
 use super::tiers::{TierStats, Tiers};
-use super::{Generation, Lease, peft};
+use super::reader::{self, ReadAdapter};
+use super::{Generation, Lease};
 use crate::arch::ModelConfig;
 use crate::error::ErrorKind;
 use crate::lora::slots;
@@ -432,9 +433,9 @@ impl Registry {
         let (inner, source) = (self.0.clone(), source.to_owned());
         let read = move || {
             let source = inner.roots.resolve(&source, scope)?;
-            peft::read(&source, &inner.model).map(|(weights, id)| (source, weights, id))
+            reader::read(&source, &inner.model).map(|adapter| (source, adapter))
         };
-        let (source, weights, id) = tokio::task::spawn_blocking(read)
+        let (source, ReadAdapter { weights, id, .. }) = tokio::task::spawn_blocking(read)
             .await
             .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")).caused_by(e))?
             .map_err(|e| e.param("source"))?;

@@ -2,6 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use super::{foreign, layout};
 use crate::error::ErrorKind;
 use crate::{Error, Result};
 
@@ -40,8 +41,8 @@ impl SourceRoots {
         if source.as_os_str().is_empty() {
             return Err(Error::invalid("the source must be the path of an adapter directory, not empty"));
         }
-        let forbidden = || {
-            let message = format!("{} is outside the adapter root", source.display());
+        let forbidden = |what: &str| {
+            let message = format!("{} {what}", source.display());
             Error::new(ErrorKind::Forbidden, message).code("adapter_path_forbidden")
         };
         let root = self.adapters.as_ref().filter(|_| scope == SourceScope::Roots);
@@ -55,16 +56,31 @@ impl SourceRoots {
             None => source.to_owned(),
         };
         if !inside(&path) || (root.is_some() && path.components().any(|c| c == Component::ParentDir)) {
-            return Err(forbidden());
+            return Err(forbidden("is outside the adapter root"));
         }
         let real = path.canonicalize().map_err(|e| {
             Error::not_found(format!("no adapter in {}: {e}", source.display())).code("adapter_source_not_found")
         })?;
-        for file in ["", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"] {
-            if real.join(file).canonicalize().is_ok_and(|file| !inside(&file)) {
-                return Err(forbidden());
+        if !inside(&real) {
+            return Err(forbidden("is a symlink that leaves the adapter root: copy the adapter below the root"));
+        }
+        if root.is_some() {
+            for file in files(&real) {
+                if file.canonicalize().is_ok_and(|file| !inside(&file)) {
+                    let name = file.file_name().unwrap_or_default().to_string_lossy();
+                    return Err(forbidden(&format!(
+                        "has a file {name} that is a symlink and leaves the adapter root: copy the file itself into the folder"
+                    )));
+                }
             }
         }
         Ok(real)
     }
+}
+
+/// The files of a source that may be read.
+fn files(source: &Path) -> Vec<PathBuf> {
+    let gguf = |path: &PathBuf| path.extension().is_some_and(|end| end == "gguf");
+    let ggufs = foreign::entries(source).unwrap_or_default().into_iter().filter(gguf);
+    layout::FILES.iter().map(|file| source.join(file)).chain(ggufs).collect()
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{block_on, start_logs};
-use crate::adapter::peft;
+use crate::adapter::reader;
 use crate::config::ServeConfig;
 use crate::merge::{self, MergeFormat, MergeLosses};
 use crate::runtime::BaseModel;
@@ -41,7 +41,7 @@ impl MergeArgs {
         {
             // Dropped before the models are measured.
             let BaseModel { files, weights, .. } = BaseModel::load(&self.serve.base)?;
-            let (adapter, _) = peft::read(&adapter, &weights.config)?;
+            let adapter = reader::read(&adapter, &weights.config)?.weights;
             merge::write(&files, &weights, &adapter, self.format, &self.out)?;
         }
         println!("{}", self.out.display());

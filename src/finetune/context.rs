@@ -6,7 +6,7 @@ use super::prepare::{self, Prepared};
 use super::record::JobRecord;
 use super::store::Store;
 use super::tensorboard;
-use crate::adapter::peft;
+use crate::adapter::reader;
 use crate::error::{AtPath, Error, Result};
 use crate::lora::weights::AdapterWeights;
 use crate::runtime::Runtime;
@@ -46,7 +46,7 @@ impl JobContext {
         let Runtime { base, registry, .. } = &*self.runtime;
         let read = || {
             let source = registry.get(name)?.source;
-            let read = peft::read(&source, &base.shape).map(|(weights, _)| weights);
+            let read = reader::read(&source, &base.shape).map(|adapter| adapter.weights);
             read.map_err(|e| e.hide_path(&source, &format!("the directory of {name:?}")))
         };
         read().map(Some).map_err(|e| e.param("training.from_checkpoint"))

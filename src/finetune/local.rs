@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::history::MetricsHistory;
 use super::prepare::{Prepared, provenance};
 use super::{results, tensorboard};
-use crate::adapter::peft;
+use crate::adapter::reader;
 use crate::arch::ModelConfig;
 use crate::engine::BackgroundWork;
 use crate::lora::weights::AdapterWeights;
@@ -142,7 +142,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// The adapter that a job continues from, by its directory.
 pub(crate) fn adapter_to_continue(spec: &JobSpec, model: &ModelConfig) -> Result<Option<AdapterWeights>> {
-    let read = |dir: &String| Ok(peft::read(Path::new(dir), model)?.0);
+    let read = |dir: &String| Ok(reader::read(Path::new(dir), model)?.weights);
     spec.from_checkpoint.as_ref().map(read).transpose()
 }
 

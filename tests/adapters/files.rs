@@ -1,7 +1,7 @@
 //! Reading PEFT directories: correct values, or an error that names the option or the tensor.
 
 use quiver::adapter::dummy;
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::arch::Module;
 use quiver::lora::slots::SlotWeights;
 use quiver::lora::weights::{AdapterWeights, FloatVec};
@@ -15,14 +15,14 @@ const SERVED: [&str; 8] =
     ["qv-r4", "all-linear-r8", "rslora-patterns", "one-layer-regex", "r33", "lora-bias", "lm-head", "adalora"];
 
 fn read(name: &str) -> AdapterWeights {
-    peft::read(&fixture(name), &tiny_model()).unwrap().0
+    reader::read(&fixture(name), &tiny_model()).unwrap().weights
 }
 
 /// Writes a draft and reads it back.
 fn reread(draft: &Draft) -> quiver::Result<(AdapterWeights, String)> {
     let dir = tempfile::tempdir().unwrap();
     draft.write(dir.path());
-    peft::read(dir.path(), &tiny_model())
+    reader::read(dir.path(), &tiny_model()).map(|adapter| (adapter.weights, adapter.id))
 }
 
 /// The id, or the code and message of the error.
@@ -135,7 +135,7 @@ fn slots_hold_the_values_of_the_file_at_their_places() {
 #[test]
 fn unsupported_adapters_are_rejected_by_name() {
     for (name, option) in [("embed", "embed_tokens"), ("modules-to-save", "modules_to_save"), ("pissa", "\"pissa\"")] {
-        let error = peft::read(&fixture(name), &tiny_model()).unwrap_err();
+        let error = reader::read(&fixture(name), &tiny_model()).err().unwrap();
         assert_eq!(error.code, Some("adapter_unsupported"), "{name}");
         assert!(error.message.contains(option), "{name}: {error}");
     }
@@ -145,12 +145,12 @@ fn unsupported_adapters_are_rejected_by_name() {
 fn the_shipped_adapters_fit_their_model() {
     for name in ["code", "qa", "writing"] {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters").join(name);
-        let (weights, _) = peft::read(&dir, &smol_model()).unwrap();
+        let weights = reader::read(&dir, &smol_model()).unwrap().weights;
         assert_eq!(weights.modules.len(), 210);
         assert!(weights.modules.iter().all(|m| m.rank == 8 && m.scale == 2.0));
         // Half precision takes half the bytes of a slot.
         assert_eq!(weights.bytes() * 2, weights.slot_bytes());
-        let error = peft::read(&dir, &tiny_model()).unwrap_err();
+        let error = reader::read(&dir, &tiny_model()).err().unwrap();
         assert!(error.message.contains("more"), "a long list is cut: {error}");
     }
 }
@@ -285,8 +285,8 @@ fn rejected_tensors_are_named() {
         ),
         (
             "unknown prefix",
-            |d| d.rename(|n| n.replace("base_model.model.", "")),
-            &["q_proj.lora_A.weight: not used", "and 8 more"],
+            |d| d.rename(|n| n.replace("base_model.model.", "x.")),
+            &["q_proj.lora_A.weight: not used", "and 9 more"],
         ),
         (
             "two adapters",
@@ -322,7 +322,7 @@ fn rejected_tensors_are_named() {
 #[test]
 fn broken_files_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let read = || peft::read(dir.path(), &tiny_model()).unwrap_err();
+    let read = || reader::read(dir.path(), &tiny_model()).err().unwrap();
     assert_eq!(read().code, Some("adapter_source_not_found"));
     Draft::open(&fixture("qv-r4")).write(dir.path());
     let model = dir.path().join("adapter_model.safetensors");
@@ -443,7 +443,7 @@ fn dummy_adapters_can_be_read() {
     let read = |name: &str, modules: &[Module], rank: usize| {
         let dir = dir.path().join(name);
         dummy::write(&dir, &model, modules, rank).unwrap();
-        peft::read(&dir, &model).unwrap()
+        reader::read(&dir, &model).map(|adapter| (adapter.weights, adapter.id)).unwrap()
     };
     let (weights, id) = read("dummy-0000", &Module::BLOCK, 8);
     assert_eq!(weights.modules.len(), 14);

@@ -1,6 +1,7 @@
 //! Adapters: their files, the registry and the tiers.
 
 mod files;
+mod layouts;
 mod reference;
 mod registry;
 mod tiers;

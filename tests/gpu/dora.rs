@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::arch::ModelConfig;
 use quiver::arch::{Module, Site};
 use quiver::engine::cuda::Steps;
@@ -304,7 +304,7 @@ fn captured_steps_see_slots_change_hands() {
     let config = gpu.model.config().clone();
     let read = |name: &str, factor: f32| {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny");
-        let mut weights = peft::read(&fixtures.join(name), &config).unwrap().0;
+        let mut weights = reader::read(&fixtures.join(name), &config).unwrap().weights;
         for magnitude in weights.modules.iter_mut().filter_map(|m| m.magnitude.as_mut()) {
             *magnitude = FloatVec::F32(magnitude.to_f32().iter().map(|m| m * factor).collect());
         }

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::engine::BackgroundWork;
 use quiver::hub::{ModelFiles, ModelFormat};
 use quiver::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
@@ -89,7 +89,7 @@ fn run(spec: &JobSpec, device: &Device) -> Outcome {
         match report {
             JobReport::Step(step) => losses.push(step.train_loss),
             JobReport::Checkpoint(checkpoint) => {
-                adapters.push(peft::read(&checkpoint.dir, model.config()).unwrap().0);
+                adapters.push(reader::read(&checkpoint.dir, model.config()).unwrap().weights);
             }
             JobReport::Failed(error) => panic!("the job failed: {error}"),
             _ => {}

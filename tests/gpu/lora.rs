@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use half::bf16;
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
 use quiver::arch::{ModelConfig, RopeScaling};
@@ -388,7 +388,7 @@ async fn adapters_come_and_go_while_steps_run() {
     let model = tiny();
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft-tiny");
     let names = ["all-linear-r8", "qv-r4", "lora-bias", "rslora-patterns", "r33", "lm-head"];
-    let read = |name: &str| peft::read(&fixtures.join(name), &model).unwrap().0;
+    let read = |name: &str| reader::read(&fixtures.join(name), &model).unwrap().weights;
     let alone: Vec<SlotPool> = names.iter().map(|name| self::pool(&model, &[read(name)])).collect();
     let largest = names.iter().map(|name| quiver::lora::slots::slot_bytes(&read(name), &model, &device()).unwrap());
     let slot_budget = 2 * largest.max().unwrap();

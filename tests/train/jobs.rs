@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use quiver::Error;
-use quiver::adapter::peft;
+use quiver::adapter::reader;
 use quiver::arch::Module;
 use quiver::engine::BackgroundWork;
 use quiver::lora::slots::{SlotPool, SlotWeights};
@@ -113,7 +113,7 @@ impl Harness {
     fn result(&self, id: &str) -> AdapterWeights {
         assert!(matches!(self.last(id), JobReport::Succeeded), "{id}: {:?}", self.last(id));
         let checkpoint = self.checkpoints(id).pop().expect("a checkpoint");
-        peft::read(&checkpoint.dir, self.model.config()).unwrap().0
+        reader::read(&checkpoint.dir, self.model.config()).unwrap().weights
     }
 }
 

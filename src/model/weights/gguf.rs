@@ -252,7 +252,7 @@ fn codec(dtype: GgmlDType) -> Option<Codec> {
 }
 
 /// `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`.
-fn hf_name(own: &str) -> Option<String> {
+pub fn hf_name(own: &str) -> Option<String> {
     if let Some((_, name)) = OUTER_NAMES.iter().find(|(gguf, _)| *gguf == own) {
         return Some(name.to_string());
     }

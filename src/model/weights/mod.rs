@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use self::dummy::DummyTensors;
 use self::tensors::ModelTensors;
+pub(crate) use self::tensors::separate_halves;
 use crate::arch::{ModelConfig, Module, Site};
 use crate::hub::{ModelFiles, ModelFormat, hex};
 use crate::lora::BaseMatrices;

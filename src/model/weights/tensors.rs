@@ -268,7 +268,7 @@ impl ModelTensors {
 
 /// Undoes llama.cpp's order of the rows of q and k. Its RoPE rotates neighbouring rows where Hugging Face's rotates the two
 /// halves of a head, so its converter interleaves the halves: the first row of each, then the second of each, and so on.
-fn separate_halves(bytes: &[u8], n: usize, heads: usize) -> Vec<u8> {
+pub(crate) fn separate_halves(bytes: &[u8], n: usize, heads: usize) -> Vec<u8> {
     let row = bytes.len() / n;
     let half = n / heads / 2;
     let mut out = Vec::with_capacity(bytes.len());
