@@ -92,7 +92,8 @@ pub struct ServeConfig {
     #[arg(long, env = "QUIVER_MAX_MODEL_LEN", value_name = "TOKENS", value_parser = positive, help_heading = "Model")]
     pub max_model_len: Option<usize>,
 
-    /// Load every adapter in this directory under the name of its subdirectory [default: adapters, if it exists]
+    /// Load every adapter in this directory under the name of its subdirectory, and those put there later when a request names
+    /// them [default: adapters, if it exists]
     #[arg(long, env = "QUIVER_ADAPTERS", value_name = "DIR", help_heading = "Adapters")]
     pub adapters: Option<PathBuf>,
 
@@ -110,6 +111,16 @@ pub struct ServeConfig {
     /// Allow adapters to be loaded only from below this directory
     #[arg(long, env = "QUIVER_ADAPTER_ROOT", value_name = "DIR", help_heading = "Adapters")]
     pub adapter_root: Option<PathBuf>,
+
+    /// Refuse an adapter that was trained on another base; without this, it is loaded with a warning
+    #[arg(
+        long,
+        env = "QUIVER_STRICT_BASE",
+        value_parser = clap::builder::FalseyValueParser::new(),
+        action = clap::ArgAction::SetTrue,
+        help_heading = "Adapters"
+    )]
+    pub strict_base: bool,
 
     /// Memory for adapters in slots, ready for the next step
     #[arg(
@@ -298,6 +309,14 @@ pub struct ServeConfig {
     /// TOML file with any of these settings under the same names, such as port = 8000
     #[arg(long, env = "QUIVER_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
+}
+
+impl ServeConfig {
+    /// The adapters directory, if there is one.
+    pub fn adapters_dir(&self) -> Option<&Path> {
+        let default = Path::new("adapters");
+        self.adapters.as_deref().or(default.is_dir().then_some(default))
+    }
 }
 
 /// Makes the values of a config file the defaults of a command's arguments, so that flags and environment variables override

@@ -147,9 +147,18 @@ fn foreign_file(dir: &Path) -> Option<String> {
 
 /// The first [`MAX_ENTRIES`] entries of a folder, sorted.
 pub(super) fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    read_entries(dir, MAX_ENTRIES)
+}
+
+/// All entries of a folder, sorted.
+pub(super) fn all_entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    read_entries(dir, usize::MAX)
+}
+
+fn read_entries(dir: &Path, most: usize) -> Result<Vec<PathBuf>> {
     let unreadable =
         |e: std::io::Error| Error::invalid(format!("{} cannot be read: {e}", dir.display())).path(dir).caused_by(e);
-    let entries = std::fs::read_dir(dir).map_err(unreadable)?.take(MAX_ENTRIES).map(|entry| Ok(entry?.path()));
+    let entries = std::fs::read_dir(dir).map_err(unreadable)?.take(most).map(|entry| Ok(entry?.path()));
     let mut entries: Vec<PathBuf> = entries.collect::<std::io::Result<_>>().map_err(unreadable)?;
     entries.sort();
     Ok(entries)

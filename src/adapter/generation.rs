@@ -29,6 +29,8 @@ pub struct Generation {
     pub(super) slot_bytes: usize,
     /// When it was loaded.
     pub(super) loaded_at: SystemTime,
+    /// Faults that do not keep it from being served: another base, no effect.
+    pub(super) warnings: Vec<String>,
     /// Unique in this process, also among generations of equal content. The tiers' tables are keyed by it.
     key: u64,
     pub(super) state: Arc<GenerationState>,
@@ -76,6 +78,7 @@ impl Generation {
             bytes: weights.bytes(),
             slot_bytes,
             loaded_at: SystemTime::now(),
+            warnings: Vec::new(),
             key: NEXT_KEY.fetch_add(1, SeqCst),
             state: Arc::default(),
             host,

@@ -4,10 +4,11 @@
 //!
 //! 1. **Read.** `source.rs` checks that the source may be read, and `layout.rs` tells how it is stored; `foreign.rs` names what is
 //!    no adapter. `peft.rs`, `mlx.rs` and `gguf.rs` open a layout and translate it into PEFT's terms (`peft_config.rs`,
-//!    `tensor_file.rs`). `reader.rs` reads the result.
+//!    `tensor_file.rs`). `reader.rs` reads the result. `base_check.rs` compares the base that it names with the served one.
 //! 2. **Registered.** `registry.rs` publishes the weights under a name as a [`Generation`] (`generation.rs`), stores them in
 //!    host memory, and lists the name in the manifest (`manifest.rs`), from which a restart restores it. The weights of a
 //!    training checkpoint are loaded without a name first, and published by `finetune/publish.rs`.
+//!    An adapter that was put into the adapters directory later is loaded when a request names it (`on_demand.rs`).
 //! 3. **Leased.** `server/select_adapter.rs` chooses the adapters of a request and takes a [`Lease`] (`lease.rs`) on each.
 //! 4. **Staged.** When the request is queued or scheduled, the engine asks `tiers.rs` for the generation. Loader threads
 //!    (`loader.rs`) take the weights from host memory (`host_tier.rs`), or read them from disk again, and stage them for a slot.
@@ -31,6 +32,8 @@ mod lease;
 mod loader;
 mod manifest;
 mod mlx;
+mod names;
+mod on_demand;
 mod peft;
 mod peft_config;
 pub mod reader;
@@ -39,7 +42,7 @@ mod source;
 mod tensor_file;
 pub mod tiers;
 
-pub use base_check::BaseClaim;
+pub use base_check::{BaseClaim, ServedBase};
 pub use generation::Generation;
 pub use host_tier::HostTier;
 pub use lease::Lease;

@@ -3,7 +3,7 @@
 //! Reading and checking run on blocking threads, one load per name at a time. Only a complete and correct adapter is
 //! published. The manifest is rewritten after every change.
 
-use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,24 +13,30 @@ use candle_core::Device;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
+use super::base_check::{BaseClaim, ServedBase};
 use super::generation::Tier;
 use super::host_tier::HostTier;
 use super::manifest::{Manifest, ManifestEntry};
+use super::names::{NameLocks, NameTable, not_found};
+use super::on_demand::{OnDemand, adapters_in};
+use super::reader::{self, ReadAdapter};
 use super::source::{SourceRoots, SourceScope};
 use super::tiers::{TierStats, Tiers};
-use super::reader::{self, ReadAdapter};
 use super::{Generation, Lease};
-use crate::arch::ModelConfig;
+use crate::arch::{ModelConfig, Module};
 use crate::error::ErrorKind;
 use crate::lora::slots;
 use crate::lora::weights::AdapterWeights;
 use crate::{Error, Result};
 
-/// Adapters that are read at once when many are loaded at start-up.
-const PARALLEL_LOADS: usize = 4;
+/// Adapters that are read at once when many are loaded at start-up, or by requests.
+pub(super) const PARALLEL_LOADS: usize = 4;
 
 /// Length of the longest adapter name, in bytes.
 const MAX_NAME: usize = 256;
+
+/// Rank of the adapter by which [`Registry::nominal_slots`] counts.
+const NOMINAL_RANK: usize = 16;
 
 /// Directories and memory budgets of the adapters.
 #[derive(Debug, Clone)]
@@ -41,6 +47,8 @@ pub struct RegistryConfig {
     pub adapter_root: Option<PathBuf>,
     /// Sources may also lie below this directory, to which the trainer writes checkpoints.
     pub checkpoint_root: Option<PathBuf>,
+    /// The adapters directory: [`Registry::load_directory`] loads it, and [`Registry::lease_or_load`] looks there.
+    pub directory: Option<PathBuf>,
     /// Directory of the manifest. Without it, a restart restores no adapters.
     pub state_dir: Option<PathBuf>,
     /// Bytes that adapters may take in host memory.
@@ -49,6 +57,10 @@ pub struct RegistryConfig {
     pub slot_budget: usize,
     /// Names of the base model, which no adapter may have.
     pub reserved_names: Vec<String>,
+    /// The served base, with which the base that an adapter names is compared.
+    pub base: ServedBase,
+    /// Refuse adapters of another base. Without it, they are loaded with a warning.
+    pub strict_base: bool,
 }
 
 impl Default for RegistryConfig {
@@ -58,10 +70,13 @@ impl Default for RegistryConfig {
             device: Device::Cpu,
             adapter_root: None,
             checkpoint_root: None,
+            directory: None,
             state_dir: None,
             host_budget: 0,
             slot_budget: 0,
             reserved_names: Vec::new(),
+            base: ServedBase::default(),
+            strict_base: false,
         }
     }
 }
@@ -103,6 +118,8 @@ pub struct AdapterInfo {
     pub leases: usize,
     /// When this generation was loaded.
     pub loaded_at: SystemTime,
+    /// What may make it useless although it can be served: it names another base, or all its deltas are zero.
+    pub warnings: Vec<String>,
 }
 
 impl From<&Generation> for AdapterInfo {
@@ -118,6 +135,7 @@ impl From<&Generation> for AdapterInfo {
             level: g.tier().name(),
             leases: g.leases(),
             loaded_at: g.loaded_at,
+            warnings: g.warnings.clone(),
         }
     }
 }
@@ -145,28 +163,18 @@ impl UnpublishedAdapter {
 
 /// All adapters of the server. Clones share one registry.
 #[derive(Clone)]
-pub struct Registry(Arc<RegistryInner>);
+pub struct Registry(pub(super) Arc<RegistryInner>);
 
-struct RegistryInner {
+pub(super) struct RegistryInner {
     model: Arc<ModelConfig>,
     config: RegistryConfig,
     roots: SourceRoots,
     host: Arc<HostTier>,
     names: Mutex<NameTable>,
-    /// One lock for each name that is being loaded.
-    loading: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    loading: NameLocks,
+    pub(super) on_demand: OnDemand,
     /// `None` without a state directory. Locked during a write, so that the last write has the last state.
     manifest: Option<Mutex<Manifest>>,
-}
-
-/// The names and the generations under them.
-struct NameTable {
-    loaded: BTreeMap<String, Arc<Generation>>,
-    /// Manifest entries that are not loaded (yet). They stay in the manifest until the name is loaded or unloaded, so that
-    /// a source that is missing at one start is not forgotten.
-    absent: BTreeMap<String, ManifestEntry>,
-    /// Defects of the manifest, until [`Registry::restore`] reports them.
-    damaged: Vec<String>,
 }
 
 impl Registry {
@@ -181,9 +189,10 @@ impl Registry {
             model,
             roots,
             host: Arc::new(HostTier::new(config.host_budget, Arc::default())),
+            on_demand: OnDemand::new(config.directory.clone()),
             config,
-            names: Mutex::new(NameTable { loaded: BTreeMap::new(), absent, damaged }),
-            loading: Mutex::default(),
+            names: Mutex::new(NameTable { absent, damaged, ..NameTable::default() }),
+            loading: NameLocks::default(),
             manifest: manifest.map(Mutex::new),
         })))
     }
@@ -197,6 +206,15 @@ impl Registry {
     /// Bytes that adapters in slots may take.
     pub fn slot_budget(&self) -> usize {
         self.0.config.slot_budget
+    }
+
+    /// How many adapters of rank 16 on all modules of the decoder blocks fit into the slots, at least 1. Slots have a budget of
+    /// bytes and no number; this one does not change while the server runs.
+    pub fn nominal_slots(&self) -> usize {
+        let model = &self.0.model;
+        let values: usize = Module::BLOCK.iter().map(|m| m.shape(model)).map(|(n, k)| NOMINAL_RANK * (n + k)).sum();
+        let bytes = if self.0.config.device.is_cuda() { 2 } else { 4 };
+        (self.0.config.slot_budget / (values * model.num_layers * bytes).max(1)).max(1)
     }
 
     /// Counters for the metrics page.
@@ -219,40 +237,44 @@ impl Registry {
     /// Reads and checks an adapter as [`Registry::load`] does, but does not publish it: only holders of a lease can use it.
     /// Dropping it unloads it.
     pub async fn load_unpublished(&self, name: &str, source: &str) -> Result<UnpublishedAdapter> {
-        self.check_name(name)?;
-        let (generation, weights) = self.read(name, Path::new(source), SourceScope::Roots).await?;
-        let generation = Arc::new(generation);
-        self.0.host.put(&generation, Arc::new(weights));
-        Ok(UnpublishedAdapter(generation))
+        self.counted(async {
+            self.check_name(name)?;
+            let (generation, weights) = self.read(name, Path::new(source), SourceScope::Roots).await?;
+            let generation = Arc::new(generation);
+            self.0.host.put(&generation, Arc::new(weights));
+            Ok(UnpublishedAdapter(generation))
+        })
+        .await
     }
 
-    /// Publishes an adapter under its name, and retires the generation that had the name.
-    pub fn publish(&self, UnpublishedAdapter(generation): UnpublishedAdapter) -> AdapterInfo {
-        let info = AdapterInfo::from(&*generation);
-        let mut names = self.lock();
-        names.absent.remove(&info.name);
-        if let Some(old) = names.loaded.insert(info.name.clone(), generation) {
-            old.retire();
-        }
-        drop(names);
+    /// Publishes an adapter under its name, and retires the generation that had the name. A pinned name stays pinned if the new
+    /// generation fits; otherwise a warning is logged.
+    pub async fn publish(&self, UnpublishedAdapter(generation): UnpublishedAdapter) -> AdapterInfo {
+        let name = generation.name.clone();
+        let name_lock = self.0.loading.of(&name);
+        let _guard = name_lock.lock.lock().await;
+        let info = {
+            let mut names = self.lock();
+            let absent = names.absent.remove(&name).is_some_and(|entry| entry.pinned);
+            if absent || names.loaded.get(&name).is_some_and(|old| old.pinned()) {
+                match self.check_pin_budget(&names, &name, generation.slot_bytes) {
+                    Ok(()) => generation.state.set_pinned(true),
+                    Err(e) => tracing::warn!("adapter {name:?} is no longer pinned: {e}"),
+                }
+            }
+            let info = AdapterInfo::from(&*generation);
+            names.insert(generation);
+            info
+        };
         self.save();
         info
     }
 
-    /// Loads every subdirectory of `dir` that holds an adapter, under the subdirectory's name, unless the name is taken. The
-    /// adapter root does not apply, because the operator chose `dir`.
+    /// Loads every adapter in `dir`, a subdirectory or a GGUF file, under its name, unless the name is taken. The adapter root
+    /// does not apply, because the operator chose `dir`.
     pub async fn load_directory(&self, dir: &Path) -> Result<Vec<(String, Result<AdapterInfo>)>> {
-        let unreadable =
-            |e: std::io::Error| Error::invalid(format!("{} cannot be read: {e}", dir.display())).path(dir).caused_by(e);
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(unreadable)? {
-            let entry = entry.map_err(unreadable)?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if entry.path().join("adapter_config.json").exists() && !self.lock().loaded.contains_key(&name) {
-                found.push((name, entry.path()));
-            }
-        }
-        found.sort();
+        let mut found = adapters_in(dir)?;
+        found.retain(|(name, _)| !self.lock().loaded.contains_key(name));
         let loads = found.into_iter().map(|(name, path)| async move {
             let loaded = self.load_unsaved(&name, &path, SourceScope::Anywhere, LoadOptions::default()).await;
             if let Err(e) = &loaded {
@@ -311,6 +333,7 @@ impl Registry {
 
     /// Removes the name and retires its generation; requests keep their leases. Errors: `NotFound` if no adapter has the name.
     pub fn unload(&self, name: &str) -> Result<UnloadOutcome> {
+        let in_directory = self.0.on_demand.source(name).is_some();
         let mut names = self.lock();
         let unloaded = match (names.loaded.remove(name), names.absent.remove(name)) {
             (Some(generation), _) => {
@@ -324,6 +347,9 @@ impl Registry {
             (None, Some(entry)) => UnloadOutcome { generation: entry.generation, freed_bytes: 0, pending_bytes: 0 },
             (None, None) => return Err(not_found(name)),
         };
+        if in_directory {
+            names.withdrawn.insert(name.to_owned());
+        }
         drop(names);
         self.save();
         Ok(unloaded)
@@ -347,7 +373,7 @@ impl Registry {
         self.lock().loaded.values().map(|generation| AdapterInfo::from(&**generation)).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, NameTable> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, NameTable> {
         // The maps are consistent after each statement, so a poisoned lock can be used.
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -364,19 +390,25 @@ impl Registry {
     }
 
     /// Loads an adapter without writing the manifest, and counts the load.
-    async fn load_unsaved(
+    pub(super) async fn load_unsaved(
         &self,
         name: &str,
         source: &Path,
         scope: SourceScope,
         options: LoadOptions,
     ) -> Result<AdapterInfo> {
-        let started = Instant::now();
-        let name_lock = NameLock::new(&self.0, name);
-        let loaded = {
+        self.counted(async {
+            let name_lock = self.0.loading.of(name);
             let _guard = name_lock.lock.lock().await;
             self.load_locked(name, source, scope, options).await
-        };
+        })
+        .await
+    }
+
+    /// Counts a load, and its time if it succeeds.
+    async fn counted<T>(&self, load: impl Future<Output = Result<T>>) -> Result<T> {
+        let started = Instant::now();
+        let loaded = load.await;
         let stats = self.stats();
         match &loaded {
             Ok(_) => {
@@ -413,7 +445,9 @@ impl Registry {
         if scope == SourceScope::Roots {
             names.absent.remove(name);
         }
-        let same = |old: &&Arc<Generation>| old.id == generation.id && old.source == generation.source;
+        let same = |old: &&Arc<Generation>| {
+            old.id == generation.id && old.source == generation.source && old.warnings == generation.warnings
+        };
         if let Some(old) = names.loaded.get(name).filter(same) {
             old.state.set_pinned(pinned);
             return Ok(AdapterInfo::from(&**old));
@@ -422,9 +456,7 @@ impl Registry {
         let generation = Arc::new(generation);
         self.0.host.put(&generation, Arc::new(weights));
         let info = AdapterInfo::from(&*generation);
-        if let Some(old) = names.loaded.insert(name.to_owned(), generation) {
-            old.retire();
-        }
+        names.insert(generation);
         Ok(info)
     }
 
@@ -435,13 +467,14 @@ impl Registry {
             let source = inner.roots.resolve(&source, scope)?;
             reader::read(&source, &inner.model).map(|adapter| (source, adapter))
         };
-        let (source, ReadAdapter { weights, id, .. }) = tokio::task::spawn_blocking(read)
+        let (source, ReadAdapter { weights, id, base }) = tokio::task::spawn_blocking(read)
             .await
             .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")).caused_by(e))?
             .map_err(|e| e.param("source"))?;
 
+        let warnings = self.check_use(&weights, &base)?;
         let slot_bytes = slots::slot_bytes(&weights, &self.0.model, &self.0.config.device)?;
-        let generation = Generation::new(name, id, source, &weights, slot_bytes, self.0.host.clone());
+        let mut generation = Generation::new(name, id, source, &weights, slot_bytes, self.0.host.clone());
         if generation.slot_bytes > self.0.config.slot_budget {
             return Err(Error::invalid(format!(
                 "adapter {name:?} needs {} bytes in a slot, more than the whole slot budget of {} bytes",
@@ -449,13 +482,41 @@ impl Registry {
             ))
             .code("adapter_too_large"));
         }
+        warnings.iter().for_each(|warning| tracing::warn!("adapter {name:?}: {warning}"));
+        generation.warnings = warnings;
         Ok((generation, weights))
     }
 
+    /// What may make an adapter useless although it can be served. Errors: it surely belongs to another base, and the settings
+    /// refuse such adapters.
+    fn check_use(&self, weights: &AdapterWeights, base: &BaseClaim) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        if let Some(mismatch) = self.0.config.base.mismatch(base) {
+            if self.0.config.strict_base && mismatch.certain {
+                let message = format!("{}; --strict-base refuses it", mismatch.message);
+                return Err(Error::invalid(message).param("source").code("adapter_of_another_base"));
+            }
+            warnings.push(mismatch.message);
+        }
+        if weights.is_zero() {
+            warnings.push(
+                "all deltas of the adapter are zero (every A or every B): it changes nothing, and probably learnt nothing".into(),
+            );
+        }
+        Ok(warnings)
+    }
+
     fn check_name(&self, name: &str) -> Result<()> {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || "._:/@-".contains(c);
-        let message = if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(allowed) {
-            format!("invalid adapter name {name:?}: it must have 1 to {MAX_NAME} characters of A-Z a-z 0-9 . _ : / @ -")
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "._:/@- ".contains(c);
+        let message = if name.trim().is_empty()
+            || name.trim() != name
+            || name.len() > MAX_NAME
+            || !name.chars().all(allowed)
+        {
+            format!(
+                "invalid adapter name {name:?}: it must have 1 to {MAX_NAME} characters of A-Z a-z 0-9 . _ : / @ -, and spaces \
+                 only between them"
+            )
         } else if self.0.config.reserved_names.iter().any(|reserved| reserved == name) {
             format!("{name:?} is the name of the base model")
         } else {
@@ -479,7 +540,7 @@ impl Registry {
     }
 
     /// Writes the manifest. A failure is logged and does not affect the adapters being served.
-    fn save(&self) {
+    pub(super) fn save(&self) {
         let Some(manifest) = &self.0.manifest else { return };
         let manifest = manifest.lock().unwrap_or_else(PoisonError::into_inner);
         let entries: Vec<ManifestEntry> = {
@@ -497,38 +558,4 @@ impl Registry {
             tracing::error!("the adapter manifest is out of date: {e}");
         }
     }
-}
-
-impl NameTable {
-    fn find(&self, name: &str) -> Result<&Arc<Generation>> {
-        self.loaded.get(name).ok_or_else(|| not_found(name))
-    }
-}
-
-/// Holds the lock of a name that is being loaded, and removes it from the table once no load needs it.
-struct NameLock<'a> {
-    inner: &'a RegistryInner,
-    name: &'a str,
-    lock: Arc<tokio::sync::Mutex<()>>,
-}
-
-impl<'a> NameLock<'a> {
-    fn new(inner: &'a RegistryInner, name: &'a str) -> Self {
-        let mut loading = inner.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        Self { inner, name, lock: loading.entry(name.to_owned()).or_default().clone() }
-    }
-}
-
-impl Drop for NameLock<'_> {
-    fn drop(&mut self) {
-        let mut loading = self.inner.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        // Two references: the table's and this one.
-        if Arc::strong_count(&self.lock) == 2 {
-            loading.remove(self.name);
-        }
-    }
-}
-
-fn not_found(name: &str) -> Error {
-    Error::not_found(format!("no adapter named {name:?} is loaded")).code("adapter_not_found")
 }

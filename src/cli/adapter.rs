@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::adapter::dummy;
 use crate::arch::Module;
+use crate::bench::secrets::Secrets;
 use crate::model::weights;
 use crate::{Error, Result, hub};
 
@@ -31,7 +32,7 @@ enum AdapterCommand {
     Load {
         /// Name in requests
         name: String,
-        /// Its directory on the server's machine
+        /// Its directory, or GGUF file, on the server's machine
         source: String,
         /// Never evict it from its slot
         #[arg(long)]
@@ -132,7 +133,8 @@ impl AdapterArgs {
         }
         let body = body.map_or_else(String::new, |body| body.to_string());
         let request = request.header("content-type", "application/json").body(body);
-        let failed = |e: &dyn std::fmt::Display| Error::invalid(format!("{method} {url}: {e}"));
+        let secrets = Secrets::new([self.admin_key.clone()]);
+        let failed = |e: &dyn std::fmt::Display| Error::invalid(secrets.hide(&format!("{method} {url}: {e}")));
         let mut response = agent.run(request.map_err(|e| failed(&e))?).map_err(|e| failed(&e))?;
         let text = response.body_mut().read_to_string().map_err(|e| failed(&e))?;
         let answer = serde_json::from_str(&text).unwrap_or(Value::String(text));
@@ -158,6 +160,9 @@ fn print_list(list: &Value) {
             text("level"),
             info["pinned"]
         );
+        for warning in info["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            println!("  warning: {warning}");
+        }
     }
 }
 

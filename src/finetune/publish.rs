@@ -42,7 +42,7 @@ impl Publisher {
         let mean = sum / served.len().max(1) as f64;
         // Written such that NaN is an error.
         if served.len() == trained.len() && mean <= MAX_DIFFERENCE {
-            self.runtime.registry.publish(staged);
+            self.tokio.block_on(self.runtime.registry.publish(staged));
             return Ok(mean);
         }
         let message = format!(
@@ -57,7 +57,7 @@ impl Publisher {
     /// Publishes a checkpoint that has been compared before as `name`. Errors: it cannot be loaded.
     pub(super) fn publish(&self, name: &str, dir: &Path) -> Result<()> {
         let staged = self.load(name, dir)?;
-        self.runtime.registry.publish(staged);
+        self.tokio.block_on(self.runtime.registry.publish(staged));
         Ok(())
     }
 

@@ -74,6 +74,15 @@ impl FloatVec {
         }
     }
 
+    /// Whether every value is zero.
+    fn is_zero(&self) -> bool {
+        match self {
+            Self::F32(v) => v.iter().all(|x| *x == 0.0),
+            Self::F16(v) => v.iter().all(|x| x.to_bits() << 1 == 0),
+            Self::BF16(v) => v.iter().all(|x| x.to_bits() << 1 == 0),
+        }
+    }
+
     /// The index of the first NaN or infinity.
     pub(crate) fn first_not_finite(&self) -> Option<usize> {
         match self {
@@ -85,6 +94,13 @@ impl FloatVec {
 }
 
 impl ModuleWeights {
+    /// Whether its delta is zero for every input. DoRA's magnitudes may change the output even so.
+    fn is_zero(&self) -> bool {
+        let product = self.scale == 0.0 || self.a.is_zero() || self.b.is_zero();
+        let bias = self.bias.as_ref().is_none_or(|bias| self.scale == 0.0 || bias.is_zero());
+        product && bias && self.magnitude.is_none()
+    }
+
     /// The sum of `size` over all tensors.
     fn total(&self, size: impl Fn(&FloatVec) -> usize) -> usize {
         [Some(&self.a), Some(&self.b), self.bias.as_ref(), self.magnitude.as_ref()]
@@ -99,6 +115,11 @@ impl AdapterWeights {
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
         self.modules.iter().map(|m| m.total(FloatVec::bytes)).sum()
+    }
+
+    /// Whether the adapter changes nothing: the delta of every module is zero.
+    pub(crate) fn is_zero(&self) -> bool {
+        self.modules.iter().all(ModuleWeights::is_zero)
     }
 
     /// Whether any module has DoRA's magnitudes. Such an adapter is exclusive: it cannot be mixed with others or weighted.

@@ -1,7 +1,5 @@
 //! Reads the base model and the adapters that the settings name.
 
-use std::path::Path;
-
 use candle_core::Device;
 
 use super::progress::LoadProgress;
@@ -51,8 +49,7 @@ impl BaseModel {
 /// Loads the adapters of `--adapters`, `--adapter` and the manifest. An adapter that `--adapter` names must load; the
 /// failures of others are logged.
 pub(super) async fn load_adapters(config: &ServeConfig, registry: &Registry) -> Result<()> {
-    let default = Path::new("adapters");
-    if let Some(dir) = config.adapters.as_deref().or(default.is_dir().then_some(default)) {
+    if let Some(dir) = config.adapters_dir() {
         registry.load_directory(dir).await?;
     }
     for NamedPath { name, path } in &config.adapter {

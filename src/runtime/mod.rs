@@ -8,13 +8,14 @@ mod load;
 pub(crate) mod memory;
 mod progress;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use candle_core::Device;
 
+use crate::adapter::ServedBase;
 use crate::adapter::registry::{Registry, RegistryConfig};
 use crate::adapter::tiers::Tiers;
 use crate::arch::ModelConfig;
@@ -83,6 +84,14 @@ impl BaseInfo {
             weight_bytes: weights.bytes(),
             step_bytes: weights.step_bytes(),
         }
+    }
+
+    /// What adapters' claims about their base are compared with: the model's own name, its file's, and those that it is served
+    /// under.
+    fn identity(&self) -> ServedBase {
+        let stem = self.files.path().file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let names = std::iter::once(self.files.name.clone()).chain(self.names.clone()).chain(stem);
+        ServedBase { names: names.collect(), fingerprint: self.fingerprint.clone() }
     }
 
     /// The name in responses.
@@ -173,10 +182,13 @@ fn registry_config(config: &ServeConfig, base: &BaseInfo, checkpoint_root: Optio
         device: base.device.clone(),
         adapter_root: config.adapter_root.clone(),
         checkpoint_root,
+        directory: config.adapters_dir().map(Path::to_owned),
         state_dir: config.state_dir.clone(),
         host_budget: config.host_adapter_memory,
         slot_budget: config.adapter_memory,
         reserved_names: base.names.clone(),
+        base: base.identity(),
+        strict_base: config.strict_base,
     }
 }
 

@@ -98,7 +98,8 @@ pub(super) async fn vllm_load(
                  'load_inplace' to True."
             ))),
             Err(e) if e.kind == ErrorKind::NotFound => {
-                Err(Error::not_found(format!("Loading lora {name} failed: No adapter found for {path}")))
+                let message = format!("Loading lora {name} failed: No adapter found for {path} ({})", e.message);
+                Err(Error::not_found(message))
             }
             Err(e) => Err(e),
         }

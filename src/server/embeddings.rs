@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
 use super::openai::{PromptInput, prompts};
-use super::select_adapter::{AdapterSelection, LeasedAdapters};
+use super::select_adapter::LeasedAdapters;
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
 use crate::engine::request::{Event, FinishReason, Pooling, Request, SamplingParams};
@@ -108,8 +108,7 @@ pub(super) async fn embeddings(
     let body = Fields::of_body(&body)?;
     refuse_messages(&body)?;
     fields::check_only(&body, FIELDS)?;
-    let selection = AdapterSelection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
-    let adapters = selection.lease(&serving.registry)?;
+    let adapters = LeasedAdapters::select(&body, &serving.base.names, &serving.registry).await?;
     let label = adapters.label.clone();
     let answer = async {
         let params = EmbeddingParams::parse(&body, &serving)?;

@@ -85,11 +85,14 @@ pub(super) fn no_model(id: &str) -> Error {
 }
 
 fn base_card(app: &App, serving: &Serving, name: &str) -> Value {
-    card(serving, name, unix_seconds(app.started), json!(serving.base.files.path()), Value::Null)
+    card(serving, name, unix_seconds(app.started), json!(serving.base.files.name), Value::Null)
 }
 
 fn adapter_card(serving: &Serving, info: &AdapterInfo) -> Value {
-    card(serving, &info.name, unix_seconds(info.loaded_at), json!(info.source), json!(serving.base.name()))
+    let mut card =
+        card(serving, &info.name, unix_seconds(info.loaded_at), json!(info.source), json!(serving.base.name()));
+    card["warnings"] = json!(info.warnings);
+    card
 }
 
 /// vLLM's model card.

@@ -9,7 +9,7 @@ use super::extract::JsonBody;
 use super::generate::{self, CheckedRequest};
 use super::params::{self, COMMON_FIELDS, CommonParams, MAX_TOP_LOGPROBS};
 use super::response::{EchoedPrompt, Endpoint};
-use super::select_adapter::AdapterSelection;
+use super::select_adapter::LeasedAdapters;
 use super::structured::STRUCTURED_FIELDS;
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
@@ -71,8 +71,7 @@ async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Resp
     };
     let known = [COMMON_FIELDS, STRUCTURED_FIELDS, &own, IGNORED].concat();
     fields::check_unknown(&body, &known)?;
-    let selection = AdapterSelection::parse(&body, &serving.base.names, |name| serving.registry.get(name).is_ok())?;
-    let adapters = selection.lease(&serving.registry)?;
+    let adapters = LeasedAdapters::select(&body, &serving.base.names, &serving.registry).await?;
     let label = adapters.label.clone();
     let parsed = match endpoint {
         Endpoint::Completion => ParsedRequest::completion(&body, &serving),

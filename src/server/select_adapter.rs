@@ -13,7 +13,7 @@ const MAX_TERMS: usize = 8;
 
 /// The adapters that a request names. No lease is taken yet.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum AdapterSelection {
+enum AdapterSelection {
     /// The base model alone.
     Base,
     /// One adapter at weight 1.
@@ -35,10 +35,19 @@ pub(super) struct LeasedAdapters {
     pub(super) label: String,
 }
 
+impl LeasedAdapters {
+    /// Reads `adapter` and `model` of a request and takes the leases. An adapter that is not loaded and lies in the adapters
+    /// directory is loaded first. Errors: those of [`AdapterSelection::parse`] and [`AdapterSelection::lease`].
+    pub(super) async fn select(body: &Fields<'_>, base_names: &[String], registry: &Registry) -> Result<Self> {
+        AdapterSelection::parse(body, base_names, |name| registry.offers(name))?.lease(registry).await
+    }
+}
+
 impl AdapterSelection {
-    /// Reads `adapter` and `model`. `base_names` are the names of the base; `exists` tells whether an adapter is loaded.
+    /// Reads `adapter` and `model`. `base_names` are the names of the base; `exists` tells whether an adapter is loaded or can
+    /// be.
     /// Errors: `NotFound` for a `model` that is neither base nor adapter; `Invalid` if the two fields disagree.
-    pub(super) fn parse(body: &Fields, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Self> {
+    fn parse(body: &Fields, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<Self> {
         let by_adapter = body.get("adapter").map(parse_adapter).transpose()?;
         let by_model = match body.string("model")? {
             None => None,
@@ -58,20 +67,24 @@ impl AdapterSelection {
         }
     }
 
-    /// Takes the leases. Errors: `NotFound` names an adapter that is not loaded.
-    pub(super) fn lease(&self, registry: &Registry) -> Result<LeasedAdapters> {
-        let one = |name: &str| registry.lease(name).map_err(|e| e.param("adapter"));
+    /// Takes the leases. An adapter that lies in the adapters directory is loaded first. Errors: `NotFound` names an adapter that
+    /// is in neither place; those of the load.
+    async fn lease(&self, registry: &Registry) -> Result<LeasedAdapters> {
+        let one = async |name: &str| registry.lease_or_load(name).await.map_err(|e| e.param("adapter"));
         Ok(match self {
             Self::Base => {
                 LeasedAdapters { terms: vec![], adapter: Value::Null, generation: Value::Null, label: String::new() }
             }
             Self::One(name) => {
-                let lease = one(name)?;
+                let lease = one(name).await?;
                 let generation = json!(lease.id);
                 LeasedAdapters { terms: vec![(lease, 1.0)], adapter: json!(name), generation, label: name.clone() }
             }
             Self::Sum(terms) => {
-                let leases = terms.iter().map(|(n, w)| Ok((one(n)?, *w as f32))).collect::<Result<Vec<_>>>()?;
+                let mut leases = Vec::with_capacity(terms.len());
+                for (name, weight) in terms {
+                    leases.push((one(name).await?, *weight as f32));
+                }
                 LeasedAdapters {
                     adapter: terms.iter().map(|(name, weight)| json!({"name": name, "weight": weight})).collect(),
                     generation: leases.iter().map(|(lease, _)| json!(lease.id)).collect(),

@@ -9,7 +9,7 @@ use super::SharedApp;
 use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
 use super::params::token_ids;
-use super::select_adapter::AdapterSelection;
+use super::select_adapter::LeasedAdapters;
 use crate::fields::{self, Fields};
 use crate::text::codec::TextCodec;
 use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt, with_tools_in_system_message};
@@ -37,7 +37,7 @@ pub(super) async fn tokenize(
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
     fields::check_only(&body, &[TOKENIZE_FIELDS, CHAT_PROMPT_FIELDS, TOOL_FIELDS].concat())?;
-    check_model(&body, serving)?;
+    check_model(&body, serving).await?;
     let request = TokenizeRequest::parse(&body)?;
     let (codec, limit) = (serving.codec.clone(), serving.limits().max_model_len);
     let work = tokio::task::spawn_blocking(move || request.answer(&codec, limit));
@@ -45,9 +45,8 @@ pub(super) async fn tokenize(
 }
 
 /// Refuses a model or an adapter that is not loaded. All have the same tokenizer.
-fn check_model(body: &Fields, serving: &Serving) -> Result<()> {
-    let exists = |name: &str| serving.registry.get(name).is_ok();
-    AdapterSelection::parse(body, &serving.base.names, exists)?.lease(&serving.registry).map(drop)
+async fn check_model(body: &Fields<'_>, serving: &Serving) -> Result<()> {
+    LeasedAdapters::select(body, &serving.base.names, &serving.registry).await.map(drop)
 }
 
 /// The fields of the tools of a chat.
@@ -175,7 +174,7 @@ pub(super) async fn detokenize(
     let serving = app.serving()?;
     let body = Fields::of_body(&body)?;
     fields::check_only(&body, &["model", "adapter", "tokens"])?;
-    check_model(&body, serving)?;
+    check_model(&body, serving).await?;
     let tokens = body.required("tokens", body.array("tokens")?, "an array of token ids")?;
     let ids = token_ids(tokens, "tokens", serving.codec.vocab_size())?;
     Ok(Json(json!({"prompt": serving.codec.decode(&ids, false)?})))

@@ -4,9 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use quiver::adapter::ServedBase;
 use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::error::ErrorKind;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Draft, fixture, small_bytes, tiny_model};
 
@@ -69,7 +70,7 @@ async fn load_get_list_unload() {
 async fn bad_names_and_sources() {
     let registry = open(RegistryConfig { reserved_names: vec!["the-base".into()], ..config() });
     let long = "x".repeat(257);
-    for name in ["", "a b", "a,b", "the-base", "ü", "a\n", "a+b", &long] {
+    for name in ["", " a", "a,b", "the-base", "ü", "a\n", "a+b", &long] {
         let error = registry.load(name, text(&fixture("qv-r4")), LoadOptions::default()).await.unwrap_err();
         assert_eq!((error.kind, error.code), (ErrorKind::Invalid, Some("adapter_name_invalid")), "{name:?}");
     }
@@ -346,4 +347,138 @@ async fn directory_and_manifest_together() {
         assert!(registry.get("a").unwrap().pinned, "its pin came back, though it lies outside the root");
         assert_eq!(registry.get("b").unwrap().generation, replaced);
     }
+}
+
+/// An adapter of [`Draft::small`] that names a base.
+fn write_of_base(dir: &Path, base: Value) -> String {
+    let mut draft = Draft::small(&tiny_model(), 1);
+    for (key, value) in base.as_object().unwrap() {
+        draft.config[key] = value.clone();
+    }
+    draft.write(dir);
+    text(dir).to_owned()
+}
+
+#[tokio::test]
+async fn adapters_of_another_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = ServedBase { names: vec!["org/tiny".into()], fingerprint: "f00d".into() };
+    let config = || RegistryConfig { base: base.clone(), ..config() };
+    let (lenient, strict) = (open(config()), open(RegistryConfig { strict_base: true, ..config() }));
+    for (claim, warned, refused) in [
+        (json!({}), None, false),
+        (json!({"base_model_name_or_path": "unsloth/Tiny-bnb-4bit"}), None, false),
+        (json!({"base_model_name_or_path": "org/huge"}), Some("\"org/huge\""), true),
+        (json!({"base_model_name_or_path": "/data/run-7/merged"}), Some("\"/data/run-7/merged\""), false),
+        (json!({"base_model_name_or_path": "x", "quiver": {"base_fingerprint": "f00d"}}), None, false),
+        (
+            json!({"base_model_name_or_path": "tiny", "quiver": {"base_fingerprint": "beef"}}),
+            Some("other weights"),
+            true,
+        ),
+    ] {
+        let source = write_of_base(&dir.path().join("a"), claim.clone());
+        let info = lenient.load("a", &source, LoadOptions::REPLACE).await.unwrap();
+        assert_eq!(info.warnings.len(), usize::from(warned.is_some()), "{claim}: {:?}", info.warnings);
+        warned.iter().for_each(|part| assert!(info.warnings[0].contains(part), "{:?}", info.warnings));
+        assert_eq!(lenient.get("a").unwrap().warnings, info.warnings);
+        let error = strict.load("a", &source, LoadOptions::REPLACE).await.err();
+        assert_eq!(error.as_ref().and_then(|e| e.code), refused.then_some("adapter_of_another_base"), "{claim}");
+        std::fs::remove_dir_all(dir.path().join("a")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_adapter_without_effect() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = open(RegistryConfig { strict_base: true, ..config() });
+    let zero = |half: &str, alpha: f64| {
+        let mut draft = Draft::small(&tiny_model(), 1);
+        draft.config["lora_alpha"] = json!(alpha);
+        for (name, (_, _, bytes)) in &mut draft.tensors {
+            if name.contains(half) {
+                bytes.fill(0);
+            }
+        }
+        draft
+    };
+    for (draft, warned) in [
+        (zero("lora_B", 16.0), true),
+        (zero("lora_A", 16.0), true),
+        (zero("-", 0.0), true),
+        (zero("layers.0", 16.0), false),
+    ] {
+        draft.write(dir.path());
+        let info = registry.load("a", text(dir.path()), LoadOptions::REPLACE).await.unwrap();
+        let told = info.warnings.iter().any(|warning| warning.contains("all deltas of the adapter are zero"));
+        assert_eq!(told, warned, "{:?}", info.warnings);
+    }
+}
+
+/// A folder that is put into the adapters directory while the server runs.
+#[tokio::test]
+async fn on_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapters = dir.path().join("adapters");
+    write_small(&adapters.join("at start"), 1);
+    let registry = open(RegistryConfig { directory: Some(adapters.clone()), ..config() });
+    registry.load_directory(&adapters).await.unwrap();
+    assert_eq!(registry.list().iter().map(|i| i.name.clone()).collect::<Vec<_>>(), ["at start"]);
+    let loads = || registry.stats().loads.load(Relaxed);
+    let failures = || registry.stats().load_failures.load(Relaxed);
+
+    write_small(&adapters.join("late"), 2);
+    assert!(registry.offers("late") && registry.get("late").is_err());
+    let tasks: Vec<_> = (0..8).map(|_| (registry.clone(), "late")).collect();
+    let leases = futures::future::join_all(tasks.iter().map(|(registry, name)| registry.lease_or_load(name))).await;
+    assert!(leases.iter().all(|lease| lease.as_ref().unwrap().key() == leases[0].as_ref().unwrap().key()));
+    assert_eq!((loads(), failures()), (2, 0), "they loaded it once");
+
+    // A broken one is that request's error, by name, and is not read again for each request.
+    std::fs::create_dir(adapters.join("broken")).unwrap();
+    std::fs::write(adapters.join("broken/adapter_config.json"), "{}").unwrap();
+    for _ in 0..3 {
+        let error = registry.lease_or_load("broken").await.err().unwrap();
+        assert_eq!((error.kind, error.code), (ErrorKind::Invalid, Some("adapter_invalid")));
+        assert!(error.message.contains("\"broken\""), "{error}");
+    }
+    assert_eq!(failures(), 1);
+
+    // No name leads out of the directory.
+    write_small(&dir.path().join("outside"), 3);
+    write_small(&adapters.join(".hidden"), 4);
+    write_small(&adapters.join("a/b"), 5);
+    for name in
+        ["../outside", "..", ".", "", "a/b", ".hidden", "a\\b", "\0", "nowhere", text(&dir.path().join("outside"))]
+    {
+        assert!(!registry.offers(name), "{name}");
+        assert_eq!(registry.lease_or_load(name).await.err().unwrap().code, Some("adapter_not_found"), "{name}");
+    }
+    // What was unloaded stays unloaded until it is loaded again.
+    drop(leases);
+    registry.unload("late").unwrap();
+    assert_eq!(registry.lease_or_load("late").await.err().unwrap().code, Some("adapter_not_found"));
+    registry.load("late", text(&adapters.join("late")), LoadOptions::default()).await.unwrap();
+    registry.lease_or_load("late").await.unwrap();
+    // Without a directory, nothing is looked for.
+    assert!(open(config()).lease_or_load("late").await.is_err());
+}
+
+/// Publishing a checkpoint keeps the pin of its name, and is counted as a load.
+#[tokio::test]
+async fn a_published_name_stays_pinned() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = small_bytes(&tiny_model());
+    let registry = open(RegistryConfig { slot_budget: bytes * 3 / 2, ..config() });
+    let (first, second) = (write_small(&dir.path().join("1"), 1), write_small(&dir.path().join("2"), 2));
+    registry.load("a", &first, LoadOptions { pinned: true, replace: false }).await.unwrap();
+    let staged = registry.load_unpublished("a", &second).await.unwrap();
+    assert_eq!(registry.stats().loads.load(Relaxed), 2);
+    assert!(registry.load_unpublished("a", text(&dir.path().join("3"))).await.is_err());
+    assert_eq!(registry.stats().load_failures.load(Relaxed), 1);
+    assert!(registry.publish(staged).await.pinned);
+    assert!(registry.get("a").unwrap().pinned);
+    // A new name is not pinned.
+    let staged = registry.load_unpublished("b", &first).await.unwrap();
+    assert!(!registry.publish(staged).await.pinned);
 }

@@ -41,7 +41,7 @@ impl SmolLm2 {
             state_dir: None,
             host_budget: 1 << 30,
             slot_budget,
-            reserved_names: Vec::new(),
+            ..RegistryConfig::default()
         };
         let registry = Registry::new(Arc::new(weights.config.clone()), config).expect("a registry");
         let model = Decoder::new(weights).expect("a model");

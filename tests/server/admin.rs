@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::harness::{Answer, BASE, Options, Server};
+use crate::harness::{Answer, BASE, Options, Server, write_adapter};
 
 fn vllm_error(answer: &Answer) -> (u16, String, String) {
     let error = answer.json()["error"].clone();
@@ -96,7 +96,10 @@ fn vllm_bodies_and_statuses() {
     let missing = server.adapter("nowhere");
     let (status, kind, message) = vllm_error(&load(json!({"lora_name": "x", "lora_path": missing})));
     assert_eq!((status, kind.as_str()), (404, "NotFoundError"));
-    assert_eq!(message, format!("Loading lora x failed: No adapter found for {missing}"));
+    assert!(
+        message.starts_with(&format!("Loading lora x failed: No adapter found for {missing} (no adapter in ")),
+        "{message}"
+    );
 }
 
 #[test]
@@ -131,5 +134,69 @@ fn without_an_admin_key_only_this_machine() {
         let (status, _, _, code) = server.send("GET", "/admin/adapters", &[(header, "10.0.0.1")], b"").error();
         assert_eq!((status, code), (403, json!("admin_forbidden")), "{header}");
         assert_eq!(server.send("GET", "/v1/models", &[(header, "10.0.0.1")], b"").status, 200, "{header}");
+    }
+}
+
+/// An adapter that names another base, or changes nothing, is served with a warning wherever it is shown.
+#[test]
+fn warnings_are_shown() {
+    let server = Server::start();
+    let path = server.dir.path().join("spare/adapter_config.json");
+    let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    config["base_model_name_or_path"] = json!("org/another");
+    config["lora_alpha"] = json!(0);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let loaded = server.send(
+        "PUT",
+        "/admin/adapters/odd one",
+        &[],
+        json!({"source": server.adapter("spare")}).to_string().as_bytes(),
+    );
+    assert_eq!(loaded.status, 400, "a raw space does not belong in a path");
+    let loaded = server.send(
+        "PUT",
+        "/admin/adapters/odd%20one",
+        &[],
+        json!({"source": server.adapter("spare")}).to_string().as_bytes(),
+    );
+    assert_eq!(loaded.status, 200, "{}", loaded.text);
+    for shown in
+        [loaded.json(), server.get("/admin/adapters/odd%20one").json(), server.get("/v1/models/odd%20one").json()]
+    {
+        let warnings = shown["warnings"].as_array().expect("a list");
+        assert_eq!(warnings.len(), 2, "{shown}");
+        assert!(
+            warnings[0].as_str().unwrap().contains("\"org/another\"") && warnings[0].as_str().unwrap().contains(BASE)
+        );
+        assert!(warnings[1].as_str().unwrap().contains("zero"), "{shown}");
+    }
+    let cards = server.get("/v1/models").json()["data"].clone();
+    assert_eq!((&cards[0]["root"], cards[0].get("warnings")), (&json!(BASE), None), "the base's root is no path");
+    assert_eq!(cards[1]["warnings"], json!([]));
+}
+
+/// vLLM's `lora_filesystem_resolver`: a folder in the adapters directory is served to the request that names it.
+#[test]
+fn an_adapter_put_into_the_directory_later() {
+    let server = Server::with(Options { adapters_dir: true, ..Options::default() });
+    assert_eq!(server.get("/admin/adapters/spare").status, 404);
+    assert_eq!(server.complete(json!({"prompt": ".", "model": "spare", "max_tokens": 1})), "A");
+    write_adapter(&server.dir.path().join("late one"), 0.7);
+    assert_eq!(server.complete(json!({"prompt": ".", "adapter": "late one", "max_tokens": 1})), "A");
+    assert_eq!(server.get("/admin/adapters/late%20one").json()["rank"], 2);
+    write_adapter(&server.dir.path().join("c"), 0.7);
+    let sum = json!([{"name": "a"}, {"name": "c", "weight": 0.5}]);
+    assert_eq!(server.complete(json!({"prompt": ".", "adapter": sum, "max_tokens": 1})), "0");
+
+    std::fs::create_dir(server.dir.path().join("broken")).unwrap();
+    std::fs::write(server.dir.path().join("broken/adapter_config.json"), "{\"peft_type\": \"IA3\"}").unwrap();
+    for field in ["model", "adapter"] {
+        let (status, message, param, code) =
+            server.post("/v1/completions", json!({"prompt": ".", field: "broken"})).error();
+        assert_eq!((status, param, code), (400, json!("adapter"), json!("adapter_unsupported")), "{message}");
+        assert!(message.contains("\"broken\"") && message.contains("IA3"), "{message}");
+    }
+    for name in ["../a", "gone", ".", "state/../a"] {
+        assert_eq!(server.post("/v1/completions", json!({"prompt": ".", "model": name})).error().0, 404, "{name}");
     }
 }

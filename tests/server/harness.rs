@@ -15,9 +15,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use quiver::adapter::Lease;
 use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
+use quiver::adapter::{Lease, ServedBase};
 use quiver::arch::{ModelConfig, RopeScaling};
 use quiver::engine::{Engine, EngineConfig, InFlightStep, Runner};
 use quiver::finetune::context::JobContext;
@@ -139,6 +139,8 @@ pub struct Options {
     pub loaded: bool,
     /// Where files and jobs are kept, for tests of restarts.
     pub state: Option<PathBuf>,
+    /// Whether [`Server::dir`] is the adapters directory.
+    pub adapters_dir: bool,
 }
 
 impl Default for Options {
@@ -154,6 +156,7 @@ impl Default for Options {
             drain_timeout: Duration::from_secs(5),
             loaded: true,
             state: None,
+            adapters_dir: false,
         }
     }
 }
@@ -220,6 +223,8 @@ impl Server {
                 host_budget: 1 << 20,
                 state_dir: options.state.clone(),
                 reserved_names: vec![BASE.into()],
+                base: ServedBase { names: vec![BASE.into()], fingerprint: "of the base".into() },
+                directory: options.adapters_dir.then(|| dir.path().to_owned()),
                 ..RegistryConfig::default()
             },
         )
