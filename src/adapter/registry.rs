@@ -203,11 +203,6 @@ impl Registry {
         Tiers::new(self.0.model.clone(), self.0.host.clone(), &self.0.config.device, self.0.config.slot_budget)
     }
 
-    /// Bytes that adapters in slots may take.
-    pub fn slot_budget(&self) -> usize {
-        self.0.config.slot_budget
-    }
-
     /// How many adapters of rank 16 on all modules of the decoder blocks fit into the slots, at least 1. Slots have a budget of
     /// bytes and no number; this one does not change while the server runs.
     pub fn nominal_slots(&self) -> usize {

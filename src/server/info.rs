@@ -47,7 +47,7 @@ pub(super) async fn metrics(State(app): State<SharedApp>) -> Result<Response, Er
             stats: serving.engine.stats(),
             adapters: &serving.registry.list(),
             tiers: serving.registry.stats(),
-            slot_budget: serving.registry.slot_budget(),
+            nominal_slots: serving.registry.nominal_slots(),
             block_size: serving.limits().block_size,
             jobs: &serving.jobs.gauges(),
         }))?,

@@ -43,6 +43,11 @@ fn counts_by_adapter_and_under_vllms_names() {
         ("vllm:inter_token_latency_seconds_count".to_owned() + engine, 14.0),
         ("vllm:e2e_request_latency_seconds_count".to_owned() + engine, 3.0),
         ("vllm:request_queue_time_seconds_count".to_owned() + engine, 3.0),
+        ("vllm:request_prompt_tokens_sum".to_owned() + engine, 6.0),
+        ("vllm:request_generation_tokens_sum".to_owned() + engine, 18.0),
+        ("vllm:request_prefill_time_seconds_count".to_owned() + engine, 3.0),
+        ("vllm:request_decode_time_seconds_count".to_owned() + engine, 3.0),
+        ("vllm:request_time_per_output_token_seconds_count".to_owned() + engine, 3.0),
         ("vllm:num_preemptions_total".to_owned() + engine, 0.0),
         (
             "vllm:cache_config_info{block_size=\"16\",engine=\"0\",model_name=\"org/base\",num_gpu_blocks=\"256\"}"

@@ -1,7 +1,9 @@
 //! The metric families: every Prometheus name with its help and its labels, once.
 
 use prometheus::core::Collector;
-use prometheus::{Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::{
+    Counter, CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+};
 
 use crate::finetune::jobs::JobGauge;
 use crate::{Error, Result};
@@ -12,6 +14,10 @@ const REQUEST_SECONDS: &[f64] =
 
 /// Bucket bounds of the inter-token histograms, seconds.
 const TOKEN_SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5];
+
+/// Bucket bounds of the histograms of tokens per sequence.
+const REQUEST_TOKENS: &[f64] =
+    &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5];
 
 /// Label of requests by their adapter: empty for the base, names joined by `+` for a sum.
 const ADAPTER: &[&str] = &["adapter"];
@@ -40,15 +46,19 @@ impl Registrar<'_> {
         self.add(IntCounterVec::new(Opts::new(name, help), labels))
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<Gauge> {
-        self.add(Gauge::new(name, help))
+    fn seconds_counter(&self, name: &str, help: &str) -> Result<Counter> {
+        self.add(Counter::new(name, help))
+    }
+
+    fn seconds_counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<CounterVec> {
+        self.add(CounterVec::new(Opts::new(name, help), labels))
     }
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec> {
         self.add(GaugeVec::new(Opts::new(name, help), labels))
     }
 
-    fn seconds(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> Result<HistogramVec> {
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> Result<HistogramVec> {
         self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
     }
 
@@ -86,20 +96,20 @@ impl RequestMetrics {
             )?,
             prompt_tokens: r.counters("quiver_prompt_tokens_total", "Prompt tokens of admitted sequences.", ADAPTER)?,
             generated_tokens: r.counters("quiver_generated_tokens_total", "Tokens generated.", ADAPTER)?,
-            first_token: r.seconds(
+            first_token: r.histogram(
                 "quiver_time_to_first_token_seconds",
                 "From arrival to the first token.",
                 REQUEST_SECONDS,
                 ADAPTER,
             )?,
-            inter_token: r.seconds("quiver_inter_token_seconds", "Between tokens.", TOKEN_SECONDS, ADAPTER)?,
-            request: r.seconds(
+            inter_token: r.histogram("quiver_inter_token_seconds", "Between tokens.", TOKEN_SECONDS, ADAPTER)?,
+            request: r.histogram(
                 "quiver_request_seconds",
                 "From arrival to the last token.",
                 REQUEST_SECONDS,
                 ADAPTER,
             )?,
-            queue: r.seconds("quiver_queue_seconds", "From arrival to the first step.", REQUEST_SECONDS, ADAPTER)?,
+            queue: r.histogram("quiver_queue_seconds", "From arrival to the first step.", REQUEST_SECONDS, ADAPTER)?,
             errors: r.counters("quiver_errors_total", "Requests answered with an error.", &["kind", "adapter"])?,
         })
     }
@@ -110,7 +120,7 @@ pub(super) struct AdapterMetrics {
     pub(super) count: GaugeVec,
     pub(super) bytes: GaugeVec,
     pub(super) loads: IntCounterVec,
-    pub(super) load_seconds: Gauge,
+    pub(super) load_seconds: Counter,
     pub(super) slot_loads: IntCounter,
     pub(super) disk_reads: IntCounter,
     pub(super) evictions: IntCounterVec,
@@ -122,7 +132,8 @@ impl AdapterMetrics {
             count: r.gauges("quiver_adapters", "Adapters by the tier of their weights.", &["level"])?,
             bytes: r.gauges("quiver_adapter_resident_bytes", "Bytes of adapter weights, by tier.", &["level"])?,
             loads: r.counters("quiver_adapter_loads_total", "Loads by result: ok, failed.", &["result"])?,
-            load_seconds: r.gauge("quiver_adapter_load_seconds_total", "Total time of the loads that succeeded.")?,
+            load_seconds: r
+                .seconds_counter("quiver_adapter_load_seconds_total", "Total time of the loads that succeeded.")?,
             slot_loads: r.counter("quiver_adapter_slot_loads_total", "Adapters brought into a slot.")?,
             disk_reads: r.counter("quiver_adapter_disk_reads_total", "Slot loads that read the disk again.")?,
             evictions: r.counters("quiver_adapter_evictions_total", "Evictions of adapters, by tier.", &["level"])?,
@@ -134,7 +145,7 @@ impl AdapterMetrics {
 pub(super) struct EngineMetrics {
     pub(super) steps: IntCounter,
     pub(super) time_slices: IntCounter,
-    pub(super) busy_seconds: GaugeVec,
+    pub(super) busy_seconds: CounterVec,
 }
 
 impl EngineMetrics {
@@ -142,7 +153,7 @@ impl EngineMetrics {
         Ok(Self {
             steps: r.counter("quiver_steps_total", "Forward passes.")?,
             time_slices: r.counter("quiver_train_slices_total", "Time slices of training on the engine's thread.")?,
-            busy_seconds: r.gauges(
+            busy_seconds: r.seconds_counters(
                 "quiver_engine_busy_seconds_total",
                 "Time of the engine's thread by its work: serve, train.",
                 &["work"],
@@ -209,12 +220,18 @@ pub(super) struct VllmMetrics {
     pub(super) inter_token: HistogramVec,
     pub(super) request: HistogramVec,
     pub(super) queue: HistogramVec,
+    pub(super) prefill: HistogramVec,
+    pub(super) decode: HistogramVec,
+    pub(super) per_token: HistogramVec,
+    pub(super) request_prompt: HistogramVec,
+    pub(super) request_generation: HistogramVec,
     pub(super) lora: GaugeVec,
 }
 
 impl VllmMetrics {
     pub(super) fn register(r: &Registrar) -> Result<Self> {
-        let latency = |name, help| r.seconds(name, help, REQUEST_SECONDS, ENGINE);
+        let latency = |name, help| r.histogram(name, help, REQUEST_SECONDS, ENGINE);
+        let tokens = |name, help| r.histogram(name, help, REQUEST_TOKENS, ENGINE);
         Ok(Self {
             running: r.gauges("vllm:num_requests_running", "Sequences in the running set.", ENGINE)?,
             waiting: r.gauges("vllm:num_requests_waiting", "Sequences in the queue.", ENGINE)?,
@@ -235,9 +252,19 @@ impl VllmMetrics {
                 &["model_name", "engine", "finished_reason"],
             )?,
             first_token: latency("vllm:time_to_first_token_seconds", "From arrival to the first token.")?,
-            inter_token: r.seconds("vllm:inter_token_latency_seconds", "Between tokens.", TOKEN_SECONDS, ENGINE)?,
+            inter_token: r.histogram("vllm:inter_token_latency_seconds", "Between tokens.", TOKEN_SECONDS, ENGINE)?,
             request: latency("vllm:e2e_request_latency_seconds", "From arrival to the last token.")?,
             queue: latency("vllm:request_queue_time_seconds", "From arrival to the first step.")?,
+            prefill: latency("vllm:request_prefill_time_seconds", "From the first step to the first token.")?,
+            decode: latency("vllm:request_decode_time_seconds", "From the first token to the last.")?,
+            per_token: r.histogram(
+                "vllm:request_time_per_output_token_seconds",
+                "Decode time of a sequence over its tokens after the first.",
+                TOKEN_SECONDS,
+                ENGINE,
+            )?,
+            request_prompt: tokens("vllm:request_prompt_tokens", "Prompt tokens of a sequence that ended.")?,
+            request_generation: tokens("vllm:request_generation_tokens", "Tokens generated by a sequence that ended.")?,
             lora: r.gauges(
                 "vllm:lora_requests_info",
                 "Unix time; labels list the adapters resident in slots and those that requests wait for.",

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use prometheus::{IntCounter, Registry, TextEncoder};
+use prometheus::{Counter, IntCounter, Registry, TextEncoder};
 
 use crate::adapter::registry::AdapterInfo;
 use crate::adapter::tiers::TierStats;
@@ -52,8 +52,8 @@ pub(super) struct ScrapeInput<'a> {
     pub(super) adapters: &'a [AdapterInfo],
     /// The counters of the adapters' tiers.
     pub(super) tiers: &'a TierStats,
-    /// Bytes that slots may take.
-    pub(super) slot_budget: usize,
+    /// Adapters of a usual size that fit into the slots.
+    pub(super) nominal_slots: usize,
     /// Tokens of a KV block.
     pub(super) block_size: usize,
     /// Fine-tuning jobs.
@@ -113,7 +113,7 @@ impl Metrics {
         catch_up(&self.engine.steps, &stats.steps);
         catch_up(&self.engine.time_slices, &stats.background_slices);
         for (work, micros) in [("serve", &stats.serving_micros), ("train", &stats.background_micros)] {
-            self.engine.busy_seconds.with_label_values(&[work]).set(read(micros) as f64 / 1e6);
+            catch_up_seconds(&self.engine.busy_seconds.with_label_values(&[work]), micros);
         }
     }
 
@@ -127,7 +127,7 @@ impl Metrics {
         adapters.bytes.with_label_values(&["host"]).set(read(&tiers.host_bytes) as f64);
         catch_up(&adapters.loads.with_label_values(&["ok"]), &tiers.loads);
         catch_up(&adapters.loads.with_label_values(&["failed"]), &tiers.load_failures);
-        adapters.load_seconds.set(read(&tiers.load_micros) as f64 / 1e6);
+        catch_up_seconds(&adapters.load_seconds, &tiers.load_micros);
         catch_up(&adapters.slot_loads, &tiers.slot_loads);
         catch_up(&adapters.disk_reads, &tiers.disk_reads);
         catch_up(&adapters.evictions.with_label_values(&["slot"]), &tiers.slot_evictions);
@@ -142,12 +142,7 @@ impl Metrics {
         let waiting: BTreeSet<&str> =
             waiting.keys().flat_map(|k| k.split('+')).filter(|n| !n.is_empty() && !resident.contains(n)).collect();
         let csv = |names: &BTreeSet<&str>| names.iter().copied().collect::<Vec<_>>().join(",");
-        // Slots have a byte budget, not a number: this many adapters of the present mean size would fit.
-        let mean = match resident.len() {
-            0 => input.adapters.iter().map(|a| a.bytes).sum::<usize>() / input.adapters.len().max(1),
-            n => read(&input.tiers.slot_bytes) as usize / n,
-        };
-        let max_lora = (input.slot_budget / mean.max(1)).max(1).to_string();
+        let max_lora = input.nominal_slots.to_string();
         self.vllm.lora.reset();
         self.vllm
             .lora
@@ -177,6 +172,11 @@ fn catch_up(counter: &IntCounter, n: &AtomicU64) {
     counter.inc_by(read(n).saturating_sub(counter.get()));
 }
 
+/// Brings a counter of seconds to a count of microseconds.
+fn catch_up_seconds(counter: &Counter, micros: &AtomicU64) {
+    counter.inc_by((read(micros) as f64 / 1e6 - counter.get()).max(0.0));
+}
+
 /// Locks a mutex. Its data is plain counters, which a panic elsewhere leaves valid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -200,6 +200,7 @@ mod tests {
             level,
             leases: 0,
             loaded_at: UNIX_EPOCH,
+            warnings: Vec::new(),
         }
     }
 
@@ -215,7 +216,7 @@ mod tests {
                 stats: &stats,
                 adapters,
                 tiers: &tiers,
-                slot_budget: 1000,
+                nominal_slots: 5,
                 block_size: 16,
                 jobs: &[],
             };
@@ -232,6 +233,8 @@ mod tests {
         );
         let _b = metrics.track("base", "b", 1, Instant::now());
         let _sum = metrics.track("base", "a+e", 1, Instant::now());
+        // The number of slots does not follow the adapters, or each change would make a new series.
+        assert!(page(&list[..1]).contains("max_lora=\"5\""));
         assert!(page(&list[..1]).ends_with("running_lora_adapters=\"a\",waiting_lora_adapters=\"b,e\"}"));
     }
 

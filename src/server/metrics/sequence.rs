@@ -19,6 +19,7 @@ pub(in crate::server) struct SequenceMetrics {
     /// For the log.
     prompt_tokens: usize,
     tokens: usize,
+    scheduled_after: Option<Duration>,
     first_token_after: Option<Duration>,
     last_token: Option<Instant>,
     /// Where it is counted as waiting, until its first token.
@@ -29,11 +30,21 @@ pub(in crate::server) struct SequenceMetrics {
     inter_token: [Histogram; 2],
     request: [Histogram; 2],
     queue: [Histogram; 2],
+    ended_sequence: EndedSequence,
     requests: IntCounterVec,
     vllm_success: IntCounterVec,
     errors: IntCounterVec,
     label: String,
     model: String,
+}
+
+/// vLLM's histograms of sequences that ended.
+struct EndedSequence {
+    prompt: Histogram,
+    generation: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    per_token: Histogram,
 }
 
 impl Metrics {
@@ -58,6 +69,7 @@ impl Metrics {
             arrived,
             prompt_tokens,
             tokens: 0,
+            scheduled_after: None,
             first_token_after: None,
             last_token: None,
             waiting: Some((self.waiting.clone(), adapter.to_owned())),
@@ -70,6 +82,13 @@ impl Metrics {
             inter_token: pair(&own.inter_token, &vllm.inter_token),
             request: pair(&own.request, &vllm.request),
             queue: pair(&own.queue, &vllm.queue),
+            ended_sequence: EndedSequence {
+                prompt: vllm.request_prompt.with_label_values(&engine),
+                generation: vllm.request_generation.with_label_values(&engine),
+                prefill: vllm.prefill.with_label_values(&engine),
+                decode: vllm.decode.with_label_values(&engine),
+                per_token: vllm.per_token.with_label_values(&engine),
+            },
             requests: own.requests.clone(),
             vllm_success: vllm.success.clone(),
             errors: own.errors.clone(),
@@ -82,7 +101,9 @@ impl Metrics {
 impl SequenceMetrics {
     /// It left the queue.
     pub(in crate::server) fn scheduled(&mut self) {
-        observe(&self.queue, self.arrived.elapsed());
+        let waited = self.arrived.elapsed();
+        self.scheduled_after = Some(waited);
+        observe(&self.queue, waited);
     }
 
     /// A token came.
@@ -109,7 +130,21 @@ impl SequenceMetrics {
     /// It ended without an error.
     pub(in crate::server) fn finish(&mut self, reason: FinishReason) {
         observe(&self.request, self.arrived.elapsed());
+        self.observe_ended();
         self.end(reason.word());
+    }
+
+    fn observe_ended(&self) {
+        let ended = &self.ended_sequence;
+        ended.prompt.observe(self.prompt_tokens as f64);
+        ended.generation.observe(self.tokens as f64);
+        let (Some(first), Some(last)) = (self.first_token_after, self.last_token) else { return };
+        let decode = (last - self.arrived).saturating_sub(first).as_secs_f64();
+        ended.prefill.observe(first.saturating_sub(self.scheduled_after.unwrap_or_default()).as_secs_f64());
+        ended.decode.observe(decode);
+        if self.tokens > 1 {
+            ended.per_token.observe(decode / (self.tokens - 1) as f64);
+        }
     }
 
     /// It failed after it was admitted.
