@@ -7,7 +7,6 @@ const ALIASES: &[(&str, &str)] = &[
     ("/api/generate", "/v1/completions"),
     ("/api/chat", "/v1/chat/completions"),
     ("/api/embed", "/v1/embeddings"),
-    ("/api/embed", "/v1/embeddings"),
     ("/api/embeddings", "/v1/embeddings"),
     ("/api/tags", "/v1/models"),
     ("/api/show", "/v1/models"),
@@ -18,7 +17,6 @@ const ALIASES: &[(&str, &str)] = &[
     ("/completion", "/v1/completions"),
     ("/embedding", "/v1/embeddings"),
     ("/props", "/tokenizer_info"),
-    ("/embedding", "/v1/embeddings"),
     ("/slots", "/metrics"),
     ("/apply-template", "/tokenize"),
     // Probes
