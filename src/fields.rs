@@ -177,35 +177,40 @@ const FOREIGN_SELECTORS: &[&str] = &[
     "adapter_source",
 ];
 
-/// Fields of other servers that are spelt almost like one of ours but mean something else.
-const NEIGHBOURS: &[&str] = &["top_a"];
+/// Limit on the names that are compared with known ones, bytes.
+const MAX_COMPARED_NAME: usize = 64;
 
 /// Accepts unknown fields, because clients send extra ones. Refuses a field that is almost certainly meant as one of `known`:
 /// misspelt, written in another case, or another server's way to select an adapter.
 pub fn check_unknown(fields: &Fields, known: &[&str]) -> Result<()> {
-    for name in fields.names().filter(|name| !known.contains(name)) {
-        let meant = if FOREIGN_SELECTORS.contains(&name) && known.contains(&"adapter") {
-            Some("adapter")
-        } else if NEIGHBOURS.contains(&name) {
-            None
-        } else {
-            known.iter().find(|k| misspelt(name, k)).copied()
-        };
-        if let Some(meant) = meant {
-            let path = fields.path_of(name);
-            return Err(Error::invalid(format!("unknown field `{path}`: did you mean `{}`?", fields.path_of(meant)))
-                .param(path)
-                .code("unknown_field"));
-        }
+    let meant = |name| meant(name, known).map(|meant| (name, meant));
+    match fields.names().filter(|name| !known.contains(name)).find_map(meant) {
+        Some((name, meant)) => Err(misspelt_field(fields, name, meant)),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// The error for a field that was meant as another.
+pub fn misspelt_field(fields: &Fields, name: &str, meant: &str) -> Error {
+    let path = fields.path_of(name);
+    Error::invalid(format!("unknown field `{path}`: did you mean `{}`?", fields.path_of(meant)))
+        .param(path)
+        .code("unknown_field")
+}
+
+/// The one of `known` that an unknown name is almost certainly meant as.
+pub fn meant<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    if FOREIGN_SELECTORS.contains(&name) && known.contains(&"adapter") {
+        return Some("adapter");
+    }
+    known.iter().find(|known| name.len() <= MAX_COMPARED_NAME && misspelt(name, known)).copied()
 }
 
 /// Refuses fields other than `known`: for objects of our own API, where every field has a meaning.
 pub fn check_only(fields: &Fields, known: &[&str]) -> Result<()> {
     let Some(name) = fields.names().find(|name| !known.contains(name)) else { return Ok(()) };
     check_unknown(fields, known)?;
-    let path = fields.path_of(name);
+    let path: String = fields.path_of(name).chars().take(2 * MAX_COMPARED_NAME).collect();
     let message = format!("unknown field `{path}`: the known fields are {}", known.join(", "));
     Err(Error::invalid(message).param(path).code("unknown_field"))
 }
@@ -271,7 +276,7 @@ mod tests {
                      mirostat mirostat_tau modalities n_keep n_predict n_probs parallel_tool_calls prediction priority \
                      prompt_cache_key reasoning_effort repeat_last_n repeat_penalty request_id response_format \
                      return_token_ids safety_identifier samplers service_tier spaces_between_special_tokens store suffix \
-                     tfs_z tool_choice tools top_a top_n_sigma truncate typical_p use_beam_search verbosity xtc_probability"
+                     tfs_z tool_choice tools top_n_sigma truncate typical_p use_beam_search verbosity xtc_probability"
             .split_whitespace()
         {
             check(name).unwrap_or_else(|e| panic!("{e}"));

@@ -1,8 +1,9 @@
-//! Runs a checked request: submits its sequences to the engine and answers with one body or with server-sent events.
+//! Runs a checked request: submits its sequences to the engine and answers with one body or with server-sent events, in the form
+//! of any of the APIs.
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue};
@@ -12,73 +13,97 @@ use futures::stream::{self, StreamExt};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+use super::error_response::{self, ErrorResponse};
 use super::middleware::request_id;
-use super::params::CommonParams;
-use super::response::{CompletionOutput, EchoedPrompt, Endpoint, ResponseBuilder, StreamedChoice, UsageInfo};
+use super::openai;
+use super::response::{CompletionOutput, Endpoint, ReplyContext, UsageInfo};
 use super::select_adapter::LeasedAdapters;
-use super::stream::{OutputDelta, RunningSequence, output_deltas};
-use super::{Serving, SharedApp, error_response};
+use super::stream::{OutputDelta, OutputOptions, RunningSequence, output_deltas};
+use super::{Serving, SharedApp};
 use crate::Result;
 use crate::engine::request::{Request, SamplingParams};
 use crate::text::grammar::CompiledGrammar;
-use crate::time::unix_seconds;
 
 /// A request whose fields are all checked.
 pub(super) struct CheckedRequest {
-    /// The endpoint that it came to.
-    pub(super) endpoint: Endpoint,
-    /// `model` in the response.
-    pub(super) model: String,
+    /// What its reply needs.
+    pub(super) context: ReplyContext,
     /// Its adapters.
     pub(super) adapters: LeasedAdapters,
-    /// Parameters of both endpoints.
-    pub(super) common: CommonParams,
+    /// Answer with server-sent events.
+    pub(super) stream: bool,
+    /// How tokens become an output.
+    pub(super) output: OutputOptions,
     /// Sequences generated for each prompt; the response has the best `n`.
     pub(super) best_of: usize,
-    /// Log-probabilities are asked for, with this many alternatives.
-    pub(super) logprobs: Option<usize>,
     /// Token ids of each prompt.
     pub(super) prompts: Vec<Vec<u32>>,
     /// How to sample, parallel to `prompts`.
     pub(super) params: Vec<SamplingParams>,
     /// What each output must match.
     pub(super) grammar: Option<Arc<CompiledGrammar>>,
-    /// Parallel to `prompts`, or empty without `echo`.
-    pub(super) echo: Vec<EchoedPrompt>,
+    /// Order among waiting requests of the same adapters.
+    pub(super) priority: i64,
+    /// Separates cached prefixes.
+    pub(super) cache_salt: Option<String>,
     /// When the request arrived, for queue time and latency.
     pub(super) arrived: Instant,
 }
 
+/// The form of a reply: the JSON objects and events of one API.
+pub(super) trait ReplyFormat: Send {
+    /// The whole reply, of the chosen outputs in order.
+    fn whole(&mut self, outputs: Vec<CompletionOutput>, usage: &UsageInfo) -> Result<Value>;
+
+    /// The first events of a stream of `choices` outputs.
+    fn opening(&mut self, choices: usize) -> Vec<SseEvent>;
+
+    /// The events of the next delta of output `index`.
+    fn delta(&mut self, index: usize, delta: OutputDelta) -> Vec<SseEvent>;
+
+    /// The last events of a stream without an error.
+    fn ending(&mut self, usage: &UsageInfo) -> Vec<SseEvent>;
+
+    /// The last events of a stream that ends with an error, whose body in OpenAI's form is `body`.
+    fn failure(&mut self, body: Value) -> Vec<SseEvent>;
+}
+
+/// Answers a request whose `body` has the fields of `endpoint`, in the form that `format` makes. `prefix` begins the reply's id.
+pub(super) async fn answer(
+    app: SharedApp,
+    body: &Value,
+    endpoint: Endpoint,
+    prefix: &str,
+    format: impl FnOnce(ReplyContext) -> Box<dyn ReplyFormat>,
+) -> Result<Response, ErrorResponse> {
+    let serving = app.serving()?.clone();
+    let request = openai::prepare(&serving, body, endpoint, prefix).await?;
+    let adapter = request.adapters.label.clone();
+    let reply = run(&app, &serving, request, format).await;
+    reply.map_err(|error| ErrorResponse { error: Box::new(error), adapter })
+}
+
 /// Runs the request. An error here comes before the first byte of the answer; later ones become events of the stream.
-pub(super) async fn run(app: &SharedApp, serving: &Arc<Serving>, request: CheckedRequest) -> Result<Response> {
-    let prefix = if request.endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-    let id = format!("{prefix}-{}", uuid::Uuid::new_v4().simple());
+async fn run(
+    app: &SharedApp,
+    serving: &Arc<Serving>,
+    request: CheckedRequest,
+    format: impl FnOnce(ReplyContext) -> Box<dyn ReplyFormat>,
+) -> Result<Response> {
     let mut usage = UsageInfo { prompt: request.prompts.iter().map(Vec::len).sum(), ..UsageInfo::default() };
-    let sequences = submit(app, serving, &request, &id)?;
+    let sequences = submit(app, serving, &request)?;
     let count = sequences.len();
-    let deltas = output_deltas(&serving.codec, &request.common.text, request.common.sampling.min_tokens, sequences);
-    let builder = ResponseBuilder {
-        endpoint: request.endpoint,
-        id,
-        model: request.model,
-        adapter: request.adapters.adapter,
-        generation: request.adapters.generation,
-        created: unix_seconds(SystemTime::now()),
-        logprobs: request.logprobs,
-        echo: request.echo,
-        n: request.common.n,
-        codec: serving.codec.clone(),
-    };
-    if request.common.stream {
-        return Ok(event_stream(builder, deltas, count, usage, request.common.include_usage));
+    let deltas = output_deltas(&serving.codec, &request.output, sequences);
+    let (n, best_of) = (request.context.n, request.best_of);
+    let mut format = format(request.context);
+    if request.stream {
+        return Ok(event_stream(format, deltas, count, n, usage));
     }
     let outputs = collect(deltas, count).await?;
     for (index, output) in outputs.iter().enumerate() {
-        output.finish.iter().for_each(|finish| usage.add(finish, index, request.best_of));
+        output.finish.iter().for_each(|finish| usage.add(finish, index, best_of));
     }
-    let mut object = builder.object(choices(&builder, outputs, request.best_of)?, false);
-    object["usage"] = usage.object();
-    Ok(Json(object).into_response())
+    Ok(Json(format.whole(best(outputs, n, best_of), &usage)?).into_response())
 }
 
 /// The whole output of each sequence.
@@ -94,25 +119,24 @@ async fn collect(
     Ok(outputs)
 }
 
-/// The choices of a whole response: of each prompt's `best_of` outputs, the best `n`.
-fn choices(builder: &ResponseBuilder, outputs: Vec<CompletionOutput>, best_of: usize) -> Result<Vec<Value>> {
-    let mut choices = Vec::new();
+/// Of each prompt's `best_of` outputs, the best `n`.
+fn best(outputs: Vec<CompletionOutput>, n: usize, best_of: usize) -> Vec<CompletionOutput> {
+    if best_of == n {
+        return outputs;
+    }
+    let mut chosen = Vec::new();
     let mut outputs = outputs.into_iter().peekable();
     while outputs.peek().is_some() {
         let mut candidates: Vec<CompletionOutput> = outputs.by_ref().take(best_of).collect();
-        if best_of > builder.n {
-            candidates.sort_by(|a, b| b.score().total_cmp(&a.score()));
-            candidates.truncate(builder.n);
-        }
-        for output in candidates {
-            choices.push(builder.choice(choices.len(), output)?);
-        }
+        candidates.sort_by(|a, b| b.score().total_cmp(&a.score()));
+        candidates.truncate(n);
+        chosen.extend(candidates);
     }
-    Ok(choices)
+    chosen
 }
 
 /// Submits all sequences to the engine, or none: on an error, dropping the receivers cancels those submitted before.
-fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str) -> Result<Vec<RunningSequence>> {
+fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest) -> Result<Vec<RunningSequence>> {
     let mut sequences = Vec::with_capacity(request.prompts.len() * request.best_of);
     for (prompt, params) in request.prompts.iter().zip(&request.params) {
         for choice in 0..request.best_of {
@@ -124,7 +148,9 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
                 adapters: request.adapters.terms.clone(),
                 constraint: request.grammar.as_ref().map(CompiledGrammar::constraint),
                 arrived: request.arrived,
-                ..Request::new(id, prompt.clone(), params, events)
+                priority: request.priority,
+                cache_salt: request.cache_salt.clone(),
+                ..Request::new(&request.context.id, prompt.clone(), params, events)
             })?;
             let (model, adapter) = (serving.base.name(), &request.adapters.label);
             let metrics = app.metrics.track(model, adapter, prompt.len(), request.arrived);
@@ -136,17 +162,14 @@ fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest, id: &str
 
 /// Answers with server-sent events.
 fn event_stream(
-    builder: ResponseBuilder,
+    mut format: Box<dyn ReplyFormat>,
     deltas: impl stream::Stream<Item = (usize, Result<OutputDelta>)> + Send + 'static,
     choices: usize,
+    n: usize,
     usage: UsageInfo,
-    include_usage: bool,
 ) -> Response {
-    let opening = builder.opening(choices);
-    let request_id = request_id();
-    let mut writer =
-        EventWriter { builder, usage, include_usage, request_id, sent: vec![StreamedChoice::default(); choices] };
-    let opening = writer.data(opening);
+    let opening = (format.opening(choices), false);
+    let mut writer = EventWriter { format, usage, n, request_id: request_id() };
     let events = stream::iter([opening])
         .chain(deltas.map(Some).chain(stream::once(async { None })).map(move |item| writer.events(item)))
         // An error ends the stream, also for the other choices.
@@ -162,13 +185,12 @@ fn event_stream(
 
 /// Turns output deltas into server-sent events.
 struct EventWriter {
-    builder: ResponseBuilder,
+    format: Box<dyn ReplyFormat>,
     usage: UsageInfo,
-    include_usage: bool,
+    /// Choices for each prompt.
+    n: usize,
     /// For internal errors: events are written after the handler has returned.
     request_id: String,
-    /// One for each choice.
-    sent: Vec<StreamedChoice>,
 }
 
 impl EventWriter {
@@ -177,39 +199,12 @@ impl EventWriter {
         match item {
             Some((index, Ok(delta))) => {
                 if let Some(finish) = &delta.finish {
-                    self.usage.add(finish, index, self.builder.n);
+                    self.usage.add(finish, index, self.n);
                 }
-                let chunks = self.builder.chunks(index, delta, &mut self.sent[index]);
-                self.data(chunks)
+                (self.format.delta(index, delta), false)
             }
-            Some((_, Err(error))) => {
-                let body = error_response::body(&error, &self.request_id);
-                (vec![SseEvent::default().data(body.to_string()), done()], true)
-            }
-            None => {
-                let mut events = Vec::new();
-                if self.include_usage {
-                    let mut chunk = self.builder.object(Vec::new(), true);
-                    chunk["usage"] = self.usage.object();
-                    events.push(SseEvent::default().data(chunk.to_string()));
-                }
-                events.push(done());
-                (events, true)
-            }
+            Some((_, Err(error))) => (self.format.failure(error_response::body(&error, &self.request_id)), true),
+            None => (self.format.ending(&self.usage), true),
         }
     }
-
-    fn data(&self, chunks: Vec<Value>) -> (Vec<SseEvent>, bool) {
-        let event = |mut chunk: Value| {
-            if self.include_usage {
-                chunk["usage"] = Value::Null;
-            }
-            SseEvent::default().data(chunk.to_string())
-        };
-        (chunks.into_iter().map(event).collect(), false)
-    }
-}
-
-fn done() -> SseEvent {
-    SseEvent::default().data("[DONE]")
 }

@@ -5,9 +5,11 @@
 
 mod adapters;
 mod batches;
+mod chat;
 mod embeddings;
 mod error_response;
 mod extract;
+mod field_table;
 mod files;
 mod finetune;
 mod generate;

@@ -1,20 +1,25 @@
 //! `POST /v1/completions` and `/v1/chat/completions`: reads and checks the fields, and makes a [`CheckedRequest`] of them.
 
+use std::time::Instant;
+
 use axum::extract::State;
 use axum::response::Response;
 use serde_json::Value;
 
+use super::chat::{self, CheckedChat};
 use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
+use super::field_table::{CHAT_COMPLETIONS, COMPLETIONS};
 use super::generate::{self, CheckedRequest};
-use super::params::{self, COMMON_FIELDS, CommonParams, MAX_TOP_LOGPROBS};
-use super::response::{EchoedPrompt, Endpoint};
+use super::params::{self, CommonParams, MAX_TOP_LOGPROBS, Truncation};
+use super::response::{EchoedPrompt, Endpoint, ReplyContext, ResponseBuilder};
 use super::select_adapter::LeasedAdapters;
-use super::structured::STRUCTURED_FIELDS;
+use super::stream::{AnswerFormat, OutputOptions};
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
 use crate::fields::{self, Fields};
-use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt};
+use crate::text::messages::ChatPrompt;
+use crate::text::reasoning::ReasoningFormat;
 use crate::{Error, Result};
 
 /// Default of `max_tokens` for completions, as in OpenAI's API.
@@ -26,30 +31,12 @@ const MAX_PROMPTS: usize = 2048;
 /// Limit on `best_of`, the sequences generated for one prompt.
 const MAX_BEST_OF: i64 = 128;
 
-const COMPLETION_FIELDS: &[&str] = &["prompt", "echo", "best_of", "add_special_tokens"];
-const CHAT_FIELDS: &[&str] = &["top_logprobs"];
-
-/// Fields of OpenAI's API that have no effect here. They are known, so that those spelt almost like ours are accepted.
-const IGNORED: &[&str] = &[
-    "tools",
-    "tool_choice",
-    "functions",
-    "function_call",
-    "guided_decoding_backend",
-    "suffix",
-    "prompt_logprobs",
-    "metadata",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "safety_identifier",
-    "service_tier",
-];
-
 /// `POST /v1/completions`.
 pub(super) async fn completions(
     State(app): State<SharedApp>,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ErrorResponse> {
+    COMPLETIONS.check(&Fields::of_body(&body)?)?;
     answer(app, &body, Endpoint::Completion).await
 }
 
@@ -58,65 +45,108 @@ pub(super) async fn chat_completions(
     State(app): State<SharedApp>,
     JsonBody(body): JsonBody,
 ) -> Result<Response, ErrorResponse> {
+    CHAT_COMPLETIONS.check(&Fields::of_body(&body)?)?;
     answer(app, &body, Endpoint::Chat).await
 }
 
 async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Response, ErrorResponse> {
-    let arrived = std::time::Instant::now();
-    let serving = app.serving()?.clone();
+    let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+    generate::answer(app, body, endpoint, prefix, |context| Box::new(ResponseBuilder::new(context))).await
+}
+
+/// Reads the fields of a completion or a chat, and tokenizes its prompts. The caller has checked that all fields are known.
+///
+/// `prefix` begins the id of the reply. Errors name the adapter, once it is known, for the metrics.
+pub(super) async fn prepare(
+    serving: &Serving,
+    body: &Value,
+    endpoint: Endpoint,
+    prefix: &str,
+) -> Result<CheckedRequest, ErrorResponse> {
+    let arrived = Instant::now();
     let body = Fields::of_body(body)?;
-    let own = match endpoint {
-        Endpoint::Chat => [CHAT_FIELDS, CHAT_PROMPT_FIELDS].concat(),
-        Endpoint::Completion => COMPLETION_FIELDS.to_vec(),
-    };
-    let known = [COMMON_FIELDS, STRUCTURED_FIELDS, &own, IGNORED].concat();
-    fields::check_unknown(&body, &known)?;
     let adapters = LeasedAdapters::select(&body, &serving.base.names, &serving.registry).await?;
     let label = adapters.label.clone();
-    let parsed = match endpoint {
-        Endpoint::Completion => ParsedRequest::completion(&body, &serving),
-        Endpoint::Chat => ParsedRequest::chat(&body, &serving),
-    };
-    let model = body.get("model").and_then(Value::as_str).unwrap_or(serving.base.name()).to_owned();
     let run = async {
-        let ParsedRequest { mut common, best_of, logprobs, echo, inputs } = parsed?;
+        let parsed = match endpoint {
+            Endpoint::Completion => ParsedRequest::completion(&body, serving),
+            Endpoint::Chat => ParsedRequest::chat(&body, serving),
+        };
+        let ParsedRequest { mut common, best_of, logprobs, echo, inputs, mut answer, include_reasoning } = parsed?;
+        let work = EncodingWork {
+            inputs,
+            echo,
+            truncation: common
+                .truncation
+                .map(|cut| Truncation { tokens: Some(cut.tokens.unwrap_or(serving.limits().max_model_len)), ..cut }),
+            bad_words: std::mem::take(&mut common.bad_words),
+            reasoning: answer.as_ref().and_then(|answer| answer.reasoning),
+        };
+        let encoded = encode(serving, work).await?;
+        common.sampling.bad_words = encoded.bad_words;
+        if let Some(answer) = &mut answer {
+            answer.starts_in_reasoning = encoded.starts_in_reasoning;
+            common.grammar = chat::grammar(common.grammar.take(), answer);
+        }
         let grammar = match common.grammar.take() {
             Some(grammar) => Some(grammar.compile(&serving.grammars).await?),
             None => None,
         };
-        let bad_words = std::mem::take(&mut common.bad_words);
-        let EncodedRequest { prompts, echo, bad_words } = encode(&serving, inputs, echo, bad_words).await?;
-        common.sampling.bad_words = bad_words;
-        let params = prompts
-            .iter()
-            .map(|ids| {
-                let mut params = common.sampling.clone();
-                params.max_tokens = max_tokens(&serving, ids.len(), common.max_tokens, endpoint)?;
-                params.logprobs = logprobs.or((best_of > common.n).then_some(0));
-                params.prompt_logprobs = if echo.is_empty() { None } else { logprobs };
-                Ok(params)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        generate::run(
-            &app,
-            &serving,
-            CheckedRequest {
-                endpoint,
-                model,
-                adapters,
-                common,
-                best_of,
-                logprobs,
-                prompts,
-                params,
-                grammar,
-                echo,
-                arrived,
-            },
-        )
-        .await
+        let chosen = !common.sampling.logprob_token_ids.is_empty();
+        let params = encoded.prompts.iter().map(|ids| {
+            let mut params = common.sampling.clone();
+            params.max_tokens = max_tokens(serving, ids.len(), common.max_tokens, endpoint)?;
+            params.logprobs = if chosen { Some(0) } else { logprobs.or((best_of > common.n).then_some(0)) };
+            params.prompt_logprobs = if echo { logprobs.max(common.prompt_logprobs) } else { common.prompt_logprobs };
+            Ok(params)
+        });
+        let params = params.collect::<Result<Vec<_>>>()?;
+        let id = match &common.request_id {
+            Some(id) => format!("{prefix}-{id}"),
+            None => format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+        };
+        let tools = answer.as_ref().and_then(|answer| answer.tools.clone());
+        let context = ReplyContext {
+            endpoint,
+            id,
+            model: body.get("model").and_then(Value::as_str).unwrap_or(serving.base.name()).to_owned(),
+            adapter: adapters.adapter.clone(),
+            generation: adapters.generation.clone(),
+            system_fingerprint: system_fingerprint(serving),
+            created: crate::time::unix_seconds(std::time::SystemTime::now()),
+            logprobs,
+            prompt_logprobs: common.prompt_logprobs,
+            options: common.reply,
+            stream_usage: common.stream_usage,
+            include_reasoning,
+            tools,
+            echo: encoded.echo,
+            prompts: encoded.prompts.clone(),
+            n: common.n,
+            codec: serving.codec.clone(),
+        };
+        let output = OutputOptions { text: common.text, min_tokens: common.sampling.min_tokens, answer };
+        Ok(CheckedRequest {
+            context,
+            adapters,
+            stream: common.stream,
+            output,
+            best_of,
+            prompts: encoded.prompts,
+            params,
+            grammar,
+            priority: common.priority,
+            cache_salt: common.cache_salt,
+            arrived,
+        })
     };
     run.await.map_err(|error| ErrorResponse { error: Box::new(error), adapter: label })
+}
+
+/// OpenAI's `system_fingerprint`: the same for the same server version and base.
+fn system_fingerprint(serving: &Serving) -> String {
+    let base: String = serving.base.fingerprint.chars().take(10).collect();
+    format!("fp_{base}_{}", env!("CARGO_PKG_VERSION"))
 }
 
 /// How many tokens may be generated after a prompt. Errors: the prompt, or the prompt and `asked`, exceed the context length.
@@ -142,7 +172,14 @@ pub(super) enum PromptInput {
     Text(String, bool),
     /// Token ids.
     Ids(Vec<u32>),
-    /// A chat to render.
+    /// The texts before and behind the output.
+    Infill {
+        /// Before it.
+        prefix: String,
+        /// Behind it.
+        suffix: String,
+    },
+    /// A chat, which the template renders.
     Chat(Box<ChatPrompt>),
 }
 
@@ -156,16 +193,15 @@ struct ParsedRequest {
     /// The response repeats the prompt.
     echo: bool,
     inputs: Vec<PromptInput>,
+    /// For chats: how the answer is read.
+    answer: Option<AnswerFormat>,
+    /// The thinking is part of the reply.
+    include_reasoning: bool,
 }
 
 impl ParsedRequest {
     fn completion(body: &Fields, serving: &Serving) -> Result<Self> {
         let vocab_size = serving.codec.vocab_size();
-        if body.get("prompt").is_none() && body.get("messages").is_some() {
-            return Err(
-                Error::invalid("`messages` belongs to /v1/chat/completions: use `prompt` here").param("messages")
-            );
-        }
         let common = params::parse(body, vocab_size, 0)?;
         let best_of = body.integer("best_of", 1..=MAX_BEST_OF)?.map_or(common.n, |n| n as usize);
         if best_of < common.n {
@@ -179,35 +215,40 @@ impl ParsedRequest {
             .param("best_of"));
         }
         let add_special_tokens = body.boolean("add_special_tokens")?.unwrap_or(true);
-        let inputs = prompts(body, "prompt", vocab_size, add_special_tokens)?;
+        let echo = body.boolean("echo")?.unwrap_or(false);
+        let mut inputs = prompts(body, "prompt", vocab_size, add_special_tokens)?;
         serving.check_sequences(inputs.len() * best_of, "prompt")?;
+        if let Some(suffix) = body.string("suffix")?.filter(|suffix| !suffix.is_empty()) {
+            inputs = inputs.into_iter().map(|input| infill(input, suffix, echo)).collect::<Result<_>>()?;
+        }
         Ok(Self {
             best_of,
             logprobs: body.integer("logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize),
-            echo: body.boolean("echo")?.unwrap_or(false),
+            echo,
             inputs,
             common,
+            answer: None,
+            include_reasoning: true,
         })
     }
 
     fn chat(body: &Fields, serving: &Serving) -> Result<Self> {
-        if body.get("messages").is_none() && body.get("prompt").is_some() {
-            return Err(Error::invalid("`prompt` belongs to /v1/completions: use `messages` here").param("prompt"));
-        }
         let common = params::parse(body, serving.codec.vocab_size(), 1)?;
         let top = body.integer("top_logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize);
         let wanted = body.boolean("logprobs")?.unwrap_or(false);
-        if top.is_some() && !wanted {
+        if top.is_some_and(|top| top > 0) && !wanted {
             return Err(Error::invalid("`top_logprobs` is only allowed when `logprobs` is true").param("top_logprobs"));
         }
         serving.check_sequences(common.n, "n")?;
-        let chat = ChatPrompt::parse(body)?;
+        let CheckedChat { prompt, answer, include_reasoning } = chat::parse(body, &serving.codec)?;
         Ok(Self {
             best_of: common.n,
             logprobs: wanted.then_some(top.unwrap_or(0)),
             echo: false,
-            inputs: vec![PromptInput::Chat(Box::new(chat))],
+            inputs: vec![PromptInput::Chat(Box::new(prompt))],
             common,
+            answer: Some(answer),
+            include_reasoning,
         })
     }
 }
@@ -249,50 +290,78 @@ pub(super) fn prompts(
         .collect()
 }
 
+/// The prompt of a text before and a text behind the output.
+fn infill(input: PromptInput, suffix: &str, echo: bool) -> Result<PromptInput> {
+    let refuse = |message: &str| Err(Error::invalid(message).param("suffix").code("invalid_value"));
+    match input {
+        PromptInput::Text(..) if echo => {
+            refuse("`suffix` and `echo` cannot be combined: the prompt is not the text before it")
+        }
+        PromptInput::Text(prefix, _) => Ok(PromptInput::Infill { prefix, suffix: suffix.to_owned() }),
+        _ => refuse("`suffix` needs a `prompt` of text, not token ids"),
+    }
+}
+
+/// The texts of a request, to be tokenized.
+struct EncodingWork {
+    inputs: Vec<PromptInput>,
+    /// The reply repeats the prompts.
+    echo: bool,
+    /// The cut of the prompts.
+    truncation: Option<Truncation>,
+    bad_words: Vec<String>,
+    /// Whether a prompt opens the thinking is found by this format.
+    reasoning: Option<ReasoningFormat>,
+}
+
 /// The texts of a request as token ids.
 struct EncodedRequest {
     prompts: Vec<Vec<u32>>,
     /// What `echo` repeats: parallel to `prompts`, or empty.
     echo: Vec<EchoedPrompt>,
     bad_words: Vec<Vec<u32>>,
+    /// The prompt of a chat has opened the thinking.
+    starts_in_reasoning: bool,
 }
 
-/// Renders chats and tokenizes, on a blocking thread.
-async fn encode(
-    serving: &Serving,
-    inputs: Vec<PromptInput>,
-    echo: bool,
-    bad_words: Vec<String>,
-) -> Result<EncodedRequest> {
+/// Renders and tokenizes on a blocking thread.
+async fn encode(serving: &Serving, work: EncodingWork) -> Result<EncodedRequest> {
     let codec = serving.codec.clone();
-    let work = move || {
-        let mut prompts = Vec::with_capacity(inputs.len());
-        let mut echoes = Vec::new();
-        for input in inputs {
-            let (ids, text) = match input {
+    let run = move || {
+        let mut encoded =
+            EncodedRequest { prompts: Vec::new(), echo: Vec::new(), bad_words: Vec::new(), starts_in_reasoning: false };
+        for input in work.inputs {
+            let (mut ids, mut text) = match input {
                 PromptInput::Text(text, special) => (codec.encode_prompt(&text, special)?, Some(text)),
                 PromptInput::Ids(ids) => (ids, None),
-                PromptInput::Chat(chat) => {
-                    let text = codec.render_chat(&chat)?;
+                PromptInput::Infill { prefix, suffix } => (codec.encode_infill(&prefix, &suffix)?, None),
+                PromptInput::Chat(prompt) => {
+                    let text = codec.render_chat(&prompt)?;
+                    encoded.starts_in_reasoning = work.reasoning.is_some_and(|format| format.opened_by(&text));
                     (codec.encode_prompt(&text, false)?, Some(text))
                 }
             };
-            if echo {
-                echoes.push(EchoedPrompt::new(&codec, &ids, text)?);
+            if let Some(Truncation { tokens: Some(tokens), keep_first }) = work.truncation
+                && ids.len() > tokens
+            {
+                ids = if keep_first { ids[..tokens].to_vec() } else { ids[ids.len() - tokens..].to_vec() };
+                text = None;
             }
-            prompts.push(ids);
+            if work.echo {
+                encoded.echo.push(EchoedPrompt::new(&codec, &ids, text)?);
+            }
+            encoded.prompts.push(ids);
         }
-        let mut bad_ids = Vec::new();
-        for word in &bad_words {
+        for word in &work.bad_words {
             // A word has other tokens after a space than at the beginning.
             for text in [word.trim_start().to_owned(), format!(" {}", word.trim_start())] {
                 let ids = codec.encode(&text, false)?;
-                if !bad_ids.contains(&ids) {
-                    bad_ids.push(ids);
+                if !encoded.bad_words.contains(&ids) {
+                    encoded.bad_words.push(ids);
                 }
             }
         }
-        Ok(EncodedRequest { prompts, echo: echoes, bad_words: bad_ids })
+        Ok(encoded)
     };
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+    tokio::task::spawn_blocking(run).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
 }

@@ -25,47 +25,11 @@ const MAX_CHOICES: i64 = 128;
 /// Limit on the alternatives that log-probabilities list.
 pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
 
-/// The fields read here, and `user`, which OpenAI's clients send and which has no effect.
-pub(super) const COMMON_FIELDS: &[&str] = &[
-    "model",
-    "adapter",
-    "stream",
-    "stream_options",
-    "n",
-    "max_tokens",
-    "max_completion_tokens",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "ignore_eos",
-    "logprobs",
-    "user",
-];
+/// Limit on `logprob_token_ids`.
+const MAX_LOGPROB_TOKEN_IDS: usize = 128;
 
-/// Fields of OpenAI's and vLLM's APIs that are not supported and cannot be ignored: an answer without them would be wrong.
-const UNSUPPORTED: &[(&str, &str)] = &[
-    ("suffix", "insertion is not supported"),
-    ("tools", "tools are not supported"),
-    ("functions", "functions are not supported"),
-    ("grammar_lazy", "a grammar holds from the first token on"),
-    ("use_beam_search", "beam search is not supported"),
-    ("prompt_logprobs", "use `echo` with `logprobs` on /v1/completions"),
-    ("prompt_embeds", "embeddings as prompts are not supported"),
-    ("audio", "only text is supported"),
-];
+/// Limit on the bytes of `cache_salt` and `request_id`.
+const MAX_LABEL_BYTES: usize = 128;
 
 /// The parameters that completions and chat completions have in common.
 #[derive(Debug)]
@@ -78,14 +42,55 @@ pub(super) struct CommonParams {
     pub(super) n: usize,
     /// Answer with server-sent events.
     pub(super) stream: bool,
-    /// Send the usage as the last event of a stream.
-    pub(super) include_usage: bool,
+    /// The usage that a stream reports.
+    pub(super) stream_usage: StreamUsage,
+    /// Log-probabilities of the prompt are asked for, with this many alternatives.
+    pub(super) prompt_logprobs: Option<usize>,
+    /// The cut of the prompt.
+    pub(super) truncation: Option<Truncation>,
+    /// What the reply has besides the text.
+    pub(super) reply: ReplyOptions,
+    /// Order among waiting requests of the same adapters.
+    pub(super) priority: i64,
+    /// Separates cached prefixes.
+    pub(super) cache_salt: Option<String>,
+    /// The client's part of the reply's id.
+    pub(super) request_id: Option<String>,
     /// Strings that are not generated (vLLM).
     pub(super) bad_words: Vec<String>,
     /// What the text must match.
     pub(super) grammar: Option<RequestedGrammar>,
     /// How sampled tokens become text.
     pub(super) text: TextOptions,
+}
+
+/// The usage that a stream reports.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct StreamUsage {
+    /// As the last event.
+    pub(super) at_end: bool,
+    /// In every chunk.
+    pub(super) in_chunks: bool,
+}
+
+/// How many tokens of a prompt are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Truncation {
+    /// Tokens that are kept; `None` is the context length.
+    pub(super) tokens: Option<usize>,
+    /// Keep the first ones, not the last ones.
+    pub(super) keep_first: bool,
+}
+
+/// What the reply has besides the text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct ReplyOptions {
+    /// `token_ids` and `prompt_token_ids` (vLLM).
+    pub(super) token_ids: bool,
+    /// Log-probabilities name tokens `token_id:ID` (vLLM).
+    pub(super) tokens_as_ids: bool,
+    /// `service_tier` (OpenAI).
+    pub(super) service_tier: bool,
 }
 
 /// How sampled tokens become text.
@@ -101,32 +106,15 @@ pub(super) struct TextOptions {
 
 /// Reads the common fields. `vocab_size` bounds token ids; `min_max_tokens` is the lower bound of `max_tokens`.
 pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<CommonParams> {
-    refuse_unsupported(body)?;
     let defaults = SamplingParams::default();
-    let max_tokens = match (
-        body.integer("max_tokens", min_max_tokens..=i64::MAX)?,
-        body.integer("max_completion_tokens", min_max_tokens..=i64::MAX)?,
-    ) {
-        (Some(a), Some(b)) if a != b => {
-            return Err(Error::invalid(format!(
-                "`max_tokens` is {a} and `max_completion_tokens` is {b}: they mean the same, so give one of them"
-            ))
-            .param("max_completion_tokens"));
-        }
-        (a, b) => a.or(b).map(|n| n as usize),
-    };
+    let max_tokens = max_tokens(body, min_max_tokens)?;
     let min_tokens = body.integer("min_tokens", 0..=i64::MAX)?.unwrap_or(0) as usize;
     if let Some(max) = max_tokens.filter(|max| min_tokens > *max) {
         let message = format!("`min_tokens` must be at most `max_tokens` ({max}), not {min_tokens}");
         return Err(Error::invalid(message).param("min_tokens").code("invalid_value"));
     }
     let number = |name, range, default: f32| Ok::<f32, Error>(body.number(name, range)?.map_or(default, |v| v as f32));
-    let repetition_penalty = number("repetition_penalty", 0.0..=10.0, defaults.repetition_penalty)?;
-    if repetition_penalty <= 0.0 {
-        return Err(Error::invalid("`repetition_penalty` must be a number above 0 and at most 10, not 0")
-            .param("repetition_penalty")
-            .code("invalid_value"));
-    }
+    let repetition_penalty = repetition_penalty(body)?.unwrap_or(defaults.repetition_penalty);
     let sampling = SamplingParams {
         temperature: number("temperature", 0.0..=2.0, defaults.temperature)?,
         top_p: number("top_p", 0.0..=1.0, defaults.top_p)?,
@@ -139,7 +127,7 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         logit_bias: logit_bias(body, vocab_size)?,
         allowed_token_ids: allowed_token_ids(body, vocab_size)?,
         bad_words: Vec::new(),
-        seed: body.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
+        seed: seed(body)?,
         max_tokens: 0,
         min_tokens,
         stop_token_ids: match body.array("stop_token_ids")? {
@@ -148,29 +136,27 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         },
         ignore_eos: body.boolean("ignore_eos")?.unwrap_or(false),
         logprobs: None,
-        logprob_token_ids: Vec::new(),
+        logprob_token_ids: logprob_token_ids(body, vocab_size)?,
         prompt_logprobs: None,
         pooling: None,
     };
     let stream = body.boolean("stream")?.unwrap_or(false);
-    let include_usage = match body.object("stream_options")? {
-        Some(_) if !stream => {
-            return Err(
-                Error::invalid("`stream_options` is only allowed when `stream` is true").param("stream_options")
-            );
-        }
-        Some(options) => {
-            fields::check_unknown(&options, &["include_usage", "include_obfuscation", "continuous_usage_stats"])?;
-            options.boolean("include_usage")?.unwrap_or(false)
-        }
-        None => false,
-    };
     Ok(CommonParams {
         sampling,
         max_tokens,
         n: body.integer("n", 1..=MAX_CHOICES)?.unwrap_or(1) as usize,
         stream,
-        include_usage,
+        stream_usage: stream_usage(body, stream)?,
+        prompt_logprobs: prompt_logprobs(body, stream)?,
+        truncation: truncation(body)?,
+        reply: ReplyOptions {
+            token_ids: body.boolean("return_token_ids")?.unwrap_or(false),
+            tokens_as_ids: body.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
+            service_tier: body.string("service_tier")?.is_some(),
+        },
+        priority: body.integer("priority", i64::MIN..=i64::MAX)?.unwrap_or(0),
+        cache_salt: label(body, "cache_salt")?,
+        request_id: label(body, "request_id")?,
         bad_words: bad_words(body)?,
         grammar: RequestedGrammar::parse(body)?,
         text: TextOptions {
@@ -187,21 +173,120 @@ pub(super) fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Resu
     values.iter().enumerate().map(|entry| id(entry).map(|id| id as u32)).collect()
 }
 
-fn refuse_unsupported(body: &Fields) -> Result<()> {
-    for (name, reason) in UNSUPPORTED {
-        let Some(value) = body.get(name) else { continue };
-        let harmless = match value {
-            Value::Bool(on) => !on,
-            Value::String(s) => s.is_empty(),
-            Value::Array(a) => a.is_empty(),
-            Value::Object(o) => o.is_empty(),
-            Value::Null | Value::Number(_) => false,
-        };
-        if !harmless {
-            return Err(Error::invalid(format!("`{name}`: {reason}")).param(*name).code("unsupported_parameter"));
+/// `max_tokens` under any of its names.
+fn max_tokens(body: &Fields, min: i64) -> Result<Option<usize>> {
+    let predict = match body.integer("n_predict", -1..=i64::MAX)? {
+        Some(-1) => None,
+        Some(n) if n < min => return Err(fields::wrong("n_predict", "-1 or an integer of at least 1", &n.into())),
+        n => n,
+    };
+    let mut found: Option<(&str, i64)> = None;
+    for (name, value) in [
+        ("max_tokens", body.integer("max_tokens", min..=i64::MAX)?),
+        ("max_completion_tokens", body.integer("max_completion_tokens", min..=i64::MAX)?),
+        ("n_predict", predict),
+    ] {
+        let Some(value) = value else { continue };
+        match found {
+            Some((other, earlier)) if earlier != value => {
+                let message =
+                    format!("`{other}` is {earlier} and `{name}` is {value}: they mean the same, so give one of them");
+                return Err(Error::invalid(message).param(name).code("invalid_value"));
+            }
+            _ => found = Some((name, value)),
         }
     }
-    Ok(())
+    Ok(found.map(|(_, value)| value as usize))
+}
+
+/// `repetition_penalty` under either name.
+fn repetition_penalty(body: &Fields) -> Result<Option<f32>> {
+    let mut found = None;
+    for name in ["repetition_penalty", "repeat_penalty"] {
+        let Some(value) = body.number(name, 0.0..=10.0)? else { continue };
+        if value <= 0.0 {
+            return Err(fields::wrong(name, "a number above 0 and at most 10", &value.into()));
+        }
+        if found.is_some_and(|other| other != value) {
+            let message = "`repetition_penalty` and `repeat_penalty` mean the same, so give one of them";
+            return Err(Error::invalid(message).param(name).code("invalid_value"));
+        }
+        found = Some(value);
+    }
+    Ok(found.map(|value| value as f32))
+}
+
+/// Any integer of 64 bits, signed or not.
+fn seed(body: &Fields) -> Result<Option<u64>> {
+    match body.get("seed") {
+        Some(value) if value.is_u64() => Ok(value.as_u64()),
+        _ => Ok(body.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64)),
+    }
+}
+
+fn stream_usage(body: &Fields, stream: bool) -> Result<StreamUsage> {
+    let Some(options) = body.object("stream_options")? else { return Ok(StreamUsage::default()) };
+    if !stream {
+        let message = "`stream_options` is only allowed when `stream` is true";
+        return Err(Error::invalid(message).param("stream_options"));
+    }
+    fields::check_only(&options, &["include_usage", "include_obfuscation", "continuous_usage_stats"])?;
+    // Obfuscation pads chunks against observers of their length. OpenAI adds it by default, so false is what happens here.
+    if options.boolean("include_obfuscation")? == Some(true) {
+        return Err(Error::invalid("`stream_options.include_obfuscation`: chunks are not padded; omit it")
+            .param("stream_options.include_obfuscation")
+            .code("unsupported_parameter"));
+    }
+    let at_end = options.boolean("include_usage")?.unwrap_or(false);
+    Ok(StreamUsage { at_end, in_chunks: at_end && options.boolean("continuous_usage_stats")?.unwrap_or(false) })
+}
+
+fn prompt_logprobs(body: &Fields, stream: bool) -> Result<Option<usize>> {
+    let asked = body.integer("prompt_logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize);
+    if asked.is_some() && stream {
+        return Err(Error::invalid("`prompt_logprobs` cannot be streamed: set `stream` to false")
+            .param("prompt_logprobs")
+            .code("invalid_value"));
+    }
+    Ok(asked)
+}
+
+fn logprob_token_ids(body: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
+    let Some(ids) = body.array("logprob_token_ids")? else { return Ok(Vec::new()) };
+    if ids.len() > MAX_LOGPROB_TOKEN_IDS {
+        let allowed = format!("an array of at most {MAX_LOGPROB_TOKEN_IDS} token ids");
+        return Err(fields::wrong("logprob_token_ids", &allowed, &Value::from(ids.len())));
+    }
+    if matches!(body.get("logprobs"), None | Some(Value::Bool(false))) {
+        let message = "`logprob_token_ids` is only allowed with `logprobs`";
+        return Err(Error::invalid(message).param("logprob_token_ids").code("invalid_value"));
+    }
+    token_ids(ids, "logprob_token_ids", vocab_size)
+}
+
+fn truncation(body: &Fields) -> Result<Option<Truncation>> {
+    const SIDES: &str = "\"left\" or \"right\"";
+    let keep_first = match body.string("truncation_side")? {
+        None | Some("left") => false,
+        Some("right") => true,
+        Some(other) => return Err(fields::wrong("truncation_side", SIDES, &other.into())),
+    };
+    Ok(match body.integer("truncate_prompt_tokens", -1..=i64::MAX)? {
+        None => None,
+        Some(0) => return Err(fields::wrong("truncate_prompt_tokens", "-1 or at least 1", &0.into())),
+        Some(-1) => Some(Truncation { tokens: None, keep_first }),
+        Some(n) => Some(Truncation { tokens: Some(n as usize), keep_first }),
+    })
+}
+
+/// A short printable string.
+fn label(body: &Fields, name: &str) -> Result<Option<String>> {
+    let Some(text) = body.string(name)? else { return Ok(None) };
+    if !(1..=MAX_LABEL_BYTES).contains(&text.len()) || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        let allowed = format!("1 to {MAX_LABEL_BYTES} printable ASCII characters without spaces");
+        return Err(fields::wrong(name, &allowed, &text.into()));
+    }
+    Ok(Some(text.to_owned()))
 }
 
 fn logit_bias(body: &Fields, vocab_size: usize) -> Result<Vec<(u32, f32)>> {

@@ -1,12 +1,21 @@
-//! OpenAI's response objects, whole or as the chunks of a stream.
+//! OpenAI's response objects of completions and chats, whole or as the chunks of a stream.
 
+mod logprobs;
+mod message;
+
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
+use axum::response::sse::Event as SseEvent;
+use serde_json::{Value, json};
 
+use self::message::ChatMessage;
+use super::generate::ReplyFormat;
+use super::params::{ReplyOptions, StreamUsage};
 use super::stream::{FinishDetails, OutputDelta, OutputToken, StopReason};
-use crate::engine::request::Logprobs;
+use crate::engine::request::{FinishReason, Logprobs};
 use crate::text::codec::TextCodec;
+use crate::text::tools::{OutputPart, ToolFormat, Tools};
 use crate::{Error, Result};
 
 /// The endpoint of a request, which decides the form of its response.
@@ -43,9 +52,9 @@ impl EchoedPrompt {
     }
 }
 
-/// Builds the JSON objects of one response.
-pub(super) struct ResponseBuilder {
-    /// The endpoint.
+/// What the reply to a request needs, whatever its form.
+pub(super) struct ReplyContext {
+    /// The endpoint whose fields the request has.
     pub(super) endpoint: Endpoint,
     /// `id` of the object.
     pub(super) id: String,
@@ -55,12 +64,26 @@ pub(super) struct ResponseBuilder {
     pub(super) adapter: Value,
     /// `adapter_generation`, in the same form.
     pub(super) generation: Value,
+    /// Names the server's version and the base.
+    pub(super) system_fingerprint: String,
     /// Unix time, seconds.
     pub(super) created: u64,
     /// Log-probabilities were asked for, with this many alternatives.
     pub(super) logprobs: Option<usize>,
+    /// Log-probabilities of the prompt were asked for, with this many alternatives.
+    pub(super) prompt_logprobs: Option<usize>,
+    /// What the reply has besides the text.
+    pub(super) options: ReplyOptions,
+    /// The usage that a stream reports.
+    pub(super) stream_usage: StreamUsage,
+    /// The thinking is part of the reply.
+    pub(super) include_reasoning: bool,
+    /// The tools of a chat, and the form of the calls.
+    pub(super) tools: Option<(ToolFormat, Arc<Tools>)>,
     /// One for each prompt; empty without `echo`.
     pub(super) echo: Vec<EchoedPrompt>,
+    /// Token ids of each prompt.
+    pub(super) prompts: Vec<Vec<u32>>,
     /// Choices for each prompt.
     pub(super) n: usize,
     /// For the text and bytes of single tokens.
@@ -74,6 +97,8 @@ pub(super) struct UsageInfo {
     pub(super) prompt: usize,
     /// Tokens generated for all choices.
     pub(super) completion: usize,
+    /// Those of them that belong to the thinking.
+    pub(super) reasoning: usize,
     /// Prompt tokens found in the prefix cache.
     pub(super) cached: usize,
 }
@@ -82,6 +107,7 @@ impl UsageInfo {
     /// Adds the counts of sequence `index`, where each prompt has `per_prompt` sequences.
     pub(super) fn add(&mut self, finish: &FinishDetails, index: usize, per_prompt: usize) {
         self.completion += finish.completion_tokens;
+        self.reasoning += finish.reasoning_tokens;
         // Later sequences of a prompt find it in the cache only because the first put it there.
         if index.is_multiple_of(per_prompt) {
             self.cached += finish.cached_tokens;
@@ -95,6 +121,7 @@ impl UsageInfo {
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
         })
     }
 }
@@ -106,6 +133,8 @@ pub(super) struct CompletionOutput {
     pub(super) prompt: Vec<Option<Logprobs>>,
     /// All text.
     pub(super) text: String,
+    /// The same text as parts of an assistant's message, for chats.
+    pub(super) parts: Vec<OutputPart>,
     /// All tokens with text in it.
     pub(super) tokens: Vec<OutputToken>,
     /// Set by the last delta.
@@ -117,6 +146,7 @@ impl CompletionOutput {
     pub(super) fn push(&mut self, delta: OutputDelta) {
         self.prompt.extend(delta.prompt.into_iter().flatten());
         self.text.push_str(&delta.text);
+        self.parts.extend(delta.parts);
         self.tokens.extend(delta.tokens);
         self.finish = delta.finish.or(self.finish.take());
     }
@@ -128,98 +158,250 @@ impl CompletionOutput {
     }
 }
 
+/// Builds OpenAI's objects for the reply to one request.
+pub(super) struct ResponseBuilder {
+    context: ReplyContext,
+    /// The choices of a stream, by index.
+    sent: HashMap<usize, StreamedChoice>,
+}
+
+/// The parts of a streamed choice that have been sent.
+#[derive(Debug, Default)]
+struct StreamedChoice {
+    /// Its first chunk has been sent.
+    opened: bool,
+    /// Characters of the echoed prompt, which shift the offsets of all tokens after it.
+    echo_characters: usize,
+    /// Ids of the tool calls, in order.
+    calls: Vec<String>,
+}
+
+impl ReplyFormat for ResponseBuilder {
+    fn whole(&mut self, outputs: Vec<CompletionOutput>, usage: &UsageInfo) -> Result<Value> {
+        let mut object = self.object(Vec::new(), false);
+        if self.context.endpoint == Endpoint::Chat {
+            self.describe_prompt(&mut object, 0, outputs.first().map_or(&[], |output| &output.prompt));
+        }
+        let choices = outputs.into_iter().enumerate().map(|(index, output)| self.choice(index, output));
+        object["choices"] = choices.collect::<Result<Vec<_>>>()?.into();
+        object["usage"] = usage.object();
+        Ok(object)
+    }
+
+    fn opening(&mut self, choices: usize) -> Vec<SseEvent> {
+        if self.context.endpoint == Endpoint::Completion {
+            return Vec::new();
+        }
+        let chunks = (0..choices).map(|index| {
+            let delta = json!({"role": "assistant", "content": ""});
+            let choice =
+                json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null, "stop_reason": null});
+            let mut chunk = self.object(vec![choice], true);
+            if index == 0 {
+                self.describe_prompt(&mut chunk, 0, &[]);
+            }
+            self.event(chunk, 0)
+        });
+        chunks.collect()
+    }
+
+    fn delta(&mut self, index: usize, delta: OutputDelta) -> Vec<SseEvent> {
+        let generated = delta.generated;
+        let chunks = self.chunks(index, delta);
+        chunks.into_iter().map(|chunk| self.event(chunk, generated)).collect()
+    }
+
+    fn ending(&mut self, usage: &UsageInfo) -> Vec<SseEvent> {
+        let mut events = Vec::new();
+        if self.context.stream_usage.at_end {
+            let mut chunk = self.object(Vec::new(), true);
+            chunk["usage"] = usage.object();
+            events.push(SseEvent::default().data(chunk.to_string()));
+        }
+        events.push(done());
+        events
+    }
+
+    fn failure(&mut self, body: Value) -> Vec<SseEvent> {
+        vec![SseEvent::default().data(body.to_string()), done()]
+    }
+}
+
+fn done() -> SseEvent {
+    SseEvent::default().data("[DONE]")
+}
+
 impl ResponseBuilder {
+    /// A builder for the reply to one request.
+    pub(super) fn new(context: ReplyContext) -> Self {
+        Self { context, sent: HashMap::new() }
+    }
+
     /// The object around choices: a whole response, or a chunk of a stream.
-    pub(super) fn object(&self, choices: Vec<Value>, chunk: bool) -> Value {
-        let object = match (self.endpoint, chunk) {
+    fn object(&self, choices: Vec<Value>, chunk: bool) -> Value {
+        let context = &self.context;
+        let object = match (context.endpoint, chunk) {
             (Endpoint::Completion, _) => "text_completion",
             (Endpoint::Chat, false) => "chat.completion",
             (Endpoint::Chat, true) => "chat.completion.chunk",
         };
-        json!({
-            "id": self.id,
+        let mut object = json!({
+            "id": context.id,
             "object": object,
-            "created": self.created,
-            "model": self.model,
-            "adapter": self.adapter,
-            "adapter_generation": self.generation,
+            "created": context.created,
+            "model": context.model,
+            "system_fingerprint": context.system_fingerprint,
+            "adapter": context.adapter,
+            "adapter_generation": context.generation,
             "choices": choices,
-        })
+        });
+        if context.options.service_tier {
+            object["service_tier"] = "default".into();
+        }
+        object
+    }
+
+    /// A chunk as an event. `usage` is a key of chunks only if the request asks for it.
+    fn event(&self, mut chunk: Value, generated: usize) -> SseEvent {
+        let StreamUsage { at_end, in_chunks } = self.context.stream_usage;
+        if in_chunks {
+            let prompt = self.context.prompts.iter().map(Vec::len).sum();
+            chunk["usage"] = UsageInfo { prompt, completion: generated, ..UsageInfo::default() }.object();
+        } else if at_end {
+            chunk["usage"] = Value::Null;
+        }
+        SseEvent::default().data(chunk.to_string())
+    }
+
+    /// Adds what vLLM says about prompt `prompt`: to a choice of a completion, or to the object of a chat.
+    fn describe_prompt(&self, object: &mut Value, prompt: usize, logprobs: &[Option<Logprobs>]) {
+        let Some(ids) = self.context.prompts.get(prompt) else { return };
+        if self.context.options.token_ids {
+            object["prompt_token_ids"] = json!(ids);
+        }
+        if let Some(alternatives) = self.context.prompt_logprobs
+            && !logprobs.is_empty()
+        {
+            object["prompt_logprobs"] = self.prompt_logprobs(ids, logprobs, alternatives);
+        }
     }
 
     /// A choice of a whole response.
-    pub(super) fn choice(&self, index: usize, mut output: CompletionOutput) -> Result<Value> {
+    fn choice(&self, index: usize, mut output: CompletionOutput) -> Result<Value> {
         let finish = output.finish.take().ok_or_else(|| Error::internal("a choice has no end"))?;
         let mut choice = json!({"index": index});
-        match self.endpoint {
+        let mut called = false;
+        let ids = self.token_ids(&output.tokens, Some(&finish));
+        match self.context.endpoint {
             Endpoint::Completion => {
-                let (mut text, mut tokens) = self.echo_of(index, output.prompt);
+                let (mut text, mut tokens) = self.echo_of(index, &output.prompt);
                 let before = text.chars().count();
                 text.push_str(&output.text);
                 tokens.extend(output.tokens.into_iter().map(|t| OutputToken { offset: t.offset + before, ..t }));
                 choice["text"] = text.into();
                 choice["logprobs"] = self.logprobs_of(&tokens);
+                self.describe_prompt(&mut choice, index / self.context.n, &output.prompt);
             }
             Endpoint::Chat => {
-                choice["message"] = json!({"role": "assistant", "content": output.text, "refusal": null});
+                let message = ChatMessage::new(output.parts);
+                called = message.has_calls();
+                choice["message"] = message.object(&self.context);
                 choice["logprobs"] = self.logprobs_of(&output.tokens);
             }
         }
-        self.end(&mut choice, &finish);
+        self.end(&mut choice, &finish, called);
+        if let Some(ids) = ids {
+            choice["token_ids"] = ids;
+        }
         Ok(choice)
     }
 
-    /// The first chunks of a stream of `choices` choices: for chats, the role of each.
-    pub(super) fn opening(&self, choices: usize) -> Vec<Value> {
-        match self.endpoint {
-            Endpoint::Completion => Vec::new(),
-            Endpoint::Chat => (0..choices)
-                .map(|index| {
-                    let delta = json!({"role": "assistant", "content": ""});
-                    let choice =
-                        json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null, "stop_reason": null});
-                    self.object(vec![choice], true)
-                })
-                .collect(),
-        }
+    /// The chunks of one delta.
+    fn chunks(&mut self, index: usize, delta: OutputDelta) -> Vec<Value> {
+        let mut sent = self.sent.remove(&index).unwrap_or_default();
+        let chunks = match self.context.endpoint {
+            Endpoint::Completion => self.completion_chunks(index, delta, &mut sent),
+            Endpoint::Chat => self.chat_chunks(index, delta, &mut sent),
+        };
+        self.sent.insert(index, sent);
+        chunks
     }
 
-    /// The chunks of one delta. Updates `sent`, which belongs to this choice.
-    pub(super) fn chunks(&self, index: usize, delta: OutputDelta, sent: &mut StreamedChoice) -> Vec<Value> {
-        let mut chunks = Vec::new();
+    fn completion_chunks(&self, index: usize, delta: OutputDelta, sent: &mut StreamedChoice) -> Vec<Value> {
+        let ids = self.token_ids(&delta.tokens, delta.finish.as_ref());
         let mut text = String::new();
         let mut tokens = Vec::new();
-        if self.endpoint == Endpoint::Completion && !sent.opened && !self.echo.is_empty() {
-            (text, tokens) = self.echo_of(index, delta.prompt.unwrap_or_default());
+        let first = !std::mem::replace(&mut sent.opened, true);
+        if first && !self.context.echo.is_empty() {
+            (text, tokens) = self.echo_of(index, &delta.prompt.unwrap_or_default());
             sent.echo_characters = text.chars().count();
         }
-        sent.opened = true;
         text.push_str(&delta.text);
         tokens.extend(delta.tokens.into_iter().map(|t| OutputToken { offset: t.offset + sent.echo_characters, ..t }));
-        let news = !text.is_empty() || (self.logprobs.is_some() && !tokens.is_empty());
-        if news || (delta.finish.is_some() && self.endpoint == Endpoint::Completion) {
-            let mut choice = json!({"index": index});
-            match self.endpoint {
-                Endpoint::Completion => choice["text"] = text.into(),
-                Endpoint::Chat => choice["delta"] = json!({"content": text}),
-            }
-            choice["logprobs"] = self.logprobs_of(&tokens);
-            match (&delta.finish, self.endpoint) {
-                (Some(finish), Endpoint::Completion) => self.end(&mut choice, finish),
-                _ => choice["finish_reason"] = Value::Null,
+        if text.is_empty() && delta.finish.is_none() && (tokens.is_empty() || !self.reports_tokens()) {
+            // The first chunk, which has the prompt's ids, is still to come.
+            sent.opened &= !first;
+            return Vec::new();
+        }
+        let mut choice = json!({"index": index, "text": text, "logprobs": self.logprobs_of(&tokens)});
+        if first {
+            self.describe_prompt(&mut choice, index / self.context.n, &[]);
+        }
+        match &delta.finish {
+            Some(finish) => self.end(&mut choice, finish, false),
+            None => choice["finish_reason"] = Value::Null,
+        }
+        if let Some(ids) = ids {
+            choice["token_ids"] = ids;
+        }
+        vec![self.object(vec![choice], true)]
+    }
+
+    fn chat_chunks(&self, index: usize, delta: OutputDelta, sent: &mut StreamedChoice) -> Vec<Value> {
+        let mut chunks = Vec::new();
+        let ids = self.token_ids(&delta.tokens, delta.finish.as_ref());
+        let news = message::delta(&self.context, delta.parts, &mut sent.calls);
+        let tokens = !delta.tokens.is_empty() && self.reports_tokens();
+        if news.is_some() || tokens {
+            let mut choice = json!({"index": index, "delta": news.unwrap_or_else(|| json!({}))});
+            choice["logprobs"] = self.logprobs_of(&delta.tokens);
+            choice["finish_reason"] = Value::Null;
+            if let Some(ids) = &ids {
+                choice["token_ids"] = ids.clone();
             }
             chunks.push(self.object(vec![choice], true));
         }
-        if let (Some(finish), Endpoint::Chat) = (&delta.finish, self.endpoint) {
+        if let Some(finish) = &delta.finish {
             let mut choice = json!({"index": index, "delta": {}, "logprobs": null});
-            self.end(&mut choice, finish);
+            self.end(&mut choice, finish, !sent.calls.is_empty());
+            if chunks.is_empty()
+                && let Some(ids) = ids
+            {
+                choice["token_ids"] = ids;
+            }
             chunks.push(self.object(vec![choice], true));
         }
         chunks
     }
 
-    fn end(&self, choice: &mut Value, finish: &FinishDetails) {
-        choice["finish_reason"] = finish.reason.word().into();
+    /// Whether chunks report tokens, even those without text.
+    fn reports_tokens(&self) -> bool {
+        self.context.logprobs.is_some() || self.context.options.token_ids
+    }
+
+    /// vLLM's `token_ids`, with the token that ended the output.
+    fn token_ids(&self, tokens: &[OutputToken], finish: Option<&FinishDetails>) -> Option<Value> {
+        let end = finish.and_then(|finish| finish.end_token);
+        self.context.options.token_ids.then(|| tokens.iter().map(|token| token.id).chain(end).collect())
+    }
+
+    /// Adds how the output ended. `called`: it has tool calls.
+    fn end(&self, choice: &mut Value, finish: &FinishDetails, called: bool) {
+        choice["finish_reason"] = match (finish.reason, &self.context.tools) {
+            (FinishReason::Stop, Some((_, tools))) if called => message::finish_reason(tools),
+            (reason, _) => reason.word(),
+        }
+        .into();
         choice["stop_reason"] = match &finish.stop {
             None => Value::Null,
             Some(StopReason::Text(text)) => text.as_str().into(),
@@ -227,77 +409,10 @@ impl ResponseBuilder {
         };
     }
 
-    fn echo_of(&self, index: usize, logprobs: Vec<Option<Logprobs>>) -> (String, Vec<OutputToken>) {
-        let Some(echo) = self.echo.get(index / self.n) else { return (String::new(), Vec::new()) };
+    fn echo_of(&self, index: usize, logprobs: &[Option<Logprobs>]) -> (String, Vec<OutputToken>) {
+        let Some(echo) = self.context.echo.get(index / self.context.n) else { return (String::new(), Vec::new()) };
         let mut tokens = echo.tokens.clone();
-        tokens.iter_mut().zip(logprobs).for_each(|(token, logprobs)| token.logprobs = logprobs);
+        tokens.iter_mut().zip(logprobs).for_each(|(token, logprobs)| token.logprobs = logprobs.clone());
         (echo.text.clone(), tokens)
     }
-
-    fn logprobs_of(&self, tokens: &[OutputToken]) -> Value {
-        let Some(alternatives) = self.logprobs else { return Value::Null };
-        match self.endpoint {
-            Endpoint::Completion => self.completion_logprobs(tokens),
-            Endpoint::Chat => self.chat_logprobs(tokens, alternatives),
-        }
-    }
-
-    /// Four parallel lists. Each entry of `top_logprobs` has the alternatives and the token itself.
-    fn completion_logprobs(&self, tokens: &[OutputToken]) -> Value {
-        let mut top = Vec::with_capacity(tokens.len());
-        for token in tokens {
-            let Some(logprobs) = &token.logprobs else {
-                top.push(Value::Null);
-                continue;
-            };
-            let mut entry = Map::new();
-            for &(id, logprob) in logprobs.top.iter().chain([&(token.id, logprobs.logprob)]) {
-                // Two ids may have the same text, such as U+FFFD: the likelier one comes first and stays.
-                entry.entry(self.codec.token_string(id)).or_insert_with(|| finite(logprob));
-            }
-            top.push(entry.into());
-        }
-        json!({
-            "tokens": tokens.iter().map(|t| self.codec.token_string(t.id)).collect::<Vec<_>>(),
-            "token_logprobs":
-                tokens.iter().map(|t| t.logprobs.as_ref().map_or(Value::Null, |l| finite(l.logprob))).collect::<Value>(),
-            "top_logprobs": top,
-            "text_offset": tokens.iter().map(|t| t.offset).collect::<Vec<_>>(),
-        })
-    }
-
-    fn chat_logprobs(&self, tokens: &[OutputToken], alternatives: usize) -> Value {
-        let entry = |id: u32, logprob: f32| {
-            json!({
-                "token": self.codec.token_string(id),
-                "logprob": finite(logprob),
-                "bytes": self.codec.token_bytes(id),
-            })
-        };
-        let mut content = Vec::with_capacity(tokens.len());
-        for token in tokens {
-            let Some(logprobs) = &token.logprobs else { continue };
-            let mut item = entry(token.id, logprobs.logprob);
-            let top = logprobs.top.iter().take(alternatives);
-            item["top_logprobs"] = top.map(|&(id, logprob)| entry(id, logprob)).collect::<Vec<_>>().into();
-            content.push(item);
-        }
-        json!({"content": content, "refusal": null})
-    }
-}
-
-/// The parts of a streamed choice that have been sent.
-#[derive(Debug, Default, Clone)]
-pub(super) struct StreamedChoice {
-    /// Its first chunk has been sent.
-    opened: bool,
-    /// Characters of the echoed prompt, which shift the offsets of all tokens after it.
-    echo_characters: usize,
-}
-
-/// JSON has no infinity: OpenAI and vLLM write -9999 for a token that cannot come.
-fn finite(logprob: f32) -> Value {
-    // The shortest decimal that is this f32, not the 17 digits of its f64.
-    let logprob = logprob.max(-9999.0);
-    logprob.to_string().parse::<f64>().unwrap_or(-9999.0).into()
 }

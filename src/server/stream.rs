@@ -12,6 +12,8 @@ use super::params::TextOptions;
 use super::stop::StopMatcher;
 use crate::engine::request::{Event, FinishReason, Logprobs};
 use crate::text::codec::TextCodec;
+use crate::text::reasoning::ReasoningFormat;
+use crate::text::tools::{OutputParser, OutputPart, ToolFormat, Tools};
 use crate::{Error, Result};
 
 /// A generated or echoed token, and where its text begins.
@@ -45,6 +47,8 @@ pub(super) struct FinishDetails {
     pub(super) end_token: Option<u32>,
     /// Tokens generated, including those behind a stop string and the token that ended the sequence.
     pub(super) completion_tokens: usize,
+    /// Those of them that belong to the thinking.
+    pub(super) reasoning_tokens: usize,
     /// Prompt tokens found in the prefix cache.
     pub(super) cached_tokens: usize,
 }
@@ -56,6 +60,10 @@ pub(super) struct OutputDelta {
     pub(super) prompt: Option<Vec<Option<Logprobs>>>,
     /// Text to append.
     pub(super) text: String,
+    /// The same text as parts of an assistant's message, as far as they are certain. Empty without an [`AnswerFormat`].
+    pub(super) parts: Vec<OutputPart>,
+    /// Tokens generated so far.
+    pub(super) generated: usize,
     /// The tokens whose text is now complete in the output.
     pub(super) tokens: Vec<OutputToken>,
     /// Set in the last delta.
@@ -70,19 +78,59 @@ pub(super) struct RunningSequence {
     pub(super) metrics: SequenceMetrics,
 }
 
+impl OutputDelta {
+    /// Whether a client can see anything of it.
+    fn is_visible(&self) -> bool {
+        self.prompt.is_some()
+            || !self.text.is_empty()
+            || !self.parts.is_empty()
+            || !self.tokens.is_empty()
+            || self.finish.is_some()
+    }
+}
+
+/// How an assistant's message is found in an output.
+#[derive(Debug, Clone)]
+pub(super) struct AnswerFormat {
+    /// The tools that may be called, and the form of the calls.
+    pub(super) tools: Option<(ToolFormat, Arc<Tools>)>,
+    /// The form of the thinking.
+    pub(super) reasoning: Option<ReasoningFormat>,
+    /// The prompt has opened the thinking.
+    pub(super) starts_in_reasoning: bool,
+}
+
+impl AnswerFormat {
+    fn parser(&self) -> OutputParser {
+        let tools = self.tools.as_ref().map(|(format, tools)| (*format, &**tools));
+        OutputParser::new(tools, self.reasoning, self.starts_in_reasoning)
+    }
+}
+
+/// How the tokens of a request's sequences become an output.
+#[derive(Debug, Clone)]
+pub(super) struct OutputOptions {
+    /// How tokens become text.
+    pub(super) text: TextOptions,
+    /// Stop strings are ignored in the text of the first `min_tokens` tokens.
+    pub(super) min_tokens: usize,
+    /// For chats: how the text becomes a message.
+    pub(super) answer: Option<AnswerFormat>,
+}
+
 /// The output deltas of sequences as they come, each with the index of its sequence. Dropping the stream drops the
 /// receivers, which tells the engine to cancel.
 pub(super) fn output_deltas(
     codec: &Arc<TextCodec>,
-    options: &TextOptions,
-    min_tokens: usize,
+    options: &OutputOptions,
     sequences: Vec<RunningSequence>,
 ) -> UnboundedReceiverStream<(usize, Result<OutputDelta>)> {
     let (sender, receiver) = mpsc::unbounded_channel();
     for (index, sequence) in sequences.into_iter().enumerate() {
         let (codec, sender) = (codec.clone(), sender.clone());
-        let assembler = Assembler::new(StopMatcher::new(options.stops.clone(), options.include_stop), min_tokens);
-        let skip_special_tokens = options.skip_special_tokens;
+        let TextOptions { stops, include_stop, skip_special_tokens } = options.text.clone();
+        let mut assembler = Assembler::new(StopMatcher::new(stops, include_stop), options.min_tokens);
+        assembler.message = options.answer.as_ref().map(MessageAssembler::new);
         let follow = async move {
             tokio::select! {
                 () = sender.closed() => {}
@@ -104,7 +152,9 @@ async fn follow(
     sender: &UnboundedSender<(usize, Result<OutputDelta>)>,
 ) {
     let RunningSequence { mut events, mut metrics } = sequence;
-    let mut text = codec.stream(skip_special_tokens);
+    // The parser needs the markers, and takes them out of the message.
+    let markers = assembler.message.as_ref().map_or(&[][..], |message| message.parser.markers());
+    let mut text = codec.stream_keeping(skip_special_tokens, markers);
     loop {
         let event = events.recv().await.unwrap_or_else(|| Event::Failed(Error::internal("the engine stopped")));
         let delta = match event {
@@ -133,7 +183,7 @@ async fn follow(
                 true
             }
         };
-        let worth_sending = delta.as_ref().map_or(true, |delta| *delta != OutputDelta::default());
+        let worth_sending = delta.as_ref().map_or(true, OutputDelta::is_visible);
         if (worth_sending && sender.send((index, delta)).is_err()) || done {
             return;
         }
@@ -156,11 +206,59 @@ struct Assembler {
     released: usize,
     /// Tokens whose text is not all released, each with the character where its text ends.
     held: VecDeque<(usize, OutputToken)>,
+    /// For chats.
+    message: Option<MessageAssembler>,
+}
+
+/// Makes parts of a message from released text, and counts the tokens of the thinking.
+struct MessageAssembler {
+    parser: OutputParser,
+    /// Whether any thinking came.
+    reasoned: bool,
+    /// Tokens generated when the first part after the thinking came.
+    body_from: Option<usize>,
+}
+
+impl MessageAssembler {
+    fn new(format: &AnswerFormat) -> Self {
+        Self { parser: format.parser(), reasoned: format.starts_in_reasoning, body_from: None }
+    }
+
+    /// The parts of the next text. `ended`: no text follows. `generated`: tokens so far.
+    fn parts(&mut self, text: &str, ended: bool, generated: usize) -> Vec<OutputPart> {
+        let mut parts = self.parser.push(text);
+        if ended {
+            parts.extend(self.parser.finish());
+        }
+        for part in &parts {
+            match part {
+                OutputPart::Reasoning(_) => self.reasoned = true,
+                _ if self.body_from.is_none() => self.body_from = Some(generated),
+                _ => {}
+            }
+        }
+        parts
+    }
+
+    /// Tokens of the thinking among `generated`, its markers included.
+    fn reasoning_tokens(&self, generated: usize) -> usize {
+        // The token with which the body begins is not part of the thinking.
+        if self.reasoned { self.body_from.map_or(generated, |from| from.saturating_sub(1)) } else { 0 }
+    }
 }
 
 impl Assembler {
     fn new(matcher: StopMatcher, min_tokens: usize) -> Self {
-        Self { matcher, min_tokens, generated: 0, cached_tokens: 0, received: 0, released: 0, held: VecDeque::new() }
+        Self {
+            matcher,
+            min_tokens,
+            generated: 0,
+            cached_tokens: 0,
+            received: 0,
+            released: 0,
+            held: VecDeque::new(),
+            message: None,
+        }
     }
 
     /// Takes the next token and the text that it completed.
@@ -169,7 +267,19 @@ impl Assembler {
         self.generated += 1;
         self.received += text.chars().count();
         self.held.push_back((self.received, OutputToken { id, offset, logprobs }));
-        self.scan(text)
+        let mut delta = self.scan(text);
+        self.complete(&mut delta);
+        delta
+    }
+
+    /// Adds what follows from the rest of a delta: the parts of a message, and counts.
+    fn complete(&mut self, delta: &mut OutputDelta) {
+        delta.generated = self.generated;
+        let Some(message) = &mut self.message else { return };
+        delta.parts = message.parts(&delta.text, delta.finish.is_some(), self.generated);
+        if let Some(finish) = &mut delta.finish {
+            finish.reasoning_tokens = message.reasoning_tokens(self.generated);
+        }
     }
 
     /// Takes the end of the sequence and its last text, and releases the rest. `end_token` ended it; `requested_stop`: the request
@@ -191,9 +301,11 @@ impl Assembler {
                 stop: end_token.filter(|_| requested_stop).map(StopReason::Token),
                 end_token,
                 completion_tokens: self.generated + usize::from(end_token.is_some()),
+                reasoning_tokens: 0,
                 cached_tokens: self.cached_tokens,
             });
         }
+        self.complete(&mut delta);
         delta
     }
 
@@ -212,6 +324,7 @@ impl Assembler {
                 stop: Some(StopReason::Text(self.matcher.stop(stop).to_owned())),
                 end_token: None,
                 completion_tokens: self.generated,
+                reasoning_tokens: 0,
                 cached_tokens: self.cached_tokens,
             });
         }

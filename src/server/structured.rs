@@ -7,20 +7,8 @@ use serde_json::Value;
 
 use crate::fields::{self, Fields};
 use crate::text::grammar::{CompiledGrammar, Grammar, GrammarCompiler, JsonWhitespace};
+use crate::text::reasoning::ReasoningFormat;
 use crate::{Error, Result};
-
-/// The fields read here.
-pub(super) const STRUCTURED_FIELDS: &[&str] = &[
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "guided_whitespace_pattern",
-    "grammar",
-    "json_schema",
-];
 
 /// The fields of `structured_outputs`.
 const VLLM_FIELDS: &[&str] =
@@ -30,8 +18,9 @@ const VLLM_FIELDS: &[&str] =
 #[derive(Debug, Clone)]
 pub(super) struct RequestedGrammar {
     /// The field that gives it, for errors.
-    field: String,
-    grammar: Grammar,
+    pub(super) field: String,
+    /// The grammar.
+    pub(super) grammar: Grammar,
 }
 
 impl RequestedGrammar {
@@ -77,10 +66,19 @@ impl RequestedGrammar {
         }
     }
 
+    /// The grammar for the text after the thinking.
+    pub(super) fn after_reasoning(self, format: ReasoningFormat, starts_in_reasoning: bool) -> Self {
+        Self { grammar: self.grammar.after_reasoning(format, starts_in_reasoning), ..self }
+    }
+
     /// Compiles it. Errors: `Invalid`, naming the field.
     pub(super) async fn compile(self, compiler: &Arc<GrammarCompiler>) -> Result<Arc<CompiledGrammar>> {
         let Self { field, grammar } = self;
         compiler.compile(grammar).await.map_err(|mut error| {
+            // A part of the grammar may have a field of its own.
+            if error.param.is_some() {
+                return error;
+            }
             error.message = format!("`{field}`: {}", error.message);
             error.param(field).code("invalid_value")
         })

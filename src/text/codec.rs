@@ -109,6 +109,11 @@ impl TextCodec {
         }
     }
 
+    /// Jinja source of the model's template, if it has one.
+    pub(crate) fn template_source(&self) -> Option<String> {
+        self.template.as_ref().and_then(|template| template.source().ok())
+    }
+
     /// The tokenizer as JSON, and the source of the template. They determine the tokens of a prompt.
     pub(crate) fn sources(&self) -> Result<(String, Option<String>)> {
         let tokenizer = self.tokenizer.to_string(false).map_err(|e| Error::internal(e.to_string()).caused_by(e))?;

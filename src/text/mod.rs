@@ -2,6 +2,7 @@
 
 pub mod codec;
 pub mod grammar;
+mod infill;
 pub mod messages;
 pub mod reasoning;
 mod template;

@@ -227,10 +227,40 @@ fn fields_of_other_servers_that_change_nothing_are_accepted() {
     let server = Server::start();
     let extras = json!({
         "prompt": ".", "max_tokens": 1, "user": "me", "metadata": {}, "store": false, "service_tier": "auto", "tools": [],
-        "functions": [], "suffix": "", "response_format": {"type": "text"}, "top_a": 0, "custom": {"deep": [1]}, "mode": null,
+        "functions": [], "suffix": "", "response_format": {"type": "text"}, "top_a": 0, "mode": null,
         "tool_choice": "none", "parallel_tool_calls": false, "temperature": null, "top_k": 5.0, "best_of": null,
     });
     assert_eq!(server.complete(extras), "a");
+}
+
+#[test]
+fn unknown_fields_are_refused_by_name() {
+    let server = Server::start();
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        let (status, message, param, code) = refuse(&server, path, &json!({"frobnicate": 1}));
+        assert_eq!((status, param, code), (400, json!("frobnicate"), json!("unknown_field")), "{message}");
+        assert!(message.contains(path), "{message}");
+        // `null` asks for nothing.
+        let (status, ..) = refuse(&server, path, &json!({"frobnicate": null, "max_tokens": "x"}));
+        assert_eq!(status, 400);
+    }
+}
+
+/// The fields of the request types of OpenAI, Anthropic, vLLM and llama.cpp: each is honoured, has no effect, or is refused by name.
+#[test]
+fn every_field_of_the_published_request_types_is_in_a_table() {
+    let server = Server::start();
+    let routes: Value = serde_json::from_str(include_str!("../fixtures/request_fields.json")).unwrap();
+    for (route, sources) in routes.as_object().unwrap().iter().filter(|(route, _)| route.starts_with('/')) {
+        for field in sources.as_object().unwrap().values().flat_map(|names| names.as_array().unwrap()) {
+            let field = field.as_str().unwrap();
+            let reply = server.post(route, json!({field: {"an": ["odd", "value"]}}));
+            assert!(reply.status < 500, "{route} {field}: {}", reply.text);
+            let error = reply.json()["error"].clone();
+            let unknown = error["code"] == "unknown_field" && error["param"] == field;
+            assert!(!unknown, "{route} has no entry for {field}: {}", error["message"]);
+        }
+    }
 }
 
 #[test]

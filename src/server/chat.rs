@@ -1,0 +1,75 @@
+//! The fields of a chat beyond those of every request: messages, tools, the template's variables, and how the answer is read.
+
+use std::sync::Arc;
+
+use super::stream::AnswerFormat;
+use super::structured::RequestedGrammar;
+use crate::fields::{self, Fields};
+use crate::text::codec::TextCodec;
+use crate::text::messages::{ChatPrompt, with_tools_in_system_message};
+use crate::text::reasoning::ReasoningFormat;
+use crate::text::tools::{ToolFormat, Tools};
+use crate::{Error, Result};
+
+/// A chat whose fields are checked. Its prompt is not rendered yet.
+pub(super) struct CheckedChat {
+    /// The prompt, with the tools.
+    pub(super) prompt: ChatPrompt,
+    /// How the answer is read. `starts_in_reasoning` is known once the prompt is rendered.
+    pub(super) answer: AnswerFormat,
+    /// The thinking is part of the reply.
+    pub(super) include_reasoning: bool,
+}
+
+/// Reads the fields of a chat.
+pub(super) fn parse(body: &Fields, codec: &TextCodec) -> Result<CheckedChat> {
+    let mut prompt = ChatPrompt::parse(body)?;
+    let source = prompt.template.clone().or_else(|| codec.template_source()).unwrap_or_default();
+    if body.get("reasoning_effort").is_some() && !source.contains("reasoning_effort") {
+        let message = "`reasoning_effort`: this model's chat template does not read it, so omit it";
+        return Err(Error::invalid(message).param("reasoning_effort").code("unsupported_parameter"));
+    }
+    let tools = Tools::parse(body)?;
+    prompt.tools = tools.as_ref().map(Tools::raw);
+    let mut format = ToolFormat::of(&source);
+    if !codec.template_knows_tools(&prompt) && (tools.is_some() || has_calls(&prompt)) {
+        prompt = with_tools_in_system_message(prompt);
+        // The form that the system message asks for.
+        format = ToolFormat::Hermes;
+    }
+    let reasoning = match body.string("reasoning_format")? {
+        None | Some("auto" | "deepseek") => ReasoningFormat::of(&source),
+        Some("none") => None,
+        Some(other) => {
+            let allowed = "\"auto\", \"deepseek\" or \"none\"";
+            return Err(fields::wrong("reasoning_format", allowed, &other.into()));
+        }
+    };
+    let tools = tools.map(|tools| (format, Arc::new(tools)));
+    Ok(CheckedChat {
+        prompt,
+        answer: AnswerFormat { tools, reasoning, starts_in_reasoning: false },
+        include_reasoning: body.boolean("include_reasoning")?.unwrap_or(true),
+    })
+}
+
+/// Whether a message has calls or their results, which the template must know.
+fn has_calls(prompt: &ChatPrompt) -> bool {
+    prompt.messages.iter().any(|message| message["role"] == "tool" || message.get("tool_calls").is_some())
+}
+
+/// The grammar of a chat's output: what the request asks for, what its tools need, and the thinking before both.
+pub(super) fn grammar(requested: Option<RequestedGrammar>, answer: &AnswerFormat) -> Option<RequestedGrammar> {
+    let grammar = match &answer.tools {
+        None => requested,
+        Some((format, tools)) => {
+            let field = requested.as_ref().map_or("tools".to_owned(), |grammar| grammar.field.clone());
+            let content = requested.map(|grammar| grammar.grammar);
+            tools.grammar(*format, content).map(|grammar| RequestedGrammar { field, grammar })
+        }
+    };
+    match answer.reasoning {
+        Some(format) => grammar.map(|grammar| grammar.after_reasoning(format, answer.starts_in_reasoning)),
+        None => grammar,
+    }
+}
