@@ -83,6 +83,14 @@ impl<'a> Fields<'a> {
         self.typed(name, "an array", |v| v.as_array().map(Vec::as_slice))
     }
 
+    /// A field that is one of a few words: the value of its word, or of the first if it is absent.
+    pub fn one_of<T: Copy>(&self, name: &str, words: &[(&str, T)]) -> Result<T> {
+        let Some(value) = self.get(name) else { return Ok(words[0].1) };
+        let found = words.iter().find(|(word, _)| value.as_str() == Some(word)).map(|(_, value)| *value);
+        let allowed = || words.iter().map(|(word, _)| format!("{word:?}")).collect::<Vec<_>>().join(" or ");
+        found.ok_or_else(|| wrong(&self.path_of(name), &allowed(), value))
+    }
+
     /// A field that is an object.
     pub fn object(&self, name: &str) -> Result<Option<Fields<'a>>> {
         self.get(name).map(|v| Fields::of_value(v, self.path_of(name))).transpose()

@@ -15,37 +15,17 @@ use tokio::sync::mpsc;
 
 use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
+use super::field_table::EMBEDDINGS;
 use super::openai::{PromptInput, prompts};
+use super::params::{cache_salt, truncation};
 use super::select_adapter::LeasedAdapters;
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
 use crate::engine::request::{Event, FinishReason, Pooling, Request, SamplingParams};
-use crate::fields::{self, Fields};
-use crate::text::truncation::{Truncation, TruncationSide};
+use crate::fields::Fields;
+use crate::text::truncation::Truncation;
 use crate::time::unix_seconds;
 use crate::{Error, Result};
-
-const FIELDS: &[&str] = &[
-    "model",
-    "adapter",
-    "input",
-    "encoding_format",
-    "dimensions",
-    "user",
-    "pooling",
-    "normalize",
-    "use_activation",
-    "add_special_tokens",
-    "truncate_prompt_tokens",
-    "truncation_side",
-    "embed_dtype",
-    "endianness",
-    "priority",
-    "cache_salt",
-];
-
-/// Limit on the characters of `cache_salt`, as in vLLM.
-const MAX_SALT: usize = 1024;
 
 /// The fields of a request.
 struct EmbeddingParams {
@@ -106,8 +86,7 @@ pub(super) async fn embeddings(
     let arrived = Instant::now();
     let serving = app.serving()?.clone();
     let body = Fields::of_body(&body)?;
-    refuse_messages(&body)?;
-    fields::check_only(&body, FIELDS)?;
+    EMBEDDINGS.check(&body)?;
     let adapters = LeasedAdapters::select(&body, &serving.base.names, &serving.registry).await?;
     let label = adapters.label.clone();
     let answer = async {
@@ -118,36 +97,20 @@ pub(super) async fn embeddings(
     answer.await.map_err(|error| ErrorResponse { error: Box::new(error), adapter: label })
 }
 
-fn refuse_messages(body: &Fields) -> Result<()> {
-    if body.get("messages").is_none() {
-        return Ok(());
-    }
-    let message = "`messages` is not supported here: POST /tokenize takes `messages` and answers with token ids, which `input` takes";
-    Err(Error::invalid(message).param("messages").code("unsupported_parameter"))
-}
-
 impl EmbeddingParams {
     fn parse(body: &Fields, serving: &Serving) -> Result<Self> {
         check_constants(body, serving.base.shape.hidden_size)?;
         let add_special_tokens = body.boolean("add_special_tokens")?.unwrap_or(true);
         Ok(Self {
             inputs: prompts(body, "input", serving.codec.vocab_size(), add_special_tokens)?,
-            pooling: one_of(body, "pooling", &[("last", Pooling::Last), ("mean", Pooling::Mean)])?,
+            pooling: body.one_of("pooling", &[("last", Pooling::Last), ("mean", Pooling::Mean)])?,
             normalize: normalize(body)?,
-            base64: one_of(body, "encoding_format", &[("float", false), ("base64", true)])?,
+            base64: body.one_of("encoding_format", &[("float", false), ("base64", true)])?,
             truncation: truncation(body, serving.limits().max_model_len)?,
             priority: body.integer("priority", i64::MIN..=i64::MAX)?.unwrap_or(0),
             cache_salt: cache_salt(body)?,
         })
     }
-}
-
-/// The value of a field that takes one of a few words; the first is the default.
-fn one_of<T: Copy>(body: &Fields, name: &str, words: &[(&str, T)]) -> Result<T> {
-    let Some(value) = body.get(name) else { return Ok(words[0].1) };
-    let found = words.iter().find(|(word, _)| value.as_str() == Some(word)).map(|(_, value)| *value);
-    let allowed = || words.iter().map(|(word, _)| format!("{word:?}")).collect::<Vec<_>>().join(" or ");
-    found.ok_or_else(|| fields::wrong(name, &allowed(), value))
 }
 
 /// Fields of which one value only can be honoured.
@@ -159,8 +122,8 @@ fn check_constants(body: &Fields, width: usize) -> Result<()> {
         );
         return Err(Error::invalid(message).param("dimensions").code("unsupported_parameter"));
     }
-    one_of(body, "embed_dtype", &[("float32", ())])?;
-    one_of(body, "endianness", &[("native", ()), ("little", ())])?;
+    body.one_of("embed_dtype", &[("float32", ())])?;
+    body.one_of("endianness", &[("native", ()), ("little", ())])?;
     body.string("user").map(|_| ())
 }
 
@@ -172,29 +135,6 @@ fn normalize(body: &Fields) -> Result<bool> {
         )
         .param("use_activation")),
         (a, b) => Ok(a.or(b).unwrap_or(true)),
-    }
-}
-
-fn cache_salt(body: &Fields) -> Result<Option<String>> {
-    let salt = body.string("cache_salt")?;
-    if salt.is_some_and(|salt| !(1..=MAX_SALT).contains(&salt.chars().count())) {
-        let message = format!("`cache_salt` must have from 1 to {MAX_SALT} characters");
-        return Err(Error::invalid(message).param("cache_salt").code("invalid_value"));
-    }
-    Ok(salt.map(str::to_owned))
-}
-
-fn truncation(body: &Fields, max_model_len: usize) -> Result<Option<Truncation>> {
-    let side = one_of(body, "truncation_side", &[("left", TruncationSide::Left), ("right", TruncationSide::Right)])?;
-    let tokens = body.integer("truncate_prompt_tokens", -1..=max_model_len as i64)?;
-    match (tokens, body.get("truncate_prompt_tokens")) {
-        (None, _) => Ok(None),
-        (Some(-1), _) => Ok(Some(Truncation { tokens: max_model_len, side })),
-        (Some(0), Some(zero)) => {
-            let allowed = format!("-1 for this server's context length, or from 1 to {max_model_len}");
-            Err(fields::wrong("truncate_prompt_tokens", &allowed, zero))
-        }
-        (Some(tokens), _) => Ok(Some(Truncation { tokens: tokens as usize, side })),
     }
 }
 
@@ -249,6 +189,7 @@ async fn encode(serving: &Serving, inputs: Vec<PromptInput>, truncation: Option<
             let ids = match input {
                 PromptInput::Text(text, special) => encode_text(&text, special),
                 PromptInput::Ids(ids) => Ok(truncation.map_or(ids.as_slice(), |cut| cut.cut(&ids)).to_vec()),
+                PromptInput::Infill { prefix, suffix } => codec.encode_infill(&prefix, &suffix),
                 PromptInput::Chat(chat) => codec.render_chat(&chat).and_then(|text| encode_text(&text, false)),
             };
             let ids = ids.map_err(|error| match error.param.as_deref() {

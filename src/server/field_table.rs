@@ -7,7 +7,7 @@ mod tables;
 
 use serde_json::Value;
 
-pub(super) use tables::{CHAT_COMPLETIONS, COMPLETIONS};
+pub(super) use tables::{CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS};
 
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
@@ -126,7 +126,7 @@ mod tests {
 
     use super::*;
 
-    const TABLES: &[&FieldTable] = &[&COMPLETIONS, &CHAT_COMPLETIONS];
+    const TABLES: &[&FieldTable] = &[&COMPLETIONS, &CHAT_COMPLETIONS, &EMBEDDINGS];
 
     fn check(body: Value) -> Result<()> {
         COMPLETIONS.check(&Fields::of_body(&body)?)

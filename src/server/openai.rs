@@ -11,7 +11,7 @@ use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
 use super::field_table::{CHAT_COMPLETIONS, COMPLETIONS};
 use super::generate::{self, CheckedRequest};
-use super::params::{self, CommonParams, MAX_TOP_LOGPROBS, Truncation};
+use super::params::{self, CommonParams, MAX_TOP_LOGPROBS};
 use super::response::{EchoedPrompt, Endpoint, ReplyContext, ResponseBuilder};
 use super::select_adapter::LeasedAdapters;
 use super::stream::{AnswerFormat, OutputOptions};
@@ -20,6 +20,7 @@ use crate::engine::context_length_exceeded;
 use crate::fields::{self, Fields};
 use crate::text::messages::ChatPrompt;
 use crate::text::reasoning::ReasoningFormat;
+use crate::text::truncation::Truncation;
 use crate::{Error, Result};
 
 /// Default of `max_tokens` for completions, as in OpenAI's API.
@@ -76,9 +77,7 @@ pub(super) async fn prepare(
         let work = EncodingWork {
             inputs,
             echo,
-            truncation: common
-                .truncation
-                .map(|cut| Truncation { tokens: Some(cut.tokens.unwrap_or(serving.limits().max_model_len)), ..cut }),
+            truncation: common.truncation,
             bad_words: std::mem::take(&mut common.bad_words),
             reasoning: answer.as_ref().and_then(|answer| answer.reasoning),
         };
@@ -202,7 +201,7 @@ struct ParsedRequest {
 impl ParsedRequest {
     fn completion(body: &Fields, serving: &Serving) -> Result<Self> {
         let vocab_size = serving.codec.vocab_size();
-        let common = params::parse(body, vocab_size, 0)?;
+        let common = params::parse(body, vocab_size, serving.limits().max_model_len, 0)?;
         let best_of = body.integer("best_of", 1..=MAX_BEST_OF)?.map_or(common.n, |n| n as usize);
         if best_of < common.n {
             let message = format!("`best_of` must be at least `n` ({}), not {best_of}", common.n);
@@ -233,7 +232,7 @@ impl ParsedRequest {
     }
 
     fn chat(body: &Fields, serving: &Serving) -> Result<Self> {
-        let common = params::parse(body, serving.codec.vocab_size(), 1)?;
+        let common = params::parse(body, serving.codec.vocab_size(), serving.limits().max_model_len, 1)?;
         let top = body.integer("top_logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize);
         let wanted = body.boolean("logprobs")?.unwrap_or(false);
         if top.is_some_and(|top| top > 0) && !wanted {
@@ -331,22 +330,23 @@ async fn encode(serving: &Serving, work: EncodingWork) -> Result<EncodedRequest>
         let mut encoded =
             EncodedRequest { prompts: Vec::new(), echo: Vec::new(), bad_words: Vec::new(), starts_in_reasoning: false };
         for input in work.inputs {
-            let (mut ids, mut text) = match input {
-                PromptInput::Text(text, special) => (codec.encode_prompt(&text, special)?, Some(text)),
-                PromptInput::Ids(ids) => (ids, None),
-                PromptInput::Infill { prefix, suffix } => (codec.encode_infill(&prefix, &suffix)?, None),
+            let encode = |text: &str, special| match work.truncation {
+                Some(truncation) => truncation.encode_prompt(&codec, text, special),
+                None => codec.encode_prompt(text, special),
+            };
+            let cut = |ids: Vec<u32>| work.truncation.map_or(ids.as_slice(), |cut| cut.cut(&ids)).to_vec();
+            let (ids, text) = match input {
+                PromptInput::Text(text, special) => (encode(&text, special)?, Some(text)),
+                PromptInput::Ids(ids) => (cut(ids), None),
+                PromptInput::Infill { prefix, suffix } => (cut(codec.encode_infill(&prefix, &suffix)?), None),
                 PromptInput::Chat(prompt) => {
                     let text = codec.render_chat(&prompt)?;
                     encoded.starts_in_reasoning = work.reasoning.is_some_and(|format| format.opened_by(&text));
-                    (codec.encode_prompt(&text, false)?, Some(text))
+                    (encode(&text, false)?, Some(text))
                 }
             };
-            if let Some(Truncation { tokens: Some(tokens), keep_first }) = work.truncation
-                && ids.len() > tokens
-            {
-                ids = if keep_first { ids[..tokens].to_vec() } else { ids[ids.len() - tokens..].to_vec() };
-                text = None;
-            }
+            // A cut prompt is no longer the text of the request.
+            let text = text.filter(|_| work.truncation.is_none_or(|cut| ids.len() < cut.tokens));
             if work.echo {
                 encoded.echo.push(EchoedPrompt::new(&codec, &ids, text)?);
             }

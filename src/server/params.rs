@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::structured::RequestedGrammar;
 use crate::engine::request::SamplingParams;
 use crate::fields::{self, Fields};
+use crate::text::truncation::{Truncation, TruncationSide};
 use crate::{Error, Result};
 
 /// Limit on the stop strings of one request.
@@ -28,8 +29,11 @@ pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
 /// Limit on `logprob_token_ids`.
 const MAX_LOGPROB_TOKEN_IDS: usize = 128;
 
-/// Limit on the bytes of `cache_salt` and `request_id`.
-const MAX_LABEL_BYTES: usize = 128;
+/// Limit on the bytes of `request_id`.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Limit on the characters of `cache_salt`, as in vLLM.
+const MAX_SALT: usize = 1024;
 
 /// The parameters that completions and chat completions have in common.
 #[derive(Debug)]
@@ -73,15 +77,6 @@ pub(super) struct StreamUsage {
     pub(super) in_chunks: bool,
 }
 
-/// How many tokens of a prompt are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Truncation {
-    /// Tokens that are kept; `None` is the context length.
-    pub(super) tokens: Option<usize>,
-    /// Keep the first ones, not the last ones.
-    pub(super) keep_first: bool,
-}
-
 /// What the reply has besides the text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct ReplyOptions {
@@ -104,8 +99,14 @@ pub(super) struct TextOptions {
     pub(super) skip_special_tokens: bool,
 }
 
-/// Reads the common fields. `vocab_size` bounds token ids; `min_max_tokens` is the lower bound of `max_tokens`.
-pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Result<CommonParams> {
+/// Reads the common fields. `vocab_size` bounds token ids, `max_model_len` the tokens of a prompt; `min_max_tokens` is the lower
+/// bound of `max_tokens`.
+pub(super) fn parse(
+    body: &Fields,
+    vocab_size: usize,
+    max_model_len: usize,
+    min_max_tokens: i64,
+) -> Result<CommonParams> {
     let defaults = SamplingParams::default();
     let max_tokens = max_tokens(body, min_max_tokens)?;
     let min_tokens = body.integer("min_tokens", 0..=i64::MAX)?.unwrap_or(0) as usize;
@@ -148,15 +149,15 @@ pub(super) fn parse(body: &Fields, vocab_size: usize, min_max_tokens: i64) -> Re
         stream,
         stream_usage: stream_usage(body, stream)?,
         prompt_logprobs: prompt_logprobs(body, stream)?,
-        truncation: truncation(body)?,
+        truncation: truncation(body, max_model_len)?,
         reply: ReplyOptions {
             token_ids: body.boolean("return_token_ids")?.unwrap_or(false),
             tokens_as_ids: body.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
             service_tier: body.string("service_tier")?.is_some(),
         },
         priority: body.integer("priority", i64::MIN..=i64::MAX)?.unwrap_or(0),
-        cache_salt: label(body, "cache_salt")?,
-        request_id: label(body, "request_id")?,
+        cache_salt: cache_salt(body)?,
+        request_id: request_id(body)?,
         bad_words: bad_words(body)?,
         grammar: RequestedGrammar::parse(body)?,
         text: TextOptions {
@@ -264,27 +265,36 @@ fn logprob_token_ids(body: &Fields, vocab_size: usize) -> Result<Vec<u32>> {
     token_ids(ids, "logprob_token_ids", vocab_size)
 }
 
-fn truncation(body: &Fields) -> Result<Option<Truncation>> {
-    const SIDES: &str = "\"left\" or \"right\"";
-    let keep_first = match body.string("truncation_side")? {
-        None | Some("left") => false,
-        Some("right") => true,
-        Some(other) => return Err(fields::wrong("truncation_side", SIDES, &other.into())),
-    };
-    Ok(match body.integer("truncate_prompt_tokens", -1..=i64::MAX)? {
-        None => None,
-        Some(0) => return Err(fields::wrong("truncate_prompt_tokens", "-1 or at least 1", &0.into())),
-        Some(-1) => Some(Truncation { tokens: None, keep_first }),
-        Some(n) => Some(Truncation { tokens: Some(n as usize), keep_first }),
-    })
+/// The cut of a prompt (vLLM).
+pub(super) fn truncation(body: &Fields, max_model_len: usize) -> Result<Option<Truncation>> {
+    let side = body.one_of("truncation_side", &[("left", TruncationSide::Left), ("right", TruncationSide::Right)])?;
+    match body.integer("truncate_prompt_tokens", -1..=max_model_len as i64)? {
+        None => Ok(None),
+        Some(-1) => Ok(Some(Truncation { tokens: max_model_len, side })),
+        Some(0) => {
+            let allowed = format!("-1 for this server's context length, or from 1 to {max_model_len}");
+            Err(fields::wrong("truncate_prompt_tokens", &allowed, &0.into()))
+        }
+        Some(tokens) => Ok(Some(Truncation { tokens: tokens as usize, side })),
+    }
 }
 
-/// A short printable string.
-fn label(body: &Fields, name: &str) -> Result<Option<String>> {
-    let Some(text) = body.string(name)? else { return Ok(None) };
-    if !(1..=MAX_LABEL_BYTES).contains(&text.len()) || !text.bytes().all(|b| b.is_ascii_graphic()) {
-        let allowed = format!("1 to {MAX_LABEL_BYTES} printable ASCII characters without spaces");
-        return Err(fields::wrong(name, &allowed, &text.into()));
+/// The salt of the prefix cache (vLLM).
+pub(super) fn cache_salt(body: &Fields) -> Result<Option<String>> {
+    let salt = body.string("cache_salt")?;
+    if salt.is_some_and(|salt| !(1..=MAX_SALT).contains(&salt.chars().count())) {
+        let message = format!("`cache_salt` must have from 1 to {MAX_SALT} characters");
+        return Err(Error::invalid(message).param("cache_salt").code("invalid_value"));
+    }
+    Ok(salt.map(str::to_owned))
+}
+
+/// The client's part of the reply's id (vLLM).
+fn request_id(body: &Fields) -> Result<Option<String>> {
+    let Some(text) = body.string("request_id")? else { return Ok(None) };
+    if !(1..=MAX_REQUEST_ID).contains(&text.len()) || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        let allowed = format!("1 to {MAX_REQUEST_ID} printable ASCII characters without spaces");
+        return Err(fields::wrong("request_id", &allowed, &text.into()));
     }
     Ok(Some(text.to_owned()))
 }

@@ -134,7 +134,7 @@ fn refusals_name_the_field() {
         (json!({"input": "a", "truncate_prompt_tokens": 0}), "truncate_prompt_tokens", "from 1 to 256"),
         (json!({"input": "a", "truncate_prompt_tokens": 257}), "truncate_prompt_tokens", "to 256"),
         (json!({"input": "a", "truncation_side": "both"}), "truncation_side", "right"),
-        (json!({"messages": []}), "messages", "/tokenize"),
+        (json!({"messages": [{}]}), "messages", "/tokenize"),
         (json!({"input": "a", "input_type": "query"}), "input_type", "unknown field"),
         (json!({"input": "a", "lora": "a"}), "lora", "did you mean `adapter`"),
     ] {

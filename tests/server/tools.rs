@@ -2,7 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::Server;
+use crate::harness::{Options, Server};
+
+/// A server whose context takes the instructions for tools, of a token a byte.
+fn server() -> Server {
+    Server::with(Options { max_model_len: 2048, ..Options::default() })
+}
 
 fn chat(server: &Server, more: Value) -> Value {
     let mut body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "temperature": 0});
@@ -22,7 +27,7 @@ fn tools() -> Value {
 
 #[test]
 fn a_required_call() {
-    let server = Server::start();
+    let server = server();
     let named = json!({"type": "function", "function": {"name": "weather"}});
     for (choice, reason) in [(json!("required"), "tool_calls"), (named, "stop")] {
         let more = json!({"tools": tools(), "tool_choice": choice, "parallel_tool_calls": false});
@@ -42,7 +47,7 @@ fn a_required_call() {
 
 #[test]
 fn streamed_calls_are_the_whole_ones() {
-    let server = Server::start();
+    let server = server();
     let mut body =
         json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "temperature": 0, "stream": true});
     body["tools"] = tools();
@@ -63,7 +68,7 @@ fn streamed_calls_are_the_whole_ones() {
 
 #[test]
 fn the_older_form_of_functions() {
-    let server = Server::start();
+    let server = server();
     let function = tools()[0]["function"].clone();
     let body = chat(&server, json!({"functions": [function], "function_call": {"name": "weather"}}));
     let call = &body["choices"][0]["message"]["function_call"];
@@ -73,7 +78,7 @@ fn the_older_form_of_functions() {
 
 #[test]
 fn without_a_call_the_answer_is_content() {
-    let server = Server::start();
+    let server = server();
     for choice in ["auto", "none"] {
         let body = chat(&server, json!({"tools": tools(), "tool_choice": choice, "max_tokens": 3}));
         assert_eq!(body["choices"][0]["message"]["content"], "abc", "{body}");
@@ -90,7 +95,7 @@ fn without_a_call_the_answer_is_content() {
 
 #[test]
 fn refusals_name_the_field() {
-    let server = Server::start();
+    let server = server();
     let refuse = |more: Value| {
         let mut body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

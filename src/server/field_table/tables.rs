@@ -14,6 +14,37 @@ pub(in crate::server) const CHAT_COMPLETIONS: FieldTable = FieldTable {
     parts: &[CHAT_FIELDS, GENERATION, STRUCTURED, SERVED_OTHERWISE, LLAMA_CPP, COMPLETION_ONLY],
 };
 
+/// `POST /v1/embeddings`.
+pub(in crate::server) const EMBEDDINGS: FieldTable =
+    FieldTable { routes: "/v1/embeddings", parts: &[EMBEDDING_FIELDS] };
+
+const EMBEDDING_FIELDS: &[RequestField] = &[
+    means("model", "the base, an adapter, or `base:adapter`"),
+    means("adapter", "an adapter, or a list of adapters with weights"),
+    honoured("input"),
+    honoured("encoding_format"),
+    means("dimensions", "only the width of the model's hidden states"),
+    means("pooling", "`last` (default) or `mean`"),
+    means("normalize", "scales the vectors to length 1 (default true)"),
+    means("use_activation", "vLLM's `normalize`"),
+    means("add_special_tokens", "whether the model's special tokens go around a text (vLLM; default true)"),
+    means(
+        "truncate_prompt_tokens",
+        "keeps this many tokens of an input, the last ones (vLLM); -1 is the context length",
+    ),
+    means("truncation_side", "`left` (default) or `right`: where an input is cut (vLLM)"),
+    means("embed_dtype", "only `float32` (vLLM)"),
+    means("endianness", "only `little` (vLLM)"),
+    means("priority", "orders waiting requests of the same adapter, the lowest first (vLLM)"),
+    means("cache_salt", "only requests with the same salt share cached prefixes (vLLM)"),
+    no_effect("user", "the server keeps no state per user"),
+    no_effect("mm_processor_kwargs", "for media, which the model does not read"),
+    no_effect("media_io_kwargs", "for media, which the model does not read"),
+    no_effect("request_id", "the reply's id is the server's own"),
+    refused_unless("padding", "\"do_not_pad\"", "inputs are not padded"),
+    refused("messages", "POST /tokenize takes `messages` and answers with token ids, which `input` takes"),
+];
+
 /// The fields of `/v1/completions` alone.
 const COMPLETION_FIELDS: &[RequestField] = &[
     honoured("prompt"),
@@ -68,7 +99,6 @@ const CHAT_FIELDS: &[RequestField] = &[
     refused("thinking_forced_open", "the template decides: use `chat_template_kwargs`"),
     refused("chat_format", "the template decides"),
     refused("generation_prompt", "use `continue_final_message`"),
-    refused("mm_payload", "the model reads text only"),
     refused("return_prompt_text", "POST /tokenize renders messages"),
 ];
 
@@ -167,6 +197,7 @@ const SERVED_OTHERWISE: &[RequestField] = &[
     refused("return_weight_versions", "`adapter_generation` in the reply names the weights"),
     refused("return_token_offsets", "`logprobs` on /v1/completions gives `text_offset`"),
     refused("return_mm_kwargs", "the model reads text only"),
+    refused("mm_payload", "the model reads text only"),
     refused("kv_transfer_params", "the KV cache is not transferred between servers"),
     refused("ec_transfer_params", "the model reads text only"),
     refused("vllm_xargs", "no further arguments are known"),
