@@ -18,6 +18,8 @@ type AdapterKey = Arc<[(String, u32)]>;
 
 /// A request and its progress.
 pub(super) struct Sequence {
+    /// Its place in the engine. Dropped before the request, whose channel tells the client that the place is free.
+    _permit: RequestPermit,
     pub(super) request: Request,
     /// Its adapters, for the prefix cache.
     key: AdapterKey,
@@ -49,8 +51,6 @@ pub(super) struct Sequence {
     pub(super) pooled: Option<PooledPrompt>,
     /// Whether it has been admitted before: its queue time has ended.
     pub(super) admitted: bool,
-    /// Its place in the engine, which is freed with it.
-    _permit: RequestPermit,
 }
 
 impl Sequence {

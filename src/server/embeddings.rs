@@ -241,6 +241,8 @@ impl EmbeddingSource<'_> {
                 Event::Prompt(_) | Event::Token { .. } => {}
                 Event::Finished { .. } => {
                     metrics.finish(FinishReason::Stop);
+                    // The channel closes once the sequence has left the engine, so the next input finds its place free.
+                    while receiver.recv().await.is_some() {}
                     return pooled.ok_or_else(|| Error::internal("the engine gave no pooled hidden states"));
                 }
                 Event::Failed(error) => {

@@ -92,7 +92,7 @@ fn a_salt_separates_prefixes() {
 fn priorities_order_the_requests_of_an_adapter_but_not_between_adapters() {
     let mut bench = Bench::new(&EngineConfig { max_running: 1, ..config() });
     let a = lease("a", "content-a");
-    let mut submit = |priority, adapters: Vec<(Lease, f32)>| {
+    let submit = |priority, adapters: Vec<(Lease, f32)>| {
         let (request, events) = request(&[1, 2, 3], &adapters, greedy(4));
         bench.engine.submit(Request { priority, ..request }).expect("accepted");
         (events, Answer::default())

@@ -112,6 +112,8 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"bad_words": vec!["a"; 257]}), "bad_words", "up to 256"),
     ];
     let completions = [
+        (json!({"suffix": "x"}), "suffix", "fill in the middle"),
+        (json!({"tools": [{}]}), "tools", "/v1/chat/completions"),
         (json!({"prompt": null}), "prompt", "is required"),
         (json!({"prompt": 1}), "prompt", "a string, an array"),
         (json!({"prompt": []}), "prompt", "an empty array"),
@@ -123,7 +125,7 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"prompt": [-1]}), "prompt[0]", "from 0 to 257"),
         (json!({"prompt": [[true]]}), "prompt[0][0]", "not true"),
         (json!({"prompt": ""}), "prompt", "empty"),
-        (json!({"prompt": null, "messages": []}), "messages", "/v1/chat/completions"),
+        (json!({"prompt": null, "messages": [1]}), "messages", "/v1/chat/completions"),
         (json!({"prompt": vec!["x"; 65]}), "prompt", "this server takes 64 at once"),
         (json!({"best_of": 0}), "best_of", "from 1 to"),
         (json!({"n": 3, "best_of": 2}), "best_of", "at least `n` (3)"),
@@ -133,6 +135,9 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"echo": "yes"}), "echo", "true or false"),
     ];
     let chat = [
+        (json!({"suffix": "x"}), "suffix", "only on /v1/completions"),
+        (json!({"tools": [{}]}), "tools[0].type", "is required"),
+        (json!({"functions": [{}]}), "functions[0].name", "is required"),
         (json!({"messages": null}), "messages", "is required"),
         (json!({"messages": "hi"}), "messages", "an array"),
         (json!({"messages": []}), "messages", "at least one"),
@@ -153,7 +158,6 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         ),
         (json!({"documents": [{"text": "x"}]}), "documents", "has no place"),
         (json!({"continue_final_message": true, "add_generation_prompt": true}), "continue_final_message", "both"),
-        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role", "has no place"),
         (
             json!({"messages": [{"role": "user", "content": "x", "colour": "red"}]}),
             "messages[0].colour",
