@@ -1,6 +1,6 @@
 //! Compares ids, text and chat prompts with Hugging Face's tokenizers, and streamed with whole decoding.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use proptest::prelude::*;
@@ -19,9 +19,13 @@ fn gguf(name: &str) -> TextCodec {
     TextCodec::load(&ModelFiles { name: name.to_string(), format }).unwrap()
 }
 
-fn directory() -> TextCodec {
-    let format = ModelFormat::HuggingFace(fixture("tokenizer/hf"));
+fn codec_of(dir: &Path) -> TextCodec {
+    let format = ModelFormat::HuggingFace(dir.to_owned());
     TextCodec::load(&ModelFiles { name: "hf".to_string(), format }).unwrap()
+}
+
+fn directory() -> TextCodec {
+    codec_of(&fixture("tokenizer/hf"))
 }
 
 static SMOLLM2: LazyLock<TextCodec> = LazyLock::new(|| {
@@ -220,5 +224,26 @@ proptest! {
     fn any_text_comes_back(text in "\\PC{0,40}|[ \\t\\r\\n0-9a-zé中😀]{0,40}") {
         let ids = SMOLLM2.encode(&text, false).unwrap();
         prop_assert_eq!(SMOLLM2.decode(&ids, false).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_special_token_after_an_answer_ends_it() {
+    // The file declares another end token than the one that its template writes.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(fixture("tokenizer/hf/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let template = |source: &str| {
+        let config = json!({"eos_token": "<|begin|>", "chat_template": source});
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        codec_of(dir.path())
+    };
+    let messages = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}";
+    let declared = template("x").eos_token_ids().to_vec();
+    let ends = template(&format!("{messages}\n<|im_end|>\n{{% endfor %}}"));
+    assert_eq!(ends.eos_token_ids(), [declared[0], ends.id_of("<|im_end|>").unwrap()]);
+    for other in
+        ["{% endfor %}", " end{% endfor %}", "{{ raise_exception('no') }}{% endfor %}", "<|begin|>{% endfor %}"]
+    {
+        assert_eq!(template(&format!("{messages}{other}")).eos_token_ids(), declared, "{other}");
     }
 }

@@ -24,7 +24,7 @@ pub(super) struct CheckedChat {
 /// Reads the fields of a chat.
 pub(super) fn parse(body: &Fields, codec: &TextCodec) -> Result<CheckedChat> {
     let mut prompt = ChatPrompt::parse(body)?;
-    let source = prompt.template.clone().or_else(|| codec.template_source()).unwrap_or_default();
+    let source = codec.template_source().unwrap_or_default();
     if body.get("reasoning_effort").is_some() && !source.contains("reasoning_effort") {
         let message = "`reasoning_effort`: this model's chat template does not read it, so omit it";
         return Err(Error::invalid(message).param("reasoning_effort").code("unsupported_parameter"));
@@ -32,7 +32,7 @@ pub(super) fn parse(body: &Fields, codec: &TextCodec) -> Result<CheckedChat> {
     let tools = Tools::parse(body)?;
     prompt.tools = tools.as_ref().map(Tools::raw);
     let mut format = ToolFormat::of(&source);
-    if !codec.template_knows_tools(&prompt) && (tools.is_some() || has_calls(&prompt)) {
+    if !codec.template_knows_tools() && (tools.is_some() || has_calls(&prompt)) {
         prompt = with_tools_in_system_message(prompt);
         // The form that the system message asks for.
         format = ToolFormat::Hermes;

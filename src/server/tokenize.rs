@@ -131,7 +131,7 @@ impl TokenizeRequest {
     fn answer(self, codec: &TextCodec, limit: usize) -> Result<Value> {
         let text = match self.input {
             TokenizeInput::Text(text) => text,
-            TokenizeInput::Chat(chat) if codec.template_knows_tools(&chat) => codec.render_chat(&chat)?,
+            TokenizeInput::Chat(chat) if codec.template_knows_tools() => codec.render_chat(&chat)?,
             TokenizeInput::Chat(chat) => codec.render_chat(&with_tools_in_system_message(*chat))?,
         };
         let ids = codec.encode(&text, self.special)?;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::messages::ChatPrompt;
-use super::template::{self, ChatTemplate, SpecialTokens};
+use super::template::{ChatTemplate, SpecialTokens};
 use super::tokenizer::{self, LoadedTokenizer};
 use crate::hub::{ModelFiles, ModelFormat};
 use crate::{Error, Result};
@@ -44,7 +44,26 @@ impl TextCodec {
         };
         let token_bytes = TokenBytes::new(&tokenizer)?;
         let template = template.map(|source| ChatTemplate::new(&source, special.clone())).transpose()?;
-        Ok(Self { tokenizer, token_bytes, bos, eos, template, special })
+        let mut codec = Self { tokenizer, token_bytes, bos, eos, template, special };
+        if let Some(id) = codec.end_of_turn()?
+            && !codec.eos.contains(&id)
+        {
+            codec.eos.push(id);
+        }
+        Ok(codec)
+    }
+
+    /// The special token that the template writes after an answer. Models of which only the end of a text is declared end their
+    /// turns with it.
+    fn end_of_turn(&self) -> Result<Option<u32>> {
+        const ANSWER: &str = "AN ANSWER";
+        let Some(template) = &self.template else { return Ok(None) };
+        let messages = vec![json!({"role": "user", "content": "Hi"}), json!({"role": "assistant", "content": ANSWER})];
+        // A template may refuse such a chat.
+        let Ok(text) = template.render(&ChatPrompt::of(messages, false)) else { return Ok(None) };
+        let Some((_, end)) = text.rsplit_once(ANSWER) else { return Ok(None) };
+        let first = self.encode(end.trim_start(), false)?.first().copied();
+        Ok(first.filter(|&id| self.token_bytes.special.get(id as usize) == Some(&true)))
     }
 
     /// Token ids of `text`. With `add_special_tokens`, the model's own special tokens go around it, as in transformers.
@@ -83,30 +102,23 @@ impl TextCodec {
         Ok(text)
     }
 
-    /// Renders a chat with its own template, or else the model's. Encode the result without adding special tokens, because the
-    /// template contains them. Takes up to a second for a hostile template, so call it on a thread that may block.
+    /// Renders a chat with the model's template. Encode the result without adding special tokens, because the template contains
+    /// them.
     ///
     /// # Errors
     /// `Invalid` if there is no template, or the template refuses the messages or has no place for what the prompt has.
     pub fn render_chat(&self, prompt: &ChatPrompt) -> Result<String> {
-        match (&prompt.template, &self.template) {
-            (Some(source), _) => ChatTemplate::render_request(source, self.special.clone(), prompt),
-            (None, Some(template)) => template.render(prompt),
-            (None, None) => {
-                Err(Error::invalid("this model has no chat template: use /v1/completions, or give a `chat_template`")
-                    .code("no_chat_template"))
-            }
-        }
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::invalid("this model has no chat template: use /v1/completions").code("no_chat_template")
+        })?;
+        template.render(prompt)
     }
 
-    /// Whether the template of `prompt` lists tools. If not, [`with_tools_in_system_message`] does.
+    /// Whether the template lists tools. If not, [`with_tools_in_system_message`] does.
     ///
     /// [`with_tools_in_system_message`]: super::messages::with_tools_in_system_message
-    pub fn template_knows_tools(&self, prompt: &ChatPrompt) -> bool {
-        match &prompt.template {
-            Some(source) => template::words(source).contains("tools"),
-            None => self.template.as_ref().is_some_and(|template| template.reads("tools")),
-        }
+    pub fn template_knows_tools(&self) -> bool {
+        self.template.as_ref().is_some_and(|template| template.reads("tools"))
     }
 
     /// Jinja source of the model's template, if it has one.

@@ -22,8 +22,6 @@ pub struct ChatPrompt {
     pub(crate) tools: Option<Vec<Value>>,
     /// Documents to answer from: objects whose keys the template knows, such as `title` and `text`.
     pub(crate) documents: Option<Vec<Value>>,
-    /// Jinja source that replaces the model's template.
-    pub(crate) template: Option<String>,
     /// Further variables of the template.
     pub(crate) kwargs: Map<String, Value>,
     /// Whether the prompt opens the assistant's turn.
@@ -53,6 +51,26 @@ impl ChatPrompt {
         Self { messages, add_generation_prompt, ..Self::default() }
     }
 
+    /// The prompt of a training record: checked messages, with the record's `documents` and `chat_template_kwargs`.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the field.
+    pub(crate) fn of_record(record: &Fields, messages: Vec<Value>) -> Result<Self> {
+        Ok(Self { documents: documents(record)?, kwargs: kwargs(record)?, ..Self::of(messages, false) })
+    }
+
+    /// The same prompt of the first `count` messages.
+    pub(crate) fn cut(&self, count: usize, add_generation_prompt: bool) -> Self {
+        Self {
+            messages: self.messages[..count].to_vec(),
+            tools: self.tools.clone(),
+            documents: self.documents.clone(),
+            kwargs: self.kwargs.clone(),
+            add_generation_prompt,
+            continue_final_message: false,
+        }
+    }
+
     /// The prompt that a request body asks for: `messages`, and optionally vLLM's fields for chat templates.
     ///
     /// # Errors
@@ -79,6 +97,14 @@ impl ChatPrompt {
             }
             (asked, begun) => asked.unwrap_or(begun),
         };
+        if body.string("chat_template")?.is_some() {
+            return Err(Error::invalid(
+                "`chat_template` is not supported in a request, because a template can take any time and memory: put it into \
+                 the model's directory as chat_template.jinja, or render the prompt yourself and use /v1/completions",
+            )
+            .param("chat_template")
+            .code("unsupported_parameter"));
+        }
         let add_generation_prompt = body.boolean("add_generation_prompt")?;
         if continue_final_message && add_generation_prompt == Some(true) {
             return Err(Error::invalid(
@@ -92,7 +118,6 @@ impl ChatPrompt {
             messages,
             tools: None,
             documents: documents(body)?,
-            template: body.string("chat_template")?.map(str::to_owned),
             kwargs: kwargs(body)?,
             add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
             continue_final_message,

@@ -1,14 +1,16 @@
 //! Chat templates: the model's Jinja source, rendered as in transformers.
 
+mod jinja;
+mod needs;
+mod python_json;
+
 use std::collections::{BTreeMap, HashSet};
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value as Jinja, ValueKind};
+use minijinja::value::{Serde, Value as Jinja};
 use minijinja::{Environment, ErrorKind, context};
-use serde::Serialize;
-use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+pub(super) use self::python_json::to_json;
 use super::messages::ChatPrompt;
 use crate::{Error, Result};
 
@@ -21,26 +23,14 @@ pub(super) struct ChatTemplate {
     special: SpecialTokens,
     /// The words of the source: what is not among them, the template does not read.
     words: HashSet<String>,
-    /// What errors call it.
-    name: &'static str,
-    /// The field that an error of rendering is about.
-    param: &'static str,
+    /// It takes the arguments of tool calls as JSON text, as DeepSeek's do, not as objects.
+    arguments_as_text: bool,
 }
 
 const NAME: &str = "chat_template";
 
 /// Work that the model's own template may do for one prompt, in minijinja's fuel: about an instruction or 64 bytes a unit.
 const FUEL: u64 = 20_000_000;
-
-/// The same for the template of a request: some thousand messages.
-const REQUEST_FUEL: u64 = 300_000;
-
-/// Stack for the template of a request. It can build a list nested some ten thousand levels deep, which takes as many nested
-/// calls to write or to drop.
-const REQUEST_STACK: usize = 256 << 20;
-
-/// Limit on the source of a request's template, in bytes.
-const MAX_REQUEST_SOURCE: usize = 128 << 10;
 
 /// Limit on a rendered prompt, in bytes.
 const MAX_PROMPT: usize = 16 << 20;
@@ -52,49 +42,20 @@ impl ChatTemplate {
     /// Compiles the model's template.
     ///
     /// # Errors
-    /// `Invalid` with the line for a syntax error.
+    /// `Invalid` with the line for a syntax error, or with the names of the filters, tests, functions and methods that it uses and
+    /// that do not exist here.
     pub(super) fn new(source: &str, special: SpecialTokens) -> Result<Self> {
-        Self::compile(source, special, FUEL, "the model's chat template", "messages")
-    }
-
-    /// Renders a prompt by the template `source` of a request, within narrower limits on work, memory and nesting.
-    ///
-    /// # Errors
-    /// As [`ChatTemplate::render`], and `Invalid` on `chat_template`: the source is too long or has a syntax error.
-    pub(super) fn render_request(source: &str, special: SpecialTokens, prompt: &ChatPrompt) -> Result<String> {
-        if source.len() > MAX_REQUEST_SOURCE {
-            let message = format!(
-                "`chat_template` has {} bytes; at most {MAX_REQUEST_SOURCE} are allowed in a request",
-                source.len()
-            );
-            return Err(Error::invalid(message).param(NAME).code("invalid_value"));
+        let wrong = |why: String| Error::invalid(format!("the model's chat template: {why}"));
+        let mut environment = jinja::environment()?;
+        environment.set_fuel(Some(FUEL));
+        environment.add_template_owned(NAME, without_generation_marks(source)).map_err(|e| wrong(e.to_string()))?;
+        needs::check(&environment, NAME).map_err(|e| wrong(e.message))?;
+        let mut template = Self { environment, special, words: words(source), arguments_as_text: false };
+        if template.reads("tool_calls") && template.render(&called()).is_err() {
+            template.arguments_as_text = true;
+            template.arguments_as_text = template.render(&called()).is_ok();
         }
-        let work = || {
-            Self::compile(source, special, REQUEST_FUEL, "`chat_template`", NAME)
-                .map_err(|e| e.param(NAME).code("invalid_value"))?
-                .render(prompt)
-        };
-        let internal = |why: String| Error::internal(format!("rendering `chat_template`: {why}"));
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name(NAME.into()).stack_size(REQUEST_STACK);
-            let running = thread.spawn_scoped(scope, work).map_err(|e| internal(e.to_string()).caused_by(e))?;
-            running.join().map_err(|_| internal("the thread panicked".into()))?
-        })
-    }
-
-    fn compile(
-        source: &str,
-        special: SpecialTokens,
-        fuel: u64,
-        name: &'static str,
-        param: &'static str,
-    ) -> Result<Self> {
-        let mut environment = environment()?;
-        environment.set_fuel(Some(fuel));
-        environment
-            .add_template_owned(NAME, without_generation_marks(source))
-            .map_err(|e| Error::invalid(format!("{name}: {e}")))?;
-        Ok(Self { environment, special, words: words(source), name, param })
+        Ok(template)
     }
 
     /// The source of the template.
@@ -133,7 +94,7 @@ impl ChatTemplate {
         let text = self.environment.get_template(NAME).and_then(|t| t.render(values)).map_err(|e| self.refusal(&e))?;
         if text.len() > MAX_PROMPT {
             let message = format!("the prompt has {} bytes; at most {MAX_PROMPT} are allowed", text.len());
-            return Err(Error::invalid(message).param(self.param));
+            return Err(Error::invalid(message).param("messages"));
         }
         if prompt.continue_final_message { self.without_end_of_turn(text) } else { Ok(text) }
     }
@@ -143,11 +104,11 @@ impl ChatTemplate {
             ErrorKind::OutOfFuel => "it does more work than a prompt may take".to_owned(),
             _ => error.detail().map_or_else(|| error.to_string(), str::to_string),
         };
-        Error::invalid(format!("{} refuses these messages: {why}", self.name)).param(self.param)
+        Error::invalid(format!("the model's chat template refuses these messages: {why}")).param("messages")
     }
 
     fn no_place(&self, path: String) -> Error {
-        Error::invalid(format!("`{path}` is not supported: {} has no place for it", self.name))
+        Error::invalid(format!("`{path}` is not supported: the model's chat template has no place for it"))
             .param(path)
             .code("unsupported_parameter")
     }
@@ -185,6 +146,14 @@ impl ChatTemplate {
         if map.get("role").is_some_and(|role| role == "tool") && !self.reads("tools") && !self.reads("tool_calls") {
             return Err(self.no_place(format!("messages[{index}].role")));
         }
+        if self.arguments_as_text
+            && let Some(Value::Array(calls)) = map.get_mut("tool_calls")
+        {
+            for call in calls {
+                let arguments = to_json(&call["function"]["arguments"]);
+                call["function"]["arguments"] = arguments.into();
+            }
+        }
         if !self.reads("reasoning_content")
             && let Some(Value::String(reasoning)) = map.remove("reasoning_content")
         {
@@ -208,7 +177,8 @@ impl ChatTemplate {
             let unset = value.is_null() || *value == Value::Bool(false);
             if !unset && name != EFFORT && !self.reads(name) {
                 let path = format!("chat_template_kwargs.{name}");
-                let message = format!("`{path}` has no effect: {} does not read a variable of this name", self.name);
+                let message =
+                    format!("`{path}` has no effect: the model's chat template does not read a variable of this name");
                 return Err(Error::invalid(message).param(path).code("unsupported_parameter"));
             }
         }
@@ -222,7 +192,8 @@ impl ChatTemplate {
     /// Cuts a rendered prompt behind the begun answer.
     fn without_end_of_turn(&self, mut text: String) -> Result<String> {
         let Some(end) = text.rfind(END_OF_BEGUN.trim_end()) else {
-            let message = format!("`continue_final_message`: {} does not write the last message's content", self.name);
+            let message =
+                "`continue_final_message`: the model's chat template does not write the last message's content";
             return Err(Error::invalid(message).param("continue_final_message").code("invalid_value"));
         };
         let spaces_kept = text[end..].starts_with(END_OF_BEGUN);
@@ -242,27 +213,20 @@ const ALWAYS_ACCEPTED: [&str; 5] = ["role", "content", "name", "tool_call_id", "
 /// The variable for how much to reason.
 const EFFORT: &str = "reasoning_effort";
 
-/// What templates find in transformers.
-fn environment() -> Result<Environment<'static>> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|e| Error::internal(e.to_string()).caused_by(e))?);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.set_formatter(|out, state, value| match value.kind() {
-        ValueKind::None => Ok(out.write_str("None")?),
-        ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
-        _ => minijinja::escape_formatter(out, state, value),
-    });
-    environment.add_filter("tojson", tojson);
-    environment.add_function("raise_exception", |message: String| -> Result<Jinja, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
-    environment.add_function("strftime_now", strftime_now);
-    Ok(environment)
+/// A conversation with a tool call, to try a template with.
+fn called() -> ChatPrompt {
+    let function = json!({"name": "look_up", "arguments": {"word": "lantern"}});
+    let call = json!({"id": "call00000", "type": "function", "function": function});
+    let messages = vec![
+        json!({"role": "user", "content": "Look it up."}),
+        json!({"role": "assistant", "content": "", "tool_calls": [call]}),
+        json!({"role": "tool", "name": "look_up", "tool_call_id": "call00000", "content": "A light."}),
+    ];
+    ChatPrompt::of(messages, true)
 }
 
 /// The identifiers in a source.
-pub(super) fn words(source: &str) -> HashSet<String> {
+fn words(source: &str) -> HashSet<String> {
     let words = source.split(|c: char| !c.is_alphanumeric() && c != '_');
     words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
@@ -291,61 +255,6 @@ fn without_generation_marks(source: &str) -> String {
     }
     out.push_str(rest);
     out
-}
-
-/// A value as Python's `json.dumps(value, ensure_ascii=False)`, as templates write it.
-pub(super) fn to_json(value: &Value) -> String {
-    let mut out = Vec::new();
-    match value.serialize(&mut Serializer::with_formatter(&mut out, PythonFormatter)) {
-        Ok(()) => String::from_utf8_lossy(&out).into_owned(),
-        Err(_) => value.to_string(),
-    }
-}
-
-/// The filter `tojson`: Python's `json.dumps(value, ensure_ascii=False, indent=...)`.
-fn tojson(value: Jinja, kwargs: Kwargs) -> Result<Jinja, minijinja::Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    for other in ["ensure_ascii", "separators", "sort_keys"] {
-        let _: Option<Jinja> = kwargs.get(other)?;
-    }
-    kwargs.assert_all_used()?;
-    let mut out = Vec::new();
-    let done = match indent {
-        Some(width) => {
-            let spaces = " ".repeat(width);
-            value.serialize(&mut Serializer::with_formatter(&mut out, PrettyFormatter::with_indent(spaces.as_bytes())))
-        }
-        None => value.serialize(&mut Serializer::with_formatter(&mut out, PythonFormatter)),
-    };
-    done.map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
-    Ok(Jinja::from_safe_string(String::from_utf8_lossy(&out).into_owned()))
-}
-
-/// Writes a space after commas and colons, as Python does.
-struct PythonFormatter;
-
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { w.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, w: &mut W, first: bool) -> std::io::Result<()> {
-        self.begin_array_value(w, first)
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, w: &mut W) -> std::io::Result<()> {
-        w.write_all(b": ")
-    }
-}
-
-/// The function `strftime_now`: the local time in a `strftime` format.
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
-    use std::fmt::Write;
-    let mut out = String::new();
-    write!(out, "{}", chrono::Local::now().format(&format)).map_err(|_| {
-        minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: invalid format {format:?}"))
-    })?;
-    Ok(out)
 }
 
 #[cfg(test)]

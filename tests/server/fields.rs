@@ -144,12 +144,7 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"messages": [1]}), "messages[0]", "an object"),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role", "is required"),
         (json!({"messages": [{"role": "", "content": "x"}]}), "messages[0].role", "a name such as system"),
-        (json!({"chat_template": "{% if %}"}), "chat_template", "syntax error"),
-        (
-            json!({"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"}),
-            "chat_template",
-            "more work",
-        ),
+        (json!({"chat_template": "x"}), "chat_template", "time and memory"),
         (json!({"chat_template_kwargs": {"tools": []}}), "chat_template_kwargs.tools", "use the field `tools`"),
         (
             json!({"chat_template_kwargs": {"enable_thinking": true}}),

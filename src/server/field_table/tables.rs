@@ -83,7 +83,10 @@ const CHAT_FIELDS: &[RequestField] = &[
     means("reasoning_format", "`none` leaves the thinking in `content`; `auto` and `deepseek` separate it (llama.cpp)"),
     means("add_generation_prompt", "whether the prompt opens the assistant's turn (vLLM; default true)"),
     means("continue_final_message", "whether the answer continues the last message (vLLM)"),
-    means("chat_template", "Jinja source that replaces the model's template (vLLM)"),
+    refused(
+        "chat_template",
+        "a request's template can take any time and memory: change the model's own, or render the prompt and use /v1/completions",
+    ),
     means("chat_template_kwargs", "further variables of the template (vLLM)"),
     means("documents", "a variable of the template (vLLM)"),
     refused_unless("modalities", "[\"text\"]", "the model reads and writes text only"),

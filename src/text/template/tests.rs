@@ -29,12 +29,83 @@ fn python_habits_work() {
 
 #[test]
 fn json_as_python_writes_it() {
-    let messages = json!([{"role": "user", "content": "é<'", "n": [1, {"a": null}]}]);
-    assert_eq!(
-        render("{# n #}{{ messages[0] | tojson }}", messages.clone()).unwrap(),
-        "{\"role\": \"user\", \"content\": \"é<'\", \"n\": [1, {\"a\": null}]}"
-    );
-    assert_eq!(render("{{ messages[0].n | tojson(indent=1) }}", messages).unwrap(), "[\n 1,\n {\n  \"a\": null\n }\n]");
+    // The right sides are what json.dumps of Python 3.12 returns.
+    for (options, text) in [
+        ("", r#"{"b": "é<'\"\n", "a": [1, {"x": null}, [], {}], "f": [1.0, 1e-05, 1.5e+16, 0.0001, -2.25, 1e+100]}"#),
+        (
+            "separators=(',', ':')",
+            r#"{"b":"é<'\"\n","a":[1,{"x":null},[],{}],"f":[1.0,1e-05,1.5e+16,0.0001,-2.25,1e+100]}"#,
+        ),
+        (
+            "ensure_ascii=true, sort_keys=true",
+            r#"{"a": [1, {"x": null}, [], {}], "b": "\u00e9<'\"\n", "f": [1.0, 1e-05, 1.5e+16, 0.0001, -2.25, 1e+100]}"#,
+        ),
+    ] {
+        let value =
+            json!({"b": "é<'\"\n", "a": [1, {"x": null}, [], {}], "f": [1.0, 1e-5, 1.5e16, 1e-4, -2.25, 1e100]});
+        let source = format!("{{{{ messages[0].content.v | tojson({options}) }}}}");
+        assert_eq!(render(&source, json!([{"content": {"v": value}}])).unwrap(), text);
+    }
+    let value = json!([{"content": {"v": [1, {"a": [], "b": 2}]}}]);
+    for (options, text) in [
+        ("indent=1", "[\n 1,\n {\n  \"a\": [],\n  \"b\": 2\n }\n]"),
+        ("indent='>', separators=('; ', '=')", "[\n>1; \n>{\n>>\"a\"=[]; \n>>\"b\"=2\n>}\n]"),
+        ("indent=none", "[1, {\"a\": [], \"b\": 2}]"),
+    ] {
+        assert_eq!(
+            render(&format!("{{{{ messages[0].content.v | tojson({options}) }}}}"), value.clone()).unwrap(),
+            text
+        );
+    }
+    assert_eq!(render("{{ '😀' | tojson(ensure_ascii=true) }}", json!([])).unwrap(), r#""\ud83d\ude00""#);
+    assert!(render("{{ 1 | tojson(colour=1) }}", json!([])).is_err());
+    assert_eq!(render("{{ ('{\"a\": [1]}' | from_json).a[0] }}", json!([])).unwrap(), "1");
+}
+
+#[test]
+fn methods_and_tests_of_python() {
+    for (source, text) in [
+        ("{{ 'a.b.c'.rsplit('.', 1) }}", "['a.b', 'c']"),
+        ("{{ ' a  b '.rsplit() }}", "['a', 'b']"),
+        ("{{ 'x</think>y</think>z'.rpartition('</think>')[0] }}", "x</think>y"),
+        ("{{ 'a=b=c'.partition('=') }}", "['a', '=', 'b=c']"),
+        ("{{ 'xay'.removeprefix('x').removesuffix('y') }}", "a"),
+        ("{{ '-7'.zfill(4) }} {{ 'abc'.index('c') }} {{ [4, 5].index(5) }}", "-007 2 1"),
+        ("{{ 'a' is sequence }} {{ {} is sequence }} {{ 1 is sequence }}", "True True False"),
+        ("{% for k, v in {'items': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "items1"),
+        ("{{ '  a\n'.strip().title() }} {{ 'ab'.startswith(('x', 'a')) }} {{ 'abcb'.rstrip('cb') }}", "A True a"),
+        (
+            "{% set n = namespace(x=1) %}{% for i in [1, 2, 3] %}{% if i == 3 %}{% break %}{% endif %}{% set n.x = i %}{% endfor %}{{ n.x }}",
+            "2",
+        ),
+    ] {
+        assert_eq!(render(source, json!([])).unwrap(), text, "{source}");
+    }
+}
+
+#[test]
+fn what_a_template_needs_and_is_missing_is_named_at_the_start() {
+    let rare = "{% if messages | length > 99 %}{{ messages | pluck('a') }}{{ 'a' is vowel }}{{ now() }}{{ 'a'.swap() }}{% endif %}";
+    let error = template(rare).err().unwrap();
+    for name in ["the filter `pluck`", "the test `vowel`", "the function `now`", "the method `swap`"] {
+        assert!(error.message.contains(name), "{error}");
+    }
+    assert!(error.message.starts_with("the model's chat template: it needs"), "{error}");
+    let own = "{% macro f(x, y=none) %}{{ caller() if caller else x }}{% endmacro %}{{ f(1) }}{% for m in [1] recursive %}{{ loop.cycle(1) }}\
+               {% endfor %}{{ raise_exception('no') }}{{ strftime_now('%Y') }}{{ range(3) }}{{ namespace().x }}{{ {}.get('a') }}";
+    template(own).unwrap();
+}
+
+#[test]
+fn arguments_of_calls_are_text_for_templates_that_add_them_to_text() {
+    let body = json!({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{\"a\":1}"}}]}]});
+    let source = |write: &str| {
+        format!(
+            "{{% for m in messages %}}{{% for c in m.tool_calls or [] %}}{{{{ {write} }}}}{{% endfor %}}{{% endfor %}}"
+        )
+    };
+    assert_eq!(ask(&source("'A' + c.function.arguments"), body.clone()).unwrap(), "A{\"a\": 1}");
+    assert_eq!(ask(&source("c.function.arguments.a"), body).unwrap(), "1");
 }
 
 #[test]
@@ -140,37 +211,4 @@ fn a_template_gets_what_it_reads_and_the_rest_is_refused_or_put_into_the_text() 
     let mut tools = ChatPrompt::of(vec![], true);
     tools.tools = Some(vec![json!({})]);
     assert_eq!(template(CHATML).unwrap().render(&tools).unwrap_err().param.as_deref(), Some("tools"));
-}
-
-#[test]
-fn a_hostile_template_of_a_request_is_stopped() {
-    let render =
-        |source: &str| ChatTemplate::render_request(source, SpecialTokens::new(), &ChatPrompt::of(vec![], true));
-    assert_eq!(render("{{ 1 + 1 }}").unwrap(), "2");
-    let nested = |end: &str| {
-        format!(
-            "{{% set n = namespace(x=[]) %}}{{% for i in range(99999) %}}{{% set n.x = [n.x] %}}{{% endfor %}}{end}"
-        )
-    };
-    for source in [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}".to_owned(),
-        "{{ 'a' * 900000000 }}".to_owned(),
-        "{{ 'a' * 20000000 }}".to_owned(),
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".to_owned(),
-        "{% set f = namespace(x='aaaa') %}{% for i in range(60) %}{% set f.x = f.x + f.x %}{% endfor %}".to_owned(),
-        nested("{{ n.x | tojson }}"),
-        nested("{{ n.x }}"),
-        nested("{{ n.x == n.x }}{{ n.x | string }}"),
-        format!("{{{{ {}1{} }}}}", "(".repeat(5000), ")".repeat(5000)),
-        format!("{}{}", "{% if 1 %}".repeat(5000), "{% endif %}".repeat(5000)),
-        format!("{{{{ {}1 }}}}", "not ".repeat(20_000)),
-        format!("{{{{ 1{} }}}}", " + 1".repeat(20_000)),
-        " ".repeat(MAX_REQUEST_SOURCE + 1),
-    ] {
-        let short: String = source.chars().take(90).collect();
-        match render(&source) {
-            Ok(text) => assert!(text.len() < 100, "{short}"),
-            Err(error) => assert_eq!(error.param.as_deref(), Some("chat_template"), "{short}: {error}"),
-        }
-    }
 }

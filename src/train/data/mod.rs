@@ -100,12 +100,20 @@ pub fn parse(bytes: &[u8], codec: &TextCodec, options: &DataOptions) -> Result<D
         return Err(wrong_records(errors, records, format));
     }
     if data.examples.is_empty() {
-        return Err(invalid_file(format!(
-            "nothing to train on: none of {records} records has an answer of weight 1 that begins within {} tokens",
-            options.max_length
-        )));
+        return Err(nothing_to_train_on(data.statistics.truncated, records, options.max_length));
     }
     Ok(data)
+}
+
+/// The error of a file whose records are right, but have no token to train on. `cut` examples were longer than `max_length`.
+fn nothing_to_train_on(cut: usize, records: usize, max_length: usize) -> Error {
+    let why = match cut {
+        0 => "every answer has the `weight` 0, or no text: give at least one answer the `weight` 1".to_owned(),
+        _ => {
+            format!("no answer begins within `max_length` ({max_length} tokens), so all of them are cut off: raise it")
+        }
+    };
+    invalid_file(format!("nothing to train on in {records} records: {why}"))
 }
 
 fn invalid_file(message: String) -> Error {
@@ -146,10 +154,29 @@ type NumberedRecord = (String, Result<Value>);
 
 /// Splits a file into records, at least one. Errors concern the file as a whole; a record may be an error of its own.
 fn records(text: &str) -> Result<Vec<NumberedRecord>> {
-    let records = if text.trim_start().starts_with('[') { array_records(text)? } else { line_records(text) };
+    let start = text.trim_start();
+    if let Some(kind) = foreign_format(start) {
+        return Err(invalid_file(format!(
+            "this is {kind}, not JSON: a training file is one JSON object a line (JSONL), or one array of objects"
+        )));
+    }
+    let records = if start.starts_with('[') { array_records(text)? } else { line_records(text) };
     match records.is_empty() {
         true => Err(invalid_file("the file is empty: it needs at least one record".into())),
         false => Ok(records),
+    }
+}
+
+/// What a file is that is no JSON, by its beginning. `None` if it may be JSON with mistakes.
+fn foreign_format(start: &str) -> Option<&'static str> {
+    let line = start.lines().next()?;
+    match line.chars().next()? {
+        '{' | '[' => None,
+        '<' => Some("HTML or XML"),
+        _ if start.starts_with("version https://git-lfs") => Some("a Git LFS pointer: fetch the file itself"),
+        _ if line.contains('\t') => Some("a table with tabs (TSV)"),
+        _ if line.contains(',') && !line.contains(['{', '}']) => Some("a table (CSV)"),
+        _ => None,
     }
 }
 

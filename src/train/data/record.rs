@@ -4,14 +4,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::fields::{self, Fields};
-use crate::text::messages::read_messages;
+use crate::text::messages::{ChatPrompt, read_messages};
+use crate::text::tools::Tools;
 use crate::{Error, Result};
 
 /// Format of the records of a file. A file has only one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DataFormat {
-    /// OpenAI chat: `{"messages": [{"role", "content"}]}`, assistant messages with a `weight` of 0 or 1.
+    /// OpenAI chat: `{"messages": [{"role", "content"}], "tools"}`, assistant messages with a `weight` of 0 or 1.
     Chat,
     /// `{"prompt", "completion"}`.
     PromptCompletion,
@@ -40,8 +41,8 @@ pub enum AlpacaEnding {
 pub(super) enum TrainingRecord {
     /// A conversation.
     Chat {
-        /// Messages in the form that the chat template expects.
-        messages: Vec<Value>,
+        /// The whole conversation, with the tools and variables for the chat template.
+        chat: ChatPrompt,
         /// Whether each message is an answer to train on. The first never is, as no prompt precedes it.
         trained: Vec<bool>,
     },
@@ -51,8 +52,11 @@ pub(super) enum TrainingRecord {
     Text(String),
 }
 
-/// Keys that change the prompt in formats that are not supported. Ignoring them would train on another prompt.
-const REFUSED: [&str; 4] = ["tools", "functions", "system", "history"];
+/// Keys that change the prompt and are not supported. Ignoring them would train on another prompt.
+const REFUSED: [&str; 5] = ["system", "history", "chat_template", "continue_final_message", "add_generation_prompt"];
+
+/// Keys that change the prompt, and that only records with `messages` have.
+const REFUSED_OUTSIDE_CHATS: [&str; 4] = ["tools", "functions", "documents", "chat_template_kwargs"];
 
 impl DataFormat {
     /// The format of a record.
@@ -102,7 +106,9 @@ impl DataFormat {
             Value::String(text) => text.is_empty(),
             _ => false,
         };
-        if let Some(key) = REFUSED.into_iter().find(|key| record.get(key).is_some_and(|value| !empty(value))) {
+        let outside: &[&str] = if self == Self::Chat { &[] } else { &REFUSED_OUTSIDE_CHATS };
+        let mut refused = REFUSED.iter().chain(outside);
+        if let Some(&key) = refused.find(|key| record.get(key).is_some_and(|value| !empty(value))) {
             let message = format!("`{key}` is not supported: prompts are made from {} alone", self.keys());
             return Err(Error::invalid(message).param(key).code("unsupported_parameter"));
         }
@@ -143,7 +149,22 @@ fn chat(record: &Fields) -> Result<TrainingRecord> {
         let turn = Fields::of_value(value, format!("messages[{i}]"))?;
         trained.push(is_trained(&turn, messages[i]["role"] == "assistant")? && i > 0);
     }
-    Ok(TrainingRecord::Chat { messages, trained })
+    let tools = Tools::parse(record)?.map(|tools| tools.raw());
+    let chat = ChatPrompt { tools, ..ChatPrompt::of_record(record, messages)? };
+    check_answers(&chat.messages, "messages", "assistant")?;
+    Ok(TrainingRecord::Chat { chat, trained })
+}
+
+/// Refuses a conversation without an answer after its first turn.
+fn check_answers(messages: &[Value], key: &str, role: &str) -> Result<()> {
+    if messages.iter().skip(1).any(|message| message["role"] == "assistant") {
+        return Ok(());
+    }
+    let why = match messages.iter().any(|message| message["role"] == "assistant") {
+        true => format!("its only message of the role {role} is the first one, which answers nothing"),
+        false => format!("it has no message of the role {role}"),
+    };
+    Err(Error::invalid(format!("`{key}`: there is no answer to train on: {why}")).param(key).code("invalid_value"))
 }
 
 fn sharegpt(record: &Fields) -> Result<TrainingRecord> {
@@ -161,7 +182,8 @@ fn sharegpt(record: &Fields) -> Result<TrainingRecord> {
         trained.push(is_trained(&turn, role == "assistant")? && i > 0);
         messages.push(json!({"role": role, "content": turn.required("value", turn.string("value")?, "a string")?}));
     }
-    Ok(TrainingRecord::Chat { messages, trained })
+    check_answers(&messages, "conversations", "gpt")?;
+    Ok(TrainingRecord::Chat { chat: ChatPrompt::of(messages, false), trained })
 }
 
 fn turns<'a>(record: &Fields<'a>, key: &str, what: &str) -> Result<&'a [Value]> {

@@ -57,7 +57,10 @@ fn trained_text(example: &Example, codec: &TextCodec) -> Vec<String> {
 
 /// The server's tokens for a prompt of these messages.
 fn served(messages: &[Value], codec: &TextCodec) -> Vec<u32> {
-    let body = json!({"messages": messages});
+    let mut body = json!({"messages": messages});
+    for message in body["messages"].as_array_mut().unwrap() {
+        message.as_object_mut().unwrap().remove("weight");
+    }
     let prompt = codec.render_chat(&ChatPrompt::from_body(&body).unwrap()).unwrap();
     codec.encode_prompt(&prompt, false).unwrap()
 }
@@ -210,7 +213,7 @@ fn long_examples_are_cut_and_those_without_tokens_to_train_on_dropped() {
     assert!(only.message.starts_with("nothing to train on"), "{only}");
     let unweighted =
         r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}"#;
-    assert!(refused(unweighted).starts_with("nothing to train on"));
+    assert!(refused(unweighted).ends_with("give at least one answer the `weight` 1"), "{}", refused(unweighted));
 }
 
 #[test]
@@ -219,7 +222,7 @@ fn errors_name_the_line_the_key_and_what_is_allowed() {
     for (bad, why) in [
         (r#"{"messages": "x"}"#, "`messages` must be an array, not the string \"x\""),
         (r#"{"messages": []}"#, "`messages` must be an array of at least one message"),
-        (r#"{"messages": [{"role": "", "content": "a"}]}"#, "`messages[0].role` must be such as system"),
+        (r#"{"messages": [{"role": "", "content": "a"}]}"#, "`messages[0].role` must be a name such as system"),
         (r#"{"messages": [{"role": "user"}]}"#, "`messages[0].content` is required"),
         (
             r#"{"messages": [{"role": "user", "content": "a", "weight": 1}]}"#,
@@ -227,7 +230,24 @@ fn errors_name_the_line_the_key_and_what_is_allowed() {
         ),
         (r#"{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}"#, "an integer from 0 to 1, not 2"),
         (r#"{"messages": [{"role": "assistant", "content": "a", "wieght": 0}]}"#, "did you mean `messages[0].weight`"),
-        (r#"{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}"#, "`tools` is not supported"),
+        (r#"{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}"#, "`tools[0].type` is required"),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}]}"#,
+            "no answer to train on: it has no message of the role assistant",
+        ),
+        (r#"{"messages": [{"role": "assistant", "content": "a"}]}"#, "which answers nothing"),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "function_call": {"name": "f", "arguments": "x"}}]}"#,
+            "`messages[1].function_call.arguments` must be a JSON object",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a", "colour": 1}, {"role": "assistant", "content": "b"}]}"#,
+            "`messages[0].colour` is not supported: the model's chat template has no place for it",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "chat_template": "x"}"#,
+            "`chat_template` is not supported",
+        ),
         (r#"{"prompt": "a", "completion": "b"}"#, "`messages` is required"),
         ("[1]", "a record must be an object, not an array"),
         ("{", "not valid JSON: EOF while parsing an object at column 1"),
@@ -242,6 +262,10 @@ fn errors_name_the_line_the_key_and_what_is_allowed() {
         ("{\"question\": 1}", "line 1: not a training record: a record is an object with `messages` (OpenAI chat)"),
         ("[{\"text\": \"a\"}, {\"text\": 1}]", "record 2: `text` must be a string, not 1"),
         ("[{\"text\": \"a\"},", "the file is not valid JSON"),
+        ("question,answer\n1,2", "this is a table (CSV), not JSON: a training file is one JSON object a line"),
+        ("question\tanswer", "a table with tabs (TSV)"),
+        ("<!DOCTYPE html>", "HTML"),
+        ("{\"text\": \"a\", \"tools\": [{\"type\": \"function\"}]}", "`tools` is not supported"),
         ("text", "1 of 1 records are wrong:\nline 1: not valid JSON"),
         ("{\"instruction\": \"a\", \"output\": \"b\", \"imput\": \"c\"}", "did you mean `input`"),
         (
@@ -277,4 +301,33 @@ fn a_preview_shows_what_is_trained_and_an_estimate_what_it_takes() {
     // Ten examples of five tokens fit in four rows of sixteen.
     (spec.max_steps, spec.packing, spec.gradient_accumulation) = (None, true, 1);
     assert_eq!((tokens, data.estimate(&spec, None).steps), (50, 2));
+}
+
+#[test]
+fn reasoning_and_tools_are_trained_as_the_server_renders_them() {
+    let own = with_template(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n\
+         {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}\
+         {% for call in m.tool_calls or [] %}CALL {{ call.function | tojson }}{% endfor %}<|im_end|>{% endfor %}\
+         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    );
+    let plain: &TextCodec = &SMOLLM2;
+    let tool = json!({"type": "function", "function": {"name": "add"}});
+    let call = json!({"role": "assistant", "function_call": {"name": "add", "arguments": "{\"a\": 1}"}});
+    let record = |answer: Value| json!({"messages": [{"role": "user", "content": "2+2"}, answer], "tools": [tool]});
+    let thought = record(json!({"role": "assistant", "content": "4", "reasoning_content": "two and two"}));
+    for (codec, answer, expected) in [
+        (&own, thought.clone(), "<think>two and two</think>4<|im_end|>"),
+        (&own, record(call.clone()), "CALL {\"name\": \"add\", \"arguments\": {\"a\": 1}}<|im_end|>"),
+        (plain, thought, "<think>\ntwo and two\n</think>\n\n4<|im_end|>\n"),
+        (plain, record(call), "<tool_call>\n{\"name\": \"add\", \"arguments\": {\"a\": 1}}\n</tool_call><|im_end|>\n"),
+    ] {
+        let data = read(&[answer], codec);
+        assert_eq!(trained_text(&data.examples[0], codec), [expected]);
+        let text = codec.decode(&data.examples[0].tokens, false).unwrap();
+        assert!(text.contains("\"function\": {\"name\": \"add\"}"), "{text}");
+    }
+    let turns = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let unread = json!({"messages": turns, "chat_template_kwargs": {"style": "x"}});
+    assert!(refused(&unread.to_string()).contains("line 1: `chat_template_kwargs.style` has no effect"));
 }

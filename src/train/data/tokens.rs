@@ -4,12 +4,10 @@
 //! token that stops generation are trained on. The mask is made by position, never by token id: the id of the end token may
 //! also pad, open or separate turns.
 
-use serde_json::Value;
-
 use super::Example;
 use super::record::TrainingRecord;
 use crate::text::codec::TextCodec;
-use crate::text::messages::ChatPrompt;
+use crate::text::messages::{ChatPrompt, with_tools_in_system_message};
 use crate::{Error, Result};
 
 /// The examples of a record: one, or one for each answer if the chat template changes earlier turns when a conversation
@@ -31,7 +29,7 @@ pub(super) fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool)
             example.extend(&answer, true);
             vec![example]
         }
-        TrainingRecord::Chat { messages, trained } => chat_examples(messages, trained, codec, inputs)?,
+        TrainingRecord::Chat { chat, trained } => chat_examples(chat, trained, codec, inputs)?,
     };
     for example in &mut examples {
         // Nothing precedes the first token to predict it from.
@@ -41,11 +39,11 @@ pub(super) fn examples(record: &TrainingRecord, codec: &TextCodec, inputs: bool)
 }
 
 /// The examples of a conversation. An answer continues the example of the answers before it as long as its prompt does.
-fn chat_examples(messages: &[Value], trained: &[bool], codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
+fn chat_examples(chat: &ChatPrompt, trained: &[bool], codec: &TextCodec, inputs: bool) -> Result<Vec<Example>> {
     let mut examples: Vec<Example> = Vec::new();
-    for turn in (0..messages.len()).filter(|&turn| trained[turn]) {
-        let opened = codec.render_chat(&ChatPrompt::of(messages[..turn].to_vec(), true))?;
-        let written = codec.render_chat(&ChatPrompt::of(messages[..=turn].to_vec(), false))?;
+    for turn in (0..trained.len()).filter(|&turn| trained[turn]) {
+        let opened = rendered(codec, chat.cut(turn, true))?;
+        let written = rendered(codec, chat.cut(turn + 1, false))?;
         if !written.starts_with(&opened) {
             return Err(Error::invalid(format!(
                 "`messages[{turn}]`: the model's chat template opens an answer in one way and writes it in another, \
@@ -65,6 +63,14 @@ fn chat_examples(messages: &[Value], trained: &[bool], codec: &TextCodec, inputs
         example.extend(&answer, true);
     }
     Ok(examples)
+}
+
+/// The text of a prompt as the server renders it.
+fn rendered(codec: &TextCodec, chat: ChatPrompt) -> Result<String> {
+    match codec.template_knows_tools() {
+        true => codec.render_chat(&chat),
+        false => codec.render_chat(&with_tools_in_system_message(chat)),
+    }
 }
 
 /// The server's tokens for `prompt`, and the tokens that complete it to `whole`, with an end token. If the tokeniser would merge
