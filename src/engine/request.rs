@@ -190,6 +190,8 @@ pub enum Event {
         reason: FinishReason,
         /// The token that ended it: a stop id of the request or an end-of-sequence id of the model. It is not sent as a `Token`.
         end_token: Option<u32>,
+        /// The log-probabilities of that token, if they were requested.
+        end_logprobs: Option<Logprobs>,
         /// Whether that is a stop id of the request.
         requested_stop: bool,
     },

@@ -195,9 +195,18 @@ impl Sequence {
     }
 
     /// Tells the client that the sequence has ended. Does nothing if the client has gone.
-    pub(super) fn finish(&self, reason: FinishReason, end_token: Option<u32>) {
+    pub(super) fn finish(&self, reason: FinishReason) {
+        self.send_end(reason, None, None);
+    }
+
+    /// Tells the client that a token has ended the sequence.
+    pub(super) fn finish_by(&self, end_token: u32, logprobs: Option<Logprobs>) {
+        self.send_end(FinishReason::Stop, Some(end_token), logprobs);
+    }
+
+    fn send_end(&self, reason: FinishReason, end_token: Option<u32>, end_logprobs: Option<Logprobs>) {
         let requested_stop = end_token.is_some_and(|id| self.request.params.stop_token_ids.contains(&id));
-        let _ = self.request.events.send(Event::Finished { reason, end_token, requested_stop });
+        let _ = self.request.events.send(Event::Finished { reason, end_token, end_logprobs, requested_stop });
     }
 
     /// Tells the client that the sequence has failed.

@@ -237,13 +237,13 @@ impl<R: Runner> Worker<R> {
             return true;
         }
         if s.request.params.max_tokens == 0 && s.computed >= s.request.prompt.len() {
-            s.finish(FinishReason::Length, None);
+            s.finish(FinishReason::Length);
             return true;
         }
         let (id, logprobs) = match output.next {
             NextToken::Sampled(id, logprobs) => (id, logprobs),
             NextToken::Complete => {
-                s.finish(FinishReason::Stop, None);
+                s.finish(FinishReason::Stop);
                 return true;
             }
             NextToken::None | NextToken::Postponed => return false,
@@ -251,7 +251,7 @@ impl<R: Runner> Worker<R> {
         let params = &s.request.params;
         let end_of_sequence = !params.ignore_eos && self.config.eos_token_ids.contains(&id);
         if end_of_sequence || params.stop_token_ids.contains(&id) {
-            s.finish(FinishReason::Stop, Some(id));
+            s.finish_by(id, logprobs);
             return true;
         }
         s.tokens.push(id);
@@ -267,7 +267,7 @@ impl<R: Runner> Worker<R> {
         }
         if full {
             let complete = matches!(s.next_mask, Some(NextMask::Complete));
-            s.finish(if complete { FinishReason::Stop } else { FinishReason::Length }, None);
+            s.finish(if complete { FinishReason::Stop } else { FinishReason::Length });
         }
         full
     }

@@ -45,6 +45,8 @@ pub(super) struct FinishDetails {
     pub(super) stop: Option<StopReason>,
     /// The token that ended it, whose text is not part of the output.
     pub(super) end_token: Option<u32>,
+    /// The log-probabilities of that token, if asked for.
+    pub(super) end_logprobs: Option<Logprobs>,
     /// Tokens generated, including those behind a stop string and the token that ended the sequence.
     pub(super) completion_tokens: usize,
     /// Those of them that belong to the thinking.
@@ -170,9 +172,15 @@ async fn follow(
                 metrics.token();
                 text.push(id).map(|text| assembler.token(&text, id, logprobs))
             }
-            Event::Finished { reason, end_token, requested_stop } => {
+            Event::Finished { reason, end_token, end_logprobs, requested_stop } => {
                 end_token.iter().for_each(|_| metrics.end_token());
-                text.finish().map(|tail| assembler.finish(&tail, reason, end_token, requested_stop))
+                text.finish().map(|tail| {
+                    let mut delta = assembler.finish(&tail, reason, end_token, requested_stop);
+                    if let Some(finish) = &mut delta.finish {
+                        finish.end_logprobs = end_logprobs.filter(|_| finish.end_token.is_some());
+                    }
+                    delta
+                })
             }
             Event::Failed(error) => Err(error),
         };
@@ -300,6 +308,7 @@ impl Assembler {
                 reason,
                 stop: end_token.filter(|_| requested_stop).map(StopReason::Token),
                 end_token,
+                end_logprobs: None,
                 completion_tokens: self.generated + usize::from(end_token.is_some()),
                 reasoning_tokens: 0,
                 cached_tokens: self.cached_tokens,
@@ -323,6 +332,7 @@ impl Assembler {
                 reason: FinishReason::Stop,
                 stop: Some(StopReason::Text(self.matcher.stop(stop).to_owned())),
                 end_token: None,
+                end_logprobs: None,
                 completion_tokens: self.generated,
                 reasoning_tokens: 0,
                 cached_tokens: self.cached_tokens,

@@ -302,7 +302,7 @@ impl Answer {
                 self.pooled = Some(pooled);
             }
             Event::Token { id, logprobs } => self.tokens.push((id, logprobs)),
-            Event::Finished { reason, end_token, requested_stop } => {
+            Event::Finished { reason, end_token, requested_stop, .. } => {
                 self.finished = Some((reason, end_token.filter(|_| requested_stop)));
             }
             Event::Failed(error) => self.failed = Some(error.message),
