@@ -11,7 +11,7 @@ use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
 use super::field_table::{CHAT_COMPLETIONS, COMPLETIONS};
 use super::generate::{self, CheckedRequest};
-use super::params::{self, CommonParams, MAX_TOP_LOGPROBS};
+use super::params::{self, CommonParams, MAX_TOP_LOGPROBS, NO_LIMIT};
 use super::response::{EchoedPrompt, Endpoint, ReplyContext, ResponseBuilder};
 use super::select_adapter::LeasedAdapters;
 use super::stream::{AnswerFormat, OutputOptions};
@@ -30,7 +30,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 const MAX_PROMPTS: usize = 2048;
 
 /// Limit on `best_of`, the sequences generated for one prompt.
-const MAX_BEST_OF: i64 = 128;
+pub(super) const MAX_BEST_OF: i64 = 128;
 
 /// `POST /v1/completions`.
 pub(super) async fn completions(
@@ -159,6 +159,7 @@ fn max_tokens(serving: &Serving, prompt: usize, asked: Option<usize>, endpoint: 
         _ if prompt > limit || (prompt == limit && asked != Some(0)) => {
             Err(context_length_exceeded(limit, prompt, None, param))
         }
+        Some(NO_LIMIT) => Ok(limit - prompt),
         Some(asked) if asked > limit - prompt => Err(context_length_exceeded(limit, prompt, Some(asked), "max_tokens")),
         Some(asked) => Ok(asked),
         None => Ok(default.min(limit - prompt)),

@@ -9,10 +9,13 @@ use crate::text::truncation::{Truncation, TruncationSide};
 use crate::{Error, Result};
 
 /// Limit on the stop strings of one request.
-const MAX_STOPS: usize = 16;
+pub(super) const MAX_STOPS: usize = 16;
 
 /// Limit on the bytes of a stop string.
 const MAX_STOP_BYTES: usize = 1024;
+
+/// `max_tokens` of a request that lets its output fill the context.
+pub(super) const NO_LIMIT: usize = usize::MAX;
 
 /// Limit on `bad_words` of one request.
 const MAX_BAD_WORDS: usize = 256;
@@ -176,7 +179,9 @@ pub(super) fn token_ids(values: &[Value], path: &str, vocab_size: usize) -> Resu
 
 /// `max_tokens` under any of its names.
 fn max_tokens(body: &Fields, min: i64) -> Result<Option<usize>> {
-    let predict = match body.integer("n_predict", -1..=i64::MAX)? {
+    let predict = body.integer("n_predict", -1..=i64::MAX)?;
+    let unlimited = predict == Some(-1);
+    let predict = match predict {
         Some(-1) => None,
         Some(n) if n < min => return Err(fields::wrong("n_predict", "-1 or an integer of at least 1", &n.into())),
         n => n,
@@ -197,7 +202,7 @@ fn max_tokens(body: &Fields, min: i64) -> Result<Option<usize>> {
             _ => found = Some((name, value)),
         }
     }
-    Ok(found.map(|(_, value)| value as usize))
+    Ok(found.map(|(_, value)| value as usize).or(unlimited.then_some(NO_LIMIT)))
 }
 
 /// `repetition_penalty` under either name.
