@@ -115,7 +115,8 @@ fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool
         }
     }
     Err(Error::not_found(format!(
-        "The model `{model}` does not exist. GET /v1/models lists the base and its adapters."
+        "The model `{model}` does not exist. Give the base, `{}`, or one of the adapters that GET /v1/models lists.",
+        base_names.first().map_or("", String::as_str)
     ))
     .param("model")
     .code("model_not_found"))

@@ -93,11 +93,15 @@ fn response_format(body: &Fields) -> Result<Option<(String, Grammar)>> {
     match name {
         "text" => Ok(None),
         "json_object" => {
-            let schema = json(&format, "schema", JsonWhitespace::Any)?;
-            let path = if schema.is_some() { format.path_of("schema") } else { "response_format".into() };
+            // TGI's clients call the schema `value`.
+            let name = if format.get("value").is_some() { "value" } else { "schema" };
+            fields::check_only(&format, &["type", name])?;
+            let schema = json(&format, name, JsonWhitespace::Any)?;
+            let path = if schema.is_some() { format.path_of(name) } else { "response_format".into() };
             Ok(Some((path, schema.unwrap_or_else(Grammar::json_object))))
         }
         "json_schema" => {
+            fields::check_only(&format, &["type", "json_schema"])?;
             let what = "an object with the field `schema`";
             let wrapper = format.required("json_schema", format.object("json_schema")?, what)?;
             fields::check_only(&wrapper, &["name", "description", "schema", "strict"])?;
