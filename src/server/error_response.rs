@@ -5,7 +5,9 @@ use std::borrow::Cow;
 
 use axum::Json;
 use axum::extract::rejection::BytesRejection;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -24,13 +26,37 @@ pub(super) struct ErrorResponse {
     pub(super) adapter: String,
 }
 
-/// Attached to error responses for [`super::middleware::count_errors`].
+/// Attached to error responses for [`super::middleware::count_errors`] and [`in_form`].
 #[derive(Debug, Clone)]
-pub(super) struct ErrorLabels {
-    /// Label `kind`.
-    pub(super) kind: ErrorKind,
+pub(super) struct ReportedError {
+    /// The error, whose kind is a label of the metrics.
+    pub(super) error: Error,
     /// Label `adapter`.
     pub(super) adapter: String,
+}
+
+/// The status and the body of an error in the form of one API. It gets the id of the request.
+pub(super) type ErrorForm = fn(&Error, &str) -> (StatusCode, Value);
+
+impl ErrorResponse {
+    /// The error with a message that names fields as another API does: each name of `names` is replaced by the one after it.
+    pub(super) fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        for (name, other) in names {
+            self.error.message = self.error.message.replace(name, other);
+        }
+        self
+    }
+}
+
+/// For the routes of another API: writes the error responses of the handlers and layers inside in the API's own form.
+pub(super) async fn in_form(State(form): State<ErrorForm>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let Some(ReportedError { error, .. }) = response.extensions().get() else { return response };
+    let (status, body) = form(error, &request_id());
+    let (mut parts, _) = response.into_parts();
+    parts.status = status;
+    parts.headers.remove(header::CONTENT_LENGTH);
+    Response::from_parts(parts, body.to_string().into())
 }
 
 impl From<Error> for ErrorResponse {
@@ -73,7 +99,7 @@ pub(super) fn with_status(error: &Error, adapter: String, body: impl IntoRespons
         }
         _ => {}
     }
-    response.extensions_mut().insert(ErrorLabels { kind: error.kind, adapter });
+    response.extensions_mut().insert(ReportedError { error: error.clone(), adapter });
     response
 }
 
@@ -93,6 +119,11 @@ pub(super) fn client_message<'a>(error: &'a Error, request_id: &str) -> Cow<'a, 
     if error.kind == ErrorKind::Internal {
         tracing::error!(request_id, error = %format_args!("{error:#}"), "internal error");
     }
+    shown_message(error, request_id)
+}
+
+/// [`client_message`] of an error that is in the log already.
+pub(super) fn shown_message<'a>(error: &'a Error, request_id: &str) -> Cow<'a, str> {
     error.public_message(&format!("request id {request_id}"))
 }
 

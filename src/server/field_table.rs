@@ -3,10 +3,12 @@
 //!
 //! `docs/fields.md` is generated from these tables.
 
+mod messages;
 mod tables;
 
 use serde_json::Value;
 
+pub(super) use messages::{COUNT_TOKENS, MESSAGES};
 pub(super) use tables::{CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS};
 
 use crate::fields::{self, Fields};
@@ -81,7 +83,8 @@ impl FieldTable {
             let Treatment::Refused { neutral, instead } = &field.treatment else { continue };
             let value = body.get(name).unwrap_or(&Value::Null);
             if !asks_for_nothing(value, *neutral) {
-                return Err(Error::invalid(format!("`{name}`: {instead}")).param(name).code("unsupported_parameter"));
+                let path = body.path_of(name);
+                return Err(Error::invalid(format!("`{path}`: {instead}")).param(path).code("unsupported_parameter"));
             }
         }
         Ok(())
@@ -97,7 +100,7 @@ impl FieldTable {
         if let Some(meant) = fields::meant(name, &known) {
             return fields::misspelt_field(body, name, meant);
         }
-        let shown: String = name.chars().take(64).collect();
+        let shown = body.path_of(&name.chars().take(64).collect::<String>());
         Error::invalid(format!("unknown field `{shown}`: {} has no such field; remove it", self.routes))
             .param(shown)
             .code("unknown_field")
@@ -126,7 +129,7 @@ mod tests {
 
     use super::*;
 
-    const TABLES: &[&FieldTable] = &[&COMPLETIONS, &CHAT_COMPLETIONS, &EMBEDDINGS];
+    const TABLES: &[&FieldTable] = &[&COMPLETIONS, &CHAT_COMPLETIONS, &EMBEDDINGS, &MESSAGES, &COUNT_TOKENS];
 
     fn check(body: Value) -> Result<()> {
         COMPLETIONS.check(&Fields::of_body(&body)?)

@@ -27,8 +27,15 @@ const ALIASES: &[(&str, &str)] = &[
 ];
 
 /// Routes below `/v1`. A route comes before those that its end contains.
-const BELOW_V1: &[&str] =
-    &["/chat/completions", "/completions", "/embeddings", "/load_lora_adapter", "/unload_lora_adapter"];
+const BELOW_V1: &[&str] = &[
+    "/chat/completions",
+    "/completions",
+    "/embeddings",
+    "/messages",
+    "/messages/count_tokens",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+];
 
 /// Routes below `/v1` that go on with an id.
 const COLLECTIONS: &[&str] = &["/models", "/files", "/fine_tuning/jobs"];

@@ -18,7 +18,7 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, RequestId
 use tower_http::trace::{DefaultOnFailure, DefaultOnResponse, TraceLayer};
 use tracing::Level;
 
-use super::error_response::{ErrorLabels, ErrorResponse};
+use super::error_response::{ErrorResponse, ReportedError};
 use super::{SharedApp, hints};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -176,8 +176,8 @@ pub(super) async fn count_errors(State(app): State<SharedApp>, request: Request,
         Ok(()) => next.run(request).await,
         Err(error) => ErrorResponse::from(error).into_response(),
     };
-    if let Some(ErrorLabels { kind, adapter }) = response.extensions().get() {
-        app.metrics.error(*kind, adapter);
+    if let Some(ReportedError { error, adapter }) = response.extensions().get() {
+        app.metrics.error(error.kind, adapter);
     }
     response
 }

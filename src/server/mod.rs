@@ -15,6 +15,7 @@ mod finetune;
 mod generate;
 mod hints;
 mod info;
+mod messages;
 mod metrics;
 mod middleware;
 mod openai;
@@ -46,6 +47,7 @@ use crate::engine::EngineConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::finetune::jobs::Jobs;
 use crate::runtime::Runtime;
+use error_response::ErrorForm;
 use metrics::Metrics;
 use middleware::AccessKeys;
 
@@ -201,6 +203,10 @@ fn router(app: SharedApp) -> Router {
         .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/lora-adapters", get(adapters::llama_cpp_list))
         .route_layer(from_fn_with_state(app.clone(), middleware::require_api_key));
+    let anthropic = Router::new()
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens));
+    let anthropic = in_form_of(&app, anthropic, messages::error);
     let admin = Router::new()
         .route("/admin/adapters", get(adapters::list))
         .route("/admin/adapters/{name}", get(adapters::get).put(adapters::put).delete(adapters::delete))
@@ -216,7 +222,8 @@ fn router(app: SharedApp) -> Router {
         .route("/version", get(info::version))
         .route("/metrics", get(info::metrics));
     // Answered here already, so that the next layer is around it: a browser asks by OPTIONS, a method that no route has.
-    let mut public = inference.merge(open).method_not_allowed_fallback(middleware::wrong_method);
+    let mut public =
+        inference.merge(anthropic).merge(open).method_not_allowed_fallback(middleware::wrong_method);
     if let Some(cors) = &app.cors {
         // Around the keys: a browser asks what it may send before it sends a key.
         public = public.layer(cors.clone());
@@ -243,6 +250,13 @@ async fn background(app: SharedApp, router: Router) {
         }
     };
     tokio::join!(batches::run(app.clone(), router), sweep);
+}
+
+/// Inference routes of another API, whose errors have the API's form.
+fn in_form_of(app: &SharedApp, routes: Router<SharedApp>, form: ErrorForm) -> Router<SharedApp> {
+    routes
+        .route_layer(from_fn_with_state(app.clone(), middleware::require_api_key))
+        .route_layer(from_fn_with_state(form, error_response::in_form))
 }
 
 /// Serves until `stop` resolves. Then it accepts no new connections or requests, and returns when the running requests have

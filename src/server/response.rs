@@ -10,6 +10,7 @@ use axum::response::sse::Event as SseEvent;
 use serde_json::{Value, json};
 
 use self::message::ChatMessage;
+pub(super) use self::message::call_id;
 use super::generate::ReplyFormat;
 use super::params::{ReplyOptions, StreamUsage};
 use super::stream::{FinishDetails, OutputDelta, OutputToken, StopReason};

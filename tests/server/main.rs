@@ -12,6 +12,7 @@ mod files;
 mod finetune;
 mod harness;
 mod http;
+mod messages;
 mod metrics;
 mod streaming;
 mod structured;
