@@ -5,11 +5,13 @@
 
 mod messages;
 mod tables;
+mod tgi;
 
 use serde_json::Value;
 
 pub(super) use messages::{COUNT_TOKENS, MESSAGES};
 pub(super) use tables::{CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS};
+pub(super) use tgi::{GENERATE, GENERATE_PARAMETERS};
 
 use crate::fields::{self, Fields};
 use crate::{Error, Result};
@@ -129,7 +131,8 @@ mod tests {
 
     use super::*;
 
-    const TABLES: &[&FieldTable] = &[&COMPLETIONS, &CHAT_COMPLETIONS, &EMBEDDINGS, &MESSAGES, &COUNT_TOKENS];
+    const TABLES: &[&FieldTable] =
+        &[&COMPLETIONS, &CHAT_COMPLETIONS, &EMBEDDINGS, &MESSAGES, &COUNT_TOKENS, &GENERATE, &GENERATE_PARAMETERS];
 
     fn check(body: Value) -> Result<()> {
         COMPLETIONS.check(&Fields::of_body(&body)?)
@@ -177,7 +180,7 @@ mod tests {
     /// The page of all tables.
     fn page() -> String {
         let mut out = "# Fields of requests\n\nGenerated from `src/server/field_table`: each field of a request body is honoured, has no \
-                       effect (and why), or is refused by\nname with status 400. A field that is not listed is refused as unknown. `null` \
+                       effect (and why), or is refused by\nname with status 400 (422 in TGI's API). A field that is not listed is refused as unknown. `null` \
                        counts as absent. A refused field is accepted with\n`false`, an empty value or the neutral value given here.\n"
             .to_owned();
         for table in TABLES {

@@ -25,6 +25,7 @@ mod select_adapter;
 mod stop;
 mod stream;
 mod structured;
+mod tgi;
 mod tokenize;
 mod uploads;
 
@@ -207,6 +208,12 @@ fn router(app: SharedApp) -> Router {
         .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens));
     let anthropic = in_form_of(&app, anthropic, messages::error);
+    let tgi = Router::new()
+        .route("/", post(tgi::root))
+        .route("/generate", post(tgi::generate))
+        .route("/generate_stream", post(tgi::generate_stream))
+        .route("/info", get(tgi::info));
+    let tgi = in_form_of(&app, tgi, tgi::error);
     let admin = Router::new()
         .route("/admin/adapters", get(adapters::list))
         .route("/admin/adapters/{name}", get(adapters::get).put(adapters::put).delete(adapters::delete))
@@ -223,7 +230,7 @@ fn router(app: SharedApp) -> Router {
         .route("/metrics", get(info::metrics));
     // Answered here already, so that the next layer is around it: a browser asks by OPTIONS, a method that no route has.
     let mut public =
-        inference.merge(anthropic).merge(open).method_not_allowed_fallback(middleware::wrong_method);
+        inference.merge(anthropic).merge(tgi).merge(open).method_not_allowed_fallback(middleware::wrong_method);
     if let Some(cors) = &app.cors {
         // Around the keys: a browser asks what it may send before it sends a key.
         public = public.layer(cors.clone());

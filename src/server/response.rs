@@ -9,6 +9,7 @@ use std::sync::Arc;
 use axum::response::sse::Event as SseEvent;
 use serde_json::{Value, json};
 
+pub(super) use self::logprobs::finite;
 use self::message::ChatMessage;
 pub(super) use self::message::call_id;
 use super::generate::ReplyFormat;

@@ -188,6 +188,11 @@ impl TextCodec {
         Ok(info)
     }
 
+    /// Whether an id is a special token, such as the end of a turn.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.token_bytes.special.get(id as usize).copied().unwrap_or(false)
+    }
+
     /// The id of a token in the vocabulary's spelling, such as `<|im_end|>`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)

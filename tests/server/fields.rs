@@ -298,7 +298,7 @@ fn malformed_bodies() {
 fn the_envelope_on_every_route() {
     let server = Server::start();
     for (method, path, status) in [
-        ("GET", "/", 404),
+        ("GET", "/", 405),
         ("POST", "/v1/nowhere", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),

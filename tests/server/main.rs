@@ -16,6 +16,7 @@ mod messages;
 mod metrics;
 mod streaming;
 mod structured;
+mod tgi;
 mod tokenize;
 mod tools;
 mod trainer;

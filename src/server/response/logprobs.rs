@@ -106,7 +106,7 @@ fn id_name(id: u32) -> String {
 }
 
 /// JSON has no infinity: OpenAI and vLLM write -9999 for a token that cannot come.
-fn finite(logprob: f32) -> Value {
+pub(in crate::server) fn finite(logprob: f32) -> Value {
     // The shortest decimal that is this f32, not the 17 digits of its f64.
     let logprob = logprob.max(-9999.0);
     logprob.to_string().parse::<f64>().unwrap_or(-9999.0).into()
