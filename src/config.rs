@@ -29,6 +29,15 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// Source of the sampling parameters that a request does not give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GenerationConfig {
+    /// The model's generation_config.json.
+    Auto,
+    /// OpenAI's defaults.
+    None,
+}
+
 /// An adapter to load at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedPath {
@@ -111,6 +120,11 @@ pub struct ServeConfig {
     /// Allow adapters to be loaded only from below this directory
     #[arg(long, env = "QUIVER_ADAPTER_ROOT", value_name = "DIR", help_heading = "Adapters")]
     pub adapter_root: Option<PathBuf>,
+
+    /// Where the temperature, top_p, top_k, min_p and repetition_penalty of requests that give none come from: the model's
+    /// generation_config.json (auto), or OpenAI's defaults (none)
+    #[arg(long, env = "QUIVER_GENERATION_CONFIG", value_enum, default_value = "auto", help_heading = "Server")]
+    pub generation_config: GenerationConfig,
 
     /// Refuse an adapter that was trained on another base; without this, it is loaded with a warning
     #[arg(

@@ -1,5 +1,8 @@
 //! Compares the base that an adapter was trained on, as its files name it, with the served base.
 
+use std::fs;
+use std::path::Path;
+
 use serde_json::{Map, Value};
 
 /// The base that an adapter says it was trained on.
@@ -18,6 +21,8 @@ pub struct ServedBase {
     pub names: Vec<String>,
     /// The hash of its tensors.
     pub fingerprint: String,
+    /// Jinja source of its chat template, if it has one.
+    pub chat_template: Option<String>,
 }
 
 /// A difference between the two.
@@ -41,6 +46,16 @@ impl BaseClaim {
 }
 
 impl ServedBase {
+    /// What to say of an adapter's own chat template. `None` if it has none, or that of this base.
+    pub(super) fn template_warning(&self, own: Option<&str>) -> Option<String> {
+        let (own, base) = (own?.trim(), self.chat_template.as_deref().unwrap_or_default().trim());
+        (own != base).then(|| {
+            "the adapter's folder has a chat template that differs from the base's. Chats are rendered with the base's; for \
+             the adapter's own form, POST /v1/completions with a prompt in it"
+                .to_owned()
+        })
+    }
+
     /// How the claim differs from this base. `None` if it agrees or says nothing.
     pub(super) fn mismatch(&self, claim: &BaseClaim) -> Option<BaseMismatch> {
         let served = self.names.first()?;
@@ -70,6 +85,22 @@ impl ServedBase {
             (None, Some((_, true)) | None) => None,
         }
     }
+}
+
+/// Limit on the files that may hold an adapter's template, bytes.
+const MAX_TEMPLATE_FILE: u64 = 16 << 20;
+
+/// The chat template that a trainer saved beside an adapter: `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
+pub(super) fn own_template(source: &Path) -> Option<String> {
+    let read = |name: &str| {
+        let path = source.join(name);
+        let small = fs::metadata(&path).is_ok_and(|found| found.is_file() && found.len() <= MAX_TEMPLATE_FILE);
+        small.then(|| fs::read_to_string(path).ok()).flatten()
+    };
+    read("chat_template.jinja").or_else(|| {
+        let config: Value = serde_json::from_str(&read("tokenizer_config.json")?).ok()?;
+        config["chat_template"].as_str().map(str::to_owned)
+    })
 }
 
 /// Whether a name is a path on the machine of the training.
@@ -186,7 +217,11 @@ mod tests {
 
     #[test]
     fn only_what_is_sure_is_certain() {
-        let base = ServedBase { names: vec!["served".into(), "org/base".into()], fingerprint: "1".into() };
+        let base = ServedBase {
+            names: vec!["served".into(), "org/base".into()],
+            fingerprint: "1".into(),
+            chat_template: None,
+        };
         let check = |name: Option<&str>, fingerprint: Option<&str>| {
             let claim = BaseClaim { name: name.map(Into::into), fingerprint: fingerprint.map(Into::into) };
             base.mismatch(&claim).map(|mismatch| mismatch.certain)

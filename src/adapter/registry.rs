@@ -13,7 +13,7 @@ use candle_core::Device;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
-use super::base_check::{BaseClaim, ServedBase};
+use super::base_check::{self, BaseClaim, ServedBase};
 use super::generation::Tier;
 use super::host_tier::HostTier;
 use super::manifest::{Manifest, ManifestEntry};
@@ -460,14 +460,15 @@ impl Registry {
         let (inner, source) = (self.0.clone(), source.to_owned());
         let read = move || {
             let source = inner.roots.resolve(&source, scope)?;
-            reader::read(&source, &inner.model).map(|adapter| (source, adapter))
+            reader::read(&source, &inner.model).map(|adapter| (base_check::own_template(&source), source, adapter))
         };
-        let (source, ReadAdapter { weights, id, base }) = tokio::task::spawn_blocking(read)
+        let (template, source, ReadAdapter { weights, id, base }) = tokio::task::spawn_blocking(read)
             .await
             .map_err(|e| Error::internal(format!("reading the adapter failed: {e}")).caused_by(e))?
             .map_err(|e| e.param("source"))?;
 
-        let warnings = self.check_use(&weights, &base)?;
+        let mut warnings = self.check_use(&weights, &base)?;
+        warnings.extend(self.0.config.base.template_warning(template.as_deref()));
         let slot_bytes = slots::slot_bytes(&weights, &self.0.model, &self.0.config.device)?;
         let mut generation = Generation::new(name, id, source, &weights, slot_bytes, self.0.host.clone());
         if generation.slot_bytes > self.0.config.slot_budget {

@@ -7,6 +7,7 @@
 mod load;
 pub(crate) mod memory;
 mod progress;
+mod sampling_defaults;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,8 +20,9 @@ use crate::adapter::ServedBase;
 use crate::adapter::registry::{Registry, RegistryConfig};
 use crate::adapter::tiers::Tiers;
 use crate::arch::ModelConfig;
-use crate::config::ServeConfig;
+use crate::config::{GenerationConfig, ServeConfig};
 use crate::engine::cuda::Steps;
+use crate::engine::request::SamplingParams;
 use crate::engine::runner::ModelRunner;
 use crate::engine::{BackgroundTask, Engine, EngineConfig};
 use crate::hub::ModelFiles;
@@ -63,6 +65,8 @@ pub struct BaseInfo {
     pub fingerprint: String,
     /// Device that holds it.
     pub device: Device,
+    /// Sampling parameters of requests that do not give them.
+    pub sampling: SamplingParams,
     /// Bytes of its matrices.
     pub weight_bytes: usize,
     /// Bytes of the matrices that a decode step reads.
@@ -70,12 +74,16 @@ pub struct BaseInfo {
 }
 
 impl BaseInfo {
-    fn new(config: &ServeConfig, files: ModelFiles, device: Device, weights: &Weights) -> Self {
+    fn new(config: &ServeConfig, files: ModelFiles, device: Device, weights: &Weights) -> Result<Self> {
         let names = match &config.served_model_name[..] {
             [] => vec![files.name.clone()],
             names => names.to_vec(),
         };
-        Self {
+        let sampling = match config.generation_config {
+            GenerationConfig::Auto => sampling_defaults::read(&files)?,
+            GenerationConfig::None => SamplingParams::default(),
+        };
+        Ok(Self {
             names,
             files,
             shape: Arc::new(weights.config.clone()),
@@ -83,15 +91,16 @@ impl BaseInfo {
             device,
             weight_bytes: weights.bytes(),
             step_bytes: weights.step_bytes(),
-        }
+            sampling,
+        })
     }
 
     /// What adapters' claims about their base are compared with: the model's own name, its file's, and those that it is served
     /// under.
-    fn identity(&self) -> ServedBase {
+    fn identity(&self, chat_template: Option<String>) -> ServedBase {
         let stem = self.files.path().file_stem().map(|stem| stem.to_string_lossy().into_owned());
         let names = std::iter::once(self.files.name.clone()).chain(self.names.clone()).chain(stem);
-        ServedBase { names: names.collect(), fingerprint: self.fingerprint.clone() }
+        ServedBase { names: names.collect(), fingerprint: self.fingerprint.clone(), chat_template }
     }
 
     /// The name in responses.
@@ -137,8 +146,8 @@ impl LoadedModel {
     pub(crate) async fn load(config: &ServeConfig, checkpoint_root: Option<PathBuf>) -> Result<Self> {
         let settings = config.base.clone();
         let BaseModel { files, codec, weights, device } = blocking(move || BaseModel::load(&settings)).await?;
-        let base = BaseInfo::new(config, files, device, &weights);
-        let registry = Registry::new(base.shape.clone(), registry_config(config, &base, checkpoint_root))?;
+        let base = BaseInfo::new(config, files, device, &weights)?;
+        let registry = Registry::new(base.shape.clone(), registry_config(config, &base, &codec, checkpoint_root))?;
         load::load_adapters(config, &registry).await?;
         let model = Arc::new(Decoder::new(weights)?);
         base.check_tokenizer(&codec)?;
@@ -177,7 +186,12 @@ impl LoadedModel {
 }
 
 /// Limits and directories of the adapters.
-fn registry_config(config: &ServeConfig, base: &BaseInfo, checkpoint_root: Option<PathBuf>) -> RegistryConfig {
+fn registry_config(
+    config: &ServeConfig,
+    base: &BaseInfo,
+    codec: &TextCodec,
+    checkpoint_root: Option<PathBuf>,
+) -> RegistryConfig {
     RegistryConfig {
         device: base.device.clone(),
         adapter_root: config.adapter_root.clone(),
@@ -187,7 +201,7 @@ fn registry_config(config: &ServeConfig, base: &BaseInfo, checkpoint_root: Optio
         host_budget: config.host_adapter_memory,
         slot_budget: config.adapter_memory,
         reserved_names: base.names.clone(),
-        base: base.identity(),
+        base: base.identity(codec.template_source()),
         strict_base: config.strict_base,
     }
 }

@@ -112,6 +112,8 @@ impl FieldTable {
 fn asks_for_nothing(value: &Value, neutral: Option<&str>) -> bool {
     let neutral = neutral.and_then(|json| serde_json::from_str::<Value>(json).ok());
     match value {
+        // Even an empty value asks for something.
+        value if neutral == Some(Value::Null) => value.is_null(),
         Value::Null => true,
         Value::Bool(on) => !on || neutral == Some(Value::Bool(true)),
         Value::String(s) => s.is_empty() || neutral.as_ref() == Some(value),
@@ -161,6 +163,7 @@ mod tests {
             (json!({"typical_p": 0.9}), "typical_p"),
             (json!({"use_beam_search": true}), "use_beam_search"),
             (json!({"samplers": ["top_k"]}), "samplers"),
+            (json!({"messages": [1]}), "messages"),
         ] {
             let error = check(body).unwrap_err();
             assert_eq!((error.code, error.param.as_deref()), (Some("unsupported_parameter"), Some(param)));

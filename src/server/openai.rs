@@ -202,7 +202,7 @@ struct ParsedRequest {
 impl ParsedRequest {
     fn completion(body: &Fields, serving: &Serving) -> Result<Self> {
         let vocab_size = serving.codec.vocab_size();
-        let common = params::parse(body, vocab_size, serving.limits().max_model_len, 0)?;
+        let common = params::parse(body, serving, 0)?;
         let best_of = body.integer("best_of", 1..=MAX_BEST_OF)?.map_or(common.n, |n| n as usize);
         if best_of < common.n {
             let message = format!("`best_of` must be at least `n` ({}), not {best_of}", common.n);
@@ -233,7 +233,7 @@ impl ParsedRequest {
     }
 
     fn chat(body: &Fields, serving: &Serving) -> Result<Self> {
-        let common = params::parse(body, serving.codec.vocab_size(), serving.limits().max_model_len, 1)?;
+        let common = params::parse(body, serving, 1)?;
         let top = body.integer("top_logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| n as usize);
         let wanted = body.boolean("logprobs")?.unwrap_or(false);
         if top.is_some_and(|top| top > 0) && !wanted {

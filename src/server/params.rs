@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::Serving;
 use super::structured::RequestedGrammar;
 use crate::engine::request::SamplingParams;
 use crate::fields::{self, Fields};
@@ -102,15 +103,10 @@ pub(super) struct TextOptions {
     pub(super) skip_special_tokens: bool,
 }
 
-/// Reads the common fields. `vocab_size` bounds token ids, `max_model_len` the tokens of a prompt; `min_max_tokens` is the lower
-/// bound of `max_tokens`.
-pub(super) fn parse(
-    body: &Fields,
-    vocab_size: usize,
-    max_model_len: usize,
-    min_max_tokens: i64,
-) -> Result<CommonParams> {
-    let defaults = SamplingParams::default();
+/// Reads the common fields. `min_max_tokens` is the lower bound of `max_tokens`.
+pub(super) fn parse(body: &Fields, serving: &Serving, min_max_tokens: i64) -> Result<CommonParams> {
+    let (vocab_size, max_model_len) = (serving.codec.vocab_size(), serving.limits().max_model_len);
+    let defaults = &serving.base.sampling;
     let max_tokens = max_tokens(body, min_max_tokens)?;
     let min_tokens = body.integer("min_tokens", 0..=i64::MAX)?.unwrap_or(0) as usize;
     if let Some(max) = max_tokens.filter(|max| min_tokens > *max) {
@@ -123,7 +119,7 @@ pub(super) fn parse(
         temperature: number("temperature", 0.0..=2.0, defaults.temperature)?,
         top_p: number("top_p", 0.0..=1.0, defaults.top_p)?,
         // vLLM's clients send -1 for all tokens.
-        top_k: body.integer("top_k", -1..=i64::MAX)?.unwrap_or(0).max(0) as usize,
+        top_k: body.integer("top_k", -1..=i64::MAX)?.map_or(defaults.top_k, |k| k.max(0) as usize),
         min_p: number("min_p", 0.0..=1.0, defaults.min_p)?,
         repetition_penalty,
         presence_penalty: number("presence_penalty", -2.0..=2.0, defaults.presence_penalty)?,

@@ -362,7 +362,11 @@ fn write_of_base(dir: &Path, base: Value) -> String {
 #[tokio::test]
 async fn adapters_of_another_base() {
     let dir = tempfile::tempdir().unwrap();
-    let base = ServedBase { names: vec!["org/tiny".into()], fingerprint: "f00d".into() };
+    let base = ServedBase {
+        names: vec!["org/tiny".into()],
+        fingerprint: "f00d".into(),
+        chat_template: Some("the base's".into()),
+    };
     let config = || RegistryConfig { base: base.clone(), ..config() };
     let (lenient, strict) = (open(config()), open(RegistryConfig { strict_base: true, ..config() }));
     for (claim, warned, refused) in [

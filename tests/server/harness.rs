@@ -19,6 +19,7 @@ use quiver::adapter::registry::{LoadOptions, Registry, RegistryConfig};
 use quiver::adapter::tiers::Residency;
 use quiver::adapter::{Lease, ServedBase};
 use quiver::arch::{ModelConfig, RopeScaling};
+use quiver::engine::request::SamplingParams;
 use quiver::engine::{Engine, EngineConfig, InFlightStep, Runner};
 use quiver::finetune::context::JobContext;
 use quiver::finetune::jobs::Jobs;
@@ -223,7 +224,7 @@ impl Server {
                 host_budget: 1 << 20,
                 state_dir: options.state.clone(),
                 reserved_names: vec![BASE.into()],
-                base: ServedBase { names: vec![BASE.into()], fingerprint: "of the base".into() },
+                base: ServedBase { names: vec![BASE.into()], fingerprint: "of the base".into(), chat_template: None },
                 directory: options.adapters_dir.then(|| dir.path().to_owned()),
                 ..RegistryConfig::default()
             },
@@ -270,6 +271,7 @@ impl Server {
             shape: Arc::new(tiny_model()),
             fingerprint: "of the base".into(),
             device: Device::Cpu,
+            sampling: SamplingParams::default(),
             weight_bytes: 0,
             step_bytes: 0,
         };

@@ -57,9 +57,44 @@ pub fn header(path: &Path) -> Result<(Content, File)> {
     let content = Content::read(&mut BufReader::new(&file)).map_err(|e| {
         let why = e.to_string();
         let why = why.lines().next().unwrap_or(&why);
+        if let Some(name) = unknown_type(why) {
+            let message = format!("{} has tensors of the type {name}; supported are {SUPPORTED_TYPES}", path.display());
+            return Error::invalid(message).path(path).caused_by(e);
+        }
         Error::invalid(format!("{} is not a readable GGUF file: {why}", path.display())).path(path).caused_by(e)
     })?;
     Ok((content, file))
+}
+
+/// The types of tensors that are supported, for messages.
+const SUPPORTED_TYPES: &str = "F32, F16, BF16, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0";
+
+/// The name of a type that candle's parser does not know, from its error `unknown dtype for tensor <id>`. Ids of `ggml_type` in
+/// ggml.h.
+fn unknown_type(why: &str) -> Option<String> {
+    const NAMES: [(u32, &str); 18] = [
+        (16, "IQ2_XXS"),
+        (17, "IQ2_XS"),
+        (18, "IQ3_XXS"),
+        (19, "IQ1_S"),
+        (20, "IQ4_NL"),
+        (21, "IQ3_S"),
+        (22, "IQ2_S"),
+        (23, "IQ4_XS"),
+        (24, "I8"),
+        (25, "I16"),
+        (26, "I32"),
+        (27, "I64"),
+        (28, "F64"),
+        (29, "IQ1_M"),
+        (34, "TQ1_0"),
+        (35, "TQ2_0"),
+        (39, "MXFP4"),
+        (40, "NVFP4"),
+    ];
+    let id: u32 = why.split_once("unknown dtype for tensor ")?.1.trim().parse().ok()?;
+    let name = NAMES.iter().find(|(known, _)| *known == id).map(|(_, name)| (*name).to_owned());
+    Some(name.unwrap_or_else(|| format!("number {id} of ggml")))
 }
 
 /// Reads the description and lists the tensors.
@@ -123,10 +158,7 @@ impl<'a> Description<'a> {
     /// The entry of a tensor. Errors: a type that is not supported, rows that do not consist of whole blocks.
     fn entry(&self, label: &str, info: &TensorInfo, hf_name: Option<&str>, file: usize) -> Result<TensorEntry> {
         let codec = codec(info.ggml_dtype).ok_or_else(|| {
-            Error::invalid(format!(
-                "tensor {label} is {:?}; supported are F32, F16, BF16, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K and Q8_0",
-                info.ggml_dtype
-            ))
+            Error::invalid(format!("tensor {label} is {:?}; supported are {SUPPORTED_TYPES}", info.ggml_dtype))
         })?;
         let shape = info.shape.dims().to_vec();
         let (values, block) = (info.ggml_dtype.block_size(), info.ggml_dtype.type_size());

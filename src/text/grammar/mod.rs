@@ -4,6 +4,7 @@
 //! tokenizer's trie. [`trie`] makes the trie from the model's [`TextCodec`], [`gbnf`] translates llama.cpp's grammars, and
 //! [`compose`] joins grammars, as the calls of tools need it.
 
+mod closed;
 mod compose;
 mod gbnf;
 mod trie;
@@ -50,7 +51,8 @@ const JSON_WHITESPACE: &str = r" |\n{1,2}[ \t]{0,20}";
 /// What the text of an output must match from beginning to end.
 #[derive(Debug, Clone)]
 pub enum Grammar {
-    /// JSON that matches a schema. The properties of an object come in the schema's order.
+    /// JSON that matches a schema. The properties of an object come in the schema's order. An object that lists properties has no
+    /// others, unless the schema says so.
     Json {
         /// The schema.
         schema: Value,
@@ -249,7 +251,7 @@ impl Grammar {
         match self {
             Self::Json { schema, whitespace } => {
                 check_size(schema.to_string().len(), MAX_SCHEMA_BYTES)?;
-                Ok(TopLevelGrammar::from_json_schema(with_whitespace(schema, whitespace)?))
+                Ok(TopLevelGrammar::from_json_schema(with_whitespace(&closed::close_objects(schema), whitespace)?))
             }
             Self::Regex(regex) => {
                 check_size(regex.len(), MAX_GRAMMAR_BYTES)?;
