@@ -25,9 +25,13 @@ pub(super) struct CheckedChat {
 pub(super) fn parse(body: &Fields, codec: &TextCodec) -> Result<CheckedChat> {
     let mut prompt = ChatPrompt::parse(body)?;
     let source = codec.template_source().unwrap_or_default();
-    if body.get("reasoning_effort").is_some() && !source.contains("reasoning_effort") {
-        let message = "`reasoning_effort`: this model's chat template does not read it, so omit it";
-        return Err(Error::invalid(message).param("reasoning_effort").code("unsupported_parameter"));
+    if let Some(effort) = body.get("reasoning_effort") {
+        // The template renders `none` through `enable_thinking`.
+        let is_read = source.contains("reasoning_effort") || effort == "none" && source.contains("enable_thinking");
+        if !is_read {
+            let message = "`reasoning_effort`: this model's chat template does not read it, so omit it";
+            return Err(Error::invalid(message).param("reasoning_effort").code("unsupported_parameter"));
+        }
     }
     let tools = Tools::parse(body)?;
     prompt.tools = tools.as_ref().map(Tools::raw);
