@@ -120,6 +120,10 @@ impl BaseInfo {
     }
 }
 
+/// What huggingface_hub's client sends as `model` where it was given a URL. TGI, which serves one model, ignores the name. Here they
+/// mean the base, and no adapter may have them.
+pub(crate) const NAMES_OF_ANY_MODEL: [&str; 2] = ["tgi", "dummy"];
+
 /// A base model and its adapters in memory, with a plan for the rest of the memory. The engine does not run yet.
 pub(crate) struct LoadedModel {
     /// The base model.
@@ -200,7 +204,7 @@ fn registry_config(
         state_dir: config.state_dir.clone(),
         host_budget: config.host_adapter_memory,
         slot_budget: config.adapter_memory,
-        reserved_names: base.names.clone(),
+        reserved_names: base.names.iter().cloned().chain(NAMES_OF_ANY_MODEL.map(str::to_owned)).collect(),
         base: base.identity(codec.template_source()),
         strict_base: config.strict_base,
     }

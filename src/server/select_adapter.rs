@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use crate::adapter::Lease;
 use crate::adapter::registry::Registry;
 use crate::fields::{self, Fields};
+use crate::runtime::NAMES_OF_ANY_MODEL;
 use crate::{Error, Result};
 
 /// Limit on the adapters of a weighted sum.
@@ -114,6 +115,10 @@ fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool
             };
         }
     }
+    // A client with only a URL has no name to give. No adapter can have one of these.
+    if NAMES_OF_ANY_MODEL.contains(&model) {
+        return Ok(AdapterSelection::Base);
+    }
     Err(Error::not_found(format!(
         "The model `{model}` does not exist. Give the base, `{}`, or one of the adapters that GET /v1/models lists.",
         base_names.first().map_or("", String::as_str)
@@ -176,6 +181,9 @@ mod tests {
             (json!({}), AdapterSelection::Base),
             (json!({"model": null, "adapter": null}), AdapterSelection::Base),
             (json!({"model": "base"}), AdapterSelection::Base),
+            (json!({"model": "tgi"}), AdapterSelection::Base),
+            (json!({"model": "dummy"}), AdapterSelection::Base),
+            (json!({"model": "dummy", "adapter": "a"}), one("a")),
             (json!({"model": "org/base:1b"}), AdapterSelection::Base),
             (json!({"model": "a"}), one("a")),
             (json!({"model": "x:y"}), one("x:y")),
