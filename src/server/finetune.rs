@@ -70,7 +70,7 @@ pub(super) async fn create(
 fn read(serving: &Serving, body: &Value) -> Result<(JobRecord, bool)> {
     let fields = Fields::of_body(body)?;
     let known: Vec<&str> = FIELDS.iter().chain(&settings::FIELDS).copied().collect();
-    fields::check_unknown(&fields, &known)?;
+    fields::check_only(&fields, &known)?;
     let mut chosen: Map<String, Value> =
         settings::FIELDS.iter().filter_map(|name| Some(((*name).to_owned(), fields.get(name)?.clone()))).collect();
     let model = fields.required("model", fields.string("model")?, "the base to fine-tune")?;

@@ -393,6 +393,29 @@ async fn adapters_of_another_base() {
 }
 
 #[tokio::test]
+async fn an_adapter_with_a_chat_template_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = ServedBase { chat_template: Some("the base's\n".into()), ..ServedBase::default() };
+    let registry = open(RegistryConfig { base, ..config() });
+    for (file, content, warned) in [
+        ("chat_template.jinja", "the base's", false),
+        ("chat_template.jinja", "its own", true),
+        ("tokenizer_config.json", "{\"chat_template\": \"its own\"}", true),
+        ("tokenizer_config.json", "{\"eos_token\": \"x\"}", false),
+    ] {
+        let source = write_of_base(&dir.path().join("a"), json!({}));
+        std::fs::write(dir.path().join("a").join(file), content).unwrap();
+        let warnings = registry.load("a", &source, LoadOptions::REPLACE).await.unwrap().warnings;
+        assert_eq!(
+            warnings.iter().filter(|w| w.contains("chat template")).count(),
+            usize::from(warned),
+            "{file} {content}"
+        );
+        std::fs::remove_dir_all(dir.path().join("a")).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn an_adapter_without_effect() {
     let dir = tempfile::tempdir().unwrap();
     let registry = open(RegistryConfig { strict_base: true, ..config() });

@@ -380,3 +380,30 @@ impl<'a> GgufMetadata<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_that_cannot_be_served_have_names() {
+        let of = |id: u32| unknown_type(&format!("unknown dtype for tensor {id}"));
+        assert_eq!((of(20).as_deref(), of(39).as_deref()), (Some("IQ4_NL"), Some("MXFP4")));
+        assert_eq!(of(99).as_deref(), Some("number 99 of ggml"));
+        assert_eq!(unknown_type("unknown magic 0"), None);
+        // A header with one tensor: its name `t`, one dimension of 32, the type and the offset. The name of the type depends on
+        // the words of candle's error.
+        let mut bytes = b"GGUF".to_vec();
+        bytes.extend(3_u32.to_le_bytes());
+        [1_u64, 0, 1].iter().for_each(|count| bytes.extend(count.to_le_bytes()));
+        bytes.push(b't');
+        bytes.extend(1_u32.to_le_bytes());
+        bytes.extend(32_u64.to_le_bytes());
+        bytes.extend(20_u32.to_le_bytes());
+        bytes.extend(0_u64.to_le_bytes());
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), bytes).expect("written");
+        let error = header(file.path()).expect_err("the type is unknown").to_string();
+        assert!(error.contains("tensors of the type IQ4_NL; supported are F32"), "{error}");
+    }
+}
