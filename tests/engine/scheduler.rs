@@ -98,8 +98,7 @@ fn priorities_order_the_requests_of_an_adapter_but_not_between_adapters() {
         (events, Answer::default())
     };
     let base = Vec::new;
-    let mut waiting =
-        vec![submit(0, base()), submit(5, base()), submit(0, base()), submit(-1, base()), submit(5, one(&a))];
+    let mut waiting = [submit(0, base()), submit(5, base()), submit(0, base()), submit(-1, base()), submit(5, one(&a))];
     let mut order = Vec::new();
     while order.len() < waiting.len() {
         bench.worker.tick();

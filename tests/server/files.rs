@@ -122,7 +122,10 @@ fn an_expired_file_is_gone() {
     assert_eq!(server.get(&at("/content")).error().0, 404);
     assert_eq!(server.send("DELETE", &at(""), &[], b"").error().0, 404);
     let listed = server.get("/v1/files").json();
-    assert_eq!(listed["data"].as_array().unwrap().iter().map(|f| text(&f["id"])).collect::<Vec<_>>(), [kept.clone()]);
+    assert_eq!(
+        listed["data"].as_array().unwrap().iter().map(|f| text(&f["id"])).collect::<Vec<_>>(),
+        std::slice::from_ref(&kept)
+    );
     eventually("its content is removed", || !state.path().join("files").join(&id).exists());
     assert!(state.path().join("files").join(kept).exists());
 }

@@ -178,7 +178,7 @@ fn requests_set_variables_that_the_template_reads() {
     assert_eq!(ask(source, body).unwrap_err().param.as_deref(), Some("reasoning_effort"));
     for name in RESERVED {
         let body = json!({"messages": [{"role": "user", "content": "1"}], "chat_template_kwargs": {name: 1}});
-        assert_eq!(ask(source, body).unwrap_err().param, Some(format!("chat_template_kwargs.{name}").into()));
+        assert_eq!(ask(source, body).unwrap_err().param, Some(format!("chat_template_kwargs.{name}")));
     }
     let none = json!({"messages": [{"role": "user", "content": "1"}], "reasoning_effort": "none"});
     assert_eq!(ask("{{ enable_thinking }}", none).unwrap(), "False");
