@@ -5,10 +5,13 @@ Exits 0 when everything is as the client expects it.
 """
 
 import asyncio
+import json
 import math
 import sys
+import typing
 
 import openai
+import pydantic
 
 URL, ADAPTER = sys.argv[1] + "/v1", sys.argv[2]
 KEY = sys.argv[3] if len(sys.argv) > 3 else "unused"
@@ -121,6 +124,63 @@ def embeddings():
         raise AssertionError("7 dimensions were accepted")
 
 
+def responses():
+    ask = dict(model=ADAPTER, input=MESSAGES, max_output_tokens=8, temperature=0)
+    answer = client.responses.create(instructions="Be brief.", metadata={"a": "b"}, **ask)
+    assert answer.object == "response" and answer.status in ("completed", "incomplete") and answer.output_text
+    assert answer.metadata == {"a": "b"} and answer.instructions == "Be brief." and generation(answer)
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    assert client.responses.retrieve(answer.id) == answer
+    items = client.responses.input_items.list(answer.id).data
+    assert items[0].content[0].text == MESSAGES[0]["content"]
+    more = client.responses.create(**{**ask, "input": "And \"door\"?"}, previous_response_id=answer.id)
+    assert more.usage.input_tokens > answer.usage.input_tokens
+    client.responses.delete(answer.id)
+    try:
+        client.responses.retrieve(answer.id)
+    except openai.NotFoundError as error:
+        assert error.code == "response_not_found"
+    else:
+        raise AssertionError("a deleted response is still there")
+
+    whole = client.responses.create(**ask)
+    events = list(client.responses.create(stream=True, **ask))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text
+
+    class Thing(pydantic.BaseModel):
+        name: typing.Literal["lantern", "door"]
+
+    parse = dict(model=base, input=MESSAGES, text_format=Thing, temperature=0, max_output_tokens=60)
+    thing = client.responses.parse(**parse).output_parsed
+    assert thing.name in ("lantern", "door")
+    with client.responses.stream(**parse) as stream:
+        deltas = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert final.output_parsed == thing and final.output_text == deltas
+
+    class Define(pydantic.BaseModel):
+        """Defines a noun."""
+
+        noun: typing.Literal["lantern"]
+
+    tools = [openai.pydantic_function_tool(Define)["function"] | {"type": "function"}]
+    call = dict(model=base, input=MESSAGES, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    answer = client.responses.parse(temperature=0, max_output_tokens=100, **call)
+    (item,) = [item for item in answer.output if item.type == "function_call"]
+    assert item.name == "Define" and json.loads(item.arguments) == {"noun": "lantern"}
+    with client.responses.stream(temperature=0, max_output_tokens=100, **call) as stream:
+        deltas = [event for event in stream if event.type == "response.function_call_arguments.delta"]
+        again = stream.get_final_response()
+    assert deltas[-1].snapshot == item.arguments == again.output[-1].arguments
+    result = {"type": "function_call_output", "call_id": item.call_id, "output": "a lamp with a handle"}
+    answer = client.responses.create(
+        model=base, input=[*MESSAGES, *answer.output, result], tools=tools, max_output_tokens=8
+    )
+    assert answer.output_text
+
+
 def errors():
     def fails(kind, **body):
         try:
@@ -155,7 +215,7 @@ async def concurrent():
     assert texts[0] == texts[1] and texts[2] == texts[3], texts
 
 
-for check in (models, completions, chat, adapters, streaming, embeddings, errors):
+for check in (models, completions, chat, adapters, streaming, embeddings, responses, errors):
     check()
     print("ok", check.__name__)
 asyncio.run(concurrent())

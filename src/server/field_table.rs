@@ -4,12 +4,14 @@
 //! `docs/fields.md` is generated from these tables.
 
 mod messages;
+mod responses;
 mod tables;
 mod tgi;
 
 use serde_json::Value;
 
 pub(super) use messages::{COUNT_TOKENS, MESSAGES};
+pub(super) use responses::RESPONSES;
 pub(super) use tables::{CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS};
 pub(super) use tgi::{GENERATE, GENERATE_PARAMETERS};
 
@@ -133,8 +135,16 @@ mod tests {
 
     use super::*;
 
-    const TABLES: &[&FieldTable] =
-        &[&COMPLETIONS, &CHAT_COMPLETIONS, &EMBEDDINGS, &MESSAGES, &COUNT_TOKENS, &GENERATE, &GENERATE_PARAMETERS];
+    const TABLES: &[&FieldTable] = &[
+        &COMPLETIONS,
+        &CHAT_COMPLETIONS,
+        &RESPONSES,
+        &EMBEDDINGS,
+        &MESSAGES,
+        &COUNT_TOKENS,
+        &GENERATE,
+        &GENERATE_PARAMETERS,
+    ];
 
     fn check(body: Value) -> Result<()> {
         COMPLETIONS.check(&Fields::of_body(&body)?)

@@ -38,7 +38,7 @@ const BELOW_V1: &[&str] = &[
 ];
 
 /// Routes below `/v1` that go on with an id.
-const COLLECTIONS: &[&str] = &["/models", "/files", "/fine_tuning/jobs"];
+const COLLECTIONS: &[&str] = &["/models", "/files", "/fine_tuning/jobs", "/responses"];
 
 /// Routes without `/v1`.
 const AT_ROOT: &[&str] = &[

@@ -21,6 +21,7 @@ mod middleware;
 mod openai;
 mod params;
 mod response;
+mod responses;
 mod select_adapter;
 mod stop;
 mod stream;
@@ -51,6 +52,7 @@ use crate::runtime::Runtime;
 use error_response::ErrorForm;
 use metrics::Metrics;
 use middleware::AccessKeys;
+use responses::ResponseStore;
 
 /// How often expired files and uploads are removed.
 const SWEEP: Duration = Duration::from_secs(60);
@@ -112,6 +114,7 @@ pub struct App {
     max_body: usize,
     max_file: usize,
     metrics: Metrics,
+    responses: Arc<ResponseStore>,
     /// Set once the model is loaded.
     serving: OnceLock<Arc<Serving>>,
     draining: AtomicBool,
@@ -132,6 +135,7 @@ impl App {
             max_body: config.max_body,
             max_file: config.max_file,
             metrics: Metrics::new()?,
+            responses: Arc::default(),
             serving: OnceLock::new(),
             draining: AtomicBool::new(false),
             batches: batches::BatchQueue::default(),
@@ -175,6 +179,10 @@ fn router(app: SharedApp) -> Router {
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat_completions))
         .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/models", get(info::models))
         .route("/v1/models/{*id}", get(info::model).delete(finetune::delete_model))
         .route("/v1/files", post(files::upload).layer(DefaultBodyLimit::max(app.max_file)).get(files::list))

@@ -51,7 +51,7 @@ pub(super) async fn chat_completions(
 }
 
 async fn answer(app: SharedApp, body: &Value, endpoint: Endpoint) -> Result<Response, ErrorResponse> {
-    let prefix = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+    let prefix = if endpoint == Endpoint::Chat { "chatcmpl-" } else { "cmpl-" };
     generate::answer(app, body, endpoint, prefix, |context| Box::new(ResponseBuilder::new(context))).await
 }
 
@@ -101,8 +101,8 @@ pub(super) async fn prepare(
         });
         let params = params.collect::<Result<Vec<_>>>()?;
         let id = match &common.request_id {
-            Some(id) => format!("{prefix}-{id}"),
-            None => format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+            Some(id) => format!("{prefix}{id}"),
+            None => format!("{prefix}{}", uuid::Uuid::new_v4().simple()),
         };
         let tools = answer.as_ref().and_then(|answer| answer.tools.clone());
         let context = ReplyContext {
@@ -113,6 +113,8 @@ pub(super) async fn prepare(
             generation: adapters.generation.clone(),
             system_fingerprint: system_fingerprint(serving),
             created: crate::time::unix_seconds(std::time::SystemTime::now()),
+            temperature: common.sampling.temperature,
+            top_p: common.sampling.top_p,
             logprobs,
             prompt_logprobs: common.prompt_logprobs,
             options: common.reply,

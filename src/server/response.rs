@@ -70,6 +70,10 @@ pub(super) struct ReplyContext {
     pub(super) system_fingerprint: String,
     /// Unix time, seconds.
     pub(super) created: u64,
+    /// The temperature.
+    pub(super) temperature: f32,
+    /// Nucleus sampling keeps this probability.
+    pub(super) top_p: f32,
     /// Log-probabilities were asked for, with this many alternatives.
     pub(super) logprobs: Option<usize>,
     /// Log-probabilities of the prompt were asked for, with this many alternatives.
@@ -284,7 +288,7 @@ impl ResponseBuilder {
         if let Some(alternatives) = self.context.prompt_logprobs
             && !logprobs.is_empty()
         {
-            object["prompt_logprobs"] = self.prompt_logprobs(ids, logprobs, alternatives);
+            object["prompt_logprobs"] = self.context.prompt_logprobs(ids, logprobs, alternatives);
         }
     }
 
@@ -301,14 +305,14 @@ impl ResponseBuilder {
                 text.push_str(&output.text);
                 tokens.extend(output.tokens.into_iter().map(|t| OutputToken { offset: t.offset + before, ..t }));
                 choice["text"] = text.into();
-                choice["logprobs"] = self.logprobs_of(&tokens);
+                choice["logprobs"] = self.context.logprobs_of(&tokens);
                 self.describe_prompt(&mut choice, index / self.context.n, &output.prompt);
             }
             Endpoint::Chat => {
                 let message = ChatMessage::new(output.parts);
                 called = message.has_calls();
                 choice["message"] = message.object(&self.context);
-                choice["logprobs"] = self.logprobs_of(&output.tokens);
+                choice["logprobs"] = self.context.logprobs_of(&output.tokens);
             }
         }
         self.end(&mut choice, &finish, called);
@@ -345,7 +349,7 @@ impl ResponseBuilder {
             sent.opened &= !first;
             return Vec::new();
         }
-        let mut choice = json!({"index": index, "text": text, "logprobs": self.logprobs_of(&tokens)});
+        let mut choice = json!({"index": index, "text": text, "logprobs": self.context.logprobs_of(&tokens)});
         if first {
             self.describe_prompt(&mut choice, index / self.context.n, &[]);
         }
@@ -366,7 +370,7 @@ impl ResponseBuilder {
         let tokens = !delta.tokens.is_empty() && self.reports_tokens();
         if news.is_some() || tokens {
             let mut choice = json!({"index": index, "delta": news.unwrap_or_else(|| json!({}))});
-            choice["logprobs"] = self.logprobs_of(&delta.tokens);
+            choice["logprobs"] = self.context.logprobs_of(&delta.tokens);
             choice["finish_reason"] = Value::Null;
             if let Some(ids) = &ids {
                 choice["token_ids"] = ids.clone();

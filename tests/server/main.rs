@@ -14,6 +14,7 @@ mod harness;
 mod http;
 mod messages;
 mod metrics;
+mod responses;
 mod streaming;
 mod structured;
 mod tgi;

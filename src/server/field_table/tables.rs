@@ -187,7 +187,7 @@ const STRUCTURED: &[RequestField] = &[
 ];
 
 /// Fields of other servers that ask for what this one does not do.
-const SERVED_OTHERWISE: &[RequestField] = &[
+pub(super) const SERVED_OTHERWISE: &[RequestField] = &[
     refused("use_beam_search", "beam search is not supported: use `n`, or `best_of` on /v1/completions"),
     refused_unless("length_penalty", "1", "only for beam search, which is not supported"),
     refused("early_stopping", "only for beam search, which is not supported"),

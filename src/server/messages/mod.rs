@@ -41,7 +41,7 @@ pub(super) async fn create(State(app): State<SharedApp>, JsonBody(body): JsonBod
     let request = input::message(&fields, &app.serving()?.codec)?;
     let show_thinking = request.show_thinking;
     let format = |context| Box::new(MessagesFormat::new(context, show_thinking)) as _;
-    generate::answer(app, &request.chat, Endpoint::Chat, "msg", format).await.map_err(|e| e.renamed(NAMES))
+    generate::answer(app, &request.chat, Endpoint::Chat, "msg_", format).await.map_err(|e| e.renamed(NAMES))
 }
 
 /// `POST /v1/messages/count_tokens`: the length of the prompt, which may be longer than the context.

@@ -53,7 +53,7 @@ impl MessagesFormat {
     fn object(&self, content: Vec<Value>, end: Option<&StoppedBy>, usage: &UsageInfo) -> Value {
         let context = &self.context;
         json!({
-            "id": context.id.replacen('-', "_", 1),
+            "id": context.id,
             "type": "message",
             "role": "assistant",
             "model": context.model,

@@ -2,17 +2,17 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Endpoint, ResponseBuilder};
+use super::{Endpoint, ReplyContext};
 use crate::engine::request::Logprobs;
 use crate::server::stream::OutputToken;
 
-impl ResponseBuilder {
+impl ReplyContext {
     /// `logprobs` of a choice: null if the request does not ask for it.
     pub(super) fn logprobs_of(&self, tokens: &[OutputToken]) -> Value {
-        let Some(alternatives) = self.context.logprobs else { return Value::Null };
-        match self.context.endpoint {
+        let Some(alternatives) = self.logprobs else { return Value::Null };
+        match self.endpoint {
             Endpoint::Completion => self.completion_logprobs(tokens, alternatives),
-            Endpoint::Chat => self.chat_logprobs(tokens, alternatives),
+            Endpoint::Chat => json!({"content": self.token_logprobs(tokens, alternatives), "refusal": null}),
         }
     }
 
@@ -46,12 +46,13 @@ impl ResponseBuilder {
         entries.into()
     }
 
-    fn chat_logprobs(&self, tokens: &[OutputToken], alternatives: usize) -> Value {
+    /// An object for each token, with the alternatives.
+    pub(in crate::server) fn token_logprobs(&self, tokens: &[OutputToken], alternatives: usize) -> Vec<Value> {
         let entry = |id: u32, logprob: f32| {
             json!({
                 "token": self.token_name(id),
                 "logprob": finite(logprob),
-                "bytes": self.context.codec.token_bytes(id),
+                "bytes": self.codec.token_bytes(id),
             })
         };
         let mut content = Vec::with_capacity(tokens.len());
@@ -62,12 +63,12 @@ impl ResponseBuilder {
             item["top_logprobs"] = top.map(|&(id, logprob)| entry(id, logprob)).collect::<Vec<_>>().into();
             content.push(item);
         }
-        json!({"content": content, "refusal": null})
+        content
     }
 
     /// vLLM's `prompt_logprobs`: for each token an object by id, with the token itself and the alternatives.
     pub(super) fn prompt_logprobs(&self, ids: &[u32], logprobs: &[Option<Logprobs>], alternatives: usize) -> Value {
-        let entry = |id: u32, logprob: f32, rank: usize| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": self.context.codec.token_string(id)});
+        let entry = |id: u32, logprob: f32, rank: usize| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": self.codec.token_string(id)});
         let token = |(id, logprobs): (&u32, &Option<Logprobs>)| {
             let Some(logprobs) = logprobs else { return Value::Null };
             let mut entries = Map::new();
@@ -82,10 +83,10 @@ impl ResponseBuilder {
 
     /// The name of a token: its text, or its bytes if they are a part of a character, or its id if the request wants that.
     fn token_name(&self, id: u32) -> String {
-        if self.context.options.tokens_as_ids {
+        if self.options.tokens_as_ids {
             return id_name(id);
         }
-        let bytes = self.context.codec.token_bytes(id);
+        let bytes = self.codec.token_bytes(id);
         match std::str::from_utf8(bytes) {
             Ok(text) => text.to_owned(),
             Err(_) => format!("bytes:{}", bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect::<String>()),

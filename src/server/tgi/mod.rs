@@ -76,7 +76,7 @@ pub(super) async fn root(State(app): State<SharedApp>, JsonBody(body): JsonBody)
 async fn answer(app: SharedApp, body: &Value, route: Route) -> Result<Response, ErrorResponse> {
     let request = input::completion(body, route, &app.serving()?.base.names)?;
     let format = |context| Box::new(GenerateFormat::new(context, request.options)) as _;
-    let reply = generate::answer(app, &request.completion, Endpoint::Completion, "gen", format).await;
+    let reply = generate::answer(app, &request.completion, Endpoint::Completion, "gen-", format).await;
     reply.map_err(|e| e.renamed(NAMES))
 }
 
