@@ -52,7 +52,7 @@ fn wait(server: &Server, job: &str, holds: impl Fn(&Value) -> bool) -> Value {
 
 #[test]
 fn the_openai_python_client_fine_tunes() {
-    let Some(python) = process::python_with_openai() else { return };
+    let Some(python) = process::python_with("openai") else { return };
     let dir = tempfile::tempdir().expect("a temporary directory");
     let file = dir.path().join("train.jsonl");
     std::fs::write(&file, examples()).expect("written");

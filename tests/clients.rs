@@ -1,0 +1,44 @@
+//! Real clients against the binary with the default model: everything that `tests/clients/run.py` does must end as
+//! `docs/compatibility.md` says.
+
+#[allow(dead_code)]
+#[path = "common/process.rs"]
+mod process;
+
+use std::path::Path;
+use std::process::Command;
+
+use process::Server;
+
+/// What `tests/clients/requirements.txt` installs.
+const PACKAGES: &str =
+    "openai, anthropic, langchain_openai, llama_index.llms.openai_like, instructor, pydantic_ai, lorax, litellm";
+
+#[test]
+fn clients_get_what_the_table_says() {
+    let Some(python) = process::python_with(PACKAGES) else { return };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
+    let results = folder.join("results.json");
+    let server = Server::start(&[]);
+    let run = Command::new(python)
+        .arg(folder.join("run.py"))
+        .args([&server.url, "qa", "--against"])
+        .arg(&results)
+        .status()
+        .expect("Python runs");
+    assert!(run.success());
+}
+
+#[test]
+fn the_page_is_the_table_of_the_results() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = root.join("tests/clients");
+    let check = Command::new("python3")
+        .arg(folder.join("table.py"))
+        .args(["results.json", "results-heavy.json"].map(|name| folder.join(name)))
+        .arg("--check")
+        .arg(root.join("docs/compatibility.md"))
+        .status()
+        .expect("python3, which fetches the default model too");
+    assert!(check.success());
+}
