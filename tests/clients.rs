@@ -11,8 +11,8 @@ use std::process::Command;
 use process::Server;
 
 /// What `tests/clients/requirements.txt` installs.
-const PACKAGES: &str =
-    "openai, anthropic, langchain_openai, llama_index.llms.openai_like, instructor, pydantic_ai, lorax, litellm";
+const PACKAGES: &str = "openai, anthropic, huggingface_hub, instructor, langchain, langchain_openai, litellm, \
+    llama_index.llms.openai_like, lorax, mcp, pydantic_ai";
 
 #[test]
 fn clients_get_what_the_table_says() {
