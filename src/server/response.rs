@@ -403,6 +403,8 @@ impl ResponseBuilder {
 
     /// Adds how the output ended. `called`: it has tool calls.
     fn end(&self, choice: &mut Value, finish: &FinishDetails, called: bool) {
+        // A stop string may cut a call, whose arguments are then no JSON: such an output has stopped, not called.
+        let called = called && !matches!(finish.stop, Some(StopReason::Text(_)));
         choice["finish_reason"] = match (finish.reason, &self.context.tools) {
             (FinishReason::Stop, Some((_, tools))) if called => message::finish_reason(tools),
             (reason, _) => reason.word(),

@@ -46,6 +46,14 @@ fn a_required_call() {
 }
 
 #[test]
+fn a_call_that_a_stop_string_cuts_is_not_made() {
+    let server = server();
+    let body = chat(&server, json!({"tools": tools(), "tool_choice": "required", "stop": "rom"}));
+    let choice = &body["choices"][0];
+    assert_eq!((&choice["finish_reason"], &choice["stop_reason"]), (&json!("stop"), &json!("rom")), "{body}");
+}
+
+#[test]
 fn streamed_calls_are_the_whole_ones() {
     let server = server();
     let mut body =
