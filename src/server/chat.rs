@@ -63,7 +63,21 @@ fn has_calls(prompt: &ChatPrompt) -> bool {
 }
 
 /// The grammar of a chat's output: what the request asks for, what its tools need, and the thinking before both.
-pub(super) fn grammar(requested: Option<RequestedGrammar>, answer: &AnswerFormat) -> Option<RequestedGrammar> {
+///
+/// # Errors
+/// `Invalid` if the request constrains the whole output and may call tools. OpenAI's `response_format` constrains only content, and goes
+/// with tools.
+pub(super) fn grammar(requested: Option<RequestedGrammar>, answer: &AnswerFormat) -> Result<Option<RequestedGrammar>> {
+    let may_call = answer.tools.as_ref().is_some_and(|(_, tools)| tools.may_call());
+    if let Some(RequestedGrammar { field, .. }) = requested.as_ref().filter(|_| may_call)
+        && !field.starts_with("response_format")
+    {
+        let message = format!(
+            "`{field}` constrains the whole output, and `tools` let the model write calls: give one of them, or `tool_choice`: \
+             \"none\", or a `response_format`, which holds for content"
+        );
+        return Err(Error::invalid(message).param(field).code("invalid_value"));
+    }
     let grammar = match &answer.tools {
         None => requested,
         Some((format, tools)) => {
@@ -72,8 +86,8 @@ pub(super) fn grammar(requested: Option<RequestedGrammar>, answer: &AnswerFormat
             tools.grammar(*format, content).map(|grammar| RequestedGrammar { field, grammar })
         }
     };
-    match answer.reasoning {
+    Ok(match answer.reasoning {
         Some(format) => grammar.map(|grammar| grammar.after_reasoning(format, answer.starts_in_reasoning)),
         None => grammar,
-    }
+    })
 }

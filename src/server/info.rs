@@ -73,7 +73,9 @@ pub(super) async fn model(
     if serving.base.names.contains(&id) {
         return Ok(Json(base_card(&app, serving, &id)));
     }
-    match serving.registry.get(&id) {
+    // Requests may name an adapter `base:adapter`.
+    let of_base = serving.base.names.iter().find_map(|base| id.strip_prefix(base.as_str())?.strip_prefix(':'));
+    match serving.registry.get(of_base.unwrap_or(&id)) {
         Ok(info) => Ok(Json(adapter_card(serving, &info))),
         Err(_) => Err(no_model(&id).into()),
     }

@@ -85,7 +85,7 @@ pub(super) async fn prepare(
         common.sampling.bad_words = encoded.bad_words;
         if let Some(answer) = &mut answer {
             answer.starts_in_reasoning = encoded.starts_in_reasoning;
-            common.grammar = chat::grammar(common.grammar.take(), answer);
+            common.grammar = chat::grammar(common.grammar.take(), answer)?;
         }
         let grammar = match common.grammar.take() {
             Some(grammar) => Some(grammar.compile(&serving.grammars).await?),

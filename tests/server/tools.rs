@@ -112,6 +112,8 @@ fn refusals_name_the_field() {
         param
     };
     assert_eq!(refuse(json!({"tool_choice": "required"})), "tool_choice");
+    assert_eq!(refuse(json!({"tools": tools(), "grammar": "root ::= \"a\""})), "grammar");
+    assert_eq!(refuse(json!({"tools": tools(), "structured_outputs": {"regex": "a"}})), "structured_outputs.regex");
     let named = json!({"type": "function", "function": {"name": "other"}});
     assert_eq!(refuse(json!({"tools": tools(), "tool_choice": named})), "tool_choice.function.name");
     let mut broken = tools();

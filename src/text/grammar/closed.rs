@@ -2,7 +2,8 @@
 //!
 //! JSON Schema allows any further property where `additionalProperties` is absent, and most schemas leave it out although their
 //! authors want none. A small model would go on inventing properties until `max_tokens`. llama.cpp and vLLM close such objects too.
-//! What matches the closed schema matches the open one.
+//! What matches the closed schema matches the open one. For the same reason, a description of properties without a type is one of an
+//! object.
 
 use serde_json::{Map, Value};
 
@@ -67,6 +68,10 @@ fn close(schema: &mut Value, whole: bool, definitions: bool) {
             close_list(value, alone, definitions);
         }
     }
+    let bare = |keyword: &&str| *keyword != "additionalProperties" && object.contains_key(*keyword);
+    if whole && lists_properties(object) && !object.contains_key("type") && !LEFT_OPEN.iter().any(|k| bare(&k)) {
+        object.insert("type".into(), "object".into());
+    }
     if whole && lists_properties(object) && !LEFT_OPEN.iter().any(|keyword| object.contains_key(*keyword)) {
         object.insert("additionalProperties".into(), false.into());
     }
@@ -102,7 +107,14 @@ mod tests {
         assert_eq!(close_objects(&part), closed);
         for (schema, want) in [
             (json!({"type": "array", "items": part}), json!({"type": "array", "items": closed})),
-            (json!({"properties": {"x": part}}), json!({"properties": {"x": closed}, "additionalProperties": false})),
+            (
+                json!({"properties": {"x": part}}),
+                json!({"properties": {"x": closed}, "type": "object", "additionalProperties": false}),
+            ),
+            (
+                json!({"properties": {"a": {}}, "additionalProperties": true}),
+                json!({"properties": {"a": {}}, "additionalProperties": true, "type": "object"}),
+            ),
             (json!({"anyOf": [part, {"type": "null"}]}), json!({"anyOf": [closed, {"type": "null"}]})),
             (json!({"$ref": "#/$defs/p", "$defs": {"p": part}}), json!({"$ref": "#/$defs/p", "$defs": {"p": closed}})),
         ] {
@@ -116,7 +128,7 @@ mod tests {
         for schema in [
             json!({"type": "object"}),
             json!({"type": "object", "properties": {}}),
-            json!({"properties": {"a": {}}, "additionalProperties": true}),
+            json!({"type": "object", "properties": {"a": {}}, "additionalProperties": true}),
             json!({"properties": {"a": {}}, "patternProperties": {"^x": {}}}),
             json!({"properties": {"a": {}}, "minProperties": 2}),
             json!({"allOf": [part, {"properties": {"b": {}}}]}),
