@@ -508,10 +508,12 @@ impl Registry {
             || name.trim() != name
             || name.len() > MAX_NAME
             || !name.chars().all(allowed)
+            // Clients take these out of a URL.
+            || name.split('/').any(|part| part == "." || part == "..")
         {
             format!(
-                "invalid adapter name {name:?}: it must have 1 to {MAX_NAME} characters of A-Z a-z 0-9 . _ : / @ -, and spaces \
-                 only between them"
+                "invalid adapter name {name:?}: it must have 1 to {MAX_NAME} characters of A-Z a-z 0-9 . _ : / @ -, spaces only \
+                 between them, and no part `.` or `..`"
             )
         } else if self.0.config.reserved_names.iter().any(|reserved| reserved == name) {
             format!("{name:?} is the name of the base model")

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::to_bytes;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
@@ -36,6 +37,12 @@ const MAX_REQUEST_ID_BYTES: usize = 512;
 
 /// How long a browser may remember what it may send.
 const CORS_MAX_AGE: Duration = Duration::from_secs(600);
+
+/// Limit on the body of a refused request that is read and dropped, bytes.
+const MAX_DISCARDED: usize = 256 * 1024;
+
+/// Limit on the time that this takes.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(2);
 
 tokio::task_local! {
     /// The id of the request that a task answers.
@@ -109,28 +116,38 @@ fn require_key<'a>(headers: &HeaderMap, keys: impl IntoIterator<Item = &'a [u8; 
 pub(super) struct InProcess;
 
 /// For all routes but the admin and open ones: requires one of the API keys, if there are any.
-pub(super) async fn require_api_key(
-    State(app): State<SharedApp>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ErrorResponse> {
-    if !app.keys.api.is_empty() && request.extensions().get::<InProcess>().is_none() {
-        require_key(request.headers(), &app.keys.api, "this server")?;
+pub(super) async fn require_api_key(State(app): State<SharedApp>, request: Request, next: Next) -> Response {
+    if !app.keys.api.is_empty()
+        && request.extensions().get::<InProcess>().is_none()
+        && let Err(error) = require_key(request.headers(), &app.keys.api, "this server")
+    {
+        return refuse(request, error).await;
     }
-    Ok(next.run(request).await)
+    next.run(request).await
 }
 
 /// Admin routes: the admin key, or without one a client on this machine.
-pub(super) async fn require_admin(
-    State(app): State<SharedApp>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ErrorResponse> {
-    match &app.keys.admin {
-        Some(key) => require_key(request.headers(), [key], "the admin routes")?,
-        None => require_loopback(&request)?,
+pub(super) async fn require_admin(State(app): State<SharedApp>, request: Request, next: Next) -> Response {
+    let allowed = match &app.keys.admin {
+        Some(key) => require_key(request.headers(), [key], "the admin routes"),
+        None => require_loopback(&request),
+    };
+    match allowed {
+        Ok(()) => next.run(request).await,
+        Err(error) => refuse(request, error).await,
     }
-    Ok(next.run(request).await)
+}
+
+/// Answers a request whose body nobody has read. If a body is dropped unread, the connection closes, and the client's next request on
+/// it fails. So a short body is read first, and after a long one the answer says that the connection closes.
+async fn refuse(request: Request, error: Error) -> Response {
+    let read = to_bytes(request.into_body(), MAX_DISCARDED);
+    let whole = matches!(tokio::time::timeout(DISCARD_TIMEOUT, read).await, Ok(Ok(_)));
+    let mut response = ErrorResponse::from(error).into_response();
+    if !whole {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 fn require_loopback(request: &Request) -> Result<()> {
@@ -199,17 +216,18 @@ fn check_headers(request: &Request) -> Result<()> {
 }
 
 /// Answers an unknown path.
-pub(super) async fn unknown_route(method: Method, uri: Uri) -> ErrorResponse {
-    let path = uri.path();
+pub(super) async fn unknown_route(request: Request) -> Response {
+    let (method, path) = (request.method(), request.uri().path());
     let hint = hints::meant(path).map_or(String::new(), |route| format!(": use {route}"));
-    Error::not_found(format!("no such route: {method} {path}{hint}")).code("unknown_route").into()
+    let error = Error::not_found(format!("no such route: {method} {path}{hint}")).code("unknown_route");
+    refuse(request, error).await
 }
 
 /// Answers a method that the route does not have.
-pub(super) async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
-    let message =
-        format!("{} does not support the method {method}: the `allow` header lists those it does", uri.path());
-    Error::new(ErrorKind::MethodNotAllowed, message).code("method_not_allowed").into()
+pub(super) async fn wrong_method(request: Request) -> Response {
+    let (method, path) = (request.method(), request.uri().path());
+    let message = format!("{path} does not support the method {method}: the `allow` header lists those it does");
+    refuse(request, Error::new(ErrorKind::MethodNotAllowed, message).code("method_not_allowed")).await
 }
 
 /// Marks a request whose id was refused.

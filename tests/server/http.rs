@@ -1,6 +1,6 @@
 //! The HTTP layer: CORS, HEAD, HTTP/2, keys, request ids, and hints for wrong routes.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -293,4 +293,42 @@ fn a_stream_over_http2_finishes_while_the_server_stops() {
     server.join().expect("a clean end");
     assert!(start.elapsed() < Duration::from_secs(30), "the open connection does not hold the server");
     assert!(runtime.block_on(client.send_request(request(&server, "GET", "/health", None))).is_err());
+}
+
+/// Reads one answer with a `content-length`, and leaves the connection open.
+fn read_one(stream: &mut BufReader<TcpStream>) -> (String, Vec<u8>) {
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        assert!(stream.read_line(&mut head).expect("a line") > 0, "the connection has closed after {head:?}");
+    }
+    let length = head.to_lowercase().lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+    let mut body = vec![0; length.expect("a length")];
+    stream.read_exact(&mut body).expect("the body");
+    (head, body)
+}
+
+/// A body that no handler reads must not close the connection unseen: the client's next request on it would fail.
+#[test]
+fn a_refused_request_leaves_its_connection_usable() {
+    let server = Server::with(Options { api_keys: vec!["k".into()], ..Options::default() });
+    let stream = TcpStream::connect(server.address).unwrap();
+    stream.set_nodelay(true).unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut stream = stream;
+    for round in 0..30 {
+        for (path, status) in [("/nope", "404"), ("/v1/completions", "401"), ("/live", "405")] {
+            let body = "x".repeat(20_000);
+            let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all(head.as_bytes()).unwrap();
+            // The body comes later, as from a client that writes it on its own.
+            std::thread::sleep(Duration::from_millis(2));
+            stream.write_all(body.as_bytes()).unwrap();
+            let (head, _) = read_one(&mut reader);
+            assert!(head.starts_with(&format!("HTTP/1.1 {status}")), "{round} {path}: {head}");
+        }
+    }
+    // A body that is too long to be thrown away ends the connection, and the answer says so.
+    stream.write_all(b"POST /nope HTTP/1.1\r\nhost: x\r\ncontent-length: 10000000\r\n\r\n").unwrap();
+    stream.write_all(&[b'x'; 300_000]).unwrap();
+    assert!(read_one(&mut reader).0.to_lowercase().contains("connection: close"));
 }

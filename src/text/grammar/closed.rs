@@ -3,7 +3,7 @@
 //! JSON Schema allows any further property where `additionalProperties` is absent, and most schemas leave it out although their
 //! authors want none. A small model would go on inventing properties until `max_tokens`. llama.cpp and vLLM close such objects too.
 //! What matches the closed schema matches the open one. For the same reason, a description of properties without a type is one of an
-//! object.
+//! object, and one of items that of an array.
 
 use serde_json::{Map, Value};
 
@@ -69,8 +69,13 @@ fn close(schema: &mut Value, whole: bool, definitions: bool) {
         }
     }
     let bare = |keyword: &&str| *keyword != "additionalProperties" && object.contains_key(*keyword);
-    if whole && lists_properties(object) && !object.contains_key("type") && !LEFT_OPEN.iter().any(|k| bare(&k)) {
-        object.insert("type".into(), "object".into());
+    if whole && !object.contains_key("type") && !LEFT_OPEN.iter().any(|k| bare(&k)) {
+        let is_array = object.contains_key("items") || object.contains_key("prefixItems");
+        match (lists_properties(object), is_array) {
+            (true, false) => drop(object.insert("type".into(), "object".into())),
+            (false, true) => drop(object.insert("type".into(), "array".into())),
+            _ => {}
+        }
     }
     if whole && lists_properties(object) && !LEFT_OPEN.iter().any(|keyword| object.contains_key(*keyword)) {
         object.insert("additionalProperties".into(), false.into());
@@ -78,7 +83,7 @@ fn close(schema: &mut Value, whole: bool, definitions: bool) {
 }
 
 fn lists_properties(object: &Map<String, Value>) -> bool {
-    object.get("properties").and_then(Value::as_object).is_some_and(|properties| !properties.is_empty())
+    object.get("properties").is_some_and(Value::is_object)
 }
 
 fn each(object: &mut Value, change: impl FnMut(&mut Value)) {
@@ -107,6 +112,12 @@ mod tests {
         assert_eq!(close_objects(&part), closed);
         for (schema, want) in [
             (json!({"type": "array", "items": part}), json!({"type": "array", "items": closed})),
+            (json!({"items": {"type": "string"}}), json!({"items": {"type": "string"}, "type": "array"})),
+            // The parameters of a tool without parameters.
+            (
+                json!({"type": "object", "properties": {}}),
+                json!({"type": "object", "properties": {}, "additionalProperties": false}),
+            ),
             (
                 json!({"properties": {"x": part}}),
                 json!({"properties": {"x": closed}, "type": "object", "additionalProperties": false}),
@@ -127,7 +138,6 @@ mod tests {
         let part = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
         for schema in [
             json!({"type": "object"}),
-            json!({"type": "object", "properties": {}}),
             json!({"type": "object", "properties": {"a": {}}, "additionalProperties": true}),
             json!({"properties": {"a": {}}, "patternProperties": {"^x": {}}}),
             json!({"properties": {"a": {}}, "minProperties": 2}),

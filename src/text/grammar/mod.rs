@@ -297,7 +297,8 @@ fn with_whitespace(schema: &Value, whitespace: &JsonWhitespace) -> Result<Value>
         JsonWhitespace::None => json!({"whitespace_flexible": false}),
         JsonWhitespace::Pattern(pattern) => json!({"whitespace_pattern": pattern}),
     };
-    object.entry(OPTIONS).or_insert(options);
+    // Options in the schema could turn the enforcement off.
+    object.insert(OPTIONS.into(), options);
     Ok(object.into())
 }
 
