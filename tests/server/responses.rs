@@ -313,7 +313,8 @@ fn structured_output_and_log_probabilities() {
     let events = events(&post(&server, &streamed));
     let deltas: Vec<Value> = events
         .iter()
-        .filter_map(|(_, event)| event["delta"].is_string().then(|| event["logprobs"][0].clone()))
+        .filter(|(_, event)| event["delta"].is_string())
+        .map(|(_, event)| event["logprobs"][0].clone())
         .collect();
     assert_eq!(Value::from(deltas), *logprobs);
 }

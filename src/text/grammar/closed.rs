@@ -69,7 +69,7 @@ fn close(schema: &mut Value, whole: bool, definitions: bool) {
         }
     }
     let bare = |keyword: &&str| *keyword != "additionalProperties" && object.contains_key(*keyword);
-    if whole && !object.contains_key("type") && !LEFT_OPEN.iter().any(|k| bare(&k)) {
+    if whole && !object.contains_key("type") && !LEFT_OPEN.iter().any(bare) {
         let is_array = object.contains_key("items") || object.contains_key("prefixItems");
         match (lists_properties(object), is_array) {
             (true, false) => drop(object.insert("type".into(), "object".into())),
