@@ -225,7 +225,7 @@ fn what_cannot_fit_is_refused_and_says_why() {
     for (prompt, max_tokens, word) in [
         (vec![], 1, "empty"),
         (vec![1; 200], 1, "200 tokens"),
-        (vec![1; 30], 12, "holds 40"),
+        (vec![1; 30], 12, "length is 40 tokens"),
         (vec![1; 41], 1, "42 tokens"),
     ] {
         let error = bench.submit(&prompt, &[], greedy(max_tokens)).unwrap_err();
