@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::fields::{self, Fields};
 use crate::text::grammar::{CompiledGrammar, Grammar, GrammarCompiler, JsonWhitespace};
@@ -32,6 +32,10 @@ impl RequestedGrammar {
         };
         response_format(body)?.into_iter().for_each(|(path, grammar)| add(path, Some(grammar)));
         let guided_whitespace = whitespace(body, "guided_whitespace_pattern")?;
+        if body.get("guided_whitespace_pattern").is_some() && body.get("guided_json").is_none() {
+            let message = "`guided_whitespace_pattern` is only allowed with `guided_json`";
+            return Err(Error::invalid(message).param("guided_whitespace_pattern").code("invalid_value"));
+        }
         add("guided_json".into(), json(body, "guided_json", guided_whitespace)?);
         add("guided_regex".into(), body.string("guided_regex")?.map(|regex| Grammar::Regex(regex.into())));
         add("guided_choice".into(), choice(body, "guided_choice")?);
@@ -91,7 +95,7 @@ fn response_format(body: &Fields) -> Result<Option<(String, Grammar)>> {
     let Some(format) = body.object("response_format")? else { return Ok(None) };
     let name = format.required("type", format.string("type")?, TYPES)?;
     match name {
-        "text" => Ok(None),
+        "text" => fields::check_only(&format, &["type"]).map(|()| None),
         "json_object" => {
             // TGI's clients call the schema `value`.
             let name = if format.get("value").is_some() { "value" } else { "schema" };
@@ -117,11 +121,26 @@ fn response_format(body: &Fields) -> Result<Option<(String, Grammar)>> {
     }
 }
 
+/// Whether an object has a keyword by which schemas describe something.
+fn describes(schema: &Map<String, Value>) -> bool {
+    ["type", "properties", "enum", "const", "$ref", "anyOf", "oneOf", "allOf", "items"]
+        .iter()
+        .any(|k| schema.contains_key(*k))
+}
+
 /// A JSON schema: an object, or a string that contains one.
 fn json(fields: &Fields, name: &str, whitespace: JsonWhitespace) -> Result<Option<Grammar>> {
     let Some(value) = fields.get(name) else { return Ok(None) };
     let path = fields.path_of(name);
     let schema = match value {
+        // OpenAI's wrapper is no schema: it would constrain nothing.
+        Value::Object(wrapper) if wrapper.get("schema").is_some_and(Value::is_object) && !describes(wrapper) => {
+            return Err(Error::invalid(format!(
+                "`{path}` must be the schema itself, not an object with the field `schema`"
+            ))
+            .param(&path)
+            .code("invalid_value"));
+        }
         Value::Object(_) => value.clone(),
         Value::String(text) => serde_json::from_str(text).map_err(|e| {
             Error::invalid(format!("`{path}` must be a JSON schema, but this string is not JSON: {e}"))

@@ -70,6 +70,9 @@ fn every_bad_field_is_named_with_what_is_allowed() {
         (json!({"model": 1}), "model", "a string"),
         (json!({"adapter": 1}), "adapter", "an adapter's name"),
         (json!({"response_format": {"type": "xml"}}), "response_format.type", "\"json_schema\""),
+        (json!({"response_format": {"type": "text", "schema": {}}}), "response_format.schema", "unknown field"),
+        (json!({"guided_whitespace_pattern": " "}), "guided_whitespace_pattern", "with `guided_json`"),
+        (json!({"json_schema": {"name": "n", "schema": {"type": "object"}}}), "json_schema", "the schema itself"),
         (json!({"response_format": {}}), "response_format.type", "is required"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema", "is required"),
         (
