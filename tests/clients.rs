@@ -1,14 +1,16 @@
 //! Real clients against the binary with the default model: everything that `tests/clients/run.py` does must end as
 //! `docs/compatibility.md` says.
 
-#[allow(dead_code)]
 #[path = "common/process.rs"]
 mod process;
+#[path = "common/python.rs"]
+mod python;
 
 use std::path::Path;
 use std::process::Command;
 
 use process::Server;
+use serde_json::Value;
 
 /// What `tests/clients/requirements.txt` installs, without `litellm`, whose import looks for a list of prices on the network.
 const PACKAGES: &str = "openai, anthropic, huggingface_hub, instructor, langchain, langchain_openai, \
@@ -16,7 +18,7 @@ const PACKAGES: &str = "openai, anthropic, huggingface_hub, instructor, langchai
 
 #[test]
 fn clients_get_what_the_table_says() {
-    let Some(python) = process::python_with(PACKAGES) else { return };
+    let Some(python) = python::python_with(PACKAGES) else { return };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
     let results = folder.join("results.json");
     let server = Server::start(&[]);
@@ -27,6 +29,7 @@ fn clients_get_what_the_table_says() {
         .status()
         .expect("Python runs");
     assert!(run.success());
+    assert_eq!(server.call("GET", "/health", Value::Null).0, 200, "the clients leave a healthy server");
 }
 
 #[test]

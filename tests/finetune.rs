@@ -1,8 +1,12 @@
 //! From examples to a served adapter, with the binary and the default model: through the API, with the `openai` client, across
 //! a kill, and from the command line.
 
+#[path = "common/complete.rs"]
+mod complete;
 #[path = "common/process.rs"]
 mod process;
+#[path = "common/python.rs"]
+mod python;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -52,7 +56,7 @@ fn wait(server: &Server, job: &str, holds: impl Fn(&Value) -> bool) -> Value {
 
 #[test]
 fn the_openai_python_client_fine_tunes() {
-    let Some(python) = process::python_with("openai") else { return };
+    let Some(python) = python::python_with("openai") else { return };
     let dir = tempfile::tempdir().expect("a temporary directory");
     let file = dir.path().join("train.jsonl");
     std::fs::write(&file, examples()).expect("written");

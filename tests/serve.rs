@@ -1,7 +1,11 @@
 //! The binary with the default model over HTTP, as a user runs it.
 
+#[path = "common/complete.rs"]
+mod complete;
 #[path = "common/process.rs"]
 mod process;
+#[path = "common/python.rs"]
+mod python;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -116,7 +120,7 @@ fn a_restart_brings_the_same_adapters_back_and_sigterm_lets_requests_finish() {
 
 #[test]
 fn the_openai_python_client_works() {
-    let Some(python) = process::python_with("openai") else { return };
+    let Some(python) = python::python_with("openai") else { return };
     let server = Server::start(&[]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
     let status = Command::new(python).arg(script).args([&server.url, "qa"]).status().expect("Python runs");

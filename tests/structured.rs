@@ -1,6 +1,5 @@
 //! Structured output of the real model over HTTP: every reply parses and validates.
 
-#[allow(dead_code)]
 #[path = "common/process.rs"]
 mod process;
 

@@ -200,7 +200,7 @@ mod tests {
             ("meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B"),
             ("mlx-community/SmolLM2-135M-Instruct-4bit", "SmolLM2-135M-Instruct"),
             ("bartowski/Qwen2.5-0.5B-Instruct-GGUF", "Qwen/Qwen2.5-0.5B-Instruct"),
-            ("/root/.cache/huggingface/hub/models--Qwen--Qwen3-4B/snapshots/1cfa9a/", "Qwen/Qwen3-4B"),
+            ("/data/huggingface/hub/models--Qwen--Qwen3-4B/snapshots/1cfa9a/", "Qwen/Qwen3-4B"),
             ("C:\\models\\Qwen3-4B", "qwen3_4b"),
         ] {
             assert!(same_model(a, b), "{a} {b}: {} {}", core_name(a), core_name(b));

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// A running `quiver serve`, killed on drop.
 pub struct Server {
@@ -49,17 +49,6 @@ impl Server {
         let text = reply.body_mut().read_to_string().expect("a body");
         (reply.status().as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
-
-    /// Greedy completion of `prompt` with an adapter, or with the base alone.
-    pub fn complete(&self, adapter: Option<&str>, prompt: &str, tokens: usize) -> String {
-        let mut body = json!({"prompt": prompt, "max_tokens": tokens, "temperature": 0});
-        if let Some(adapter) = adapter {
-            body["adapter"] = json!(adapter);
-        }
-        let (status, reply) = self.call("POST", "/v1/completions", body);
-        assert_eq!(status, 200, "{reply}");
-        reply["choices"][0]["text"].as_str().expect("text").to_owned()
-    }
 }
 
 impl Drop for Server {
@@ -67,17 +56,4 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-/// A Python that can import `modules`, such as "openai, anthropic": `QUIVER_TEST_PYTHON`, which must have them, or `python3`. If that
-/// lacks one, prints that the test is skipped.
-pub fn python_with(modules: &str) -> Option<String> {
-    let python = std::env::var("QUIVER_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has_them = Command::new(&python).args(["-c", &format!("import {modules}")]).stderr(Stdio::null()).status();
-    if has_them.is_ok_and(|status| status.success()) {
-        return Some(python);
-    }
-    assert!(std::env::var_os("QUIVER_TEST_PYTHON").is_none(), "QUIVER_TEST_PYTHON cannot import {modules}");
-    eprintln!("skipped: set QUIVER_TEST_PYTHON to a Python with tests/clients/requirements.txt");
-    None
 }
