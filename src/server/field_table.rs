@@ -4,6 +4,7 @@
 //! `docs/fields.md` is generated from these tables.
 
 mod messages;
+mod page;
 mod responses;
 mod tables;
 mod tgi;
@@ -11,6 +12,7 @@ mod tgi;
 use serde_json::Value;
 
 pub(super) use messages::{COUNT_TOKENS, MESSAGES};
+pub use page::fields_page;
 pub(super) use responses::RESPONSES;
 pub(super) use tables::{CHAT_COMPLETIONS, COMPLETIONS, EMBEDDINGS};
 pub(super) use tgi::{GENERATE, GENERATE_PARAMETERS};
@@ -25,8 +27,6 @@ pub(super) struct RequestField {
 }
 
 /// What a route does with a field.
-// The texts of the first two are for the generated docs, which a test writes.
-#[cfg_attr(not(test), allow(dead_code))]
 enum Treatment {
     /// The route reads it. The text says what it means, or is empty for a field of OpenAI's API.
     Honoured(&'static str),
@@ -128,23 +128,12 @@ fn asks_for_nothing(value: &Value, neutral: Option<&str>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::fmt::Write;
     use std::path::Path;
 
     use serde_json::json;
 
+    use super::page::{TABLES, fields_page};
     use super::*;
-
-    const TABLES: &[&FieldTable] = &[
-        &COMPLETIONS,
-        &CHAT_COMPLETIONS,
-        &RESPONSES,
-        &EMBEDDINGS,
-        &MESSAGES,
-        &COUNT_TOKENS,
-        &GENERATE,
-        &GENERATE_PARAMETERS,
-    ];
 
     fn check(body: Value) -> Result<()> {
         COMPLETIONS.check(&Fields::of_body(&body)?)
@@ -190,38 +179,15 @@ mod tests {
         assert!(long.message.len() < 300 && long.param.as_ref().is_some_and(|param| param.len() == 64));
     }
 
-    /// The page of all tables.
-    fn page() -> String {
-        let mut out = "# Fields of requests\n\nGenerated from `src/server/field_table`: each field of a request body is honoured, has no \
-                       effect (and why), or is refused by\nname with status 400 (422 in TGI's API). A field that is not listed is refused as unknown. `null` \
-                       counts as absent. A refused field is accepted with\n`false`, an empty value or the neutral value given here.\n"
-            .to_owned();
-        for table in TABLES {
-            let _ = write!(out, "\n## {}\n\n| field | treatment | notes |\n|---|---|---|\n", table.routes);
-            for field in table.fields() {
-                let (treatment, notes) = match &field.treatment {
-                    Treatment::Honoured(meaning) => ("honoured", (*meaning).to_owned()),
-                    Treatment::NoEffect(why) => ("no effect", (*why).to_owned()),
-                    Treatment::Refused { neutral: None, instead } => ("refused", (*instead).to_owned()),
-                    Treatment::Refused { neutral: Some(neutral), instead } => {
-                        ("refused", format!("{instead} (accepted: `{neutral}`)"))
-                    }
-                };
-                let _ = writeln!(out, "| `{}` | {treatment} | {} |", field.name, notes.replace('|', "\\|"));
-            }
-        }
-        out
-    }
-
     /// With QUIVER_WRITE_DOCS set, the page is written instead.
     #[test]
     fn the_docs_list_every_field() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/fields.md");
         if std::env::var_os("QUIVER_WRITE_DOCS").is_some() {
-            std::fs::write(&path, page()).unwrap();
+            std::fs::write(&path, fields_page()).unwrap();
         }
         assert!(
-            std::fs::read_to_string(&path).unwrap_or_default() == page(),
+            std::fs::read_to_string(&path).unwrap_or_default() == fields_page(),
             "docs/fields.md is not current: run QUIVER_WRITE_DOCS=1 cargo test --lib the_docs_list_every_field"
         );
     }

@@ -50,6 +50,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::finetune::jobs::Jobs;
 use crate::runtime::Runtime;
 use error_response::ErrorForm;
+pub use field_table::fields_page;
 use metrics::Metrics;
 use middleware::AccessKeys;
 use responses::ResponseStore;

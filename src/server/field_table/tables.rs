@@ -5,13 +5,13 @@ use super::{FieldTable, RequestField, honoured, means, no_effect, refused, refus
 /// `POST /v1/completions`.
 pub(in crate::server) const COMPLETIONS: FieldTable = FieldTable {
     routes: "/v1/completions",
-    parts: &[COMPLETION_FIELDS, GENERATION, STRUCTURED, SERVED_OTHERWISE, LLAMA_CPP, CHAT_ONLY],
+    parts: &[COMPLETION_FIELDS, GENERATION, SAMPLING, STRUCTURED, INERT, SERVED_OTHERWISE, LLAMA_CPP, CHAT_ONLY],
 };
 
 /// `POST /v1/chat/completions`.
 pub(in crate::server) const CHAT_COMPLETIONS: FieldTable = FieldTable {
     routes: "/v1/chat/completions",
-    parts: &[CHAT_FIELDS, GENERATION, STRUCTURED, SERVED_OTHERWISE, LLAMA_CPP, COMPLETION_ONLY],
+    parts: &[CHAT_FIELDS, GENERATION, SAMPLING, STRUCTURED, INERT, SERVED_OTHERWISE, LLAMA_CPP, COMPLETION_ONLY],
 };
 
 /// `POST /v1/embeddings`.
@@ -122,13 +122,28 @@ const GENERATION: &[RequestField] = &[
     honoured("max_tokens"),
     honoured("max_completion_tokens"),
     means("n_predict", "llama.cpp's `max_tokens`; -1 is no limit"),
+    means("repeat_penalty", "llama.cpp's `repetition_penalty`, over the whole prompt and output"),
+    means("logprob_token_ids", "with `logprobs`: the alternatives are these ids (vLLM)"),
+    means("prompt_logprobs", "log-probabilities of the prompt with this many alternatives, 0 to 20 (vLLM)"),
+    means("return_token_ids", "adds `token_ids` and `prompt_token_ids` (vLLM)"),
+    means("return_tokens_as_token_ids", "names tokens of log-probabilities `token_id:ID` (vLLM)"),
+    means(
+        "truncate_prompt_tokens",
+        "keeps this many tokens of the prompt, the last ones (vLLM); -1 is the context length",
+    ),
+    means("truncation_side", "`left` (default) or `right`: where the prompt is cut (vLLM)"),
+    no_effect("metadata", "nothing is stored"),
+    no_effect("store", "nothing is stored"),
+];
+
+/// How tokens are sampled and become text, and how a request is queued: of every API with OpenAI's names.
+pub(super) const SAMPLING: &[RequestField] = &[
     means("min_tokens", "tokens before which the output cannot end (vLLM)"),
     honoured("temperature"),
     honoured("top_p"),
     means("top_k", "0 or -1 keeps all tokens"),
     means("min_p", "drops tokens below this fraction of the likeliest token's probability"),
     means("repetition_penalty", "over the whole prompt and output (vLLM)"),
-    means("repeat_penalty", "llama.cpp's `repetition_penalty`, over the whole prompt and output"),
     honoured("presence_penalty"),
     honoured("frequency_penalty"),
     honoured("logit_bias"),
@@ -140,22 +155,15 @@ const GENERATION: &[RequestField] = &[
     means("include_stop_str_in_output", "keeps the stop string (vLLM)"),
     means("skip_special_tokens", "leaves special tokens out of the text (vLLM; default true)"),
     means("ignore_eos", "continues after the model's end of sequence (vLLM)"),
-    means("logprob_token_ids", "with `logprobs`: the alternatives are these ids (vLLM)"),
-    means("prompt_logprobs", "log-probabilities of the prompt with this many alternatives, 0 to 20 (vLLM)"),
-    means("return_token_ids", "adds `token_ids` and `prompt_token_ids` (vLLM)"),
-    means("return_tokens_as_token_ids", "names tokens of log-probabilities `token_id:ID` (vLLM)"),
-    means(
-        "truncate_prompt_tokens",
-        "keeps this many tokens of the prompt, the last ones (vLLM); -1 is the context length",
-    ),
-    means("truncation_side", "`left` (default) or `right`: where the prompt is cut (vLLM)"),
     means("priority", "orders waiting requests of the same adapter, the lowest first (vLLM)"),
     means("cache_salt", "only requests with the same salt share cached prefixes (vLLM)"),
     means("request_id", "becomes part of the reply's `id` (vLLM)"),
     means("service_tier", "every value is served alike; the reply says `default`"),
+];
+
+/// What has no effect in any of these APIs.
+pub(super) const INERT: &[RequestField] = &[
     no_effect("user", "the server keeps no state per user"),
-    no_effect("metadata", "nothing is stored"),
-    no_effect("store", "nothing is stored"),
     no_effect("safety_identifier", "the server keeps no state per user"),
     no_effect("session_id", "the server keeps no state per session"),
     no_effect("prompt_cache_key", "the prefix cache finds every shared prefix"),
