@@ -380,6 +380,16 @@ fn bar(show: bool, total: Option<u64>, message: String) -> ProgressBar {
     bar
 }
 
+/// The chat template in a `tokenizer_config.json`: one, or the default of a list.
+pub(crate) fn settings_template(settings: &serde_json::Value) -> Option<&str> {
+    match &settings["chat_template"] {
+        serde_json::Value::Array(named) => {
+            named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str())
+        }
+        one => one.as_str(),
+    }
+}
+
 /// Lower-case hexadecimal.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut s, b| {

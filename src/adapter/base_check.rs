@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::hub;
+
 /// The base that an adapter says it was trained on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BaseClaim {
@@ -99,7 +101,7 @@ pub(super) fn own_template(source: &Path) -> Option<String> {
     };
     read("chat_template.jinja").or_else(|| {
         let config: Value = serde_json::from_str(&read("tokenizer_config.json")?).ok()?;
-        config["chat_template"].as_str().map(str::to_owned)
+        hub::settings_template(&config).map(str::to_owned)
     })
 }
 

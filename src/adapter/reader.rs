@@ -16,6 +16,7 @@ use super::tensor_file::{StoredTensor, TensorFile};
 use super::{gguf, mlx, peft};
 use crate::Result;
 use crate::arch::ModelConfig;
+use crate::hub;
 use crate::lora::weights::{AdapterWeights, FloatVec, ModuleWeights};
 
 /// An adapter as it was read.
@@ -103,7 +104,7 @@ impl ModuleReader {
     fn finish(mut self, peft_type: PeftType) -> Result<String> {
         fail_on(self.problems)?;
         hash_text(&mut self.hash, if peft_type == PeftType::Lora { "lora" } else { "adalora" });
-        Ok(self.hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect())
+        Ok(hub::hex(&self.hash.finalize()[..8]))
     }
 }
 

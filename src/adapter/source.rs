@@ -58,9 +58,7 @@ impl SourceRoots {
         if !inside(&path) || (root.is_some() && path.components().any(|c| c == Component::ParentDir)) {
             return Err(forbidden("is outside the adapter root"));
         }
-        let real = path.canonicalize().map_err(|e| {
-            Error::not_found(format!("no adapter in {}: {e}", source.display())).code("adapter_source_not_found")
-        })?;
+        let real = path.canonicalize().map_err(|e| foreign::missing(source, &e.to_string()))?;
         if !inside(&real) {
             return Err(forbidden("is a symlink that leaves the adapter root: copy the adapter below the root"));
         }

@@ -48,13 +48,10 @@ impl TokenMask {
 
     /// Whether a token that is not in `ids` is allowed.
     pub fn allows_other_than(&self, ids: &[u32]) -> bool {
-        let mut rest = self.clone();
-        for id in ids {
-            if let Some(word) = rest.words.get_mut(*id as usize / 32) {
-                *word &= !(1 << (id % 32));
-            }
-        }
-        rest.words.iter().any(|word| *word != 0)
+        self.words.iter().enumerate().any(|(i, word)| {
+            let here = ids.iter().filter(|id| **id as usize / 32 == i);
+            here.fold(*word, |word, id| word & !(1 << (id % 32))) != 0
+        })
     }
 
     /// Removes the tokens that `other` does not allow.

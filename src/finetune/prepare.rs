@@ -66,10 +66,10 @@ impl Prepared {
 /// the training file. Errors: the tokenizer cannot be read.
 pub fn provenance(base: &str, fingerprint: &str, codec: &TextCodec, data: &Dataset) -> Result<Map<String, Value>> {
     let (tokenizer, template) = codec.sources()?;
-    let hash = |text: String| hex(&Sha256::digest(text));
+    let hash = |text: &str| hex(&Sha256::digest(text));
     let quiver = json!({
         "base_fingerprint": fingerprint,
-        "tokenizer_sha256": hash(tokenizer),
+        "tokenizer_sha256": hash(&tokenizer),
         "chat_template_sha256": template.map(hash),
         "data_format": data.format,
         "alpaca_ending": data.alpaca_ending,

@@ -205,7 +205,7 @@ fn registry_config(
         host_budget: config.host_adapter_memory,
         slot_budget: config.adapter_memory,
         reserved_names: base.names.iter().cloned().chain(NAMES_OF_ANY_MODEL.map(str::to_owned)).collect(),
-        base: base.identity(codec.template_source()),
+        base: base.identity(codec.template_source().map(str::to_owned)),
         strict_base: config.strict_base,
     }
 }

@@ -6,7 +6,7 @@ use super::stream::AnswerFormat;
 use super::structured::RequestedGrammar;
 use crate::fields::{self, Fields};
 use crate::text::codec::TextCodec;
-use crate::text::messages::{ChatPrompt, with_tools_in_system_message};
+use crate::text::messages::ChatPrompt;
 use crate::text::reasoning::ReasoningFormat;
 use crate::text::tools::{ToolFormat, Tools};
 use crate::{Error, Result};
@@ -35,14 +35,11 @@ pub(super) fn parse(body: &Fields, codec: &TextCodec) -> Result<CheckedChat> {
     }
     let tools = Tools::parse(body)?;
     prompt.tools = tools.as_ref().map(Tools::raw);
-    let mut format = ToolFormat::of(&source);
-    if !codec.template_knows_tools() && (tools.is_some() || has_calls(&prompt)) {
-        prompt = with_tools_in_system_message(prompt);
-        // The form that the system message asks for.
-        format = ToolFormat::Hermes;
-    }
+    prompt = codec.fit_tools(prompt);
+    // The form that the system message asks for.
+    let format = if codec.template_knows_tools() { ToolFormat::of(source) } else { ToolFormat::Hermes };
     let reasoning = match body.string("reasoning_format")? {
-        None | Some("auto" | "deepseek") => ReasoningFormat::of(&source),
+        None | Some("auto" | "deepseek") => ReasoningFormat::of(source),
         Some("none") => None,
         Some(other) => {
             let allowed = "\"auto\", \"deepseek\" or \"none\"";
@@ -55,11 +52,6 @@ pub(super) fn parse(body: &Fields, codec: &TextCodec) -> Result<CheckedChat> {
         answer: AnswerFormat { tools, reasoning, starts_in_reasoning: false },
         include_reasoning: body.boolean("include_reasoning")?.unwrap_or(true),
     })
-}
-
-/// Whether a message has calls or their results, which the template must know.
-fn has_calls(prompt: &ChatPrompt) -> bool {
-    prompt.messages.iter().any(|message| message["role"] == "tool" || message.get("tool_calls").is_some())
 }
 
 /// The grammar of a chat's output: what the request asks for, what its tools need, and the thinking before both.

@@ -1,6 +1,8 @@
 //! Finds stop strings in a stream of text. Text that could be the beginning of a stop string is held back until that is
 //! decided.
 
+use crate::text::reasoning::overlap;
+
 /// Looks for stop strings in text that comes in pieces. The result does not depend on how the text was cut. Of several
 /// matches, the one that ends first wins; of those, the one that starts first.
 pub(super) struct StopMatcher {
@@ -53,13 +55,6 @@ impl StopMatcher {
     pub(super) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
-}
-
-/// Length of the longest suffix of `text` that is a proper prefix of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
-    let mut lengths = stop.char_indices().map(|(i, _)| i).skip(1).collect::<Vec<_>>();
-    lengths.reverse();
-    lengths.into_iter().find(|&n| n <= text.len() && text.as_bytes().ends_with(&stop.as_bytes()[..n])).unwrap_or(0)
 }
 
 #[cfg(test)]

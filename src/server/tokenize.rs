@@ -12,7 +12,7 @@ use super::params::token_ids;
 use super::select_adapter::LeasedAdapters;
 use crate::fields::{self, Fields};
 use crate::text::codec::TextCodec;
-use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt, with_tools_in_system_message};
+use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt};
 use crate::text::tools::Tools;
 use crate::{Error, Result};
 
@@ -131,8 +131,7 @@ impl TokenizeRequest {
     fn answer(self, codec: &TextCodec, limit: usize) -> Result<Value> {
         let text = match self.input {
             TokenizeInput::Text(text) => text,
-            TokenizeInput::Chat(chat) if codec.template_knows_tools() => codec.render_chat(&chat)?,
-            TokenizeInput::Chat(chat) => codec.render_chat(&with_tools_in_system_message(*chat))?,
+            TokenizeInput::Chat(chat) => codec.render_chat(&codec.fit_tools(*chat))?,
         };
         let ids = codec.encode(&text, self.special)?;
         Ok(match self.form {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::messages::ChatPrompt;
+use super::messages::{ChatPrompt, with_tools_in_system_message};
 use super::template::{ChatTemplate, SpecialTokens};
 use super::tokenizer::{self, LoadedTokenizer};
 use crate::hub::{ModelFiles, ModelFormat};
@@ -63,7 +63,7 @@ impl TextCodec {
         let Ok(text) = template.render(&ChatPrompt::of(messages, false)) else { return Ok(None) };
         let Some((_, end)) = text.rsplit_once(ANSWER) else { return Ok(None) };
         let first = self.encode(end.trim_start(), false)?.first().copied();
-        Ok(first.filter(|&id| self.token_bytes.special.get(id as usize) == Some(&true)))
+        Ok(first.filter(|&id| self.is_special(id)))
     }
 
     /// Token ids of `text`. With `add_special_tokens`, the model's own special tokens go around it, as in transformers.
@@ -122,14 +122,19 @@ impl TextCodec {
     }
 
     /// Jinja source of the model's template, if it has one.
-    pub(crate) fn template_source(&self) -> Option<String> {
-        self.template.as_ref().and_then(|template| template.source().ok())
+    pub(crate) fn template_source(&self) -> Option<&str> {
+        self.template.as_ref().map(ChatTemplate::source)
+    }
+
+    /// The prompt as the model's template can render it: if the template does not know tools, a system message lists them.
+    pub(crate) fn fit_tools(&self, prompt: ChatPrompt) -> ChatPrompt {
+        if self.template_knows_tools() { prompt } else { with_tools_in_system_message(prompt) }
     }
 
     /// The tokenizer as JSON, and the source of the template. They determine the tokens of a prompt.
-    pub(crate) fn sources(&self) -> Result<(String, Option<String>)> {
+    pub(crate) fn sources(&self) -> Result<(String, Option<&str>)> {
         let tokenizer = self.tokenizer.to_string(false).map_err(|e| Error::internal(e.to_string()).caused_by(e))?;
-        Ok((tokenizer, self.template.as_ref().map(ChatTemplate::source).transpose()?))
+        Ok((tokenizer, self.template_source()))
     }
 
     /// A decoder for one sequence, which never returns half a character.
@@ -171,19 +176,18 @@ impl TextCodec {
                 (id.to_string(), token)
             })
             .collect();
-        let adds_bos = self.bos.is_some() && self.encode("", true)?.first() == self.bos.as_ref();
         let mut info = json!({
             // The class that reads any tokenizer.json.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": adds_bos,
+            "add_bos_token": self.adds_bos()?,
             "clean_up_tokenization_spaces": false,
             "added_tokens_decoder": added,
         });
         for (name, token) in &self.special {
             info[name] = token.as_str().into();
         }
-        if let Some(template) = &self.template {
-            info["chat_template"] = template.source()?.into();
+        if let Some(template) = self.template_source() {
+            info["chat_template"] = template.into();
         }
         Ok(info)
     }
@@ -201,6 +205,11 @@ impl TextCodec {
     /// The token that begins a sequence, if the model has one. `encode` adds it only for models that use it.
     pub fn bos_token_id(&self) -> Option<u32> {
         self.bos
+    }
+
+    /// Whether `encode` with special tokens puts [`TextCodec::bos_token_id`] first.
+    pub(super) fn adds_bos(&self) -> Result<bool> {
+        Ok(self.bos.is_some() && self.encode("", true)?.first() == self.bos.as_ref())
     }
 
     /// The ids that end a sequence.

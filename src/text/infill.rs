@@ -38,7 +38,7 @@ impl TextCodec {
         })?;
         let prefix = [vec![before_prefix], self.encode(prefix, false)?].concat();
         let suffix = [vec![before_suffix], self.encode(suffix, false)?].concat();
-        let begin = self.bos_token_id().filter(|bos| self.encode("", true).is_ok_and(|ids| ids.first() == Some(bos)));
+        let begin = if self.adds_bos()? { self.bos_token_id() } else { None };
         let parts = if end.is_some() { [prefix, suffix] } else { [suffix, prefix] };
         Ok(begin.into_iter().chain(parts.concat()).chain(end).collect())
     }

@@ -142,7 +142,7 @@ impl ReasoningSplitter {
 }
 
 /// Length of the longest suffix of `text` that is a proper prefix of `marker`.
-pub(super) fn overlap(text: &str, marker: &str) -> usize {
+pub(crate) fn overlap(text: &str, marker: &str) -> usize {
     let fits = |n: &usize| marker.is_char_boundary(*n) && text.ends_with(&marker[..*n]);
     (1..marker.len()).rev().find(fits).unwrap_or(0)
 }

@@ -19,6 +19,8 @@ pub(super) type SpecialTokens = BTreeMap<String, String>;
 
 /// A compiled template.
 pub(super) struct ChatTemplate {
+    /// As the model's files have it.
+    source: String,
     environment: Environment<'static>,
     special: SpecialTokens,
     /// The words of the source: what is not among them, the template does not read.
@@ -50,7 +52,8 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.add_template_owned(NAME, without_generation_marks(source)).map_err(|e| wrong(e.to_string()))?;
         needs::check(&environment, NAME).map_err(|e| wrong(e.message))?;
-        let mut template = Self { environment, special, words: words(source), arguments_as_text: false };
+        let mut template =
+            Self { source: source.to_owned(), environment, special, words: words(source), arguments_as_text: false };
         if template.reads("tool_calls") && template.render(&called()).is_err() {
             template.arguments_as_text = true;
             template.arguments_as_text = template.render(&called()).is_ok();
@@ -58,12 +61,9 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// The source of the template.
-    pub(super) fn source(&self) -> Result<String> {
-        self.environment
-            .get_template(NAME)
-            .map(|t| t.source().to_owned())
-            .map_err(|e| Error::internal(e.to_string()).caused_by(e))
+    /// The source of the template, as the model's files have it.
+    pub(super) fn source(&self) -> &str {
+        &self.source
     }
 
     /// Whether the source has the word `name`, such as a variable, a key or a role.

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer};
 
+use crate::hub;
 use crate::model::weights::gguf::{self, GgufMetadata};
 use crate::text::codec::byte_of;
 use crate::text::template::SpecialTokens;
@@ -298,12 +299,7 @@ pub(super) fn from_directory(dir: &Path) -> Result<LoadedTokenizer> {
     let bos = named("bos_token").or(ids_of(&config["bos_token_id"]).first().copied());
     let template = match std::fs::read_to_string(dir.join("chat_template.jinja")) {
         Ok(source) => Some(source),
-        Err(_) => match &settings["chat_template"] {
-            Value::Array(named) => {
-                named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str()).map(str::to_string)
-            }
-            one => one.as_str().map(str::to_string),
-        },
+        Err(_) => hub::settings_template(&settings).map(str::to_owned),
     };
     Ok(LoadedTokenizer { tokenizer, bos, eos, special, template })
 }

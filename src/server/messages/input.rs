@@ -74,7 +74,7 @@ pub(super) fn prompt(body: &Fields, codec: &TextCodec) -> Result<ChatRequest> {
     if let Some(config) = body.object("output_config")? {
         output_config(&config, &mut chat)?;
     }
-    let (kwargs, show_thinking) = thinking(body, &codec.template_source().unwrap_or_default())?;
+    let (kwargs, show_thinking) = thinking(body, codec.template_source().unwrap_or_default())?;
     if !kwargs.is_empty() {
         chat["chat_template_kwargs"] = kwargs.into();
     }

@@ -51,12 +51,15 @@ fn has_conjunction(schema: &Value) -> bool {
 /// `whole`: the value describes its instance alone.
 fn close(schema: &mut Value, whole: bool, definitions: bool) {
     let Value::Object(object) = schema else { return };
+    // What stands beside a part may describe the same properties and items.
+    let inner =
+        whole && !["allOf", "anyOf", "oneOf", "$ref", "if", "not"].iter().any(|part| object.contains_key(*part));
     for (keyword, value) in object.iter_mut() {
         match keyword.as_str() {
-            "properties" | "patternProperties" => each(value, |value| close(value, true, definitions)),
+            "properties" | "patternProperties" => each(value, |value| close(value, inner, definitions)),
             "$defs" | "definitions" if definitions => each(value, |value| close(value, true, definitions)),
             "items" | "prefixItems" | "additionalItems" | "additionalProperties" => {
-                close_list(value, true, definitions);
+                close_list(value, inner, definitions);
             }
             _ => {}
         }
@@ -143,6 +146,7 @@ mod tests {
             json!({"properties": {"a": {}}, "minProperties": 2}),
             json!({"allOf": [part, {"properties": {"b": {}}}]}),
             json!({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}, {"properties": {"c": {}}}]}),
+            json!({"properties": {"a": part}, "anyOf": [{"properties": {"a": {"required": ["b"], "properties": {"b": {}}}}}]}),
             json!({"allOf": [{"$ref": "#/$defs/p"}, {"properties": {"b": {}}}], "$defs": {"p": part}}),
             json!({"enum": [{"properties": {"a": 1}}]}),
         ] {

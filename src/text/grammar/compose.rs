@@ -1,5 +1,7 @@
 //! Grammars made of others: each plain grammar is a grammar of its own, and a rule of Lark joins them.
 
+use std::collections::HashSet;
+
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::regex_to_lark;
 
@@ -39,7 +41,8 @@ impl Grammar {
 
 /// Translates a grammar that is made of others.
 pub(super) fn compose(grammar: &Grammar, codec: &TextCodec) -> Result<TopLevelGrammar> {
-    let mut composer = Composer { codec, rules: String::new(), parts: Vec::new(), bytes: 0 };
+    let mut composer =
+        Composer { codec, control: codec.control_token_ids(), rules: String::new(), parts: Vec::new(), bytes: 0 };
     let start = composer.expression(grammar)?;
     let lark = format!("start: {start}\n{}TEXT: /(.|\\n)*/\n", composer.rules);
     let mut whole = TopLevelGrammar::from_lark(lark);
@@ -49,6 +52,8 @@ pub(super) fn compose(grammar: &Grammar, codec: &TextCodec) -> Result<TopLevelGr
 
 struct Composer<'a> {
     codec: &'a TextCodec,
+    /// The ids that are no text.
+    control: HashSet<u32>,
     /// Further rules of Lark.
     rules: String,
     /// Plain grammars, named by their position.
@@ -101,7 +106,7 @@ impl Composer<'_> {
 
     /// The token of a marker, where it is one that text does not contain.
     fn token(&self, marker: &str) -> Option<String> {
-        let id = self.codec.id_of(marker).filter(|id| self.codec.control_token_ids().contains(id));
+        let id = self.codec.id_of(marker).filter(|id| self.control.contains(id));
         id.map(|id| format!("<[{id}]>"))
     }
 }

@@ -251,7 +251,7 @@ impl Grammar {
         match self {
             Self::Json { schema, whitespace } => {
                 check_size(schema.to_string().len(), MAX_SCHEMA_BYTES)?;
-                Ok(TopLevelGrammar::from_json_schema(with_whitespace(&closed::close_objects(schema), whitespace)?))
+                Ok(TopLevelGrammar::from_json_schema(with_whitespace(closed::close_objects(schema), whitespace)?))
             }
             Self::Regex(regex) => {
                 check_size(regex.len(), MAX_GRAMMAR_BYTES)?;
@@ -284,11 +284,11 @@ fn check_size(bytes: usize, most: usize) -> Result<()> {
     Ok(())
 }
 
-/// A schema with llguidance's options for white space. A schema that has such options keeps them.
-fn with_whitespace(schema: &Value, whitespace: &JsonWhitespace) -> Result<Value> {
+/// A schema with llguidance's options for white space. They replace options in the schema, which could turn the enforcement off.
+fn with_whitespace(schema: Value, whitespace: &JsonWhitespace) -> Result<Value> {
     const OPTIONS: &str = "x-guidance";
     let mut object = match schema {
-        Value::Object(object) => object.clone(),
+        Value::Object(object) => object,
         Value::Bool(true) => Map::new(),
         _ => return Err(Error::invalid("a JSON schema is an object")),
     };
@@ -297,7 +297,6 @@ fn with_whitespace(schema: &Value, whitespace: &JsonWhitespace) -> Result<Value>
         JsonWhitespace::None => json!({"whitespace_flexible": false}),
         JsonWhitespace::Pattern(pattern) => json!({"whitespace_pattern": pattern}),
     };
-    // Options in the schema could turn the enforcement off.
     object.insert(OPTIONS.into(), options);
     Ok(object.into())
 }

@@ -152,11 +152,12 @@ impl CallParser {
     }
 
     fn read(&mut self, c: char) {
-        let mut pending = vec![c];
-        while let Some(c) = pending.pop() {
+        let (mut next, mut pending) = (Some(c), Vec::new());
+        while let Some(c) = next {
             if let Some(again) = self.step(c) {
                 pending.extend(again.chars().rev());
             }
+            next = pending.pop();
         }
     }
 

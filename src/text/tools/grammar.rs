@@ -33,17 +33,18 @@ struct CallForm<'a> {
 impl CallForm<'_> {
     /// One call, or several where the request allows them.
     fn calls(&self) -> Grammar {
-        let call = self.any_call();
         match self.format {
             ToolFormat::Hermes => {
                 let call = sequence([Grammar::Marker("<tool_call>".into()), self.hermes_rest()]);
                 self.several(call, "\n")
             }
-            ToolFormat::Llama3 => self.several(call, "; "),
+            ToolFormat::Llama3 => self.several(self.any_call(), "; "),
             ToolFormat::Mistral => sequence([Grammar::Marker("[TOOL_CALLS]".into()), self.array()]),
-            ToolFormat::MistralNamed => self.several(sequence([Grammar::Marker("[TOOL_CALLS]".into()), call]), ""),
-            ToolFormat::Json if self.is_single() => call,
-            ToolFormat::Json => Grammar::AnyOf(vec![call, self.array()]),
+            ToolFormat::MistralNamed => {
+                self.several(sequence([Grammar::Marker("[TOOL_CALLS]".into()), self.any_call()]), "")
+            }
+            ToolFormat::Json if self.is_single() => self.any_call(),
+            ToolFormat::Json => Grammar::AnyOf(vec![self.any_call(), self.array()]),
         }
     }
 

@@ -7,7 +7,7 @@
 use super::Example;
 use super::record::TrainingRecord;
 use crate::text::codec::TextCodec;
-use crate::text::messages::{ChatPrompt, with_tools_in_system_message};
+use crate::text::messages::ChatPrompt;
 use crate::{Error, Result};
 
 /// The examples of a record: one, or one for each answer if the chat template changes earlier turns when a conversation
@@ -67,10 +67,7 @@ fn chat_examples(chat: &ChatPrompt, trained: &[bool], codec: &TextCodec, inputs:
 
 /// The text of a prompt as the server renders it.
 fn rendered(codec: &TextCodec, chat: ChatPrompt) -> Result<String> {
-    match codec.template_knows_tools() {
-        true => codec.render_chat(&chat),
-        false => codec.render_chat(&with_tools_in_system_message(chat)),
-    }
+    codec.render_chat(&codec.fit_tools(chat))
 }
 
 /// The server's tokens for `prompt`, and the tokens that complete it to `whole`, with an end token. If the tokeniser would merge
