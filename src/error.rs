@@ -194,6 +194,11 @@ impl<T> AtPath<T> for std::io::Result<T> {
     }
 }
 
+/// Runs work that blocks or takes long on a thread for such work. Errors: those of the work, and `Internal` if it panics.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+}
+
 #[cfg(test)]
 mod tests {
     use std::io;

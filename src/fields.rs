@@ -156,6 +156,11 @@ pub fn wrong(path: &str, allowed: &str, got: &Value) -> Error {
     Error::invalid(format!("`{path}` must be {allowed}, not {}", describe(got))).param(path).code("invalid_value")
 }
 
+/// `Invalid`: the field at `path` is not supported, and why.
+pub fn unsupported(path: String, why: &str) -> Error {
+    Error::invalid(format!("`{path}` is not supported: {why}")).param(path).code("unsupported_parameter")
+}
+
 /// A short description of a value, for messages.
 pub fn describe(value: &Value) -> String {
     match value {

@@ -11,6 +11,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::error::blocking;
 use crate::{Error, Result};
 
 /// Kind of an object.
@@ -108,9 +109,7 @@ impl Store {
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let store = self.clone();
-        tokio::task::spawn_blocking(move || work(&store))
-            .await
-            .map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+        blocking(move || work(&store)).await
     }
 
     /// Adds an object, or replaces the one with that id. `parent` is the job of an event, checkpoint, step or validation, and

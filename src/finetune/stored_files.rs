@@ -7,7 +7,7 @@ use tempfile::NamedTempFile;
 
 use super::record::FileObject;
 use super::store::{ObjectKind, Store, not_found};
-use crate::error::{AtPath, Result};
+use crate::error::{AtPath, Error, Result};
 
 /// Start of the names of contents that are being received.
 const RECEIVING: &str = ".receiving-";
@@ -22,6 +22,18 @@ impl Store {
     /// A file that has not expired. Errors: not found, with `param`.
     pub(crate) fn file(&self, id: &str, param: &str) -> Result<FileObject> {
         self.find_file(id)?.ok_or_else(|| not_found(ObjectKind::File, id, param))
+    }
+
+    /// The file that the field `param` of a request names. Errors: `Invalid` if there is none, or it has another purpose.
+    pub(crate) fn file_for(&self, id: &str, param: &str, purpose: &str) -> Result<FileObject> {
+        let refuse = |message: String, code| Error::invalid(message).param(param).code(code);
+        let file = self.find_file(id)?;
+        let file = file.ok_or_else(|| refuse(format!("`{param}`: there is no file {id:?}"), "file_not_found"))?;
+        if file.purpose != purpose {
+            let message = format!("`{param}` must be a file of purpose \"{purpose}\", not {:?}", file.purpose);
+            return Err(refuse(message, "invalid_value"));
+        }
+        Ok(file)
     }
 
     /// An empty temporary file for a content that is being received.

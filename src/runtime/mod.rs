@@ -25,6 +25,7 @@ use crate::engine::cuda::Steps;
 use crate::engine::request::SamplingParams;
 use crate::engine::runner::ModelRunner;
 use crate::engine::{BackgroundTask, Engine, EngineConfig};
+use crate::error::blocking;
 use crate::hub::ModelFiles;
 use crate::model::decoder::Decoder;
 use crate::model::kv::KvCache;
@@ -219,11 +220,6 @@ fn runner(model: Arc<Decoder>, tiers: Tiers, plan: &MemoryPlan, device: &Device)
         steps.capture(&model, &mut kv, tiers.pool(), |_| {})?;
     }
     Ok(ModelRunner { model, kv, tiers, steps })
-}
-
-/// Runs heavy work on a blocking thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?
 }
 
 /// Defaults of settings that depend on the device.

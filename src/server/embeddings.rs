@@ -22,6 +22,7 @@ use super::select_adapter::LeasedAdapters;
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
 use crate::engine::request::{Event, FinishReason, Pooling, Request, SamplingParams};
+use crate::error::blocking;
 use crate::fields::Fields;
 use crate::text::truncation::Truncation;
 use crate::time::unix_seconds;
@@ -181,18 +182,8 @@ async fn encode(serving: &Serving, inputs: Vec<PromptInput>, truncation: Option<
     let several = inputs.len() > 1;
     let path = move |index: usize| if several { format!("input[{index}]") } else { "input".to_owned() };
     let work = move || {
-        let encode = |(index, input)| {
-            let encode_text = |text: &str, special| match truncation {
-                Some(truncation) => truncation.encode_prompt(&codec, text, special),
-                None => codec.encode_prompt(text, special),
-            };
-            let ids = match input {
-                PromptInput::Text(text, special) => encode_text(&text, special),
-                PromptInput::Ids(ids) => Ok(truncation.map_or(ids.as_slice(), |cut| cut.cut(&ids)).to_vec()),
-                PromptInput::Infill { prefix, suffix } => codec.encode_infill(&prefix, &suffix),
-                PromptInput::Chat(chat) => codec.render_chat(&chat).and_then(|text| encode_text(&text, false)),
-            };
-            let ids = ids.map_err(|error| match error.param.as_deref() {
+        let encode = |(index, input): (usize, PromptInput)| {
+            let (ids, _) = input.encode(&codec, truncation).map_err(|error| match error.param.as_deref() {
                 Some("prompt") => error.param(path(index)),
                 _ => error,
             })?;
@@ -203,7 +194,7 @@ async fn encode(serving: &Serving, inputs: Vec<PromptInput>, truncation: Option<
         };
         inputs.into_iter().enumerate().map(encode).collect()
     };
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+    blocking(work).await
 }
 
 /// What all sequences of a request have in common.

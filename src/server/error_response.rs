@@ -86,8 +86,9 @@ impl IntoResponse for ErrorResponse {
     }
 }
 
-/// A response around any body, with the status, headers and metric labels of an error.
+/// A response around any body, with the status, headers and metric labels of an error, which is logged if it is internal.
 pub(super) fn with_status(error: &Error, adapter: String, body: impl IntoResponse) -> Response {
+    log_internal(error, &request_id());
     let mut response = (status(error.kind), body).into_response();
     let headers = response.headers_mut();
     match error.kind {
@@ -113,17 +114,15 @@ pub(super) fn body(error: &Error, request_id: &str) -> Value {
     }})
 }
 
-/// The message that the client gets. An internal error is written to the log, and the client gets the request id under
-/// which it stands there.
-pub(super) fn client_message<'a>(error: &'a Error, request_id: &str) -> Cow<'a, str> {
+/// Writes an internal error to the log, under the request id that the client gets instead of the message.
+pub(super) fn log_internal(error: &Error, request_id: &str) {
     if error.kind == ErrorKind::Internal {
         tracing::error!(request_id, error = %format_args!("{error:#}"), "internal error");
     }
-    shown_message(error, request_id)
 }
 
-/// [`client_message`] of an error that is in the log already.
-pub(super) fn shown_message<'a>(error: &'a Error, request_id: &str) -> Cow<'a, str> {
+/// The message that the client gets: for an internal error, the request id under which [`log_internal`] wrote it.
+pub(super) fn client_message<'a>(error: &'a Error, request_id: &str) -> Cow<'a, str> {
     error.public_message(&format!("request id {request_id}"))
 }
 

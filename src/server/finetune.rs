@@ -48,14 +48,7 @@ pub(super) async fn create(
         .store()
         .run(move |store| {
             for (id, param) in files.iter().filter_map(|(id, param)| Some((id.as_ref()?, *param))) {
-                let file = store.find_file(id)?.ok_or_else(|| {
-                    Error::invalid(format!("`{param}`: there is no file {id:?}")).param(param).code("file_not_found")
-                })?;
-                if file.purpose != FINE_TUNE {
-                    let message =
-                        format!("`{param}` must be a file of purpose \"{FINE_TUNE}\", not {:?}", file.purpose);
-                    return Err(Error::invalid(message).param(param).code("invalid_value"));
-                }
+                store.file_for(id, param, FINE_TUNE)?;
             }
             Ok(())
         })

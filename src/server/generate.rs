@@ -20,9 +20,9 @@ use super::response::{CompletionOutput, Endpoint, ReplyContext, UsageInfo};
 use super::select_adapter::LeasedAdapters;
 use super::stream::{OutputDelta, OutputOptions, RunningSequence, output_deltas};
 use super::{Serving, SharedApp};
-use crate::Result;
 use crate::engine::request::{Request, SamplingParams};
 use crate::text::grammar::CompiledGrammar;
+use crate::{Error, Result};
 
 /// A request whose fields are all checked.
 pub(super) struct CheckedRequest {
@@ -36,9 +36,7 @@ pub(super) struct CheckedRequest {
     pub(super) output: OutputOptions,
     /// Sequences generated for each prompt; the response has the best `n`.
     pub(super) best_of: usize,
-    /// Token ids of each prompt.
-    pub(super) prompts: Vec<Vec<u32>>,
-    /// How to sample, parallel to `prompts`.
+    /// How to sample, parallel to the context's prompts.
     pub(super) params: Vec<SamplingParams>,
     /// What each output must match.
     pub(super) grammar: Option<Arc<CompiledGrammar>>,
@@ -64,8 +62,8 @@ pub(super) trait ReplyFormat: Send {
     /// The last events of a stream without an error.
     fn ending(&mut self, usage: &UsageInfo) -> Vec<SseEvent>;
 
-    /// The last events of a stream that ends with an error, whose body in OpenAI's form is `body`.
-    fn failure(&mut self, body: Value) -> Vec<SseEvent>;
+    /// The last events of a stream that ends with an error. `request_id` stands for the message of an internal one.
+    fn failure(&mut self, error: &Error, request_id: &str) -> Vec<SseEvent>;
 }
 
 /// Answers a request whose `body` has the fields of `endpoint`, in the form that `format` makes. `prefix` begins the reply's id.
@@ -90,7 +88,7 @@ async fn run(
     request: CheckedRequest,
     format: impl FnOnce(ReplyContext) -> Box<dyn ReplyFormat>,
 ) -> Result<Response> {
-    let mut usage = UsageInfo { prompt: request.prompts.iter().map(Vec::len).sum(), ..UsageInfo::default() };
+    let mut usage = UsageInfo { prompt: request.context.prompt_tokens(), ..UsageInfo::default() };
     let sequences = submit(app, serving, &request)?;
     let count = sequences.len();
     let deltas = output_deltas(&serving.codec, &request.output, sequences);
@@ -137,8 +135,8 @@ fn best(outputs: Vec<CompletionOutput>, n: usize, best_of: usize) -> Vec<Complet
 
 /// Submits all sequences to the engine, or none: on an error, dropping the receivers cancels those submitted before.
 fn submit(app: &SharedApp, serving: &Serving, request: &CheckedRequest) -> Result<Vec<RunningSequence>> {
-    let mut sequences = Vec::with_capacity(request.prompts.len() * request.best_of);
-    for (prompt, params) in request.prompts.iter().zip(&request.params) {
+    let mut sequences = Vec::with_capacity(request.params.len() * request.best_of);
+    for (prompt, params) in request.context.prompts.iter().zip(&request.params) {
         for choice in 0..request.best_of {
             let (events, receiver) = mpsc::unbounded_channel();
             let mut params = params.clone();
@@ -203,7 +201,10 @@ impl EventWriter {
                 }
                 (self.format.delta(index, delta), false)
             }
-            Some((_, Err(error))) => (self.format.failure(error_response::body(&error, &self.request_id)), true),
+            Some((_, Err(error))) => {
+                error_response::log_internal(&error, &self.request_id);
+                (self.format.failure(&error, &self.request_id), true)
+            }
             None => (self.format.ending(&self.usage), true),
         }
     }

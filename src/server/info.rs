@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::error_response::ErrorResponse;
 use super::extract::PathParam;
+use super::select_adapter::adapter_of_base;
 use super::{App, Serving, SharedApp, loading};
 use crate::Error;
 use crate::adapter::registry::AdapterInfo;
@@ -73,9 +74,9 @@ pub(super) async fn model(
     if serving.base.names.contains(&id) {
         return Ok(Json(base_card(&app, serving, &id)));
     }
-    // Requests may name an adapter `base:adapter`.
-    let of_base = serving.base.names.iter().find_map(|base| id.strip_prefix(base.as_str())?.strip_prefix(':'));
-    match serving.registry.get(of_base.unwrap_or(&id)) {
+    // As in requests: the name itself first.
+    let of_base = || serving.registry.get(adapter_of_base(&id, &serving.base.names).unwrap_or(&id));
+    match serving.registry.get(&id).or_else(|_| of_base()) {
         Ok(info) => Ok(Json(adapter_card(serving, &info))),
         Err(_) => Err(no_model(&id).into()),
     }

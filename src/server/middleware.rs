@@ -191,7 +191,7 @@ pub(super) fn cors(origins: &[String]) -> Result<Option<CorsLayer>> {
 pub(super) async fn count_errors(State(app): State<SharedApp>, request: Request, next: Next) -> Response {
     let response = match check_headers(&request) {
         Ok(()) => next.run(request).await,
-        Err(error) => ErrorResponse::from(error).into_response(),
+        Err(error) => refuse(request, error).await,
     };
     if let Some(ReportedError { error, adapter }) = response.extensions().get() {
         app.metrics.error(error.kind, adapter);

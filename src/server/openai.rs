@@ -17,7 +17,9 @@ use super::select_adapter::LeasedAdapters;
 use super::stream::{AnswerFormat, OutputOptions};
 use super::{Serving, SharedApp};
 use crate::engine::context_length_exceeded;
+use crate::error::blocking;
 use crate::fields::{self, Fields};
+use crate::text::codec::TextCodec;
 use crate::text::messages::ChatPrompt;
 use crate::text::reasoning::ReasoningFormat;
 use crate::text::truncation::Truncation;
@@ -122,7 +124,7 @@ pub(super) async fn prepare(
             include_reasoning,
             tools,
             echo: encoded.echo,
-            prompts: encoded.prompts.clone(),
+            prompts: encoded.prompts,
             n: common.n,
             codec: serving.codec.clone(),
         };
@@ -133,7 +135,6 @@ pub(super) async fn prepare(
             stream: common.stream,
             output,
             best_of,
-            prompts: encoded.prompts,
             params,
             grammar,
             priority: common.priority,
@@ -183,6 +184,33 @@ pub(super) enum PromptInput {
     },
     /// A chat, which the template renders.
     Chat(Box<ChatPrompt>),
+}
+
+impl PromptInput {
+    /// Its token ids, cut as asked for, and its text, if it has one. Renders a chat.
+    pub(super) fn encode(
+        self,
+        codec: &TextCodec,
+        truncation: Option<Truncation>,
+    ) -> Result<(Vec<u32>, Option<String>)> {
+        let encode = |text: &str, special| match truncation {
+            Some(truncation) => truncation.encode_prompt(codec, text, special),
+            None => codec.encode_prompt(text, special),
+        };
+        let cut = |ids: Vec<u32>| match truncation {
+            Some(truncation) => truncation.cut(&ids).to_vec(),
+            None => ids,
+        };
+        Ok(match self {
+            Self::Text(text, special) => (encode(&text, special)?, Some(text)),
+            Self::Ids(ids) => (cut(ids), None),
+            Self::Infill { prefix, suffix } => (cut(codec.encode_infill(&prefix, &suffix)?), None),
+            Self::Chat(prompt) => {
+                let text = codec.render_chat(&prompt)?;
+                (encode(&text, false)?, Some(text))
+            }
+        })
+    }
 }
 
 /// The fields of a request.
@@ -333,21 +361,11 @@ async fn encode(serving: &Serving, work: EncodingWork) -> Result<EncodedRequest>
         let mut encoded =
             EncodedRequest { prompts: Vec::new(), echo: Vec::new(), bad_words: Vec::new(), starts_in_reasoning: false };
         for input in work.inputs {
-            let encode = |text: &str, special| match work.truncation {
-                Some(truncation) => truncation.encode_prompt(&codec, text, special),
-                None => codec.encode_prompt(text, special),
-            };
-            let cut = |ids: Vec<u32>| work.truncation.map_or(ids.as_slice(), |cut| cut.cut(&ids)).to_vec();
-            let (ids, text) = match input {
-                PromptInput::Text(text, special) => (encode(&text, special)?, Some(text)),
-                PromptInput::Ids(ids) => (cut(ids), None),
-                PromptInput::Infill { prefix, suffix } => (cut(codec.encode_infill(&prefix, &suffix)?), None),
-                PromptInput::Chat(prompt) => {
-                    let text = codec.render_chat(&prompt)?;
-                    encoded.starts_in_reasoning = work.reasoning.is_some_and(|format| format.opened_by(&text));
-                    (encode(&text, false)?, Some(text))
-                }
-            };
+            let is_chat = matches!(input, PromptInput::Chat(_));
+            let (ids, text) = input.encode(&codec, work.truncation)?;
+            if let (true, Some(text), Some(format)) = (is_chat, &text, work.reasoning) {
+                encoded.starts_in_reasoning = format.opened_by(text);
+            }
             // A cut prompt is no longer the text of the request.
             let text = text.filter(|_| work.truncation.is_none_or(|cut| ids.len() < cut.tokens));
             if work.echo {
@@ -366,5 +384,5 @@ async fn encode(serving: &Serving, work: EncodingWork) -> Result<EncodedRequest>
         }
         Ok(encoded)
     };
-    tokio::task::spawn_blocking(run).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+    blocking(run).await
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 pub(super) use self::logprobs::finite;
 use self::message::ChatMessage;
 pub(super) use self::message::call_id;
+use super::error_response;
 use super::generate::ReplyFormat;
 use super::params::{ReplyOptions, StreamUsage};
 use super::stream::{FinishDetails, OutputDelta, OutputToken, StopReason};
@@ -96,6 +97,18 @@ pub(super) struct ReplyContext {
     pub(super) codec: Arc<TextCodec>,
 }
 
+impl ReplyContext {
+    /// Tokens of all prompts.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.prompts.iter().map(Vec::len).sum()
+    }
+
+    /// How the model writes calls; irrelevant without tools.
+    pub(super) fn tool_format(&self) -> ToolFormat {
+        self.tools.as_ref().map_or(ToolFormat::Json, |(format, _)| *format)
+    }
+}
+
 /// Token counts of a response.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct UsageInfo {
@@ -178,8 +191,8 @@ struct StreamedChoice {
     opened: bool,
     /// Characters of the echoed prompt, which shift the offsets of all tokens after it.
     echo_characters: usize,
-    /// Ids of the tool calls, in order.
-    calls: Vec<String>,
+    /// It has tool calls.
+    called: bool,
 }
 
 impl ReplyFormat for ResponseBuilder {
@@ -228,8 +241,8 @@ impl ReplyFormat for ResponseBuilder {
         events
     }
 
-    fn failure(&mut self, body: Value) -> Vec<SseEvent> {
-        vec![SseEvent::default().data(body.to_string()), done()]
+    fn failure(&mut self, error: &Error, request_id: &str) -> Vec<SseEvent> {
+        vec![SseEvent::default().data(error_response::body(error, request_id).to_string()), done()]
     }
 }
 
@@ -271,7 +284,7 @@ impl ResponseBuilder {
     fn event(&self, mut chunk: Value, generated: usize) -> SseEvent {
         let StreamUsage { at_end, in_chunks } = self.context.stream_usage;
         if in_chunks {
-            let prompt = self.context.prompts.iter().map(Vec::len).sum();
+            let prompt = self.context.prompt_tokens();
             chunk["usage"] = UsageInfo { prompt, completion: generated, ..UsageInfo::default() }.object();
         } else if at_end {
             chunk["usage"] = Value::Null;
@@ -366,7 +379,7 @@ impl ResponseBuilder {
     fn chat_chunks(&self, index: usize, delta: OutputDelta, sent: &mut StreamedChoice) -> Vec<Value> {
         let mut chunks = Vec::new();
         let ids = self.token_ids(&delta.tokens, delta.finish.as_ref());
-        let news = message::delta(&self.context, delta.parts, &mut sent.calls);
+        let news = message::delta(&self.context, delta.parts, &mut sent.called);
         let tokens = !delta.tokens.is_empty() && self.reports_tokens();
         if news.is_some() || tokens {
             let mut choice = json!({"index": index, "delta": news.unwrap_or_else(|| json!({}))});
@@ -379,7 +392,7 @@ impl ResponseBuilder {
         }
         if let Some(finish) = &delta.finish {
             let mut choice = json!({"index": index, "delta": {}, "logprobs": null});
-            self.end(&mut choice, finish, !sent.calls.is_empty());
+            self.end(&mut choice, finish, sent.called);
             if chunks.is_empty()
                 && let Some(ids) = ids
             {

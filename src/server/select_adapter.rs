@@ -97,6 +97,11 @@ impl AdapterSelection {
     }
 }
 
+/// The adapter in a name of the form `base:adapter`.
+pub(super) fn adapter_of_base<'a>(model: &'a str, base_names: &[String]) -> Option<&'a str> {
+    base_names.iter().find_map(|base| model.strip_prefix(base.as_str())?.strip_prefix(':'))
+}
+
 fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool) -> Result<AdapterSelection> {
     if base_names.iter().any(|base| base == model) {
         return Ok(AdapterSelection::Base);
@@ -104,16 +109,14 @@ fn parse_model(model: &str, base_names: &[String], exists: impl Fn(&str) -> bool
     if exists(model) {
         return Ok(AdapterSelection::One(model.to_owned()));
     }
-    for base in base_names {
-        if let Some(adapter) = model.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')) {
-            return if exists(adapter) {
-                Ok(AdapterSelection::One(adapter.to_owned()))
-            } else {
-                Err(Error::not_found(format!("The adapter `{adapter}`, which `model` selects, does not exist."))
-                    .param("model")
-                    .code("adapter_not_found"))
-            };
-        }
+    if let Some(adapter) = adapter_of_base(model, base_names) {
+        return if exists(adapter) {
+            Ok(AdapterSelection::One(adapter.to_owned()))
+        } else {
+            Err(Error::not_found(format!("The adapter `{adapter}`, which `model` selects, does not exist."))
+                .param("model")
+                .code("adapter_not_found"))
+        };
     }
     // A client with only a URL has no name to give. No adapter can have one of these.
     if NAMES_OF_ANY_MODEL.contains(&model) {

@@ -10,6 +10,7 @@ use super::error_response::ErrorResponse;
 use super::extract::JsonBody;
 use super::params::token_ids;
 use super::select_adapter::LeasedAdapters;
+use crate::error::blocking;
 use crate::fields::{self, Fields};
 use crate::text::codec::TextCodec;
 use crate::text::messages::{CHAT_PROMPT_FIELDS, ChatPrompt};
@@ -40,8 +41,7 @@ pub(super) async fn tokenize(
     check_model(&body, serving).await?;
     let request = TokenizeRequest::parse(&body)?;
     let (codec, limit) = (serving.codec.clone(), serving.limits().max_model_len);
-    let work = tokio::task::spawn_blocking(move || request.answer(&codec, limit));
-    Ok(Json(work.await.map_err(|e| Error::internal(e.to_string()).caused_by(e))??))
+    Ok(Json(blocking(move || request.answer(&codec, limit)).await?))
 }
 
 /// Refuses a model or an adapter that is not loaded. All have the same tokenizer.

@@ -108,15 +108,7 @@ fn read(fields: &Fields) -> Result<BatchRecord> {
 }
 
 fn add(store: &Store, batch: BatchRecord) -> Result<BatchRecord> {
-    let refuse = |message: String, code| Error::invalid(message).param("input_file_id").code(code);
-    let id = &batch.input_file_id;
-    let file = store
-        .find_file(id)?
-        .ok_or_else(|| refuse(format!("`input_file_id`: there is no file {id:?}"), "file_not_found"))?;
-    if file.purpose != BATCH {
-        let message = format!("`input_file_id` must be a file of purpose \"{BATCH}\", not {:?}", file.purpose);
-        return Err(refuse(message, "invalid_value"));
-    }
+    store.file_for(&batch.input_file_id, "input_file_id", BATCH)?;
     let open = store.all::<BatchRecord>(ObjectKind::Batch, "")?.iter().filter(|batch| !batch.status.ended()).count();
     if open >= MAX_UNFINISHED {
         let message = format!("{MAX_UNFINISHED} batches have not ended: wait for one of them, or cancel it");

@@ -114,17 +114,13 @@ fn kind<'a>(block: &Fields<'a>) -> Result<&'a str> {
 fn text<'a>(block: &Fields<'a>) -> Result<&'a str> {
     fields::check_only(block, &["type", "text", "cache_control", "citations"])?;
     if block.array("citations")?.is_some_and(|citations| !citations.is_empty()) {
-        return Err(unsupported(block.path_of("citations"), "the model does not read citations"));
+        return Err(fields::unsupported(block.path_of("citations"), "the model does not read citations"));
     }
     block.required("text", block.string("text")?, "the text of the block")
 }
 
 fn unknown_block(block: &Fields, found: &str, allowed: &str) -> Error {
     fields::wrong(&block.path_of("type"), &format!("{allowed} (the model reads only text)"), &found.into())
-}
-
-fn unsupported(path: String, why: &str) -> Error {
-    Error::invalid(format!("`{path}` is not supported: {why}")).param(path).code("unsupported_parameter")
 }
 
 /// Appends the messages of a chat that a message makes. `last`: it is the last one.
@@ -215,7 +211,7 @@ fn assistant_blocks(blocks: &[Value], path: &str, last: bool) -> Result<Value> {
             }
             "tool_use" => calls.push(tool_use(&block)?),
             "redacted_thinking" => {
-                return Err(unsupported(
+                return Err(fields::unsupported(
                     block.path_of("type"),
                     "it is encrypted for Anthropic's servers; remove the block",
                 ));
@@ -247,7 +243,10 @@ fn direct_caller(block: &Fields) -> Result<()> {
     let Some(caller) = block.object("caller")? else { return Ok(()) };
     match caller.string("type")? {
         Some("direct") => Ok(()),
-        _ => Err(unsupported(block.path_of("caller"), "only the model calls tools here; its type must be \"direct\"")),
+        _ => Err(fields::unsupported(
+            block.path_of("caller"),
+            "only the model calls tools here; its type must be \"direct\"",
+        )),
     }
 }
 
@@ -279,13 +278,16 @@ fn read_tool(value: &Value, index: usize) -> Result<Value> {
     )?;
     let callers = tool.array("allowed_callers")?.unwrap_or_default();
     if callers.iter().any(|caller| caller != "direct") {
-        return Err(unsupported(tool.path_of("allowed_callers"), "only the model calls tools here: [\"direct\"]"));
+        return Err(fields::unsupported(
+            tool.path_of("allowed_callers"),
+            "only the model calls tools here: [\"direct\"]",
+        ));
     }
     if tool.array("input_examples")?.is_some_and(|examples| !examples.is_empty()) {
-        return Err(unsupported(tool.path_of("input_examples"), "put the examples into `description`"));
+        return Err(fields::unsupported(tool.path_of("input_examples"), "put the examples into `description`"));
     }
     if tool.boolean("defer_loading")? == Some(true) {
-        return Err(unsupported(
+        return Err(fields::unsupported(
             tool.path_of("defer_loading"),
             "the model sees every tool: leave out what it need not see",
         ));
@@ -354,7 +356,7 @@ fn thinking(body: &Fields, source: &str) -> Result<(Map<String, Value>, bool)> {
             Some(config.required("type", config.string("type")?, TYPES)?)
         }
     };
-    let refuse = |why: &str| Err(unsupported("thinking.type".to_owned(), why));
+    let refuse = |why: &str| Err(fields::unsupported("thinking.type".to_owned(), why));
     let on = match mode {
         None | Some("adaptive") if !switch => None,
         None => Some(false),
@@ -383,7 +385,6 @@ fn thinking(body: &Fields, source: &str) -> Result<(Map<String, Value>, bool)> {
 
 /// Reads `display`, and checks `budget_tokens`, which is only a hint in Anthropic's API too.
 fn shows_thinking(config: &Fields, body: &Fields) -> Result<bool> {
-    const DISPLAYS: &str = "\"summarized\" or \"omitted\"";
     let budget = config.integer("budget_tokens", 1..=i64::MAX)?;
     if let (Some(budget), Some(most)) = (budget, body.get("max_tokens").and_then(Value::as_i64))
         && budget >= most
@@ -391,11 +392,7 @@ fn shows_thinking(config: &Fields, body: &Fields) -> Result<bool> {
         let allowed = format!("below `max_tokens` ({most}), which limits the thinking and the answer together");
         return Err(fields::wrong(&config.path_of("budget_tokens"), &allowed, &budget.into()));
     }
-    match config.string("display")? {
-        None | Some("summarized") => Ok(true),
-        Some("omitted") => Ok(false),
-        Some(other) => Err(fields::wrong(&config.path_of("display"), DISPLAYS, &other.into())),
-    }
+    config.one_of("display", &[("summarized", true), ("omitted", false)])
 }
 
 #[cfg(test)]

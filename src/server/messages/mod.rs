@@ -18,7 +18,7 @@ use super::field_table::{COUNT_TOKENS, MESSAGES};
 use super::response::Endpoint;
 use super::select_adapter::LeasedAdapters;
 use super::{SharedApp, chat, generate};
-use crate::error::ErrorKind;
+use crate::error::{ErrorKind, blocking};
 use crate::fields::Fields;
 use crate::{Error, Result};
 
@@ -58,7 +58,7 @@ pub(super) async fn count_tokens(
         let chat = input::prompt(&fields, &codec)?.chat;
         let prompt = chat::parse(&Fields::of_body(&chat)?, &codec)?.prompt;
         let work = move || Ok(codec.encode_prompt(&codec.render_chat(&prompt)?, false)?.len());
-        tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()).caused_by(e))?
+        blocking(work).await
     };
     let counted: Result<usize> = count.await;
     let tokens = counted.map_err(|e| ErrorResponse { error: Box::new(e), adapter: adapters.label }.renamed(NAMES))?;
@@ -67,7 +67,7 @@ pub(super) async fn count_tokens(
 
 /// An error in Anthropic's form. Its API has the status 529 where this server has 503.
 pub(super) fn error(error: &Error, request_id: &str) -> (StatusCode, Value) {
-    let message = error_response::shown_message(error, request_id);
+    let message = error_response::client_message(error, request_id);
     (error_response::status(error.kind), reply::error(type_word(error.kind), &message, request_id))
 }
 

@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 use super::blocks::{self, BlockWriter};
 use crate::engine::request::FinishReason;
 use crate::server::generate::ReplyFormat;
-use crate::server::middleware::request_id;
 use crate::server::response::{CompletionOutput, ReplyContext, UsageInfo};
 use crate::server::stream::{FinishDetails, OutputDelta, StopReason};
 use crate::text::tools::ToolFormat;
@@ -18,8 +17,6 @@ pub(super) struct MessagesFormat {
     blocks: BlockWriter,
     /// How the output ended.
     end: Option<StoppedBy>,
-    /// For errors: events are written after the handler has returned.
-    request_id: String,
 }
 
 /// `stop_reason` and `stop_sequence`.
@@ -46,7 +43,7 @@ impl MessagesFormat {
     /// A writer for the reply to one request. `show_thinking`: the thinking blocks have text.
     pub(super) fn new(context: ReplyContext, show_thinking: bool) -> Self {
         let tools = context.tools.as_ref().map_or(ToolFormat::Json, |(format, _)| *format);
-        Self { context, blocks: BlockWriter::new(tools, show_thinking), end: None, request_id: request_id() }
+        Self { context, blocks: BlockWriter::new(tools, show_thinking), end: None }
     }
 
     /// A message.
@@ -99,7 +96,7 @@ impl ReplyFormat for MessagesFormat {
     }
 
     fn opening(&mut self, _choices: usize) -> Vec<SseEvent> {
-        let prompt = self.context.prompts.iter().map(Vec::len).sum();
+        let prompt = self.context.prompt_tokens();
         let message = self.object(Vec::new(), None, &UsageInfo { prompt, ..UsageInfo::default() });
         vec![event(&json!({"type": "message_start", "message": message})), event(&json!({"type": "ping"}))]
     }
@@ -125,14 +122,8 @@ impl ReplyFormat for MessagesFormat {
         ]
     }
 
-    fn failure(&mut self, body: Value) -> Vec<SseEvent> {
-        let inner = &body["error"];
-        // Of OpenAI's words, only this one has another name here.
-        let kind = match inner["type"].as_str() {
-            None | Some("server_error") => "api_error",
-            Some(other) => other,
-        };
-        vec![event(&error(kind, inner["message"].as_str().unwrap_or_default(), &self.request_id))]
+    fn failure(&mut self, error: &Error, request_id: &str) -> Vec<SseEvent> {
+        vec![event(&super::error(error, request_id).1)]
     }
 }
 

@@ -72,8 +72,8 @@ impl ChatMessage {
     }
 }
 
-/// The `delta` of a chunk, or `None` if the parts have nothing that is sent. `calls` are the ids of the choice's calls.
-pub(super) fn delta(context: &ReplyContext, parts: Vec<OutputPart>, calls: &mut Vec<String>) -> Option<Value> {
+/// The `delta` of a chunk, or `None` if the parts have nothing that is sent. Sets `called` if a call begins.
+pub(super) fn delta(context: &ReplyContext, parts: Vec<OutputPart>, called: &mut bool) -> Option<Value> {
     let mut delta = json!({});
     let mut content = String::new();
     let mut reasoning = String::new();
@@ -83,10 +83,9 @@ pub(super) fn delta(context: &ReplyContext, parts: Vec<OutputPart>, calls: &mut 
             OutputPart::Content(text) => content.push_str(&text),
             OutputPart::Reasoning(text) => reasoning.push_str(&text),
             OutputPart::ToolCall { index, name } => {
-                let id = call_id(context.tools.as_ref().map_or(ToolFormat::Json, |(format, _)| *format));
                 let function = json!({"name": name, "arguments": ""});
-                changes.push(json!({"index": index, "id": id, "type": "function", "function": function}));
-                calls.push(id);
+                changes.push(json!({"index": index, "id": call_id(context.tool_format()), "type": "function", "function": function}));
+                *called = true;
             }
             OutputPart::Arguments { index, text } => match changes.last_mut() {
                 Some(change) if change["index"] == index => {

@@ -10,10 +10,11 @@ use super::input::Conversation;
 use super::new_item_id;
 use super::store::{ResponseStore, StoredResponse};
 use crate::engine::request::FinishReason;
+use crate::server::error_response;
 use crate::server::generate::ReplyFormat;
 use crate::server::response::{CompletionOutput, ReplyContext, UsageInfo, call_id, finite};
 use crate::server::stream::{OutputDelta, OutputToken};
-use crate::text::tools::{OutputPart, ToolFormat};
+use crate::text::tools::OutputPart;
 use crate::{Error, Result};
 
 /// Writes the reply to one request.
@@ -144,8 +145,8 @@ impl ReplyFormat for ResponsesFormat {
         self.pending()
     }
 
-    fn failure(&mut self, body: Value) -> Vec<SseEvent> {
-        let error = &body["error"];
+    fn failure(&mut self, error: &Error, request_id: &str) -> Vec<SseEvent> {
+        let error = &error_response::body(error, request_id)["error"];
         // Nothing is kept of it.
         self.store = None;
         self.output.extend(self.open.take().map(|item| item.object("incomplete")));
@@ -234,8 +235,8 @@ impl ResponsesFormat {
         if let Some(store) = self.store.take() {
             let Conversation { mut items, inherited, new_ids: mut ids, .. } = std::mem::take(&mut self.conversation);
             let own = inherited..items.len();
-            items.extend(self.output.iter().cloned());
             ids.extend(self.output.iter().filter_map(|item| item["id"].as_str()).map(str::to_owned));
+            items.append(&mut self.output);
             match StoredResponse::new(&response, items, own, ids) {
                 Some(stored) => store.insert(&self.context.id, stored),
                 None => response["store"] = false.into(),
@@ -264,8 +265,7 @@ impl ResponsesFormat {
                     }
                 }
                 OutputPart::ToolCall { name, .. } => {
-                    let format = self.context.tools.as_ref().map_or(ToolFormat::Json, |(format, _)| *format);
-                    self.begin(ItemKind::Call { call_id: call_id(format), name });
+                    self.begin(ItemKind::Call { call_id: call_id(self.context.tool_format()), name });
                 }
                 OutputPart::Arguments { text, .. } => self.append(&text, &[]),
             }

@@ -299,11 +299,11 @@ impl FieldNames {
     /// An error of the chat, with the names of the request.
     pub(super) fn rename(&self, mut error: Error) -> Error {
         let Some(param) = error.param.take() else { return error };
-        let name = self.name(&param);
-        for (chat, ours) in [(param.as_str(), name.as_str()), ("max_tokens", "max_output_tokens")] {
-            error.message = error.message.replace(&format!("`{chat}`"), &format!("`{ours}`"));
-        }
-        error.param(name)
+        // Every second part stands between backticks.
+        let parts = error.message.split('`').enumerate();
+        let parts = parts.map(|(i, part)| if i % 2 == 1 { self.name(part) } else { part.to_owned() });
+        error.message = parts.collect::<Vec<_>>().join("`");
+        error.param(self.name(&param))
     }
 
     fn name(&self, param: &str) -> String {

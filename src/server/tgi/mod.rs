@@ -114,5 +114,5 @@ pub(super) fn error(error: &Error, request_id: &str) -> (StatusCode, Value) {
         }
         other => (error_response::status(other), other.word()),
     };
-    (status, json!({"error": error_response::shown_message(error, request_id), "error_type": kind}))
+    (status, json!({"error": error_response::client_message(error, request_id), "error_type": kind}))
 }

@@ -68,10 +68,6 @@ impl GenerateFormat {
         format!("{}{text}", self.options.full_text_of.as_deref().unwrap_or_default())
     }
 
-    fn prompt_tokens(&self) -> usize {
-        self.context.prompts.iter().map(Vec::len).sum()
-    }
-
     /// A token, with LoRAX's alternatives.
     fn token(&self, id: u32, text: &str, logprobs: Option<&Logprobs>) -> Value {
         let codec = &self.context.codec;
@@ -106,8 +102,8 @@ impl GenerateFormat {
         let all: Vec<_> = tokens.chain(end).collect();
         let mut details = json!({
             "finish_reason": finish_reason(&finish),
-            "prompt_tokens": self.prompt_tokens(),
-            "input_length": self.prompt_tokens(),
+            "prompt_tokens": self.context.prompt_tokens(),
+            "input_length": self.context.prompt_tokens(),
             "generated_tokens": finish.completion_tokens,
             "seed": self.options.seed,
             "prefill": self.prefill(&output.prompt),
@@ -146,8 +142,8 @@ impl GenerateFormat {
             event["details"] = json!({
                 "finish_reason": finish_reason(finish),
                 "generated_tokens": finish.completion_tokens,
-                "prompt_tokens": self.prompt_tokens(),
-                "input_length": self.prompt_tokens(),
+                "prompt_tokens": self.context.prompt_tokens(),
+                "input_length": self.context.prompt_tokens(),
                 "seed": self.options.seed,
                 "adapter": self.context.adapter,
                 "adapter_generation": self.context.generation,
@@ -217,9 +213,8 @@ impl ReplyFormat for GenerateFormat {
         Vec::new()
     }
 
-    fn failure(&mut self, body: Value) -> Vec<SseEvent> {
-        let error = json!({"error": body["error"]["message"], "error_type": "generation"});
-        vec![SseEvent::default().data(error.to_string())]
+    fn failure(&mut self, error: &Error, request_id: &str) -> Vec<SseEvent> {
+        vec![SseEvent::default().data(super::error(error, request_id).1.to_string())]
     }
 }
 

@@ -57,12 +57,12 @@ fn read_message(message: &Fields, legacy_call: Option<&str>) -> Result<Map<Strin
         return Err(fields::wrong(&message.path_of("role"), ROLES, &role.into()));
     }
     if message.get("audio").is_some() {
-        return Err(unsupported(message.path_of("audio"), "the model reads only text"));
+        return Err(fields::unsupported(message.path_of("audio"), "the model reads only text"));
     }
     let calls = tool_calls(message, legacy_call)?;
     if !calls.is_empty() && role != "assistant" {
         let field = if message.get("tool_calls").is_some() { "tool_calls" } else { "function_call" };
-        return Err(unsupported(message.path_of(field), "only a message with the role assistant calls tools"));
+        return Err(fields::unsupported(message.path_of(field), "only a message with the role assistant calls tools"));
     }
     let mut read = Map::new();
     read.insert("role".into(), if role == "function" { "tool" } else { role }.into());
@@ -91,10 +91,6 @@ fn read_message(message: &Fields, legacy_call: Option<&str>) -> Result<Map<Strin
     Ok(read)
 }
 
-fn unsupported(path: String, why: &str) -> Error {
-    Error::invalid(format!("`{path}` is not supported: {why}")).param(path).code("unsupported_parameter")
-}
-
 /// The text of a message: its content, or the refusal that stands for it. An answer that calls tools may have none.
 fn content(message: &Fields, optional: bool) -> Result<String> {
     const ALLOWED: &str = "a string or an array of text parts";
@@ -110,7 +106,7 @@ fn content(message: &Fields, optional: bool) -> Result<String> {
     };
     match (text, message.string("refusal")?) {
         (Some(_), Some(refusal)) if !refusal.is_empty() => {
-            Err(unsupported(message.path_of("refusal"), "the message has `content` too; give one of them"))
+            Err(fields::unsupported(message.path_of("refusal"), "the message has `content` too; give one of them"))
         }
         (Some(text), _) => Ok(text),
         (None, Some(refusal)) => Ok(refusal.to_owned()),
@@ -144,7 +140,7 @@ fn tool_calls(message: &Fields, legacy_call: Option<&str>) -> Result<Vec<Value>>
         return calls.iter().enumerate().map(|(i, call)| tool_call(call, format!("{path}[{i}]"))).collect();
     };
     if !calls.is_empty() {
-        return Err(unsupported(
+        return Err(fields::unsupported(
             message.path_of("function_call"),
             "the message has `tool_calls` too; give one of them",
         ));

@@ -245,8 +245,7 @@ fn a_failed_stream_says_so_and_is_not_kept() {
     format.opening(1);
     format.push("", vec![], vec![content("a")]);
     format.pending();
-    let failed = json!({"error": {"message": "broken", "type": "server_error", "param": null, "code": null}});
-    assert_eq!(format.failure(failed).len(), 2);
+    assert_eq!(format.failure(&Error::internal("broken"), "id").len(), 2);
     format.ending(&UsageInfo::default());
     assert!(!store.contains("resp_1"));
 }
