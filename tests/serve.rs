@@ -121,8 +121,8 @@ fn a_restart_brings_the_same_adapters_back_and_sigterm_lets_requests_finish() {
 #[test]
 fn the_openai_python_client_works() {
     let Some(python) = python::python_with("openai") else { return };
-    let server = Server::start(&[]);
+    let server = Server::start(&["--api-key", "k"]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
-    let status = Command::new(python).arg(script).args([&server.url, "qa"]).status().expect("Python runs");
+    let status = Command::new(python).arg(script).args([&server.url, "qa", "k"]).status().expect("Python runs");
     assert!(status.success());
 }

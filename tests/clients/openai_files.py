@@ -88,7 +88,8 @@ def job(server):
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     events = list(client.fine_tuning.jobs.list_events(job.id))
     assert events and events[-1].message.startswith("Created"), events
-    assert list(client.fine_tuning.jobs.checkpoints.list(job.id)) is not None
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert all(checkpoint.object == "fine_tuning.job.checkpoint" for checkpoint in checkpoints), checkpoints
 
 
 @action(NAME, "fine-tuning: create, wait, use the model, delete it")

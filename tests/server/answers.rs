@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{BASE, Options, Server};
+use crate::harness::{BASE, Options, Server, merged};
 
 #[test]
 fn completion() {
@@ -55,8 +55,7 @@ fn prompts_in_every_form() {
 fn every_way_to_select_an_adapter() {
     let server = Server::start();
     let ask = |selector: Value| {
-        let mut body = json!({"prompt": ".", "max_tokens": 2});
-        body.as_object_mut().unwrap().extend(selector.as_object().unwrap().clone());
+        let body = merged(json!({"prompt": ".", "max_tokens": 2}), &selector);
         let answer = server.post("/v1/completions", body).json();
         (answer["choices"][0]["text"].as_str().unwrap_or_default().to_owned(), answer)
     };
@@ -76,8 +75,7 @@ fn every_way_to_select_an_adapter() {
         (json!({"model": "org/base:gone"}), 404, "adapter_not_found"),
         (json!({"model": "a", "adapter": "b"}), 400, "adapter_conflict"),
     ] {
-        let mut body = json!({"prompt": "."});
-        body.as_object_mut().unwrap().extend(selector.as_object().unwrap().clone());
+        let body = merged(json!({"prompt": "."}), &selector);
         let (got, _, _, got_code) = server.post("/v1/completions", body).error();
         assert_eq!((got, &got_code), (status, &json!(code)), "{selector}");
     }
@@ -160,8 +158,7 @@ fn best_of_answers_the_best() {
 fn stops() {
     let server = Server::start();
     let ask = |more: Value| {
-        let mut body = json!({"prompt": ".", "max_tokens": 20});
-        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let body = merged(json!({"prompt": ".", "max_tokens": 20}), &more);
         let choice = server.post("/v1/completions", body).json()["choices"][0].clone();
         (
             choice["text"].as_str().unwrap().to_owned(),

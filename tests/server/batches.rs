@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::files::change_stored;
 use crate::finetune::text;
-use crate::harness::{BASE, Options, Server, eventually, read_answer};
+use crate::harness::{BASE, Options, Server, eventually, merged, read_answer};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -184,8 +184,7 @@ fn a_faulty_file_fails_the_batch_and_a_faulty_request_is_refused() {
         (json!({"output_expires_after": {"anchor": "created_at", "seconds": 1}}), "output_expires_after.seconds"),
         (json!({"priority": 1}), "priority"),
     ] {
-        let mut body = json!({"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"});
-        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let body = merged(json!({"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"}), &fields);
         let (status, message, at, _) = server.post("/v1/batches", body).error();
         assert_eq!((status, at), (400, json!(param)), "{message}");
     }

@@ -2,17 +2,15 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{EOS, Server};
+use crate::harness::{EOS, Server, merged};
 
 fn ask(server: &Server, path: &str, more: Value) -> Value {
-    let mut body = json!({"max_tokens": 2, "temperature": 0});
-    if path.contains("chat") {
-        body["messages"] = json!([{"role": "user", "content": "x"}]);
-    } else {
-        body["prompt"] = ".".into();
-    }
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let answer = server.post(path, body);
+    let prompt = match path.contains("chat") {
+        true => json!({"messages": [{"role": "user", "content": "x"}]}),
+        false => json!({"prompt": "."}),
+    };
+    let body = merged(json!({"max_tokens": 2, "temperature": 0}), &prompt);
+    let answer = server.post(path, merged(body, &more));
     assert_eq!(answer.status, 200, "{more}: {}", answer.text);
     answer.json()
 }

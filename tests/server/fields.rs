@@ -2,16 +2,15 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{BASE, Options, Server};
+use crate::harness::{BASE, Options, Server, merged};
 
 /// Posts `body` over a valid base and returns `(status, message, param, code)`.
 fn refuse(server: &Server, path: &str, more: &Value) -> (u16, String, Value, Value) {
-    let mut body = match path {
+    let body = match path {
         "/v1/completions" => json!({"prompt": "."}),
         _ => json!({"messages": [{"role": "user", "content": "x"}]}),
     };
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let answer = server.post(path, body);
+    let answer = server.post(path, merged(body, more));
     assert_ne!(answer.status, 200, "{more} was accepted: {}", answer.text);
     answer.error()
 }

@@ -3,7 +3,7 @@
 use base64::prelude::{BASE64_STANDARD, Engine};
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, BASE, Options, Server, eventually, write_adapter};
+use crate::harness::{Answer, BASE, Options, Server, eventually, merged, write_adapter};
 use crate::trainer::{DIVERGES, LIES, STEPS, VANISHES};
 
 pub const LINES: &str =
@@ -30,8 +30,7 @@ impl Server {
 
     /// Creates a job on a new file, with more `fields` in the request.
     pub fn job(&self, fields: Value) -> Value {
-        let mut body = json!({"model": BASE, "training_file": self.file()});
-        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let body = merged(json!({"model": BASE, "training_file": self.file()}), &fields);
         let answer = self.post("/v1/fine_tuning/jobs", body);
         assert_eq!(answer.status, 200, "{}", answer.text);
         answer.json()

@@ -374,6 +374,12 @@ impl Drop for Server {
     }
 }
 
+/// The object with the fields of `more`, which replace those of the same names.
+pub fn merged(mut body: Value, more: &Value) -> Value {
+    body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    body
+}
+
 /// Polls until something holds. Panics after 20 seconds.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();

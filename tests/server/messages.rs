@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, BASE, Options, Server};
+use crate::harness::{Answer, BASE, Options, Server, merged};
 
 fn start() -> Server {
     // Instructions for tools are long where a token is a byte.
@@ -11,8 +11,7 @@ fn start() -> Server {
 
 /// Posts a short conversation with `more`.
 fn ask(server: &Server, more: Value) -> Answer {
-    let mut body = json!({"model": BASE, "max_tokens": 40, "messages": [{"role": "user", "content": "."}]});
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let body = merged(json!({"model": BASE, "max_tokens": 40, "messages": [{"role": "user", "content": "."}]}), &more);
     server.post("/v1/messages", body)
 }
 
@@ -206,8 +205,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
     let server = start();
     let blocks = |block: Value| json!({"messages": [{"role": "user", "content": [block]}]});
     let tool = |more: Value| {
-        let mut tool = json!({"name": "f", "input_schema": {"type": "object"}});
-        tool.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let tool = merged(json!({"name": "f", "input_schema": {"type": "object"}}), &more);
         json!({"tools": [tool]})
     };
     for (more, says) in [

@@ -2,12 +2,11 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, Options, Server};
+use crate::harness::{Answer, Options, Server, merged};
 
 /// A request over a valid base.
 fn post(server: &Server, more: &Value) -> Answer {
-    let mut body = json!({"input": "x", "temperature": 0});
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let body = merged(json!({"input": "x", "temperature": 0}), more);
     server.post("/v1/responses", body)
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use serde_json::{Value, json};
 
-use crate::harness::{Options, Server, eventually, read_answer};
+use crate::harness::{Options, Server, eventually, merged, read_answer};
 
 fn text_of(chunks: &[Value]) -> String {
     let texts = chunks.iter().flat_map(|c| c["choices"].as_array().expect("choices").clone());
@@ -63,8 +63,7 @@ fn a_stream_adds_up_to_the_whole_answer() {
         json!({"prompt": "#", "max_tokens": 7, "logprobs": 0}),
         json!({"prompt": ["#", "."], "n": 2}),
     ] {
-        let mut body = json!({"prompt": ".", "max_tokens": 12});
-        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let mut body = merged(json!({"prompt": ".", "max_tokens": 12}), &more);
         let whole = server.post("/v1/completions", body.clone()).json();
         body["stream"] = true.into();
         let chunks = server.post("/v1/completions", body).events();

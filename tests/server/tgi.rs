@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, BASE, EOS, Options, Server};
+use crate::harness::{Answer, BASE, EOS, Options, Server, merged};
 
 fn ask(server: &Server, path: &str, inputs: &str, parameters: Value) -> Answer {
     server.post(path, json!({"inputs": inputs, "parameters": parameters}))
@@ -157,8 +157,7 @@ fn a_stream_that_fails() {
 fn what_cannot_be_honoured_is_refused_by_name() {
     let server = Server::start();
     let merged = |more: Value| {
-        let mut merged = json!({"ids": ["a", "b"], "weights": [1, 1]});
-        merged.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let merged = merged(json!({"ids": ["a", "b"], "weights": [1, 1]}), &more);
         json!({"merged_adapters": merged})
     };
     for (parameters, says) in [

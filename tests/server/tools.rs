@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Options, Server};
+use crate::harness::{Options, Server, merged};
 
 /// A server whose context takes the instructions for tools, of a token a byte.
 fn server() -> Server {
@@ -10,8 +10,8 @@ fn server() -> Server {
 }
 
 fn chat(server: &Server, more: Value) -> Value {
-    let mut body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "temperature": 0});
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let body =
+        merged(json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "temperature": 0}), &more);
     let answer = server.post("/v1/chat/completions", body);
     assert_eq!(answer.status, 200, "{more}: {}", answer.text);
     answer.json()
@@ -105,8 +105,7 @@ fn without_a_call_the_answer_is_content() {
 fn refusals_name_the_field() {
     let server = server();
     let refuse = |more: Value| {
-        let mut body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
-        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let body = merged(json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}), &more);
         let (status, message, param, _) = server.post("/v1/chat/completions", body).error();
         assert_eq!(status, 400, "{more}: {message}");
         param

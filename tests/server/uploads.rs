@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::files::change_stored;
 use crate::finetune::{LINES, text};
-use crate::harness::{Answer, Options, Server, eventually};
+use crate::harness::{Answer, Options, Server, eventually, merged};
 
 impl Server {
     fn begin_upload(&self, bytes: usize) -> String {
@@ -85,9 +85,7 @@ fn an_invalid_upload_or_part_is_refused_by_name() {
         (json!({"expires_after": {"anchor": "created_at"}}), 400, "expires_after.seconds", "required"),
         (json!({"md5": "00"}), 400, "md5", "unknown field"),
     ] {
-        let mut body = upload(10);
-        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-        let (got, text, at, _) = server.post("/v1/uploads", body).error();
+        let (got, text, at, _) = server.post("/v1/uploads", merged(upload(10), &fields)).error();
         assert_eq!((got, at), (status, json!(param)), "{fields}: {text}");
         assert!(text.contains(message), "{fields}: {text}");
     }
